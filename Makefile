@@ -1,0 +1,26 @@
+# make train: set up and run the main job.  make test: set up and run the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+# Ranks on a machine without a GPU; with GPUs DeepSpeed takes all of them.
+export LOCAL_SIZE ?= 2
+
+.PHONY: train test lint clean
+
+train: .venv/ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/train.py --ds_config ds_configs/zero3.json
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/ready: requirements.txt setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt -e .
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,59 @@
+"""Train: ``deepspeed launch/train.py --ds_config ds_configs/zero3.json [--recipe NAME] [key.sub=value ...]``.
+
+Works the same under ``deepspeed``, ``torchrun``, ``srun`` and as plain ``python launch/train.py`` (one process).
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+from lcl_ds.config import load_config, recipe_path
+from lcl_ds.errors import UserError
+
+HERE = Path(__file__).resolve().parent
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Command line; settings of the recipe follow as ``key.sub=value``."""
+    parser = argparse.ArgumentParser(description="Pre-train a vision encoder with Latent Compression Learning.")
+    parser.add_argument(
+        "--ds_config", "--deepspeed_config", type=Path, default=HERE.parent / "ds_configs" / "zero3.json"
+    )
+    parser.add_argument("--recipe", default="demo", help="YAML file, or the name of one in launch/recipes")
+    parser.add_argument("--run_dir", type=Path, help="default: runs/<recipe name>")
+    parser.add_argument("--print_config", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument("--dry_run", action="store_true", help="check data, model and engine settings and stop")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # launchers append it
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="[%(levelname)s] %(message)s")
+    try:
+        config = load_config(recipe_path(arguments.recipe), arguments.overrides)
+        if arguments.print_config:
+            print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+            return 0
+        from lcl_ds.training import run
+        from lcl_ds.training.engine import load_ds_config
+
+        ds_config = load_ds_config(arguments.ds_config)
+        if arguments.dry_run:
+            print(run.dry_run(config, ds_config), end="")
+            return 0
+        return run.run(config, ds_config, arguments.run_dir or Path("runs") / config.name)
+    except UserError as error:
+        if first:
+            print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

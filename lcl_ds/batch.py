@@ -1,0 +1,56 @@
+"""What one rank hands to the model in one micro-step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows of interleaved documents; R rows of L tokens, M images, P contrastive pairs, T labels.
+
+    All index tensors are computed on the host when the batch is made, so that the step has neither boolean-mask
+    gathers nor data-dependent shapes to wait for. "Flat" positions index the rows laid end to end (``row * L + t``).
+    """
+
+    input_ids: Tensor
+    """int64 [R, L]."""
+    position_ids: Tensor
+    """int64 [R, L]; restart at 0 in every document, which is what keeps packed documents apart in attention."""
+    images: Tensor
+    """uint8 [M, 3, H, W], or float already normalised. A rank without images holds one constant image in a slot
+    beyond the rows: under ZeRO-3 every rank must run the encoder once, and its features reach no token."""
+    image_positions: Tensor
+    """int64 [M], flat position of each image's first token."""
+    pair_images: Tensor
+    """int64 [P], images that have context and so count in the contrastive loss."""
+    pair_positions: Tensor
+    """int64 [P], flat position of ``<soi>`` for each pair: what the preceding context expects is read there."""
+    label_positions: Tensor
+    """int64 [T], flat positions that carry generation loss."""
+    labels: Tensor
+    """int64 [T], the token that follows each of them."""
+    image_count: int
+    """Real images, without the constant one."""
+    document_count: int
+    token_count: int
+    """Tokens that are not padding."""
+    skipped_samples: int
+    """Samples and images left out since the last batch because they were damaged."""
+    keys: tuple[str, ...]
+    """``source/key`` of every document, to name them in reports."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on ``device``; copies do not block the host when the memory is pinned."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in memory that a GPU copies from without the host."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})

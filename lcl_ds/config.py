@@ -1,0 +1,306 @@
+"""The tree of settings of one run: YAML file plus ``key.sub=value`` overrides, validated at once."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lcl_ds.errors import UserError
+
+RECIPES = Path(__file__).resolve().parent.parent / "launch" / "recipes"
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are errors, values do not change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class SourceSettings(Settings):
+    """One source of documents or pairs."""
+
+    name: str = Field(min_length=1, description="Name in logs and in resume fingerprints.")
+    paths: str | list[str] = Field(description="WebDataset tars: a path, a glob, braces {0000..0099}, or a list.")
+    weight: float = Field(1.0, gt=0, description="Share of samples drawn from this source, relative to the others.")
+
+
+class DataSettings(Settings):
+    """Where documents come from and how they become rows."""
+
+    shards: list[SourceSettings] = Field(description="Sources. A plain path or list of paths means weight 1 each.")
+    tokenizer: str = Field(description="Folder with tokenizer.json, or a Hugging Face name.")
+    demo: str | None = Field(None, description="Make the embedded demo corpus in this folder when it is missing.")
+    row_tokens: int = Field(gt=8, description="Length of a packed row in tokens.")
+    row_images: int = Field(16, ge=1, description="Largest number of images in a row: bounds the encoder's memory.")
+    image_first_probability: float = Field(0.5, ge=0, le=1, description="Share of pairs whose image precedes its text.")
+    crop_scale: tuple[float, float] = Field((0.9, 1.0), description="Area range of the random crop; (1, 1): none.")
+    max_image_pixels: int = Field(89_000_000, gt=0, description="Larger images are skipped before decoding.")
+    workers: int = Field(0, ge=0, description="Loader processes per rank; 0 decodes in the training process.")
+    lanes: int = Field(64, gt=0, description="Independent streams; a multiple of ranks x workers. Fixed for a run.")
+    pack_window: int = Field(32, ge=1, description="Documents a lane looks at when it packs rows.")
+    block_samples: int = Field(16, ge=1, description="Neighbouring samples shuffled as one block.")
+    shuffle_blocks: int = Field(4, ge=1, description="Blocks a lane mixes with each other.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_paths(cls, values: Any) -> Any:
+        shards = values.get("shards") if isinstance(values, dict) else None
+        if isinstance(shards, (str, dict)):
+            shards = [shards]
+        if isinstance(shards, list):
+            sources = [
+                {"name": f"source{i}" if len(shards) > 1 else "data", "paths": s} if isinstance(s, str) else s
+                for i, s in enumerate(shards)
+            ]
+            values = {**values, "shards": sources}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataSettings":
+        names = [source.name for source in self.shards]
+        if len(set(names)) != len(names):
+            raise ValueError("shards: two sources have the same name")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError("crop_scale: needs 0 < low <= high <= 1")
+        return self
+
+
+class TowerSettings(Settings):
+    """A transformers model by configuration: ``model_type`` plus that family's own configuration keys."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    model_type: str = Field(description="transformers model type: clip_vision_model, llama, gpt2, qwen3, ...")
+    activation_checkpointing: bool = Field(False, description="Recompute this tower's blocks in the backward pass.")
+
+    @property
+    def hf_keys(self) -> dict[str, Any]:
+        """The keys that belong to the transformers configuration."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _known_to_transformers(self) -> "TowerSettings":
+        from transformers import CONFIG_MAPPING
+
+        if self.model_type not in CONFIG_MAPPING:
+            hint = _suggest(self.model_type, CONFIG_MAPPING)
+            raise ValueError(f"model_type: transformers has no {self.model_type!r}{hint}")
+        defaults = CONFIG_MAPPING[self.model_type]()
+        known = {*defaults.to_dict(), *defaults.attribute_map}
+        unknown = [key for key in self.hf_keys if key not in known]
+        if unknown:
+            hints = ", ".join(f"{key!r}{_suggest(key, known)}" for key in unknown)
+            raise ValueError(f"{hints}: no such key in the {self.model_type} configuration")
+        return self
+
+
+class PoolingSettings(Settings):
+    """The attentive pooling and projection head (upstream ``attentive.py``)."""
+
+    num_attention_heads: int = Field(8, ge=1, description="Heads of the learned query; must divide both widths.")
+
+
+class ModelSettings(Settings):
+    """The network."""
+
+    vision: TowerSettings = Field(description="Vision encoder trained from scratch; what is released.")
+    decoder: TowerSettings = Field(description="Causal decoder; thrown away after training.")
+    pooling: PoolingSettings = Field(default_factory=PoolingSettings)
+    logit_scale_init: float = Field(1 / 0.07, gt=1, description="First temperature multiplier of the contrastive loss.")
+    logit_scale_max: float = Field(100.0, gt=1, description="Upper bound of the multiplier after each applied step.")
+
+
+class ObjectiveSettings(Settings):
+    """The loss."""
+
+    name: Literal["lcl"] = Field("lcl", description="Objective.")
+    contrastive_weight: float = Field(0.1, ge=0, description="Weight of the contrastive loss (paper: 0.1).")
+    generation_weight: float = Field(1.0, ge=0, description="Weight of the generation loss (paper: 1).")
+    context_rule: Literal["text_before", "reference"] = Field(
+        "text_before",
+        description="Which images count in the contrastive loss: those with text of their document before them, or, "
+        "as published, all that do not stand at the very start of a row.",
+    )
+    normalization: Literal["global", "reference"] = Field(
+        "global", description="Divide by counts over all ranks and micro-steps, or by each rank's own as published."
+    )
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> "ObjectiveSettings":
+        if self.contrastive_weight == 0 and self.generation_weight == 0:
+            raise ValueError("contrastive_weight and generation_weight are both 0: nothing would train")
+        return self
+
+
+class TrainSettings(Settings):
+    """Optimisation."""
+
+    steps: int = Field(gt=0, description="Optimizer steps of the whole run.")
+    seed: int = Field(0, ge=0, description="Seed of everything that has no seed of its own.")
+    init_seed: int | None = Field(None, ge=0, description="Seed of the initial weights.")
+    data_seed: int | None = Field(None, ge=0, description="Seed of document order and packing.")
+    augmentation_seed: int | None = Field(None, ge=0, description="Seed of crops and of image-first draws.")
+    global_batch_rows: int = Field(gt=0, description="Packed rows per optimizer step, over all ranks.")
+    accumulation_steps: int = Field(
+        1,
+        gt=0,
+        description="Micro-steps per optimizer step. Rows per rank and micro-step follow from it, so a run computes "
+        "the same losses on any number of ranks; negatives are the images of one micro-step of all ranks.",
+    )
+    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate (paper: 5e-4 on LAION, 3e-4 on MMC4).")
+    min_learning_rate: float = Field(0.0, ge=0, description="Learning rate at the end of the cosine.")
+    warmup_steps: int = Field(2000, ge=0, description="Applied steps of linear warm-up.")
+    weight_decay: float = Field(0.2, ge=0, description="Decay of matrices; none on norms, biases, positions, scale.")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW betas.")
+    eps: float = Field(1e-6, gt=0, description="AdamW epsilon.")
+    gradient_clipping: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 switches clipping off.")
+    max_skipped_steps: int = Field(10, gt=0, description="Non-finite steps in a row after which the run stops.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainSettings":
+        if self.global_batch_rows % self.accumulation_steps:
+            raise ValueError("global_batch_rows must be a multiple of accumulation_steps")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError("min_learning_rate is larger than learning_rate")
+        return self
+
+
+class CheckpointSettings(Settings):
+    """Saving."""
+
+    every: int = Field(500, gt=0, description="Optimizer steps between checkpoints.")
+    keep: int = Field(3, gt=0, description="Newest complete checkpoints to keep.")
+
+
+class LogSettings(Settings):
+    """What is shown; metrics.jsonl always has every step."""
+
+    every: int = Field(10, gt=0, description="Steps between printed lines where there is no terminal.")
+
+
+class EvaluationSettings(Settings):
+    """The closing evaluation on held-out documents."""
+
+    shards: str | list[str] | None = Field(None, description="Held-out document shards; none: no closing evaluation.")
+    probe_labels: list[str] = Field(default_factory=list, description="Per-image labels that linear probes predict.")
+    max_documents: int = Field(1000, gt=1, description="Documents used.")
+
+
+class Config(Settings):
+    """One whole run."""
+
+    name: str = Field(min_length=1, description="Name of the recipe; the default run folder is runs/<name>.")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="Arithmetic of the towers; losses are fp32.")
+    data: DataSettings
+    model: ModelSettings
+    objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
+    train: TrainSettings
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
+    log: LogSettings = Field(default_factory=LogSettings)
+    evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+
+    def seed(self, purpose: Literal["init", "data", "augmentation"]) -> int:
+        """The seed of one purpose; ``train.seed`` where it has none of its own."""
+        own = getattr(self.train, f"{purpose}_seed")
+        return self.train.seed if own is None else own
+
+
+def recipe_path(name_or_path: str) -> Path:
+    """A recipe's file from its name (``demo``) or path.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in {".yaml", ".yml"}:
+        path = RECIPES / f"{name_or_path}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise UserError(f"recipe {name_or_path}: there is no such file; shipped recipes: {known}")
+    return path
+
+
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read and validate a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: ``key.sub=value``, the value in YAML.
+
+    Raises:
+        UserError: with every problem found, each naming file and key.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a mapping of settings is expected, found {type(tree).__name__}")
+    given = {key: value for key, value in map(_parse_override, overrides or [])}
+    for key, value in given.items():
+        _set(tree, key.split("."), value, key)
+    return validate_config(tree, str(path), given)
+
+
+def validate_config(tree: dict[str, Any], origin: str, overrides: dict[str, Any] | None = None) -> Config:
+    """Validate a tree of plain values; ``origin`` names it in messages.
+
+    Raises:
+        UserError: with every problem found.
+    """
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError([_sentence(e, origin, overrides or {}) for e in error.errors()]) from None
+
+
+def _parse_override(text: str) -> tuple[str, Any]:
+    key, found, value = text.partition("=")
+    if not found or not key:
+        raise UserError(f"{text!r}: an override is written key.sub=value")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"{text!r}: the value is not valid YAML") from None
+
+
+def _set(tree: dict[str, Any], keys: list[str], value: Any, whole: str) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"{whole}: {key} is a single value, it has no settings below it")
+    tree[keys[-1]] = value
+
+
+def _sentence(error: Any, origin: str, overrides: dict[str, Any]) -> str:
+    keys = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "list[", "constrained-"))]
+    key = ".".join(keys)
+    where = "command line" if any(key == k or key.startswith(f"{k}.") for k in overrides) else origin
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{where}: {key}: unknown setting{_suggest(keys[-1], _fields_at(keys[:-1]))}"
+        case "missing":
+            return f"{where}: {key}: missing"
+        case "value_error":
+            return f"{where}: {key}: {error['ctx']['error']}"
+        case _:
+            return f"{where}: {key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+
+
+def _fields_at(keys: list[str]) -> list[str]:
+    """Names of the settings below ``keys``."""
+    model: Any = Config
+    for key in keys:
+        if key.isdigit():
+            continue
+        annotation = model.model_fields[key].annotation
+        model = next(a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields"))
+    return list(model.model_fields)
+
+
+def _suggest(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,95 @@
+"""The one document type and how samples of a shard become documents."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from lcl_ds.data.shards import Source
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+
+
+class BadSampleError(Exception):
+    """A sample that cannot be used; ``reason`` is a short phrase by which such samples are counted."""
+
+    def __init__(self, reason: str):
+        self.reason = reason
+        super().__init__(reason)
+
+
+@dataclass(frozen=True)
+class Document:
+    """Text and images in reading order.
+
+    ``segments`` holds text (str) and images (int, index into ``images``); ``images`` holds member suffixes. Pixels
+    are read only when the document's row is made.
+    """
+
+    key: str
+    segments: tuple[str | int, ...]
+    images: tuple[str, ...]
+    is_pair: bool = False
+
+
+def read_document(source: Source, number: int) -> Document:
+    """The document of one sample: an interleaved one (``.json`` with parallel ``texts`` and ``images`` lists, as in
+    OBELICS, images naming member suffixes) or an image-text pair as img2dataset writes it (``.jpg`` and ``.txt``).
+
+    Raises:
+        BadSampleError: neither, or damaged.
+    """
+    sample = source.sample(number)
+    if "txt" in sample.parts:
+        return _read_pair(source, number)
+    if "json" not in sample.parts:
+        raise BadSampleError("neither a document (.json) nor a pair (.txt and image)")
+    record = _load_json(source.read(number, "json"))
+    texts, images = record.get("texts"), record.get("images")
+    if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
+        raise BadSampleError("json without parallel lists 'texts' and 'images'")
+    segments: list[str | int] = []
+    suffixes: list[str] = []
+    for text, image in zip(texts, images, strict=True):
+        if isinstance(text, str) and text.strip():
+            segments.append(text)
+        if isinstance(image, str) and image.lower() in sample.parts:
+            segments.append(len(suffixes))
+            suffixes.append(image.lower())
+    if not segments:
+        raise BadSampleError("a document without text and images")
+    return Document(f"{source.name}/{sample.key}", tuple(segments), tuple(suffixes))
+
+
+def _read_pair(source: Source, number: int) -> Document:
+    sample = source.sample(number)
+    suffix = next((s for s in IMAGE_SUFFIXES if s in sample.parts), None)
+    if suffix is None:
+        raise BadSampleError("a pair without an image")
+    text = _decode_text(source.read(number, "txt"))
+    if not text.strip():
+        raise BadSampleError("a pair without text")
+    return Document(f"{source.name}/{sample.key}", (text, 0), (suffix,), is_pair=True)
+
+
+def read_labels(source: Source, number: int) -> list[dict[str, Any] | None]:
+    """Evaluation labels of a document's images, in order; training never reads them."""
+    record = _load_json(source.read(number, "json"))
+    labels = record.get("labels", [])
+    return [label for label, image in zip(labels, record["images"], strict=True) if image is not None]
+
+
+def _load_json(data: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(_decode_text(data))
+    except (json.JSONDecodeError, RecursionError):
+        raise BadSampleError("json that cannot be parsed") from None
+    if not isinstance(record, dict):
+        raise BadSampleError("json that is not an object")
+    return record
+
+
+def _decode_text(data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadSampleError("text that is not UTF-8") from None

@@ -1,0 +1,268 @@
+"""The endless deterministic stream of rows, in independent lanes.
+
+The global stream's row n comes from lane ``n % lanes``. A lane owns every ``lanes``-th block of a permutation drawn
+anew each epoch, shuffles samples inside a window of blocks and packs a window of documents into rows. Nothing random
+is stored: every draw is a function of (seed, purpose, lane, counter), so a lane's position is a few integers plus the
+documents carried over from the last window, and the stream is the same for any ranks x workers that divide the number
+of lanes.
+"""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lcl_ds.data.documents import BadSampleError, Document, read_document
+from lcl_ds.data.images import decode_image
+from lcl_ds.data.packing import PackedSequence, Row, pack
+from lcl_ds.data.shards import Source
+from lcl_ds.tokens import ImageSlot, TextTokenizer, TokenSequence, encode_sequence
+
+logger = logging.getLogger(__name__)
+
+SOURCE, EPOCH, WINDOW, ROWS, ORDER, CROP = range(6)
+"""Purposes of keyed draws."""
+
+CARRIED_SHARE = 8
+"""One row in this many, the emptiest, is dissolved into the next window."""
+
+LaneState = dict[str, Any]
+"""JSON: ``draws``, ``cursors`` per source, ``carried`` documents, ``emitted`` rows of the current window."""
+
+
+def keyed_rng(*key: int) -> np.random.Generator:
+    """A generator that depends on ``key`` alone."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+@dataclass(frozen=True)
+class LaneSettings:
+    """What the rows of every lane depend on."""
+
+    lanes: int
+    data_seed: int
+    augmentation_seed: int
+    row_tokens: int
+    row_images: int
+    image_tokens: int
+    image_size: int
+    pack_window: int = 32
+    shuffle_blocks: int = 4
+    image_first_probability: float = 0.5
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    max_image_pixels: int = 89_000_000
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A sequence waiting for a row: which draw of the lane it came from and which piece of that document it is."""
+
+    source: int
+    sample: int
+    draw: int
+    piece: int
+    document: Document
+    tokens: TokenSequence
+
+    def address(self) -> list[int]:
+        return [self.source, self.sample, self.draw, self.piece]
+
+
+class Lane:
+    """One lane; ``next_row`` never ends.
+
+    Args:
+        sources: where samples come from.
+        settings: shared by all lanes.
+        number: this lane, ``0 .. settings.lanes - 1``.
+        tokenizer: text to ids.
+        state: from an earlier :meth:`state`, to continue exactly there.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        settings: LaneSettings,
+        number: int,
+        tokenizer: TextTokenizer,
+        state: LaneState | None = None,
+    ):
+        self.sources, self.settings, self.number, self.tokenizer = sources, settings, number, tokenizer
+        weights = np.array([source.weight for source in sources])
+        self._source_edges = np.cumsum(weights / weights.sum())
+        state = state or {"draws": 0, "cursors": [[0, 0] for _ in sources], "carried": [], "emitted": 0}
+        self._draws: int = state["draws"]
+        self._cursors: list[list[int]] = [list(cursor) for cursor in state["cursors"]]
+        self._carried = [self._piece_at(*address) for address in state["carried"]]
+        self._windows: dict[int, tuple[int, np.ndarray]] = {}
+        self._permutations: dict[int, tuple[int, np.ndarray]] = {}
+        self._rows: list[list[_Piece]] = []
+        self._emitted = 0
+        self._pending_skips = 0
+        self._window_state = state
+        if state["emitted"]:
+            self._fill_window()
+            self._emitted = state["emitted"]
+            self._pending_skips = 0
+
+    def state(self) -> LaneState:
+        """Position after the last row returned."""
+        return {**self._window_state, "emitted": self._emitted}
+
+    def next_row(self) -> Row:
+        """The lane's next row, pixels decoded."""
+        while self._emitted >= len(self._rows):
+            self._fill_window()
+        pieces = self._rows[self._emitted]
+        self._emitted += 1
+        sequences = []
+        for piece in pieces:
+            sequence, skipped = self._with_pixels(piece)
+            self._pending_skips += skipped
+            sequences += [sequence] if sequence is not None else []
+        row = Row(tuple(sequences), self._pending_skips)
+        self._pending_skips = 0
+        return row
+
+    def _fill_window(self) -> None:
+        self._window_state = {
+            "draws": self._draws,
+            "cursors": [list(cursor) for cursor in self._cursors],
+            "carried": [piece.address() for piece in self._carried],
+            "emitted": 0,
+        }
+        pieces = list(self._carried)
+        good = 0
+        for _ in range(self.settings.pack_window):
+            source, draw = self._draw_source(), self._draws
+            sample = self._next_sample(source)
+            self._draws += 1
+            try:
+                pieces += self._pieces(source, sample, draw)
+                good += 1
+            except BadSampleError as problem:
+                self._pending_skips += 1
+                report_skip(self.sources[source], sample, problem)
+        if good == 0:
+            raise RuntimeError(f"lane {self.number}: all of {self.settings.pack_window} samples in a row were unusable")
+        packed = pack(
+            [len(piece.tokens.input_ids) for piece in pieces],
+            [len(piece.tokens.slots) for piece in pieces],
+            self.settings.row_tokens,
+            self.settings.row_images,
+        )
+        kept = packed[: len(packed) - len(packed) // CARRIED_SHARE]
+        self._carried = [pieces[i] for row in packed[len(kept) :] for i in row]
+        order = keyed_rng(self.settings.data_seed, ROWS, self.number, self._draws).permutation(len(kept))
+        self._rows = [[pieces[i] for i in kept[row]] for row in order]
+        self._emitted = 0
+
+    def _draw_source(self) -> int:
+        if len(self.sources) == 1:
+            return 0
+        draw = keyed_rng(self.settings.data_seed, SOURCE, self.number, self._draws).random()
+        return min(int(np.searchsorted(self._source_edges, draw, side="right")), len(self.sources) - 1)
+
+    def _next_sample(self, source: int) -> int:
+        window, offset = self._cursors[source]
+        samples = self._window_samples(source, window)
+        if offset == len(samples):
+            window, offset = window + 1, 0
+            samples = self._window_samples(source, window)
+        self._cursors[source] = [window, offset + 1]
+        return int(samples[offset])
+
+    def _window_samples(self, source: int, window: int) -> np.ndarray:
+        """Samples of the lane's next ``shuffle_blocks`` blocks, shuffled."""
+        cached = self._windows.get(source)
+        if cached is None or cached[0] != window:
+            first = window * self.settings.shuffle_blocks
+            blocks = [self._block(source, i) for i in range(first, first + self.settings.shuffle_blocks)]
+            samples = np.concatenate([np.arange(*block) for block in blocks])
+            keyed_rng(self.settings.data_seed, WINDOW, source, self.number, window).shuffle(samples)
+            cached = self._windows[source] = window, samples
+        return cached[1]
+
+    def _block(self, source: int, index: int) -> tuple[int, int]:
+        """The lane's ``index``-th block over all epochs."""
+        blocks = self.sources[source].blocks
+        epoch, place = divmod(index * self.settings.lanes + self.number, len(blocks))
+        cached = self._permutations.get(source)
+        if cached is None or cached[0] != epoch:
+            permutation = keyed_rng(self.settings.data_seed, EPOCH, source, epoch).permutation(len(blocks))
+            cached = self._permutations[source] = epoch, permutation
+        return blocks[cached[1][place]]
+
+    def _pieces(self, source: int, sample: int, draw: int) -> list[_Piece]:
+        try:
+            document = read_document(self.sources[source], sample)
+        except OSError as error:
+            raise BadSampleError(f"a read error ({error.strerror or 'short read'})") from None
+        segments = document.segments
+        if document.is_pair:
+            rng = keyed_rng(self.settings.augmentation_seed, ORDER, self.number, draw)
+            segments = segments[::-1] if rng.random() < self.settings.image_first_probability else segments
+        sequences = self._encode(segments)
+        return [_Piece(source, sample, draw, i, document, tokens) for i, tokens in enumerate(sequences)]
+
+    def _piece_at(self, source: int, sample: int, draw: int, piece: int) -> _Piece:
+        return self._pieces(source, sample, draw)[piece]
+
+    def _encode(self, segments: tuple[str | int, ...]) -> list[TokenSequence]:
+        settings = self.settings
+        return encode_sequence(
+            segments,
+            self.tokenizer.encode,
+            self.tokenizer.vocabulary,
+            settings.image_tokens,
+            settings.row_tokens,
+            settings.row_images,
+        )
+
+    def _with_pixels(self, piece: _Piece) -> tuple[PackedSequence | None, int]:
+        """The piece with its images decoded, and how many of them had to be left out."""
+        settings, source = self.settings, self.sources[piece.source]
+        pixels, lost = [], []
+        for slot in piece.tokens.slots:
+            rng = keyed_rng(settings.augmentation_seed, CROP, self.number, piece.draw, slot.image)
+            try:
+                data = source.read(piece.sample, piece.document.images[slot.image])
+                pixels.append(
+                    decode_image(data, settings.image_size, settings.crop_scale, rng, settings.max_image_pixels)
+                )
+            except (BadSampleError, OSError) as problem:
+                lost.append(slot.image)
+                report_skip(source, piece.sample, problem)
+        tokens = without_images(piece.tokens, lost, settings.image_tokens) if lost else piece.tokens
+        shape = (0, 3, settings.image_size, settings.image_size)
+        stacked = np.stack(pixels) if pixels else np.zeros(shape, dtype=np.uint8)
+        if len(tokens.input_ids) <= 2:
+            return None, len(lost)
+        return PackedSequence(piece.document.key, tokens, stacked), len(lost)
+
+
+def without_images(tokens: TokenSequence, lost: list[int], image_tokens: int) -> TokenSequence:
+    """The sequence without the images in ``lost`` and the tokens around them; text stays."""
+    keep = np.ones(len(tokens.input_ids), dtype=bool)
+    slots = []
+    removed = 0
+    for slot in tokens.slots:
+        if slot.image in lost:
+            keep[slot.position - 1 : slot.position + image_tokens + 1] = False
+            removed += image_tokens + 2
+        else:
+            slots.append(ImageSlot(slot.image, slot.position - removed, slot.has_context))
+    return TokenSequence(tokens.input_ids[keep], tuple(slots))
+
+
+_skips: Counter[tuple[str, str]] = Counter()
+
+
+def report_skip(source: Source, sample: int, problem: Exception) -> None:
+    """Name a sample that was left out: the first of each (source, reason), then every 1,000th."""
+    key = source.name, str(problem)
+    _skips[key] += 1
+    if _skips[key] == 1 or _skips[key] % 1000 == 0:
+        logger.warning("left out %s: %s (%d so far)", source.where(sample), problem, _skips[key])

@@ -1,0 +1,160 @@
+"""Rows from lanes to ranks: which rank gets which row, in which process, and where to continue."""
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from lcl_ds.batch import Batch
+from lcl_ds.data.lanes import Lane, LaneSettings, LaneState
+from lcl_ds.data.packing import Row, collate
+from lcl_ds.data.shards import Source
+from lcl_ds.errors import UserError
+from lcl_ds.tokens import TextTokenizer
+
+LoaderState = dict[str, Any]
+"""JSON: ``next_row`` of the global stream, ``lanes`` by number, ``lane_count``, ``fingerprint`` of the shards."""
+
+
+class RowStream(IterableDataset[tuple[int, Row, LaneState]]):
+    """This rank's rows of the global stream, ``rank, rank + world_size, ...``, from ``first_row`` on.
+
+    With several loader processes they take this rank's rows in turn; as ``lanes`` is a multiple of
+    ranks x workers, each lane lives in one process.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        settings: LaneSettings,
+        tokenizer: TextTokenizer,
+        rank: int,
+        world_size: int,
+        first_row: int,
+        lane_states: dict[str, LaneState],
+    ):
+        self.sources, self.settings, self.tokenizer = sources, settings, tokenizer
+        self.rank, self.world_size, self.first_row = rank, world_size, first_row
+        self.lane_states = lane_states
+
+    def __iter__(self) -> Iterator[tuple[int, Row, LaneState]]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        lanes: dict[int, Lane] = {}
+        row = self.first_row + self.rank + number * self.world_size
+        while True:
+            n = row % self.settings.lanes
+            if n not in lanes:
+                state = self.lane_states.get(str(n))
+                lanes[n] = Lane(self.sources, self.settings, n, self.tokenizer, state)
+            yield n, lanes[n].next_row(), lanes[n].state()
+            row += self.world_size * workers
+
+
+class BatchLoader:
+    """Micro-batches of one rank, with a position that can be saved and continued on any number of ranks and workers.
+
+    Args:
+        sources, settings, tokenizer: what the stream is made of.
+        rows_per_batch: rows of this rank in one micro-step.
+        context_rule: see :func:`lcl_ds.data.packing.collate`.
+        rank, world_size: this process's place.
+        workers: loader processes; 0 makes rows in this one.
+        state: from :meth:`state`, with the lanes of all ranks.
+        pin_memory: for asynchronous copies to a GPU.
+
+    Raises:
+        UserError: lanes that do not divide, or a saved position of other data.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        settings: LaneSettings,
+        tokenizer: TextTokenizer,
+        rows_per_batch: int,
+        context_rule: str = "text_before",
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        state: LoaderState | None = None,
+        pin_memory: bool = False,
+    ):
+        if settings.lanes % (world_size * max(1, workers)):
+            raise UserError(
+                f"data.lanes: {settings.lanes} is not a multiple of ranks x data.workers "
+                f"({world_size} x {max(1, workers)}); set data.lanes accordingly"
+            )
+        self.settings, self.tokenizer, self.rows_per_batch = settings, tokenizer, rows_per_batch
+        self.context_rule, self.world_size, self.pin_memory = context_rule, world_size, pin_memory
+        self.fingerprint = {key: value for source in sources for key, value in source.fingerprint().items()}
+        state = state or {"next_row": 0, "lanes": {}, "lane_count": settings.lanes, "fingerprint": self.fingerprint}
+        check_same_data(state, settings.lanes, self.fingerprint)
+        self._next_row: int = state["next_row"]
+        self._lane_states: dict[str, LaneState] = {}
+        stream = RowStream(sources, settings, tokenizer, rank, world_size, self._next_row, state["lanes"])
+        self._lane_states.update({n: s for n, s in state["lanes"].items() if int(n) % world_size == rank})
+        self._rows = iter(
+            DataLoader(
+                stream,
+                batch_size=None,
+                num_workers=workers,
+                worker_init_fn=_leave_signals_to_the_trainer,
+                persistent_workers=workers > 0,
+            )
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        rows = []
+        for _ in range(self.rows_per_batch):
+            lane, row, state = next(self._rows)
+            self._lane_states[str(lane)] = state
+            rows.append(row)
+        self._next_row += self.rows_per_batch * self.world_size
+        batch = collate(
+            rows, self.settings.row_tokens, self.settings.image_size, self.tokenizer.vocabulary, self.context_rule
+        )
+        return batch.pin_memory() if self.pin_memory else batch
+
+    def state(self) -> LoaderState:
+        """Position after the last batch; ``lanes`` holds this rank's own, to be merged with the other ranks'."""
+        return {
+            "next_row": self._next_row,
+            "lanes": dict(self._lane_states),
+            "lane_count": self.settings.lanes,
+            "fingerprint": self.fingerprint,
+        }
+
+
+def merge_states(states: list[LoaderState]) -> LoaderState:
+    """One state from those of all ranks."""
+    lanes = {n: lane for state in states for n, lane in state["lanes"].items()}
+    return {**states[0], "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
+
+
+def check_same_data(state: LoaderState, lanes: int, fingerprint: dict[str, str]) -> None:
+    """Refuse to continue on other data than the position was saved for.
+
+    Raises:
+        UserError: names the first shard that is missing, new or changed.
+    """
+    if state["lane_count"] != lanes:
+        raise UserError(f"data.lanes: the checkpoint was written with {state['lane_count']}, not {lanes}; it is fixed")
+    saved = state["fingerprint"]
+    for shard in sorted({*saved, *fingerprint}):
+        if shard not in fingerprint:
+            raise UserError(f"data.shards: shard {shard} of the checkpoint is missing; restore it or start a new run")
+        if shard not in saved:
+            raise UserError(f"data.shards: shard {shard} is new since the checkpoint; remove it or start a new run")
+        if saved[shard] != fingerprint[shard]:
+            raise UserError(f"data.shards: shard {shard} changed since the checkpoint; restore it or start a new run")
+
+
+def _leave_signals_to_the_trainer(_: int) -> None:
+    """Launchers signal whole process trees; a loader that died at once would take the trainer's last save with it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,65 @@
+"""From settings to an opened stream, with everything that can be wrong found before a model is built."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lcl_ds.config import Config, DataSettings
+from lcl_ds.data.demo import ensure_demo
+from lcl_ds.data.lanes import LaneSettings
+from lcl_ds.data.shards import Source, expand_paths, index_shard
+from lcl_ds.errors import UserError
+from lcl_ds.tokens import TextTokenizer
+
+
+@dataclass(frozen=True)
+class OpenData:
+    """Indexed sources and the tokenizer of a run."""
+
+    sources: list[Source]
+    tokenizer: TextTokenizer
+
+
+def open_data(settings: DataSettings) -> OpenData:
+    """Make the demo corpus where it is wanted, index all shards, load the tokenizer.
+
+    Raises:
+        UserError: with every problem found: missing paths, unreadable shards, no tokenizer.
+    """
+    if settings.demo is not None:
+        ensure_demo(Path(settings.demo))
+    problems: list[str] = []
+    sources: list[Source] = []
+    for entry in settings.shards:
+        try:
+            shards = [index_shard(path) for path in expand_paths(entry.paths)]
+            sources.append(Source(entry.name, shards, entry.weight, settings.block_samples))
+        except UserError as error:
+            problems += [f"data.shards: {entry.name}: {problem}" for problem in error.problems]
+    try:
+        tokenizer = TextTokenizer(settings.tokenizer)
+    except ValueError as error:
+        problems.append(f"data.tokenizer: {error}")
+    if problems:
+        raise UserError(problems)
+    return OpenData(sources, tokenizer)
+
+
+def lane_settings(config: Config, image_tokens: int, image_size: int) -> LaneSettings:
+    """What the lanes need to know of a run's settings."""
+    data = config.data
+    if image_tokens + 4 > data.row_tokens:
+        raise UserError(f"data.row_tokens: {data.row_tokens} cannot hold one image of {image_tokens} tokens plus 4")
+    return LaneSettings(
+        lanes=data.lanes,
+        data_seed=config.seed("data"),
+        augmentation_seed=config.seed("augmentation"),
+        row_tokens=data.row_tokens,
+        row_images=data.row_images,
+        image_tokens=image_tokens,
+        image_size=image_size,
+        pack_window=data.pack_window,
+        shuffle_blocks=data.shuffle_blocks,
+        image_first_probability=data.image_first_probability,
+        crop_scale=data.crop_scale,
+        max_image_pixels=data.max_image_pixels,
+    )

@@ -1,0 +1,15 @@
+"""The one error that means: the user can mend this."""
+
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in settings or input; commands print it without a traceback and exit with code 2.
+
+    Args:
+        problems: one sentence each, naming the file and the key and saying what to do.
+    """
+
+    def __init__(self, problems: str | Iterable[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))

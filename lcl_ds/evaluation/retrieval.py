@@ -1,0 +1,77 @@
+"""Image-to-context retrieval: does an image find the context that announced it?"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lcl_ds.data.packing import PackedSequence, Row, collate, pack
+from lcl_ds.models.lcl import LCLModel
+from lcl_ds.tokens import Vocabulary
+
+
+@dataclass(frozen=True)
+class PairFeatures:
+    """Features of all images that have context; row i of each belongs together."""
+
+    image: Tensor
+    """fp32 [K, D], L2-normalised."""
+    context: Tensor
+    """fp32 [K, D], L2-normalised."""
+    pixels: np.ndarray
+    """uint8 [K, 3, H, W]."""
+    context_ids: list[np.ndarray]
+    """Token ids that precede each image in its document."""
+
+
+@torch.no_grad()
+def pair_features(
+    model: LCLModel,
+    sequences: list[PackedSequence],
+    vocabulary: Vocabulary,
+    row_tokens: int,
+    row_images: int,
+    rows_per_batch: int = 16,
+) -> PairFeatures:
+    """Run held-out documents, packed as in training, and collect contrastive features."""
+    device = next(model.parameters()).device
+    lengths = [len(sequence.tokens.input_ids) for sequence in sequences]
+    images = [len(sequence.pixels) for sequence in sequences]
+    packed = pack(lengths, images, row_tokens, row_images)
+    image_parts, context_parts, pixels, context_ids = [], [], [], []
+    for start in range(0, len(packed), rows_per_batch):
+        rows = [Row(tuple(sequences[i] for i in row)) for row in packed[start : start + rows_per_batch]]
+        batch = collate(rows, row_tokens, sequences[0].pixels.shape[-1], vocabulary, "text_before").to(device)
+        hidden_states, pooled = model(batch)
+        image, context = model.pair_features(hidden_states, pooled, batch)
+        image_parts.append(image.cpu())
+        context_parts.append(context.cpu())
+        for sequence in (sequence for row in rows for sequence in row.sequences):
+            for slot, shown in zip(sequence.tokens.slots, sequence.pixels, strict=True):
+                if slot.has_context:
+                    pixels.append(shown)
+                    context_ids.append(sequence.tokens.input_ids[: slot.position - 1])
+    return PairFeatures(torch.cat(image_parts), torch.cat(context_parts), np.stack(pixels), context_ids)
+
+
+def retrieval_scores(queries: Tensor, targets: Tensor) -> dict[str, float]:
+    """Rank of each query's own target among all targets by inner product.
+
+    Args:
+        queries, targets: [K, D]; row i of each belongs together.
+
+    Returns:
+        ``recall_at_1``, ``recall_at_5``, ``median_rank`` (1 is best), ``chance`` (of recall at 1) and ``pairs``.
+    """
+    similarity = queries @ targets.T
+    own = similarity.diagonal()[:, None]
+    # Ties count against the model: a constant feature must not look perfect.
+    rank = (similarity >= own).sum(1).float()
+    return {
+        "pairs": len(queries),
+        "recall_at_1": float((rank <= 1).float().mean()),
+        "recall_at_5": float((rank <= 5).float().mean()),
+        "median_rank": float(rank.median()),
+        "chance": 1 / len(queries),
+    }

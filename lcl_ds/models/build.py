@@ -1,0 +1,54 @@
+"""From settings to a model with reproducible initial weights."""
+
+import torch
+
+from lcl_ds.config import ModelSettings
+from lcl_ds.errors import UserError
+from lcl_ds.models.decoder import build_decoder_config
+from lcl_ds.models.lcl import LCLModel
+from lcl_ds.models.vision import build_vision_config, image_tokens
+
+
+def tokens_per_image(settings: ModelSettings) -> int:
+    """Image tokens N of the vision tower in ``settings``.
+
+    Raises:
+        UserError: the image size is not a multiple of the patch size.
+    """
+    config = build_vision_config(settings.vision.model_type, settings.vision.hf_keys)
+    if config.image_size % config.patch_size:
+        raise UserError(
+            f"model.vision: image_size {config.image_size} is not a multiple of patch_size {config.patch_size}"
+        )
+    return image_tokens(config)
+
+
+def image_size(settings: ModelSettings) -> int:
+    """Side of the vision tower's square images in pixels."""
+    return build_vision_config(settings.vision.model_type, settings.vision.hf_keys).image_size
+
+
+def build_model(settings: ModelSettings, vocab_size: int, row_tokens: int, seed: int) -> LCLModel:
+    """An fp32 model on the CPU; the same seed gives the same weights whatever the rank or ZeRO stage.
+
+    It is built plainly and partitioned by ``deepspeed.initialize`` afterwards: initialisation under ``zero.Init``
+    acts on empty tensors and is silently lost.
+
+    Raises:
+        UserError: the settings do not fit together; names the key.
+    """
+    try:
+        decoder = build_decoder_config(settings.decoder.model_type, settings.decoder.hf_keys, vocab_size, row_tokens)
+        vision = build_vision_config(settings.vision.model_type, settings.vision.hf_keys)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return LCLModel(
+                vision,
+                decoder,
+                settings.pooling.num_attention_heads,
+                settings.logit_scale_init,
+                settings.vision.activation_checkpointing,
+                settings.decoder.activation_checkpointing,
+            )
+    except ValueError as error:
+        raise UserError(f"model: {error}") from error

@@ -1,0 +1,50 @@
+"""What reads the decoder's states: the language-model loss, the context feature, the temperature."""
+
+import math
+
+import torch
+from lcl_kernels import linear_cross_entropy
+from torch import Tensor, nn
+
+
+class LMHead(nn.Module):
+    """Norm and vocabulary projection, fused with the loss so that logits never exist as a whole.
+
+    The module owns the weight and runs the loss in its forward, so ZeRO-3's hooks gather the weight for it.
+    """
+
+    def __init__(self, norm: nn.Module, hidden_size: int, vocab_size: int, std: float = 0.02):
+        super().__init__()
+        self.norm = norm
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        nn.init.normal_(self.weight, std=std)
+
+    def forward(self, hidden_states: Tensor, labels: Tensor, normalizer: Tensor | float) -> Tensor:
+        """[T, H], [T] -> sum of next-token losses / ``normalizer``, fp32 scalar; 0 and connected for T = 0."""
+        return linear_cross_entropy(self.norm(hidden_states), self.weight, labels, normalizer=normalizer)
+
+
+class ContextHead(nn.Module):
+    """What the preceding context expects of an image: a norm of its own and a projection, read at ``<soi>``."""
+
+    def __init__(self, norm: nn.Module, hidden_size: int, embed_dim: int):
+        super().__init__()
+        self.norm = norm
+        self.proj = nn.Linear(hidden_size, embed_dim, bias=False)
+        nn.init.normal_(self.proj.weight, std=hidden_size**-0.5)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[P, H] -> [P, embed_dim]."""
+        return self.proj(self.norm(hidden_states))
+
+
+class LogitScale(nn.Module):
+    """The learned temperature multiplier, kept as its logarithm; shape [1] because DeepSpeed refuses 0-d weights."""
+
+    def __init__(self, init: float):
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor([math.log(init)]))
+
+    def forward(self) -> Tensor:
+        """fp32 [1], the multiplier."""
+        return self.log_scale.float().exp()

@@ -1,0 +1,73 @@
+"""The network of Latent Compression Learning (paper, section 3): vision tower, pooling, causal decoder, heads."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lcl_ds.batch import Batch
+from lcl_ds.models.decoder import build_decoder
+from lcl_ds.models.heads import ContextHead, LMHead, LogitScale
+from lcl_ds.models.pooling import AttentivePooling
+from lcl_ds.models.vision import VisionEncoder, normalize_images
+
+
+class LCLModel(nn.Module):
+    """Images and text in one causal sequence.
+
+    Args:
+        vision_config, decoder_config: transformers configurations.
+        pooling_heads: heads of the pooling query.
+        logit_scale_init: first temperature multiplier.
+        checkpoint_vision, checkpoint_decoder: recompute that tower's blocks in the backward pass.
+    """
+
+    def __init__(
+        self,
+        vision_config: Any,
+        decoder_config: Any,
+        pooling_heads: int,
+        logit_scale_init: float = 1 / 0.07,
+        checkpoint_vision: bool = False,
+        checkpoint_decoder: bool = False,
+    ):
+        super().__init__()
+        width = decoder_config.hidden_size
+        self.vision = VisionEncoder(vision_config)
+        self.pooling = AttentivePooling(vision_config.hidden_size, width, pooling_heads)
+        self.decoder, norm = build_decoder(decoder_config)
+        self.lm_head = LMHead(norm, width, decoder_config.vocab_size)
+        self.context_head = ContextHead(copy.deepcopy(norm), width, width)
+        self.logit_scale = LogitScale(logit_scale_init)
+        for tower, recompute in ((self.vision.model, checkpoint_vision), (self.decoder, checkpoint_decoder)):
+            if recompute:
+                tower.activation_checkpointing_enable()
+
+    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 or normalised [M, 3, H, W] -> pooled [M, H], tokens for the decoder [M, N, H]."""
+        dtype = self.vision.model.dtype
+        return self.pooling(self.vision(normalize_images(images, dtype)))
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Decoder states before any final norm, rows laid end to end [R*L, H], and pooled features [M, H]."""
+        pooled, tokens = self.encode_images(batch.images)
+        embeddings = self.decoder.get_input_embeddings()(batch.input_ids)
+        # One image's worth of slots beyond the rows: a rank without images writes its constant image there, so that
+        # every rank runs the same modules and the constant image's features reach nothing.
+        flat = F.pad(embeddings.flatten(0, 1), (0, 0, 0, tokens.shape[1]))
+        slots = batch.image_positions[:, None] + torch.arange(tokens.shape[1], device=flat.device)
+        flat = flat.index_copy(0, slots.flatten(), tokens.flatten(0, 1).to(flat.dtype))
+        hidden_states = self.decoder(
+            inputs_embeds=flat[: batch.input_ids.numel()].view_as(embeddings),
+            position_ids=batch.position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        return hidden_states.flatten(0, 1), pooled
+
+    def pair_features(self, hidden_states: Tensor, pooled: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """L2-normalised fp32 image and context features [P, H] of the pairs that count."""
+        image = pooled.index_select(0, batch.pair_images)
+        context = self.context_head(hidden_states.index_select(0, batch.pair_positions))
+        return F.normalize(image.float(), dim=-1), F.normalize(context.float(), dim=-1)

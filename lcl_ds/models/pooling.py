@@ -1,0 +1,41 @@
+"""Attentive pooling whose value path is also the projection into the decoder (upstream ``attentive.py``)."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class AttentivePooling(nn.Module):
+    """One learned query attends to an image's patch tokens.
+
+    The pooled vector and the tokens that the decoder receives share norm, value and output projection, so the pooled
+    vector is a per-head weighted mean of exactly what the decoder sees. No residual, no MLP.
+
+    Args:
+        input_dim: width of the vision tower.
+        output_dim: width of the decoder.
+        num_heads: heads; must divide ``input_dim`` and ``output_dim`` is free.
+        eps: epsilon of the three norms.
+    """
+
+    def __init__(self, input_dim: int, output_dim: int, num_heads: int, eps: float = 1e-5):
+        super().__init__()
+        if input_dim % num_heads:
+            raise ValueError(f"pooling: {num_heads} heads do not divide the encoder's width {input_dim}")
+        self.num_heads = num_heads
+        self.query = nn.Parameter(torch.randn(1, 1, input_dim))
+        self.norm_q = nn.LayerNorm(input_dim, eps=eps)
+        self.norm_k = nn.LayerNorm(input_dim, eps=eps)
+        self.norm_v = nn.LayerNorm(input_dim, eps=eps)
+        self.q = nn.Linear(input_dim, input_dim)
+        self.k = nn.Linear(input_dim, input_dim)
+        self.v = nn.Linear(input_dim, input_dim)
+        self.proj = nn.Linear(input_dim, output_dim, bias=False)
+
+    def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """[M, N, input_dim] -> pooled [M, output_dim], tokens [M, N, output_dim]."""
+        query = self.q(self.norm_q(self.query)).expand(patches.shape[0], -1, -1)
+        key, value = self.k(self.norm_k(patches)), self.v(self.norm_v(patches))
+        heads = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value)]
+        attended = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return self.proj(attended).squeeze(1), self.proj(value)

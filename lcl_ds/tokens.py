@@ -1,0 +1,198 @@
+"""Control tokens and the grammar of an interleaved sequence.
+
+A document becomes ``<sot> text <soi> <img>*N <eoi> text ... <eot>`` (paper, section 3; upstream ``interleaved.py``),
+where N is the number of image tokens. The five control ids stand behind the tokenizer's own vocabulary, so no text can
+ever produce one: a literal ``<start_of_image>`` in web text is encoded as ordinary characters.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+CONTROL_TOKENS = ("<start_of_text>", "<end_of_text>", "<image>", "<start_of_image>", "<end_of_image>")
+IMAGE_OVERHEAD = 2
+"""Tokens around an image's own: ``<soi>`` and ``<eoi>``."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Ids of text (``0 .. text_size - 1``) and of the control tokens that follow them."""
+
+    text_size: int
+
+    @property
+    def sot(self) -> int:
+        return self.text_size
+
+    @property
+    def eot(self) -> int:
+        return self.text_size + 1
+
+    @property
+    def image(self) -> int:
+        return self.text_size + 2
+
+    @property
+    def soi(self) -> int:
+        return self.text_size + 3
+
+    @property
+    def eoi(self) -> int:
+        return self.text_size + 4
+
+    @property
+    def size(self) -> int:
+        return self.text_size + len(CONTROL_TOKENS)
+
+
+class TextTokenizer:
+    """Any Hugging Face fast tokenizer, used for plain text only.
+
+    Special tokens of the tokenizer itself (``<|endoftext|>`` and the like) are not recognised in text either.
+
+    Args:
+        name_or_path: a folder with ``tokenizer.json`` or a name that transformers resolves.
+
+    Raises:
+        ValueError: the tokenizer cannot be loaded or has no fast implementation.
+    """
+
+    def __init__(self, name_or_path: str | Path):
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no tokenizer at {name_or_path}: {str(error).splitlines()[0]}") from error
+        if not tokenizer.is_fast:
+            raise ValueError(f"tokenizer {name_or_path} has no fast implementation; convert it to tokenizer.json first")
+        self._backend = tokenizer.backend_tokenizer
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self.vocabulary = Vocabulary(text_size=len(tokenizer))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of ``text`` without any special token."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``; control tokens are written by name."""
+        names = dict(enumerate(CONTROL_TOKENS, start=self.vocabulary.text_size))
+        parts: list[str] = []
+        text: list[int] = []
+        for token in ids:
+            if token in names:
+                parts += [self._backend.decode(text)] if text else []
+                parts.append(names[token])
+                text = []
+            else:
+                text.append(int(token))
+        return " ".join(parts + ([self._backend.decode(text)] if text else []))
+
+
+@dataclass(frozen=True)
+class ImageSlot:
+    """The place of one image in a token sequence."""
+
+    image: int
+    """Which of the document's images it is."""
+    position: int
+    """Index of its first image token; ``<soi>`` stands one before."""
+    has_context: bool
+    """Whether text of the same sequence precedes it, so that it counts in the contrastive loss."""
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One document, or one piece of a document too long for a row."""
+
+    input_ids: np.ndarray
+    """int64 [T]."""
+    slots: tuple[ImageSlot, ...]
+
+
+def encode_sequence(
+    segments: Sequence[str | int],
+    encode: Callable[[str], list[int]],
+    vocabulary: Vocabulary,
+    image_tokens: int,
+    max_tokens: int,
+    max_images: int,
+) -> list[TokenSequence]:
+    """Token sequences of one document.
+
+    Args:
+        segments: text (str) and images (int: the image's number in its document) in reading order.
+        encode: text to ids, without special tokens.
+        image_tokens: N, patch tokens of one image.
+        max_tokens, max_images: budgets of a row. A longer document is cut into several sequences, never inside an
+            image, so that nothing is dropped; each piece starts with ``<sot>`` and has only its own text as context.
+
+    Returns:
+        At least one sequence, each of at most ``max_tokens`` tokens.
+
+    Raises:
+        ValueError: a row cannot hold even one image.
+    """
+    block = image_tokens + IMAGE_OVERHEAD
+    if block + 2 > max_tokens:
+        raise ValueError(f"a row of {max_tokens} tokens cannot hold one image of {image_tokens} tokens plus 4")
+    pieces: list[TokenSequence] = []
+    ids: list[int] = [vocabulary.sot]
+    slots: list[ImageSlot] = []
+    has_text = False
+
+    def close() -> None:
+        nonlocal ids, slots, has_text
+        if len(ids) > 1:
+            pieces.append(TokenSequence(np.array([*ids, vocabulary.eot], dtype=np.int64), tuple(slots)))
+        ids, slots, has_text = [vocabulary.sot], [], False
+
+    for segment in _join_neighbouring_text(segments):
+        if isinstance(segment, int):
+            if len(ids) + block + 1 > max_tokens or len(slots) == max_images:
+                close()
+            slots.append(ImageSlot(segment, len(ids) + 1, has_text))
+            ids += [vocabulary.soi, *[vocabulary.image] * image_tokens, vocabulary.eoi]
+            continue
+        text = encode(segment)
+        while text:
+            room = max_tokens - 1 - len(ids)
+            if room == 0:
+                close()
+                continue
+            ids += text[:room]
+            text = text[room:]
+            has_text = True
+    close()
+    return pieces
+
+
+def _join_neighbouring_text(segments: Sequence[str | int]) -> list[str | int]:
+    joined: list[str | int] = []
+    for segment in segments:
+        if isinstance(segment, str):
+            if not segment.strip():
+                continue
+            if joined and isinstance(joined[-1], str):
+                joined[-1] = f"{joined[-1]} {segment}"
+                continue
+        joined.append(segment)
+    return joined
+
+
+def labels_of(input_ids: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+    """Positions whose next token carries generation loss, and those next tokens.
+
+    Next tokens that are ``<image>`` or ``<eoi>`` do not count; ``<soi>`` and ``<eot>`` do (upstream ``lcl_model.py``:
+    the decoder learns when an image begins; the ``<eoi>`` position predicts the text after the image).
+
+    Returns:
+        positions int64 [T'], labels int64 [T'].
+    """
+    following = input_ids[1:]
+    counts = (following != vocabulary.image) & (following != vocabulary.eoi)
+    positions = np.nonzero(counts)[0]
+    return positions, following[positions]

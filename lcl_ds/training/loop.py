@@ -1,0 +1,184 @@
+"""The training loop."""
+
+import json
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcl_ds.batch import Batch
+from lcl_ds.config import Config
+from lcl_ds.data.loader import BatchLoader
+from lcl_ds.objectives.lcl import LossCounts
+from lcl_ds.training.checkpoint import Progress, save_checkpoint
+from lcl_ds.training.distributed import Place, all_reduce_sum, gather_objects
+from lcl_ds.training.monitor import Monitor
+from lcl_ds.training.schedule import learning_rate
+from lcl_ds.training.signals import StopRequest
+from lcl_ds.training.throughput import flops_per_token, peak_flops
+
+logger = logging.getLogger(__name__)
+
+LOSSES = ("loss", "contrastive_loss", "generation_loss")
+COUNTS = ("images", "documents", "tokens", "text_tokens", "skipped_samples")
+
+
+@dataclass
+class Trainer:
+    """One rank's training state."""
+
+    engine: Any
+    loader: BatchLoader
+    config: Config
+    place: Place
+    run_dir: Path
+    vocab_size: int
+    progress: Progress
+
+    def train(self) -> int | None:
+        """Run to the last step.
+
+        Returns:
+            None at the end; the signal's number if one asked to stop, after a checkpoint was saved.
+
+        Raises:
+            FloatingPointError: ``train.max_skipped_steps`` steps in a row had no finite gradient.
+        """
+        monitor = Monitor(
+            self.run_dir, self.config.train.steps, self.progress.step, self.config.log.every, self.place.is_first
+        )
+        self._flops = flops_per_token(self.engine.module.model)
+        self._peak = peak_flops(self.place.device)
+        try:
+            with StopRequest() as stop:
+                return self._run(monitor, stop)
+        finally:
+            monitor.close()
+
+    def _run(self, monitor: Monitor, stop: StopRequest) -> int | None:
+        last_saved = self.progress.step
+        while self.progress.step < self.config.train.steps:
+            metrics, received = self._step(stop.received or 0)
+            monitor.step(metrics)
+            at_end = self.progress.step == self.config.train.steps
+            if at_end or received or self.progress.step - last_saved >= self.config.checkpoint.every:
+                path = self.save()
+                last_saved = self.progress.step
+                if received and self.place.is_first:
+                    logger.info("signal %d: saved %s; run the same command again to continue", received, path)
+            if received and not at_end:
+                return received
+        return None
+
+    def save(self) -> Path:
+        """A checkpoint of this moment; collective."""
+        return save_checkpoint(
+            self.engine, self.run_dir, self.config, self.progress, self.loader.state(), self.vocab_size
+        )
+
+    def _step(self, stop_signal: int) -> tuple[dict[str, Any], int]:
+        """One optimizer step; returns its metrics and the signal that this or, as SIGTERM, another rank received."""
+        started = time.perf_counter()
+        batches = [next(self.loader) for _ in range(self.config.train.accumulation_steps)]
+        data_s = time.perf_counter() - started
+        lr = learning_rate(self.progress.applied_steps, self.config.train)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        batches = [batch.to(self.place.device) for batch in batches]
+        sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=self.place.device)
+        for batch, counts in zip(batches, self._loss_counts(batches), strict=True):
+            outputs = self.engine(batch, counts)
+            # DeepSpeed averages gradients over ranks; the losses are shares of a sum over ranks.
+            self.engine.backward(outputs["loss"] * self.place.world_size, scale_wrt_gas=False)
+            sums += torch.stack([outputs[name].detach() for name in LOSSES])
+            self.engine.step()
+        applied = self.engine.was_step_applied()
+        self._advance(applied, batches)
+        mine = sums.new_tensor([*self._counts(batches), float(stop_signal > 0)])
+        totals = all_reduce_sum(torch.cat([sums, mine])).tolist()
+        step_s = time.perf_counter() - started
+        metrics = self._metrics(totals, float(outputs["logit_scale"]), lr, applied, step_s, data_s)
+        return metrics, (stop_signal or signal.SIGTERM) if totals[-1] else 0
+
+    def _loss_counts(self, batches: list[Batch]) -> Iterator[LossCounts]:
+        """What each micro-step's losses are divided by, without waiting for the device."""
+        pairs = [len(batch.pair_images) for batch in batches]
+        labels = sum(len(batch.labels) for batch in batches)
+        local = torch.tensor([labels, *pairs], dtype=torch.float64).to(self.place.device, non_blocking=True)
+        if self.config.objective.normalization == "reference":
+            # As published: every rank's own mean, averaged over ranks and micro-steps.
+            parts = float(self.place.world_size * len(batches))
+            for batch in batches:
+                divisor = torch.tensor(float(max(1, len(batch.labels))) * parts, device=self.place.device)
+                yield LossCounts(divisor, torch.tensor(1.0 / parts, device=self.place.device))
+            return
+        total = all_reduce_sum(local)
+        all_pairs = total[1:].sum().clamp(min=1)
+        for i in range(len(batches)):
+            yield LossCounts(total[0].clamp(min=1).float(), (total[1 + i] / all_pairs).float())
+
+    def _advance(self, applied: bool, batches: list[Batch]) -> None:
+        self.progress.step += 1
+        if applied:
+            self.progress.applied_steps += 1
+            self.progress.skipped_in_a_row = 0
+            return
+        self.progress.skipped_in_a_row += 1
+        keys = [key for rank in gather_objects([k for batch in batches for k in batch.keys]) for key in rank]
+        if self.place.is_first:
+            logger.warning("step %d: gradients are not finite, skipped on all ranks", self.progress.step)
+            with (self.run_dir / "skipped_steps.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.progress.step, "documents": keys}) + "\n")
+        if self.progress.skipped_in_a_row >= self.config.train.max_skipped_steps:
+            raise FloatingPointError(
+                f"{self.progress.skipped_in_a_row} steps in a row had no finite gradient; the documents of each are "
+                f"in {self.run_dir / 'skipped_steps.jsonl'}; lower train.learning_rate or start from a checkpoint"
+            )
+
+    def _counts(self, batches: list[Batch]) -> list[float]:
+        """This rank's part of ``COUNTS``."""
+        rows = [(b.image_count, b.document_count, b.token_count, len(b.labels), b.skipped_samples) for b in batches]
+        return [float(sum(column)) for column in zip(*rows, strict=True)]
+
+    def _metrics(
+        self, totals: list[float], logit_scale: float, lr: float, applied: bool, step_s: float, data_s: float
+    ) -> dict[str, Any]:
+        losses = dict(zip(LOSSES, totals, strict=False))
+        counts = {name: int(n) for name, n in zip(COUNTS, totals[len(LOSSES) :], strict=False)}
+        skipped = counts.pop("skipped_samples")
+        slots = self.config.train.global_batch_rows * self.config.data.row_tokens
+        metrics = {
+            "step": self.progress.step,
+            **losses,
+            "logit_scale": logit_scale,
+            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            "lr": lr,
+            **counts,
+            "padding_fraction": 1 - counts["tokens"] / slots,
+            "images_per_s": counts["images"] / step_s,
+            "tokens_per_s": counts["tokens"] / step_s,
+            "step_s": step_s,
+            "data_s": data_s,
+            "skipped_samples": skipped,
+            "applied": applied,
+        }
+        if self.place.device.type == "cuda":
+            metrics |= self._gpu_metrics(counts, step_s)
+        return metrics
+
+    def _gpu_metrics(self, counts: dict[str, int], step_s: float) -> dict[str, float]:
+        patches = counts["images"] * self.loader.settings.image_tokens
+        flops = (
+            self._flops["vision"] * patches
+            + self._flops["decoder"] * counts["tokens"]
+            + self._flops["head"] * counts["text_tokens"]
+        )
+        memory = {"memory_gb": torch.cuda.max_memory_allocated(self.place.device) / 2**30}
+        if self._peak is None:
+            return memory
+        return {"mfu": flops / step_s / self.place.world_size / self._peak, **memory}

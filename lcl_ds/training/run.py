@@ -1,0 +1,199 @@
+"""One run from settings to report: what ``launch/train.py`` does after its arguments are read."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from torch import distributed as dist
+
+from lcl_ds.config import Config
+from lcl_ds.data.loader import BatchLoader
+from lcl_ds.data.open_data import OpenData, lane_settings, open_data
+from lcl_ds.errors import UserError
+from lcl_ds.evaluation.closing import closing_table, evaluate_model
+from lcl_ds.models.build import build_model, image_size, tokens_per_image
+from lcl_ds.report import write_report
+from lcl_ds.training.checkpoint import (
+    Progress,
+    check_resumable,
+    load_config_of,
+    load_engine,
+    load_model,
+    newest_checkpoint,
+    read_state,
+    resolve_checkpoint,
+)
+from lcl_ds.training.distributed import Place, init_distributed
+from lcl_ds.training.engine import build_objective, complete_ds_config, rows_per_micro_step, start_engine
+from lcl_ds.training.loop import Trainer
+from lcl_ds.training.monitor import write_run_files
+
+logger = logging.getLogger(__name__)
+
+FIXED_IN_A_RUN = ("model", "data", "precision", "objective")
+"""Settings that a resumed run may not change ..."""
+FREE_IN_A_RUN = ("data.workers", "data.demo", "data.max_image_pixels")
+"""... but for these."""
+
+
+def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
+    """Train, evaluate and report; resumes where the run folder has a checkpoint.
+
+    Args:
+        ds_config: from :func:`lcl_ds.training.engine.load_ds_config`.
+
+    Returns:
+        Exit code: 0 when finished, 128 + signal when a signal stopped the run after a checkpoint.
+
+    Raises:
+        UserError: settings and input that do not fit together, found before a model is built.
+    """
+    data = open_data(config.data)
+    check_vocabulary(config, data)
+    place = init_distributed()
+    full_ds_config = complete_ds_config(ds_config, config, place.world_size)
+    checkpoint = newest_checkpoint(run_dir, place)
+    if checkpoint is not None:
+        check_same_run(checkpoint, config)
+    trainer = prepare(config, full_ds_config, run_dir, place, data, checkpoint)
+    if trainer.progress.step >= config.train.steps:
+        logger.info("%s is finished: %d of %d steps done", run_dir, trainer.progress.step, config.train.steps)
+        return 0
+    if place.is_first:
+        write_run_files(run_dir, config, full_ds_config, place.world_size)
+    received = trainer.train()
+    del trainer
+    dist.destroy_process_group()
+    if received is not None:
+        return 128 + received
+    if place.is_first:
+        finish(config, run_dir, place.device)
+    return 0
+
+
+def prepare(
+    config: Config,
+    ds_config: dict[str, Any],
+    run_dir: Path,
+    place: Place,
+    data: OpenData,
+    checkpoint: Path | None = None,
+) -> Trainer:
+    """Loader, model and engine of this rank, at the start or where ``checkpoint`` stands."""
+    state = read_state(checkpoint) if checkpoint else None
+    loader = BatchLoader(
+        data.sources,
+        lane_settings(config, tokens_per_image(config.model), image_size(config.model)),
+        data.tokenizer,
+        rows_per_micro_step(config, place.world_size),
+        config.objective.context_rule,
+        place.rank,
+        place.world_size,
+        config.data.workers,
+        state["loader"] if state else None,
+        pin_memory=place.device.type == "cuda",
+    )
+    if checkpoint and state:
+        stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+        check_resumable(checkpoint, state, place.world_size, stage)
+    vocab_size = data.tokenizer.vocabulary.size
+    model = build_model(config.model, vocab_size, config.data.row_tokens, config.seed("init"))
+    # A model with dropout draws from torch's generator: apart on every rank, the same in every run.
+    torch.manual_seed(config.train.seed + place.rank)
+    engine = start_engine(build_objective(model, config), config, ds_config, place)
+    progress = Progress(**state["progress"]) if state else Progress()
+    if checkpoint:
+        load_engine(engine, checkpoint)
+        if place.is_first:
+            logger.info("continuing %s at step %d", checkpoint, progress.step)
+    return Trainer(engine, loader, config, place, run_dir, vocab_size, progress)
+
+
+def check_vocabulary(config: Config, data: OpenData) -> None:
+    """Raises: UserError when the decoder's vocabulary is set and is not the tokenizer's plus the control tokens."""
+    wanted = config.model.decoder.hf_keys.get("vocab_size")
+    size = data.tokenizer.vocabulary.size
+    if wanted is not None and wanted != size:
+        raise UserError(
+            f"model.decoder.vocab_size: {wanted} does not match data.tokenizer {config.data.tokenizer} with "
+            f"{data.tokenizer.vocabulary.text_size} tokens plus {size - data.tokenizer.vocabulary.text_size} control "
+            f"tokens = {size}; leave the key out to follow the tokenizer"
+        )
+
+
+def check_same_run(checkpoint: Path, config: Config) -> None:
+    """Refuse to continue a run with another model or other data; log other changes.
+
+    Raises:
+        UserError: names every setting that differs.
+    """
+    saved, now = _flatten(load_config_of(checkpoint)), _flatten(config)
+    changed = [key for key in sorted({*saved, *now}) if saved.get(key) != now.get(key)]
+    fixed = [key for key in changed if key.split(".")[0] in FIXED_IN_A_RUN and key not in FREE_IN_A_RUN]
+    fixed += [key for key in changed if key.endswith("seed") and key not in fixed]
+    if fixed:
+        raise UserError(
+            [
+                f"{key}: the run was started with {saved.get(key)!r}, now it is {now.get(key)!r}; "
+                f"undo the change or choose another --run_dir ({checkpoint.parent.parent} keeps the old run)"
+                for key in fixed
+            ]
+        )
+    for key in changed:
+        logger.warning("setting changed since the checkpoint: %s %r -> %r", key, saved.get(key), now.get(key))
+
+
+def _flatten(config: Config) -> dict[str, Any]:
+    def walk(value: Any, prefix: str) -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for key, sub in value.items() for k, v in walk(sub, f"{prefix}.{key}").items()}
+        return {prefix[1:]: value}
+
+    return walk(config.model_dump(mode="json"), "")
+
+
+def finish(config: Config, run_dir: Path, device: torch.device) -> None:
+    """Closing evaluation, where held-out documents are named, and the report; needs no process group."""
+    if config.evaluation.shards is not None:
+        (run_dir / "plots").mkdir(exist_ok=True)
+        model = load_model(resolve_checkpoint(run_dir)).to(device)
+        results = evaluate_model(model, config, run_dir / "plots" / "retrieval.png")
+        (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
+        Console().print(closing_table(results))
+    logger.info("report: %s", write_report([run_dir]))
+
+
+def dry_run(config: Config, ds_config: dict[str, Any]) -> str:
+    """Check everything that can be checked without training, for one rank: data, model, engine settings.
+
+    Returns:
+        YAML with sample counts, parameters by part and one batch.
+    """
+    data = open_data(config.data)
+    check_vocabulary(config, data)
+    settings = lane_settings(config, tokens_per_image(config.model), image_size(config.model))
+    complete = complete_ds_config(ds_config, config, 1)
+    rows = rows_per_micro_step(config, 1)
+    model = build_model(config.model, data.tokenizer.vocabulary.size, config.data.row_tokens, config.seed("init"))
+    batch = next(BatchLoader(data.sources, settings, data.tokenizer, rows, config.objective.context_rule))
+    return yaml.safe_dump(
+        {
+            "samples": {source.name: len(source) for source in data.sources},
+            "vocabulary": data.tokenizer.vocabulary.size,
+            "parameters": {n: sum(w.numel() for w in part.parameters()) for n, part in model.named_children()},
+            "first_micro_batch_of_one_rank": {
+                "rows": rows,
+                "tokens": batch.token_count,
+                "images": batch.image_count,
+                "pairs": len(batch.pair_images),
+                "labels": len(batch.labels),
+                "padding_fraction": 1 - batch.token_count / batch.input_ids.numel(),
+            },
+            "ds_config": complete,
+        },
+        sort_keys=False,
+    )

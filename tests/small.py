@@ -1,0 +1,107 @@
+"""A model and batches small enough for any test."""
+
+import numpy as np
+import torch
+
+from lcl_ds.batch import Batch
+from lcl_ds.config import RECIPES, Config, load_config
+from lcl_ds.data.packing import PackedSequence, Row, collate
+from lcl_ds.models.build import build_model
+from lcl_ds.models.lcl import LCLModel
+from lcl_ds.tokens import Vocabulary, encode_sequence
+
+VOCABULARY = Vocabulary(text_size=60)
+IMAGE_SIZE, IMAGE_TOKENS, ROW_TOKENS = 16, 4, 48
+
+DECODERS = {
+    "llama": "{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, "
+    "num_attention_heads: 2, num_key_value_heads: 2}",
+    "gpt2": "{model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 2}",
+    "qwen3": "{model_type: qwen3, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, "
+    "num_attention_heads: 2, num_key_value_heads: 2, head_dim: 16}",
+}
+
+
+def small_config(*overrides: str, decoder: str = "llama") -> Config:
+    """The demo recipe with towers of two layers and width 32."""
+    return load_config(
+        RECIPES / "demo.yaml",
+        [
+            "data.demo=null",
+            f"data.row_tokens={ROW_TOKENS}",
+            "model.vision={model_type: clip_vision_model, hidden_size: 32, intermediate_size: 64, "
+            f"num_hidden_layers: 2, num_attention_heads: 2, image_size: {IMAGE_SIZE}, patch_size: 8}}",
+            "model.pooling.num_attention_heads=2",
+            f"model.decoder={DECODERS[decoder]}",
+            "train.warmup_steps=2",
+            *overrides,
+        ],
+    )
+
+
+def small_model(config: Config | None = None) -> LCLModel:
+    return build_model((config or small_config()).model, VOCABULARY.size, ROW_TOKENS, seed=0)
+
+
+def sequence(segments: list[str | int], seed: int = 0) -> PackedSequence:
+    """A document whose words become one token per letter and whose images are noise."""
+    rng = np.random.default_rng(seed)
+    (tokens,) = encode_sequence(
+        segments, lambda t: [ord(c) % 60 for c in t], VOCABULARY, IMAGE_TOKENS, ROW_TOKENS, 9
+    )
+    shape = (len(tokens.slots), 3, IMAGE_SIZE, IMAGE_SIZE)
+    return PackedSequence(f"test/{seed}", tokens, rng.integers(0, 256, shape, dtype=np.uint8))
+
+
+def batch_of(*rows: list[PackedSequence]) -> Batch:
+    return collate([Row(tuple(row)) for row in rows], ROW_TOKENS, IMAGE_SIZE, VOCABULARY, "text_before")
+
+
+def batch_with_images(seed: int = 0) -> Batch:
+    """Two rows, four documents, five images of which four have context."""
+    return batch_of(
+        [sequence(["abc", 0, "de"], seed), sequence([0, "fgh", 1, "i"], seed + 1)],
+        [sequence(["jkl", 0], seed + 2), sequence(["mn", 0, "op"], seed + 3)],
+    )
+
+
+def batch_without_images(seed: int = 0) -> Batch:
+    """Two rows of text only."""
+    return batch_of([sequence(["abcdefgh"], seed)], [sequence(["ijklmnopqrs"], seed + 1)])
+
+
+def merged(*batches: Batch) -> Batch:
+    """Batches of several ranks as the one batch that a single process would see."""
+    rows = sum(len(b.input_ids) for b in batches)
+    kept, row_offset, image_offset = [], 0, 0
+    for b in batches:
+        tokens = row_offset * ROW_TOKENS
+        kept.append(
+            (
+                b.images[: b.image_count],
+                b.image_positions[: b.image_count] + tokens,
+                b.pair_images + image_offset,
+                b.pair_positions + tokens,
+                b.label_positions + tokens,
+            )
+        )
+        row_offset += len(b.input_ids)
+        image_offset += b.image_count
+    images, positions, pairs, pair_positions, labels_at = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    if image_offset == 0:
+        images, positions = batches[0].images, torch.tensor([rows * ROW_TOKENS])
+    return Batch(
+        input_ids=torch.cat([b.input_ids for b in batches]),
+        position_ids=torch.cat([b.position_ids for b in batches]),
+        images=images,
+        image_positions=positions,
+        pair_images=pairs,
+        pair_positions=pair_positions,
+        label_positions=labels_at,
+        labels=torch.cat([b.labels for b in batches]),
+        image_count=image_offset,
+        document_count=sum(b.document_count for b in batches),
+        token_count=sum(b.token_count for b in batches),
+        skipped_samples=0,
+        keys=tuple(key for b in batches for key in b.keys),
+    )

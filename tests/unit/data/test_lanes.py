@@ -1,0 +1,168 @@
+"""The stream of rows: deterministic, resumable anywhere, the same for any ranks and workers."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lcl_ds.data.lanes import Lane, LaneSettings, without_images
+from lcl_ds.data.loader import BatchLoader, merge_states
+from lcl_ds.data.shards import Source, expand_paths, index_shard
+from lcl_ds.errors import UserError
+from lcl_ds.tokens import TextTokenizer, Vocabulary, encode_sequence
+from tests.unit.data.test_shards import write_tar
+
+SETTINGS = LaneSettings(
+    lanes=4, data_seed=1, augmentation_seed=2, row_tokens=256, row_images=12, image_tokens=16, image_size=32
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_folder):
+    return TextTokenizer(demo_folder / "tokenizer")
+
+
+@pytest.fixture
+def sources(demo_folder):
+    def source(name, weight):
+        shards = [index_shard(path) for path in expand_paths(f"{demo_folder}/train-{name}-*.tar")]
+        return Source(name, shards, weight)
+
+    return [source("documents", 2.0), source("pairs", 1.0)]
+
+
+def rows_of(lane, count):
+    return [lane.next_row() for _ in range(count)]
+
+
+def same(a, b):
+    return all(
+        x.key == y.key and np.array_equal(x.tokens.input_ids, y.tokens.input_ids) and np.array_equal(x.pixels, y.pixels)
+        for x, y in zip(a.sequences, b.sequences, strict=True)
+    )
+
+
+def test_a_lane_continues_exactly_from_any_row(sources, tokenizer):
+    lane = Lane(sources, SETTINGS, 0, tokenizer)
+    states, rows = [], []
+    for _ in range(40):
+        states.append(json.loads(json.dumps(lane.state())))
+        rows.append(lane.next_row())
+    for at in (0, 1, 7, 23, 39):
+        resumed = Lane(sources, SETTINGS, 0, tokenizer, states[at])
+        for row in rows[at:]:
+            assert same(resumed.next_row(), row)
+    assert len(json.dumps(states[-1])) < 1000
+
+
+def test_padding_is_at_most_two_percent(sources, tokenizer):
+    rows = [row for n in range(4) for row in rows_of(Lane(sources, SETTINGS, n, tokenizer), 30)]
+    used = sum(len(s.tokens.input_ids) for row in rows for s in row.sequences)
+    assert used / (len(rows) * SETTINGS.row_tokens) >= 0.98
+
+
+def test_an_epoch_of_all_lanes_holds_every_document_once(sources, tokenizer):
+    documents = sources[:1]
+    settings = replace(SETTINGS, lanes=2)
+    lanes = [Lane(documents, settings, n, tokenizer) for n in range(2)]
+    numbers = [lane._next_sample(0) for lane in lanes for _ in range(80)]
+    assert sorted(numbers) == list(range(160))
+
+
+def test_sources_are_drawn_by_weight(sources, tokenizer):
+    rows = rows_of(Lane(sources, SETTINGS, 0, tokenizer), 60)
+    names = [s.key.split("/")[0] for row in rows for s in row.sequences]
+    assert 0.55 < names.count("documents") / len(names) < 0.78
+
+
+def test_pairs_come_image_first_about_half_the_time(sources, tokenizer):
+    rows = rows_of(Lane(sources[1:], SETTINGS, 0, tokenizer), 30)
+    first = [s.tokens.slots[0].has_context for row in rows for s in row.sequences]
+    assert 0.4 < np.mean(first) < 0.6
+
+
+@pytest.mark.parametrize("seed", ["data_seed", "augmentation_seed"])
+def test_each_seed_changes_its_own_part(sources, tokenizer, seed):
+    before = rows_of(Lane(sources, SETTINGS, 0, tokenizer), 8)
+    after = rows_of(Lane(sources, replace(SETTINGS, **{seed: 99}), 0, tokenizer), 8)
+    keys = [[[s.key for s in row.sequences] for row in rows] for rows in (before, after)]
+    assert (sorted(map(str, keys[0])) == sorted(map(str, keys[1]))) == (seed == "augmentation_seed")
+    assert not all(len(a.sequences) == len(b.sequences) and same(a, b) for a, b in zip(before, after, strict=True))
+
+
+def batches_of(sources, tokenizer, world_size, workers, count, rows=8, state=None):
+    """The first global micro-batches as sets of rows, whatever the split."""
+    loaders = [
+        BatchLoader(sources, SETTINGS, tokenizer, rows // world_size, "text_before", rank, world_size, workers, state)
+        for rank in range(world_size)
+    ]
+    steps = []
+    for _ in range(count):
+        parts = [next(loader) for loader in loaders]
+        steps.append({tuple(row.tolist()) for part in parts for row in part.input_ids})
+    return steps, json.loads(json.dumps(merge_states([loader.state() for loader in loaders])))
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 0), (2, 2), (4, 1)])
+def test_the_global_stream_is_the_same_for_any_ranks_and_workers(sources, tokenizer, world_size, workers):
+    expected, _ = batches_of(sources, tokenizer, 1, 0, 6)
+    assert batches_of(sources, tokenizer, world_size, workers, 6)[0] == expected
+
+
+@pytest.mark.parametrize(("before", "after"), [((1, 0), (2, 1)), ((2, 2), (1, 0))])
+def test_a_position_continues_on_other_ranks_and_workers(sources, tokenizer, before, after):
+    expected, _ = batches_of(sources, tokenizer, 1, 0, 6)
+    head, state = batches_of(sources, tokenizer, *before, 2)
+    tail, _ = batches_of(sources, tokenizer, *after, 4, state=state)
+    assert head + tail == expected
+
+
+def test_other_data_than_the_position_was_saved_for_is_refused(sources, tokenizer):
+    _, state = batches_of(sources, tokenizer, 1, 0, 1)
+    with pytest.raises(UserError, match="train-pairs-000000.tar of the checkpoint is missing"):
+        BatchLoader(sources[:1], SETTINGS, tokenizer, 8, state=state)
+    state["fingerprint"]["documents/train-documents-000000.tar"] = "other"
+    with pytest.raises(UserError, match="train-documents-000000.tar changed"):
+        BatchLoader(sources, SETTINGS, tokenizer, 8, state=state)
+
+
+def test_lanes_must_divide(sources, tokenizer):
+    with pytest.raises(UserError, match=r"data.lanes: 4 is not a multiple of ranks x data.workers \(3 x 1\)"):
+        BatchLoader(sources, SETTINGS, tokenizer, 8, rank=0, world_size=3)
+
+
+def test_a_lost_image_takes_its_tokens_along_and_leaves_the_text():
+    vocabulary = Vocabulary(10)
+    (tokens,) = encode_sequence(["a", 0, "b", 1, "c"], lambda t: [ord(t) - 96], vocabulary, 3, 64, 9)
+    left = without_images(tokens, [0], 3)
+    assert left.input_ids.tolist() == [10, 1, 2, 13, 12, 12, 12, 14, 3, 11]
+    assert [(slot.image, slot.position) for slot in left.slots] == [(1, 4)]
+
+
+def test_damaged_samples_are_left_out_counted_and_named(tmp_path, tokenizer, caplog):
+    good = json.dumps({"texts": ["a red star", None], "images": [None, "000.jpg"]}).encode()
+    members = []
+    for i in range(60):
+        bad = {7: b"\xff", 8: b"[1]", 9: b"{"}.get(i)
+        members += [(f"{i:03d}.json", bad or good), (f"{i:03d}.000.jpg", b"no image")]
+    source = Source("mine", [index_shard(write_tar(tmp_path / "x.tar", members))])
+    row = Lane([source], replace(SETTINGS, lanes=1, pack_window=60), 0, tokenizer).next_row()
+    assert all(len(s.pixels) == 0 and not s.tokens.slots for s in row.sequences)
+    assert row.skipped_samples == 3 + len(row.sequences)
+    assert f"{source.shards[0].path}: 00" in caplog.text
+    assert "text that is not UTF-8" in caplog.text
+
+
+def test_a_stream_of_nothing_but_damage_stops(tmp_path, tokenizer):
+    source = Source("mine", [index_shard(write_tar(tmp_path / "x.tar", [("a.json", b"{"), ("b.json", b"{")]))])
+    with pytest.raises(RuntimeError, match="unusable"):
+        Lane([source], SETTINGS, 0, tokenizer).next_row()
+
+
+def test_batches_can_move_to_pinned_memory_and_devices(sources, tokenizer):
+    batch = next(BatchLoader(sources, SETTINGS, tokenizer, 4))
+    moved = batch.to(torch.device("meta"))
+    assert moved.images.device.type == "meta"
+    assert moved.keys == batch.keys

@@ -1,0 +1,141 @@
+"""The network: what may see what, and what stays the same."""
+
+import pytest
+import torch
+
+from lcl_ds.models.decoder import build_decoder_config
+from lcl_ds.models.lcl import LCLModel
+from lcl_ds.models.pooling import AttentivePooling
+from lcl_ds.models.vision import IMAGE_MEAN, IMAGE_STD, normalize_images
+from lcl_ds.objectives.lcl import LCLObjective, LossCounts
+from tests.small import (
+    DECODERS,
+    IMAGE_TOKENS,
+    ROW_TOKENS,
+    batch_of,
+    batch_with_images,
+    batch_without_images,
+    sequence,
+    small_config,
+    small_model,
+)
+
+
+def counts_of(batch):
+    return LossCounts(torch.tensor(float(len(batch.labels))), torch.tensor(1.0))
+
+
+def states(model, batch):
+    with torch.no_grad():
+        return model(batch)[0].view(*batch.input_ids.shape, -1)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_packed_documents_never_see_each_other(family):
+    model = small_model(small_config(decoder=family)).eval()
+    second = sequence(["xyz", 0, "w"], seed=9)
+    first, other = sequence(["abc", 0, "de"], seed=1), sequence(["qrs", 0, "tu"], seed=2)
+    length = len(first.tokens.input_ids)
+    ours, theirs = (states(model, batch_of([document, second]))[0] for document in (first, other))
+    assert not torch.equal(ours[:length], theirs[:length])
+    assert torch.equal(ours[length:], theirs[length:])
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_packed_document_equals_the_same_document_alone(family):
+    model = small_model(small_config(decoder=family)).eval()
+    first, second = sequence(["abc", 0, "de"], seed=1), sequence(["xyz", 0, "w"], seed=9)
+    length, end = len(first.tokens.input_ids), len(second.tokens.input_ids)
+    packed = states(model, batch_of([first, second]))[0, length : length + end]
+    alone = states(model, batch_of([second]))[0, :end]
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_family_that_leaks_is_refused():
+    with pytest.raises(ValueError, match="packed documents would see each other"):
+        build_decoder_config("opt", {}, 100, 64)
+
+
+def test_dropout_is_off_unless_asked_for():
+    assert build_decoder_config("gpt2", {}, 100, 64).attn_pdrop == 0
+    assert build_decoder_config("gpt2", {"attn_pdrop": 0.1}, 100, 64).attn_pdrop == 0.1
+
+
+def test_an_image_changes_what_follows_it_and_nothing_before():
+    model = small_model().eval()
+    document = sequence(["abc", 0, "de"])
+    start = document.tokens.slots[0].position
+    ours = states(model, batch_of([document]))[0]
+    changed = batch_of([document])
+    changed.images.add_(17)
+    theirs = states(model, changed)[0]
+    assert torch.equal(ours[:start], theirs[:start])
+    assert not torch.equal(ours[start + IMAGE_TOKENS], theirs[start + IMAGE_TOKENS])
+
+
+def test_the_constant_image_of_a_batch_without_images_reaches_nothing():
+    objective = LCLObjective(small_model(), 0.1, 1.0)
+    batch = batch_without_images()
+    losses = objective(batch, counts_of(batch))
+    losses["loss"].backward()
+    assert losses["contrastive_loss"] == 0
+    for name, weight in objective.named_parameters():
+        assert weight.grad is not None, name
+        if name.startswith(("model.vision", "model.pooling", "model.context_head", "model.logit_scale")):
+            assert not weight.grad.any(), name
+    again = objective(batch, counts_of(batch))["loss"]
+    batch.images.fill_(3)
+    assert torch.equal(objective(batch, counts_of(batch))["loss"], again)
+
+
+def test_the_pooled_vector_is_a_weighted_mean_of_what_the_decoder_receives():
+    pooling = AttentivePooling(32, 24, 1).eval()
+    pooled, tokens = pooling(torch.randn(5, 7, 32))
+    weights = torch.linalg.lstsq(tokens.transpose(1, 2), pooled[..., None]).solution.squeeze(-1)
+    torch.testing.assert_close(weights.sum(1), torch.ones(5), rtol=1e-3, atol=1e-3)
+    assert (weights > 0).all()
+
+
+def test_uint8_images_are_normalised_and_floating_ones_taken_as_they_are():
+    white = normalize_images(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8), torch.float32)
+    expected = [(1 - mean) / std for mean, std in zip(IMAGE_MEAN, IMAGE_STD, strict=True)]
+    torch.testing.assert_close(white[0, :, 0, 0], torch.tensor(expected))
+    ready = torch.randn(1, 3, 2, 2)
+    assert torch.equal(normalize_images(ready, torch.float32), ready)
+
+
+def test_losses_start_near_chance():
+    objective = LCLObjective(small_model(), 0.1, 1.0)
+    batch = batch_with_images()
+    losses = objective(batch, counts_of(batch))
+    assert abs(losses["generation_loss"].item() - torch.tensor(65.0).log().item()) < 0.3
+    assert 0 < losses["contrastive_loss"].item() < 10
+    expected = losses["generation_loss"] + 0.1 * losses["contrastive_loss"]
+    assert losses["loss"].item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("part", ["vision", "decoder"])
+def test_activation_checkpointing_changes_no_bit(part):
+    batch = batch_with_images()
+    gradients = []
+    for enabled in ("false", "true"):
+        config = small_config(f"model.{part}.activation_checkpointing={enabled}")
+        objective = LCLObjective(small_model(config), 0.1, 1.0).train()
+        objective(batch, counts_of(batch))["loss"].backward()
+        gradients.append([weight.grad for weight in objective.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_the_same_seed_gives_the_same_weights_whatever_was_drawn_before():
+    first = small_model().state_dict()
+    torch.rand(10)
+    second = small_model().state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_heads_read_the_states_before_any_final_norm():
+    model = small_model()
+    assert isinstance(model, LCLModel)
+    assert isinstance(model.decoder.norm, torch.nn.Identity)
+    assert model.lm_head.norm is not model.context_head.norm
+    assert ROW_TOKENS == batch_with_images().input_ids.shape[1]

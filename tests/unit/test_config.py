@@ -1,0 +1,77 @@
+"""Settings: validated at once, every problem named with file and key."""
+
+import pytest
+import yaml
+
+from lcl_ds.config import RECIPES, Config, load_config, recipe_path
+from lcl_ds.errors import UserError
+
+DEMO = RECIPES / "demo.yaml"
+
+
+def problems(tmp_path, change, overrides=()):
+    tree = yaml.safe_load(DEMO.read_text())
+    change(tree)
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError) as error:
+        load_config(path, list(overrides))
+    return path, error.value.problems
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid(path):
+    assert load_config(path).name == path.stem
+
+
+def test_settings_survive_a_round_trip_through_yaml():
+    config = load_config(DEMO)
+    assert Config.model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
+
+
+def test_all_problems_are_reported_together_with_file_key_and_hint(tmp_path):
+    def spoil(tree):
+        tree["train"]["stepz"] = tree["train"].pop("steps")
+        tree["model"]["vision"]["hiden_size"] = 1
+        tree["checkpoint"]["every"] = -1
+
+    path, found = problems(tmp_path, spoil)
+    assert sorted(found) == sorted(
+        [
+            f"{path}: train.steps: missing",
+            f"{path}: train.stepz: unknown setting (did you mean 'steps'?)",
+            f"{path}: model.vision: 'hiden_size' (did you mean 'hidden_size'?): no such key in the clip_vision_model "
+            "configuration",
+            f"{path}: checkpoint.every: input should be greater than 0, got -1",
+        ]
+    )
+
+
+def test_overrides_are_yaml_values_and_named_as_such_when_wrong(tmp_path):
+    config = load_config(DEMO, ["train.steps=3", "data.crop_scale=[0.5, 1]", "evaluation.shards=null"])
+    assert (config.train.steps, config.data.crop_scale, config.evaluation.shards) == (3, (0.5, 1.0), None)
+    with pytest.raises(UserError, match="command line: train.step: unknown setting"):
+        load_config(DEMO, ["train.step=3"])
+    with pytest.raises(UserError, match="written key.sub=value"):
+        load_config(DEMO, ["train.steps"])
+
+
+def test_plain_paths_become_sources():
+    assert load_config(DEMO, ["data.shards=a.tar"]).data.shards[0].paths == "a.tar"
+    assert [s.paths for s in load_config(DEMO, ["data.shards=[a.tar, b.tar]"]).data.shards] == ["a.tar", "b.tar"]
+
+
+def test_purposes_have_their_own_seeds_if_set():
+    config = load_config(DEMO, ["train.seed=5", "train.data_seed=6"])
+    assert [config.seed(p) for p in ("init", "data", "augmentation")] == [5, 6, 5]
+
+
+def test_an_unknown_recipe_names_the_shipped_ones():
+    with pytest.raises(UserError, match="recipe nothing: there is no such file; shipped recipes: .*demo"):
+        recipe_path("nothing")
+
+
+def test_a_file_that_is_not_yaml_is_named(tmp_path):
+    (tmp_path / "x.yaml").write_text("a: [")
+    with pytest.raises(UserError, match="x.yaml: cannot be read as YAML"):
+        load_config(tmp_path / "x.yaml")
