@@ -39,7 +39,7 @@ class DataSettings(Settings):
     max_image_pixels: int = Field(89_000_000, gt=0, description="Larger images are skipped before decoding.")
     workers: int = Field(0, ge=0, description="Loader processes per rank; 0 decodes in the training process.")
     lanes: int = Field(64, gt=0, description="Independent streams; a multiple of ranks x workers. Fixed for a run.")
-    pack_window: int = Field(32, ge=1, description="Documents a lane looks at when it packs rows.")
+    pack_window: int = Field(128, ge=1, description="Documents a lane looks at when it packs rows.")
     block_samples: int = Field(16, ge=1, description="Neighbouring samples shuffled as one block.")
     shuffle_blocks: int = Field(4, ge=1, description="Blocks a lane mixes with each other.")
 

@@ -46,9 +46,7 @@ def small_model(config: Config | None = None) -> LCLModel:
 def sequence(segments: list[str | int], seed: int = 0) -> PackedSequence:
     """A document whose words become one token per letter and whose images are noise."""
     rng = np.random.default_rng(seed)
-    (tokens,) = encode_sequence(
-        segments, lambda t: [ord(c) % 60 for c in t], VOCABULARY, IMAGE_TOKENS, ROW_TOKENS, 9
-    )
+    (tokens,) = encode_sequence(segments, lambda t: [ord(c) % 60 for c in t], VOCABULARY, IMAGE_TOKENS, ROW_TOKENS, 9)
     shape = (len(tokens.slots), 3, IMAGE_SIZE, IMAGE_SIZE)
     return PackedSequence(f"test/{seed}", tokens, rng.integers(0, 256, shape, dtype=np.uint8))
 

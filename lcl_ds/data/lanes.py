@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 SOURCE, EPOCH, WINDOW, ROWS, ORDER, CROP = range(6)
 """Purposes of keyed draws."""
 
-CARRIED_SHARE = 8
+CARRIED_SHARE = 4
 """One row in this many, the emptiest, is dissolved into the next window."""
 
 LaneState = dict[str, Any]
@@ -48,7 +48,7 @@ class LaneSettings:
     row_images: int
     image_tokens: int
     image_size: int
-    pack_window: int = 32
+    pack_window: int = 128
     shuffle_blocks: int = 4
     image_first_probability: float = 0.5
     crop_scale: tuple[float, float] = (0.9, 1.0)
@@ -153,8 +153,11 @@ class Lane:
             self.settings.row_tokens,
             self.settings.row_images,
         )
-        kept = packed[: len(packed) - len(packed) // CARRIED_SHARE]
-        self._carried = [pieces[i] for row in packed[len(kept) :] for i in row]
+        # A piece is carried over once: one of an awkward length must not wait for ever.
+        fresh = [row for row in packed if all(i >= len(self._carried) for i in row)]
+        dissolved = fresh[-max(1, len(packed) // CARRIED_SHARE) :] if len(packed) > 1 else []
+        kept = [row for row in packed if row not in dissolved]
+        self._carried = [pieces[i] for row in dissolved for i in row]
         order = keyed_rng(self.settings.data_seed, ROWS, self.number, self._draws).permutation(len(kept))
         self._rows = [[pieces[i] for i in kept[row]] for row in order]
         self._emitted = 0

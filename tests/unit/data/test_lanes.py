@@ -65,7 +65,7 @@ def test_padding_is_at_most_two_percent(sources, tokenizer):
 
 def test_an_epoch_of_all_lanes_holds_every_document_once(sources, tokenizer):
     documents = sources[:1]
-    settings = replace(SETTINGS, lanes=2)
+    settings = replace(SETTINGS, lanes=2, shuffle_blocks=1)
     lanes = [Lane(documents, settings, n, tokenizer) for n in range(2)]
     numbers = [lane._next_sample(0) for lane in lanes for _ in range(80)]
     assert sorted(numbers) == list(range(160))

@@ -1,0 +1,284 @@
+"""The embedded corpus: procedural scenes told as interleaved documents and as image-text pairs.
+
+It is made once, deterministically, and stored as ordinary shards that are read like anybody's data. A document tells,
+sentence by sentence, what the next picture holds and what the last one held. Position, size and clutter vary, so raw
+pixels say little about a shape, and the text before a picture predicts it only through its content: what the
+contrastive loss needs. ``python -m lcl_ds.data.demo OUT`` makes it by hand.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from lcl_ds.data.demo_scenes import COLOURS, COUNTS, SHAPES, Item, Rng, Scene, pick, render_scene, sample_scene
+
+VERSION = 1
+"""Of the content; another version is another corpus and is built anew."""
+SPLITS = {"train-documents": 0, "train-pairs": 1, "heldout-documents": 2}
+VOCABULARY = 448
+JPEG_QUALITY = 92
+
+BEFORE = (
+    "next comes {scene} .",
+    "now look at {scene} .",
+    "here is {scene} .",
+    "the next picture shows {scene} .",
+    "then i found {scene} .",
+)
+AFTER = (
+    "it was {scene} .",
+    "above you see {scene} .",
+    "that was {scene} .",
+)
+DETAILS = (
+    "the {shape} is {texture} .",
+    "its fill is {texture} .",
+)
+COUNTED = ("there were {count} things in it .", "i counted {count} .")
+FILLER = (
+    "it rained all day .",
+    "we had tea at four .",
+    "the train was late again .",
+    "nobody was at home .",
+    "my brother wrote a letter .",
+    "the sea was calm .",
+    "a dog barked twice .",
+    "the shop had closed early .",
+)
+NUMBERS = {1: "one", 2: "two", 3: "three"}
+
+
+def _rng(seed: int, split: str, index: int) -> Rng:
+    """A generator of one sample alone, so that content depends on neither order nor count."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, SPLITS[split], index))))
+
+
+def _small(rng: Rng, items: tuple[Item, ...]) -> str:
+    words = [f"a small {item.colour} {item.shape}" for item in items]
+    return f" {pick(rng, ('next to', 'with', 'near'))} {' and '.join(words)}" if words else ""
+
+
+def describe(scene: Scene, rng: Rng) -> str:
+    """A phrase about a scene: always the large object's shape and colour, mostly the small ones too."""
+    small = _small(rng, scene.small) if rng.random() < 0.75 else ""
+    return f"a large {scene.large.colour} {scene.large.shape}{small}"
+
+
+def _told_after(scene: Scene, rng: Rng, was_described: bool) -> Iterator[str]:
+    """Sentences after a picture: what it was if nobody said so before, and facts that only the picture tells."""
+    if not was_described:
+        yield pick(rng, AFTER).format(scene=describe(scene, rng))
+    if rng.random() < 0.6:
+        yield pick(rng, DETAILS).format(shape=scene.large.shape, texture=scene.large.texture)
+    if rng.random() < 0.3:
+        yield pick(rng, COUNTED).format(count=NUMBERS[len(scene.items)])
+
+
+def make_document(seed: int, split: str, index: int) -> tuple[list[str | None], list[Scene | None]]:
+    """Parallel lists of sentences and scenes, one of each pair being None, in reading order."""
+    rng = _rng(seed, split, index)
+    texts: list[str | None] = []
+    scenes: list[Scene | None] = []
+
+    def say(sentence: str) -> None:
+        texts.append(sentence)
+        scenes.append(None)
+
+    for _ in range(int(rng.integers(2, 5))):
+        scene = sample_scene(rng)
+        described = rng.random() < 0.9
+        if rng.random() < 0.25:
+            say(pick(rng, FILLER))
+        if described:
+            say(pick(rng, BEFORE).format(scene=describe(scene, rng)))
+        texts.append(None)
+        scenes.append(scene)
+        for sentence in _told_after(scene, rng, described):
+            say(sentence)
+    return texts, scenes
+
+
+def make_pair(seed: int, index: int) -> tuple[str, Scene]:
+    """A caption and its scene."""
+    rng = _rng(seed, "train-pairs", index)
+    scene = sample_scene(rng)
+    sentences = [f"{describe(scene, rng)} .", *_told_after(scene, rng, was_described=True)]
+    return " ".join(sentences), scene
+
+
+def build_demo(
+    out_dir: Path,
+    *,
+    seed: int = 0,
+    documents: int = 3000,
+    pairs: int = 3000,
+    heldout_documents: int = 600,
+    image_size: int = 32,
+    shard_size: int = 500,
+) -> None:
+    """Write shards, tokenizer and manifest; the same arguments give the same bytes.
+
+    Args:
+        out_dir: a folder that does not exist yet.
+        documents, pairs, heldout_documents: samples of each kind.
+        image_size: side of the pictures in pixels.
+        shard_size: samples per tar.
+    """
+    out_dir.mkdir(parents=True)
+    counts = {"train-documents": documents, "train-pairs": pairs, "heldout-documents": heldout_documents}
+    shards = {}
+    for split, count in counts.items():
+        for start in range(0, count, shard_size):
+            path = out_dir / f"{split}-{start // shard_size:06d}.tar"
+            indices = range(start, min(start + shard_size, count))
+            _write_shard(path, (_sample(seed, split, index, image_size) for index in indices))
+            shards[path.name] = {
+                "samples": len(indices),
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            }
+    _train_tokenizer(_training_text(seed, documents, pairs), out_dir / "tokenizer")
+    parameters = _parameters(seed, documents, pairs, heldout_documents, image_size, shard_size)
+    labels = {"shape": list(SHAPES), "colour": list(COLOURS), "count": list(COUNTS)}
+    manifest = {**parameters, "labels": labels, "shards": shards}
+    (out_dir / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def ensure_demo(out_dir: Path) -> Path:
+    """The default corpus at ``out_dir``, built if it is missing or of another version.
+
+    Any number of processes may ask at once: one builds, the others wait.
+    """
+    wanted = _parameters(0, 3000, 3000, 600, 32, 500)
+    if _is_current(out_dir, wanted):
+        return out_dir
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with (out_dir.parent / f".{out_dir.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _is_current(out_dir, wanted):
+            partial = out_dir.parent / f".{out_dir.name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            build_demo(partial)
+            if out_dir.exists():
+                shutil.rmtree(out_dir)
+            partial.rename(out_dir)
+    return out_dir
+
+
+def _parameters(
+    seed: int, documents: int, pairs: int, heldout_documents: int, image_size: int, shard_size: int
+) -> dict[str, int]:
+    return {
+        "version": VERSION,
+        "seed": seed,
+        "documents": documents,
+        "pairs": pairs,
+        "heldout_documents": heldout_documents,
+        "image_size": image_size,
+        "shard_size": shard_size,
+    }
+
+
+def _is_current(out_dir: Path, wanted: dict[str, int]) -> bool:
+    try:
+        manifest = json.loads((out_dir / "manifest.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    return all(manifest.get(key) == value for key, value in wanted.items())
+
+
+def _sample(seed: int, split: str, index: int, image_size: int) -> dict[str, bytes]:
+    """Members of one sample, by file name."""
+    if split == "train-pairs":
+        return _pair_sample(seed, index, image_size)
+    key = f"{split}-{index:06d}"
+    texts, scenes = make_document(seed, split, index)
+    members: dict[str, bytes] = {}
+    names: list[str | None] = []
+    for scene in scenes:
+        names.append(None if scene is None else f"{len(members):03d}.jpg")
+        if scene is not None:
+            members[f"{key}.{names[-1]}"] = _jpeg(scene, image_size)
+    labels = [None if scene is None else scene.labels() for scene in scenes]
+    record = {"texts": texts, "images": names, "labels": labels}
+    return {f"{key}.json": json.dumps(record).encode(), **members}
+
+
+def _pair_sample(seed: int, index: int, image_size: int) -> dict[str, bytes]:
+    """A sample as img2dataset writes it."""
+    key = f"{index:09d}"
+    caption, scene = make_pair(seed, index)
+    picture = _jpeg(scene, image_size)
+    record: dict[str, Any] = {
+        "url": f"demo://{key}",
+        "caption": caption,
+        "key": key,
+        "status": "success",
+        "error_message": None,
+        "width": image_size,
+        "height": image_size,
+        "original_width": image_size,
+        "original_height": image_size,
+        "exif": "{}",
+        "sha256": hashlib.sha256(picture).hexdigest(),
+    }
+    return {f"{key}.jpg": picture, f"{key}.json": json.dumps(record).encode(), f"{key}.txt": caption.encode()}
+
+
+def _jpeg(scene: Scene, image_size: int) -> bytes:
+    buffer = io.BytesIO()
+    # Full chroma: at this size colour would not survive the usual halving.
+    Image.fromarray(render_scene(scene, image_size)).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()
+
+
+def _write_shard(path: Path, samples: Iterable[dict[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for sample in samples:
+            for name, data in sample.items():
+                info = tarfile.TarInfo(name)  # its defaults: time 0, user and group 0 without names
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def _training_text(seed: int, documents: int, pairs: int) -> Iterator[str]:
+    for index in range(min(documents, 1000)):
+        yield " ".join(text for text in make_document(seed, "train-documents", index)[0] if text)
+    for index in range(min(pairs, 1000)):
+        yield make_pair(seed, index)[0]
+
+
+def _train_tokenizer(texts: Iterable[str], folder: Path) -> None:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lcl_ds.data.demo", description="Make the embedded demo corpus.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    build_demo(arguments.out, seed=arguments.seed)
+    print(arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,90 @@
+"""Start real ranks as processes of their own and collect what they return."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+
+
+class Ranks:
+    """Processes that run one command each, with the environment of a launcher."""
+
+    def __init__(self, world_size: int, command: list[str], log: Path):
+        port = free_port()
+        self.logs = [log.with_name(f"{log.name}.rank{rank}") for rank in range(world_size)]
+        self.processes = [
+            subprocess.Popen(
+                command,
+                env=rank_environment(rank, world_size, port),
+                cwd=ROOT,
+                stdout=file.open("w"),
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            for rank, file in enumerate(self.logs)
+        ]
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        """Exit codes; kills what has not ended in time."""
+        deadline = time.monotonic() + timeout
+        try:
+            return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.processes]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"ranks did not end within {timeout} s:\n{self.output()}") from None
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL to every rank that still runs and to its children."""
+        for process in self.processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def output(self) -> str:
+        return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in self.logs)
+
+
+def on_ranks(world_size: int, function: str, folder: Path, timeout: float = 120) -> list[Any]:
+    """What ``tests.distributed.workers.<function>(folder)`` returns on each rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = Ranks(
+        world_size, [sys.executable, "-m", "tests.distributed.workers", function, str(folder)], folder / "log"
+    )
+    codes = ranks.wait(timeout)
+    assert codes == [0] * world_size, ranks.output()
+    return [torch.load(folder / f"{function}.{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def train_command(recipe: Path, run_dir: Path, *overrides: str, ds_config: str = "zero3") -> list[str]:
+    """``launch/train.py`` on a recipe file."""
+    arguments = ["--ds_config", f"ds_configs/{ds_config}.json", "--recipe", str(recipe), "--run_dir", str(run_dir)]
+    return [sys.executable, "launch/train.py", *arguments, *overrides]

@@ -1,0 +1,165 @@
+"""Whole runs of ``launch/train.py`` as a user starts them."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.distributed.ranks import ROOT, Ranks, free_port, train_command
+from tests.small import small_config
+
+TIMING = ("step_s", "data_s", "images_per_s", "tokens_per_s")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory, demo_folder) -> Path:
+    """A small model on the demo corpus, 30 steps."""
+    config = small_config(
+        "name=small",
+        f"data.shards=[{{name: documents, paths: {demo_folder}/train-documents-*.tar, weight: 2}}, "
+        f"{{name: pairs, paths: {demo_folder}/train-pairs-*.tar}}]",
+        f"data.tokenizer={demo_folder}/tokenizer",
+        "data.row_tokens=192",
+        "data.lanes=8",
+        "model.vision.image_size=32",
+        "train.steps=30",
+        "train.global_batch_rows=8",
+        "train.accumulation_steps=2",
+        "checkpoint.every=5",
+        "evaluation.shards=null",
+    )
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return path
+
+
+def metrics_of(run_dir: Path) -> list[dict]:
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def without_timing(metrics: list[dict]) -> list[dict]:
+    return [{key: value for key, value in step.items() if key not in TIMING} for step in metrics]
+
+
+def run(world_size: int, command: list[str], log: Path) -> str:
+    ranks = Ranks(world_size, command, log)
+    codes = ranks.wait()
+    assert codes == [0] * world_size, ranks.output()
+    return ranks.output()
+
+
+@pytest.fixture(scope="module")
+def whole_run(recipe, tmp_path_factory) -> Path:
+    """The uninterrupted run on two ranks at stage 3."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    output = run(2, train_command(recipe, run_dir), run_dir.parent / "log")
+    assert "world size 2, ZeRO stage 3, fp32 on cpu" in output
+    return run_dir
+
+
+def test_one_and_two_ranks_compute_the_same_losses(whole_run, recipe, tmp_path):
+    run(1, train_command(recipe, tmp_path / "run"), tmp_path / "log")
+    one, two = metrics_of(tmp_path / "run"), metrics_of(whole_run)
+    assert len(one) == len(two) == 30
+    for a, b in zip(one, two, strict=True):
+        for key in ("loss", "contrastive_loss", "generation_loss"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4)
+        assert [a[k] for k in ("images", "documents", "tokens")] == [b[k] for k in ("images", "documents", "tokens")]
+
+
+def test_the_run_folder_holds_what_the_contract_names(whole_run):
+    first = metrics_of(whole_run)[0]
+    assert set(first) == {
+        *("step", "loss", "contrastive_loss", "generation_loss", "logit_scale", "grad_norm", "lr", "images"),
+        *("documents", "tokens", "text_tokens", "padding_fraction", "images_per_s", "tokens_per_s", "step_s"),
+        *("data_s", "skipped_samples", "applied"),
+    }
+    assert first["loss"] == pytest.approx(first["generation_loss"] + 0.1 * first["contrastive_loss"], rel=1e-6)
+    for name in ("config.yaml", "ds_config.json", "environment.json", "report.html", "plots/losses.png"):
+        assert (whole_run / name).is_file(), name
+    folder = whole_run / "checkpoints"
+    assert (folder / "latest").read_text().strip() == "step_00000030"
+    assert sorted(path.name for path in folder.glob("step_*")) == ["step_00000025", "step_00000030"]
+
+
+def test_both_losses_fall(whole_run):
+    metrics = metrics_of(whole_run)
+    for key in ("contrastive_loss", "generation_loss"):
+        first, last = (sum(m[key] for m in part) / 5 for part in (metrics[:5], metrics[-5:]))
+        assert last < first, key
+
+
+def wait_for_step(run_dir: Path, step: int, ranks: Ranks, timeout: float = 90) -> None:
+    deadline = time.monotonic() + timeout
+    path = run_dir / "metrics.jsonl"
+    while not path.exists() or f'{{"step": {step},' not in path.read_text():
+        assert time.monotonic() < deadline, ranks.output()
+        assert all(process.poll() is None for process in ranks.processes), ranks.output()
+        time.sleep(0.02)
+
+
+def test_a_run_killed_at_any_moment_and_then_asked_to_stop_equals_the_uninterrupted_one(whole_run, recipe, tmp_path):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    command = train_command(recipe, run_dir)
+    killed = Ranks(2, command, log)
+    wait_for_step(run_dir, random.randint(6, 12), killed)
+    time.sleep(random.random() * 0.3)
+    killed.kill()
+
+    stopped = Ranks(2, command, log)
+    wait_for_step(run_dir, random.randint(15, 20), stopped)
+    os.kill(stopped.processes[1].pid, signal.SIGTERM)
+    assert stopped.wait() == [128 + signal.SIGTERM] * 2, stopped.output()
+    saved_at = len(metrics_of(run_dir))
+    assert (run_dir / "checkpoints" / "latest").read_text().strip() == f"step_{saved_at:08d}"
+    assert "run the same command again" in stopped.output()
+
+    output = run(2, command, log)
+    assert f"at step {saved_at}" in output
+    assert without_timing(metrics_of(run_dir)) == without_timing(metrics_of(whole_run))
+    assert "is finished: 30 of 30 steps done" in run(2, command, log)
+
+
+def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(whole_run, recipe, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole_run, run_dir)
+    newest = run_dir / "checkpoints" / "step_00000030"
+    file = next((newest / "engine").glob("*optim_states.pt"))
+    file.write_bytes(file.read_bytes()[:-1000])
+    output = run(2, train_command(recipe, run_dir), tmp_path / "log")
+    assert "step_00000030 is incomplete and is not used" in output
+    assert "at step 25" in output
+    assert without_timing(metrics_of(run_dir)) == without_timing(metrics_of(whole_run))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "message"),
+    [
+        (1, [], "was written with world_size 2, this run has 1"),
+        (2, ["model.decoder.num_hidden_layers=1"], "model.decoder.num_hidden_layers: the run was started with 2"),
+    ],
+    ids=["other number of ranks", "other model"],
+)
+def test_what_cannot_be_continued_is_refused(whole_run, recipe, tmp_path, world_size, overrides, message):
+    ranks = Ranks(world_size, train_command(recipe, whole_run, "train.steps=31", *overrides), tmp_path / "log")
+    assert ranks.wait() == [2] * world_size, ranks.output()
+    assert message in ranks.output()
+
+
+def test_the_deepspeed_launcher_starts_two_ranks(recipe, tmp_path):
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
+    command = [*launcher, *train_command(recipe, tmp_path / "run", "train.steps=2", ds_config="zero2")[1:]]
+    environment = {**os.environ, "LOCAL_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "world size 2, ZeRO stage 2" in done.stdout + done.stderr
+    assert len(metrics_of(tmp_path / "run")) == 2

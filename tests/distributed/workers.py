@@ -1,0 +1,124 @@
+"""What the ranks of the distributed tests do: ``python -m tests.distributed.workers FUNCTION FOLDER``."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from lcl_ds.batch import Batch
+from lcl_ds.config import Config
+from lcl_ds.training.checkpoint import Progress
+from lcl_ds.training.distributed import Place, all_reduce_sum, init_distributed
+from lcl_ds.training.engine import build_objective, complete_ds_config, start_engine
+from lcl_ds.training.loop import Trainer
+from tests.small import VOCABULARY, batch_with_images, batch_without_images, small_config, small_model
+
+STAGES = (0, 1, 2, 3)
+
+
+class GivenBatches:
+    """Stands where the loader stands, with batches made by the test."""
+
+    def __init__(self, batches: list[Batch]):
+        self._batches = iter(batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self._batches
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def state(self) -> dict[str, Any]:
+        return {"next_row": 0, "lanes": {}}
+
+
+def trainer_of(config: Config, stage: int, place: Place, batches: list[Batch], run_dir: Path) -> Trainer:
+    # No parameter is small enough to stay whole: partitioning is what is tested.
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    ds_config = complete_ds_config({"zero_optimization": zero}, config, place.world_size)
+    engine = start_engine(build_objective(small_model(config), config), config, ds_config, place)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return Trainer(engine, GivenBatches(batches), config, place, run_dir, VOCABULARY.size, Progress())
+
+
+def batch_of_rank(case: str, rank: int) -> Batch:
+    """Images on both ranks, on the first only, or on none."""
+    has_images = {"both": True, "first": rank == 0, "none": False}[case]
+    return batch_with_images(10 * rank) if has_images else batch_without_images(10 * rank)
+
+
+def gradients(place: Place, folder: Path) -> dict[str, Any]:
+    """Loss and full gradients by (stage, case), through the trainer's own counts and scaling."""
+    config = small_config("train.global_batch_rows=4", "train.learning_rate=1e-30")
+    results = {}
+    for stage in STAGES:
+        trainer = trainer_of(config, stage, place, [], folder)
+        for case in ("both", "first", "none"):
+            batch = batch_of_rank(case, place.rank)
+            (counts,) = trainer._loss_counts([batch])
+            losses = trainer.engine(batch, counts)
+            trainer.engine.backward(losses["loss"] * place.world_size, scale_wrt_gas=False)
+            found = {
+                name: safe_get_full_grad(weight).clone() for name, weight in trainer.engine.module.named_parameters()
+            }
+            trainer.engine.step()
+            results[f"{stage} {case}"] = {"loss": all_reduce_sum(losses["loss"].detach().clone()), "gradients": found}
+    return results
+
+
+def three_steps(place: Place, folder: Path) -> dict[str, Any]:
+    """Largest change of every weight after three steps, by stage and precision."""
+    results = {}
+    for stage, precision in ((0, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")):
+        config = small_config("train.global_batch_rows=4", "train.steps=3", f"precision={precision}")
+        batches = [batch_with_images(100 * step + 10 * place.rank) for step in range(3)]
+        trainer = trainer_of(config, stage, place, batches, folder / f"{stage}{precision}")
+        before = full_weights(trainer)
+        trainer.train()
+        after = full_weights(trainer)
+        results[f"{stage} {precision}"] = {
+            name: float((after[name].float() - before[name].float()).abs().max()) for name in before
+        }
+    return results
+
+
+def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    named = list(trainer.engine.module.named_parameters())
+    with deepspeed.zero.GatheredParameters([weight for _, weight in named]):
+        return {name: weight.detach().clone() for name, weight in named}
+
+
+def non_finite(place: Place, folder: Path) -> dict[str, Any]:
+    """Steps of which the second and the last three are spoiled on rank 1 only."""
+    results = {}
+    for stage, precision in ((0, "fp32"), (1, "fp32"), (3, "fp32"), (3, "bf16")):
+        config = small_config(
+            "train.global_batch_rows=4", "train.steps=9", "train.max_skipped_steps=3", f"precision={precision}"
+        )
+        batches = [batch_with_images(100 * step + 10 * place.rank) for step in range(6)]
+        for step in (1, 3, 4, 5):
+            if place.rank == 1:
+                spoiled = batches[step].images.float() / 255
+                spoiled[0] = float("nan")
+                object.__setattr__(batches[step], "images", spoiled)
+        name = f"{stage}{precision}"
+        trainer = trainer_of(config, stage, place, batches, folder / name)
+        stopped = ""
+        try:
+            trainer.train()
+        except FloatingPointError as error:
+            stopped = str(error)
+        weights = full_weights(trainer)
+        finite = all(bool(torch.isfinite(weight).all()) for weight in weights.values())
+        results[name] = {"stopped": stopped, "finite": finite, "applied_steps": trainer.progress.applied_steps}
+    return results
+
+
+if __name__ == "__main__":
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    here = init_distributed()
+    torch.save(globals()[name](here, folder), folder / f"{name}.{here.rank}.pt")

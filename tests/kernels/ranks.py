@@ -1,0 +1,129 @@
+"""Runs `contrastive_loss` on four gloo ranks, and on the first two of them, and keeps what each rank got."""
+
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from lcl_kernels import contrastive_loss
+from torch import Tensor
+
+from tests.kernels.checks import leaf
+
+WORLD = 4
+TIMEOUT_S = 60
+COUNTS = [(5, 0), (3, 4), (0, 0), (1, 0), (5, 0, 3, 1), (0, 0, 0, 0), (2, 2, 2, 2)]
+
+
+class Case(NamedTuple):
+    counts: tuple[int, ...]
+    normalize: str
+    detach_remote: bool
+    scale: float
+    dtype: torch.dtype = torch.float64
+
+
+CASES = [
+    Case(counts, normalize, detach_remote, scale, dtype)
+    for counts in COUNTS
+    for normalize in ("global", "per_rank")
+    for detach_remote in (False, True)
+    for scale, dtype in (
+        (14.3, torch.float64),
+        (100.0, torch.float64),
+        (14.3, torch.float32),
+        (100.0, torch.float32),
+        (14.3, torch.bfloat16),
+    )
+]
+
+
+def features(case: Case) -> tuple[Tensor, Tensor]:
+    """x and y [M, D] of all ranks, with pairs so faintly alike that no loss vanishes, whatever the scale."""
+    generator = torch.Generator().manual_seed(sum(case.counts))
+    x = torch.randn(sum(case.counts), 16, generator=generator, dtype=torch.float64)
+    y = x + 4 * torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    x, y = (torch.nn.functional.normalize(t, dim=1).to(case.dtype) for t in (x, y))
+    return x, y
+
+
+def own_slice(counts: tuple[int, ...], rank: int) -> slice:
+    start = sum(counts[:rank])
+    return slice(start, start + counts[rank])
+
+
+def run_case(case: Case, rank: int, group: Any) -> list[Tensor]:
+    """Loss and the gradients of x, y and the scale on this rank."""
+    own = own_slice(case.counts, rank)
+    x, y = (leaf(t[own]) for t in features(case))
+    scale = torch.tensor([case.scale], dtype=torch.float32, requires_grad=True)
+    options: dict[str, Any] = {"normalize": case.normalize, "detach_remote": case.detach_remote}
+    loss = contrastive_loss(x, y, scale, group=group, workspace_mb=1e-4, **options)
+    loss.backward()
+    with torch.no_grad():
+        assert torch.equal(loss, contrastive_loss(x, y, scale, group=group, **options, workspace_mb=1e-4))
+    return [loss.detach(), x.grad, y.grad, scale.grad]
+
+
+def some_ranks_want_no_gradient(rank: int) -> list[Tensor]:
+    """The ranks without pairs pass plain empty tensors; the others need their log-sum-exps all the same."""
+    case = Case((5, 0, 3, 0), "global", False, 14.3)
+    x, y = (t[own_slice(case.counts, rank)] for t in features(case))
+    if len(x):
+        x, y = leaf(x), leaf(y)
+    loss = contrastive_loss(x, y, torch.tensor(14.3))
+    if len(x):
+        loss.backward()
+    return [loss.detach(), *(t.grad for t in (x, y) if len(t))]
+
+
+def message_of_mismatch(rank: int, **of_rank_one: Any) -> str:
+    options: dict[str, Any] = {"normalize": "global", "width": 8, **(of_rank_one if rank == 1 else {})}
+    x = torch.ones(2, options.pop("width"))
+    try:
+        contrastive_loss(x, x, torch.tensor(1.0), **options)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def _work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD, timeout=timedelta(seconds=TIMEOUT_S)
+    )
+    pair = dist.new_group([0, 1])
+    results: dict[Any, Any] = {"mismatch": [message_of_mismatch(rank, **o) for o in MISMATCHES]}
+    results["partly"] = some_ranks_want_no_gradient(rank)
+    for case in CASES:
+        group = None if len(case.counts) == WORLD else pair
+        if rank < len(case.counts):
+            results[case] = [run_case(case, rank, group) for _ in range(2)]
+    if rank >= 2:
+        try:
+            contrastive_loss(torch.ones(1, 2), torch.ones(1, 2), torch.tensor(1.0), group=pair)
+        except ValueError as error:
+            results["outsider"] = str(error)
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+MISMATCHES: list[dict[str, Any]] = [{"width": 4}, {"normalize": "per_rank"}, {"detach_remote": True}]
+
+
+def results_of_ranks(folder: Path) -> list[dict[Any, Any]]:
+    """What each of the four ranks computed. Fails, and leaves no process behind, when it takes longer than a minute."""
+    context = mp.spawn(_work, (str(folder),), nprocs=WORLD, join=False)
+    deadline = time.monotonic() + TIMEOUT_S
+    try:
+        while not context.join(timeout=1):
+            if time.monotonic() > deadline:
+                raise TimeoutError("the ranks did not finish in time")
+    finally:
+        for process in context.processes:
+            process.kill()
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]

@@ -1,0 +1,228 @@
+"""`contrastive_loss` in one process."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from lcl_kernels import contrastive_loss, reference_contrastive_loss
+from safetensors.torch import load_file
+
+from tests.kernels.checks import LargestTensor, leaf, relative_error
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+TINY = 1e-6  # megabytes: forces chunks of one row
+BARS = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 4e-3}
+
+
+def pairs(m=23, d=16, *, dtype=torch.float32, noise=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, d, generator=generator, dtype=torch.float64)
+    y = x + noise * torch.randn(m, d, generator=generator, dtype=torch.float64)
+    x, y = (torch.nn.functional.normalize(t, dim=1).to(dtype) for t in (x, y))
+    return x, y
+
+
+def both(x, y, scale, upstream=1.0, **options):
+    """(loss, gradients) of the kernel, and of the reference in float64 on the same values."""
+    results = []
+    for function, dtype in ((contrastive_loss, x.dtype), (reference_contrastive_loss, torch.float64)):
+        leaves = [leaf(x, dtype), leaf(y, dtype), leaf(torch.tensor(scale), max(dtype, torch.float32, key=precision))]
+        loss = function(*leaves, **(options if function is contrastive_loss else {}))
+        (upstream * loss).backward()
+        results.append((loss, [t.grad for t in leaves]))
+    return results
+
+
+def precision(dtype):
+    return -torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", BARS, ids=str)
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 14.3, 100.0])
+@pytest.mark.parametrize("workspace_mb", [128.0, 2e-3, TINY])
+def test_equals_the_reference(dtype, scale, workspace_mb):
+    (loss, gradients), (expected, expected_gradients) = both(*pairs(dtype=dtype), scale, workspace_mb=workspace_mb)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert relative_error(loss, expected) < min(BARS[dtype], 1e-5)
+    for actual, wanted in zip(gradients[:2], expected_gradients[:2], strict=True):
+        assert actual.dtype == dtype
+        assert relative_error(actual, wanted) < BARS[dtype]
+    assert relative_error(gradients[2], expected_gradients[2]) < (1e-10 if dtype == torch.float64 else 2e-5)
+
+
+def test_numerical_gradients():
+    x, y = pairs(6, 4, dtype=torch.float64)
+    scale = torch.tensor([5.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, y, s: contrastive_loss(x, y, s, workspace_mb=TINY), (leaf(x), leaf(y), scale)
+    )
+
+
+@pytest.mark.parametrize("name", ["pairs", "documents"])
+def test_golden_loss_of_the_published_code(name):
+    golden = load_file(GOLDEN / f"{name}.safetensors")
+    arguments = [golden[f"expected.{key}"] for key in ("image_features", "text_features", "logit_scale_exp")]
+    expected = golden["expected.contrastive_loss_weighted"].item()
+    for normalize in ("global", "per_rank"):
+        assert 0.1 * contrastive_loss(*arguments, normalize=normalize).item() == pytest.approx(expected, rel=1e-5)
+    assert 0.1 * reference_contrastive_loss(*arguments).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("normalize", ["global", "per_rank"])
+@pytest.mark.parametrize("detach_remote", [False, True])
+@pytest.mark.parametrize("m", [0, 1])
+def test_without_negatives_the_loss_is_zero_with_zero_gradients(m, normalize, detach_remote):
+    x, y, scale = (leaf(t) for t in (*pairs(m), torch.tensor([100.0])))
+    loss = contrastive_loss(x, y, scale, normalize=normalize, detach_remote=detach_remote)
+    loss.backward()
+    assert loss.item() == 0
+    for tensor in (x, y, scale):
+        assert torch.equal(tensor.grad, torch.zeros_like(tensor))
+
+
+def test_one_process_has_no_use_for_the_rank_options():
+    x, y = pairs()
+    expected = contrastive_loss(x, y, torch.tensor(10.0))
+    for options in ({"normalize": "per_rank"}, {"detach_remote": True}):
+        assert torch.equal(contrastive_loss(x, y, torch.tensor(10.0), **options), expected)
+
+
+def test_swapping_the_sides_swaps_the_gradients():
+    x, y = pairs()
+    (loss, (dx, dy, ds)), _ = both(x, y, 20.0)
+    (swapped, (dy2, dx2, ds2)), _ = both(y, x, 20.0)
+    for a, b in ((loss, swapped), (dx, dx2), (dy, dy2), (ds, ds2)):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_the_order_of_the_pairs_does_not_matter():
+    x, y = pairs()
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
+    (loss, gradients), _ = both(x, y, 20.0)
+    (shuffled, shuffled_gradients), _ = both(x[order], y[order], 20.0)
+    assert relative_error(shuffled, loss) < 1e-5
+    assert relative_error(shuffled_gradients[0], gradients[0][order]) < 1e-5
+    assert relative_error(shuffled_gradients[1], gradients[1][order]) < 1e-5
+
+
+def test_identical_features_cost_log_m():
+    x = torch.ones(37, 4) / 2
+    assert contrastive_loss(x, x, torch.tensor(100.0)).item() == pytest.approx(math.log(37), rel=1e-6)
+
+
+def test_losses_of_learned_pairs_keep_their_digits():
+    """At a scale of 15 orthogonal pairs cost about 1e-5, which lse - logit would give with two digits."""
+    (loss, gradients), (expected, expected_gradients) = both(torch.eye(32), torch.eye(32), 15.0)
+    assert expected.item() < 1e-5
+    assert relative_error(loss, expected) < 1e-5
+    for actual, wanted in zip(gradients, expected_gradients, strict=True):
+        assert relative_error(actual, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("norm", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_features_of_any_norm_and_sign_stay_finite(norm, sign):
+    x, y = pairs(noise=0.1)
+    (loss, gradients), (expected, _) = both(norm * x, sign * y, 100.0)
+    assert torch.allclose(loss.double(), expected, rtol=1e-4, atol=1e-6)
+    assert all(g.isfinite().all() for g in gradients)
+    zeros = torch.zeros(5, 8)
+    assert contrastive_loss(zeros, zeros, torch.tensor(14.3)).item() == pytest.approx(math.log(5), rel=1e-6)
+
+
+@pytest.mark.parametrize("upstream", [3.5, 0.0, -2.0])
+def test_upstream_gradient(upstream):
+    (_, gradients), (_, expected) = both(*pairs(), 14.3, upstream=upstream)
+    for actual, wanted in zip(gradients, expected, strict=True):
+        assert torch.allclose(actual.double(), wanted, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_only_wanted_gradients_are_made(which):
+    arguments = [*pairs(), torch.tensor(14.3)]
+    expected = both(*pairs(), 14.3)[0][1][which]
+    arguments[which] = leaf(arguments[which])
+    contrastive_loss(*arguments).backward()
+    assert torch.equal(arguments[which].grad, expected)
+    assert all(t.grad is None for i, t in enumerate(arguments) if i != which)
+
+
+def test_logit_scale_keeps_its_shape_and_chain():
+    x, y = pairs()
+    log_scale = torch.tensor([2.0], requires_grad=True)
+    contrastive_loss(x, y, log_scale.exp()).backward()
+    expected = torch.tensor([2.0], requires_grad=True)
+    reference_contrastive_loss(x, y, expected.exp()).backward()
+    assert log_scale.grad.shape == (1,)
+    assert relative_error(log_scale.grad, expected.grad) < 1e-5
+
+
+def test_a_kept_graph_can_be_used_again():
+    x, y = pairs()
+    x = leaf(x)
+    loss = contrastive_loss(x, y, torch.tensor(14.3))
+    loss.backward(retain_graph=True)
+    first = x.grad.clone()
+    (2 * loss).backward()
+    assert torch.allclose(x.grad, 3 * first)
+
+
+def test_same_bits_every_time():
+    first = both(*pairs(200, 32), 50.0)[0]
+    for _ in range(3):
+        loss, gradients = both(*pairs(200, 32), 50.0)[0]
+        assert torch.equal(loss, first[0])
+        assert all(torch.equal(a, b) for a, b in zip(gradients, first[1], strict=True))
+
+
+def test_features_may_be_slices():
+    x, y = pairs()
+    wide = torch.cat([y, x, y], 1)
+    expected = contrastive_loss(x, y, torch.tensor(14.3))
+    assert torch.equal(contrastive_loss(wide[:, 16:32], wide[:, 32:], torch.tensor(14.3)), expected)
+
+
+def test_autocast_does_not_reach_the_logits():
+    x, y = pairs()
+    expected = both(x, y, 100.0)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = both(x, y, 100.0)[0]
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(gradients[0], expected[1][0])
+
+
+def test_all_similarities_never_exist():
+    m, megabytes = 512, 0.125
+    x, y, scale = (leaf(t) for t in (*pairs(m, 8), torch.tensor(14.3)))
+    with LargestTensor() as largest:
+        contrastive_loss(x, y, scale, workspace_mb=megabytes).backward()
+    assert largest.elements <= megabytes * 2**20 / 4 < m * m / 4
+
+
+def test_second_derivatives_are_refused():
+    x, y = pairs()
+    x = leaf(x)
+    with pytest.raises(RuntimeError, match="differentiated once only"):
+        torch.autograd.grad(contrastive_loss(x, y, torch.tensor(1.0)), x, create_graph=True)
+
+
+def test_unusable_arguments_are_named():
+    x, y = pairs()
+    scale = torch.tensor(1.0)
+
+    def refused(match, *args, error=ValueError, **options):
+        with pytest.raises(error, match=match):
+            contrastive_loss(*args, **options)
+
+    refused(r"x and y must both be \[m, D\]", x, y[1:], scale)
+    refused(r"x and y must both be \[m, D\]", x[0], y[0], scale)
+    refused("dtypes do not match: x torch.float32, y torch.bfloat16", x, y.bfloat16(), scale)
+    refused("x and y must be one of", x.long(), y.long(), scale)
+    refused("logit_scale must be a floating point tensor of one element", x, y, torch.ones(2))
+    refused("logit_scale must be a floating point tensor of one element", x, y, 14.3)
+    refused("devices do not match", x, y.to("meta"), scale)
+    refused("normalize must be", x, y, scale, normalize="local")
+    refused("workspace_mb must be positive", x, y, scale, workspace_mb=0)
+    refused("backend must be", x, y, scale, backend="cuda")
+    refused("no Triton kernels", x, y, scale, backend="triton", error=RuntimeError)

@@ -1,0 +1,115 @@
+"""A user's mistake ends within seconds with sentences that name file and key, and exit code 2."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from launch.train import main
+from lcl_ds.models import build
+from tests.distributed.ranks import ROOT
+from tests.small import small_config
+
+
+@pytest.fixture
+def start(tmp_path, demo_folder, monkeypatch, capsys):
+    """Run ``launch/train.py`` with changed files; no model may be built."""
+
+    def refuse(*_):
+        raise AssertionError("a model was built before the mistake was found")
+
+    monkeypatch.setattr(build, "LCLModel", refuse)
+
+    def start(*overrides, recipe=None, ds_config=None):
+        shards, tokenizer = f"{demo_folder}/train-documents-*.tar", f"{demo_folder}/tokenizer"
+        tree = small_config(
+            f"data.shards={shards}", f"data.tokenizer={tokenizer}", "data.row_tokens=192", "evaluation.shards=null"
+        ).model_dump(mode="json")
+        (recipe or (lambda tree: None))(tree)
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+        (tmp_path / "ds.json").write_text(json.dumps(ds_config or {"zero_optimization": {"stage": 3}}))
+        files = ["--recipe", str(tmp_path / "recipe.yaml"), "--ds_config", str(tmp_path / "ds.json")]
+        code = main([*files, "--run_dir", str(tmp_path / "run"), *overrides])
+        assert not (tmp_path / "run").exists()
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.err
+
+    return start
+
+
+def test_a_mistyped_recipe_key(start, tmp_path):
+    code, err = start(recipe=lambda tree: tree["train"].update(lerning_rate=1))
+    assert code == 2
+    assert err == (
+        f"error: {tmp_path / 'recipe.yaml'}: train.lerning_rate: unknown setting (did you mean 'learning_rate'?)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("ds_config", "message"),
+    [
+        ({"zero_optimisation": {}}, "zero_optimisation: unknown key (did you mean 'zero_optimization'?)"),
+        ({"zero_optimization": {"stagee": 3}}, "zero_optimization.stagee: unknown key (did you mean 'stage'?)"),
+        ({"zero_optimization": {"stage": 9}}, "zero_optimization.stage: Input should be 0, 1, 2"),
+        ({"bf16": {"enabled": "auto"}}, 'bf16.enabled: "auto" has no meaning here'),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, 'zero_optimization.reduce_bucket_size: "auto" has no'),
+        ({"gradient_clipping": 1.0}, "gradient_clipping: belongs in the recipe, as train.gradient_clipping"),
+    ],
+)
+def test_a_mistake_in_the_ds_config(start, tmp_path, ds_config, message):
+    code, err = start(ds_config=ds_config)
+    assert code == 2
+    assert f"error: {tmp_path / 'ds.json'}: {message}" in err
+
+
+def test_a_missing_data_path(start, tmp_path):
+    code, err = start(f"data.shards={tmp_path}/nothing-*.tar")
+    assert (code, err) == (2, f"error: data.shards: data: data path {tmp_path}/nothing-*.tar: no such file\n")
+
+
+def test_an_unreadable_shard(start, tmp_path):
+    (tmp_path / "bad.tar").write_bytes(b"this is no tar" * 100)
+    code, err = start(f"data.shards={tmp_path}/bad.tar")
+    assert code == 2
+    assert err.startswith(f"error: data.shards: data: shard {tmp_path}/bad.tar: cannot be read: ")
+    assert err.count("\n") == 1
+
+
+def test_a_vocabulary_that_does_not_match(start, demo_folder):
+    code, err = start("model.decoder.vocab_size=50000")
+    assert code == 2
+    assert f"error: model.decoder.vocab_size: 50000 does not match data.tokenizer {demo_folder}/tokenizer with" in err
+
+
+def test_a_tokenizer_that_is_not_there(start, tmp_path):
+    code, err = start(f"data.tokenizer={tmp_path}/none")
+    assert code == 2
+    assert err.startswith(f"error: data.tokenizer: no tokenizer at {tmp_path}/none")
+
+
+def test_missing_files(start, tmp_path, capsys):
+    assert main(["--recipe", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml: there is no such file" in capsys.readouterr().err
+    assert main(["--ds_config", str(tmp_path / "none.json")]) == 2
+    assert f"error: {tmp_path / 'none.json'}: cannot be read as JSON" in capsys.readouterr().err
+
+
+def test_print_config_shows_the_resolved_settings_and_dry_run_one_batch(tmp_path, demo_folder, capsys):
+    assert main(["--print_config", "train.steps=7"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["steps"] == 7
+    data = [f"data.shards={demo_folder}/train-documents-*.tar", f"data.tokenizer={demo_folder}/tokenizer"]
+    assert main(["--dry_run", "data.demo=null", *data]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["samples"] == {"data": 160}
+    assert shown["first_micro_batch_of_one_rank"]["padding_fraction"] < 0.05
+
+
+def test_a_mistake_shows_no_traceback_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, "launch/train.py", f"data.shards={tmp_path}/x.tar", "data.demo=null"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert f"error: data.shards: data: data path {tmp_path}/x.tar: no such file" in done.stderr
+    assert "Traceback" not in done.stderr
