@@ -150,10 +150,12 @@ def _draw(
 ) -> None:
     """One curve per run: raw values faint behind their moving average, or as they are."""
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=10)
+    # An average trails behind its values: by as many steps in every run, or curves could not be compared.
+    window = max((len(rows) for rows in runs.values()), default=0) / 80
     for i, rows in enumerate(runs.values()):
         steps = column(rows, "step")
         raw = column(rows, values) if isinstance(values, str) else values(rows)
-        strong = moving_average(raw, len(raw) / 80) if smooth else raw
+        strong = moving_average(raw, window) if smooth else raw
         if smooth:
             axis.plot(steps, raw, color=_style(i)["color"], alpha=0.22, linewidth=0.8)
         # A single step is no line: show it as a dot.

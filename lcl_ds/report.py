@@ -129,15 +129,16 @@ def write_report(run_dirs: list[Path], out: Path | None = None) -> Path:
         raise UserError(f"--out {page}: is a folder; name the HTML file to write")
     page.parent.mkdir(parents=True, exist_ok=True)
 
+    # Everything that can be wrong with a file is found before anything is drawn.
+    evaluation = _evaluations(folders)
+    differences = "" if single else _setting_differences(folders)
     figures = []
     for name, (draw, caption) in FIGURES.items():
         path = first / "plots" / f"{name}.png" if single else page.parent / "plots" / f"{page.stem}_{name}.png"
         draw(runs, path)
         figures.append(_figure(path, caption))
-    body = [_key_figures(runs), _evaluations(folders), "<h2>Training</h2>", *figures, *_retrieval(folders)]
-    if not single:
-        body.append(_setting_differences(folders))
-    body.append(_files(folders))
+    body = [_key_figures(runs), evaluation, "<h2>Training</h2>", *figures, *_retrieval(folders)]
+    body += [differences, _files(folders)]
     title = next(iter(folders)) if single else "Comparison: " + ", ".join(folders)
     subtitle = "Latent Compression Learning, training run" if single else "Latent Compression Learning, training runs"
     page.write_text(

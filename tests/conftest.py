@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from lcl_ds.data.demo import build_demo
 
 

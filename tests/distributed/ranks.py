@@ -73,6 +73,14 @@ class Ranks:
         return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in self.logs)
 
 
+def run_ranks(world_size: int, command: list[str], log: Path) -> str:
+    """Output of ranks that must all end well."""
+    ranks = Ranks(world_size, command, log)
+    codes = ranks.wait()
+    assert codes == [0] * world_size, ranks.output()
+    return ranks.output()
+
+
 def on_ranks(world_size: int, function: str, folder: Path, timeout: float = 120) -> list[Any]:
     """What ``tests.distributed.workers.<function>(folder)`` returns on each rank."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,34 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.distributed.ranks import ROOT, Ranks, free_port, train_command
-from tests.small import small_config
+from tests.distributed.ranks import ROOT, Ranks, free_port, run_ranks, train_command
 
 TIMING = ("step_s", "data_s", "images_per_s", "tokens_per_s")
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory, demo_folder) -> Path:
-    """A small model on the demo corpus, 30 steps."""
-    config = small_config(
-        "name=small",
-        f"data.shards=[{{name: documents, paths: {demo_folder}/train-documents-*.tar, weight: 2}}, "
-        f"{{name: pairs, paths: {demo_folder}/train-pairs-*.tar}}]",
-        f"data.tokenizer={demo_folder}/tokenizer",
-        "data.row_tokens=192",
-        "data.lanes=8",
-        "model.vision.image_size=32",
-        "train.steps=30",
-        "train.global_batch_rows=8",
-        "train.accumulation_steps=2",
-        "checkpoint.every=5",
-        "evaluation.shards=null",
-    )
-    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    return path
 
 
 def metrics_of(run_dir: Path) -> list[dict]:
@@ -50,24 +26,8 @@ def without_timing(metrics: list[dict]) -> list[dict]:
     return [{key: value for key, value in step.items() if key not in TIMING} for step in metrics]
 
 
-def run(world_size: int, command: list[str], log: Path) -> str:
-    ranks = Ranks(world_size, command, log)
-    codes = ranks.wait()
-    assert codes == [0] * world_size, ranks.output()
-    return ranks.output()
-
-
-@pytest.fixture(scope="module")
-def whole_run(recipe, tmp_path_factory) -> Path:
-    """The uninterrupted run on two ranks at stage 3."""
-    run_dir = tmp_path_factory.mktemp("whole") / "run"
-    output = run(2, train_command(recipe, run_dir), run_dir.parent / "log")
-    assert "world size 2, ZeRO stage 3, fp32 on cpu" in output
-    return run_dir
-
-
 def test_one_and_two_ranks_compute_the_same_losses(whole_run, recipe, tmp_path):
-    run(1, train_command(recipe, tmp_path / "run"), tmp_path / "log")
+    run_ranks(1, train_command(recipe, tmp_path / "run"), tmp_path / "log")
     one, two = metrics_of(tmp_path / "run"), metrics_of(whole_run)
     assert len(one) == len(two) == 30
     for a, b in zip(one, two, strict=True):
@@ -123,10 +83,10 @@ def test_a_run_killed_at_any_moment_and_then_asked_to_stop_equals_the_uninterrup
     assert (run_dir / "checkpoints" / "latest").read_text().strip() == f"step_{saved_at:08d}"
     assert "run the same command again" in stopped.output()
 
-    output = run(2, command, log)
+    output = run_ranks(2, command, log)
     assert f"at step {saved_at}" in output
     assert without_timing(metrics_of(run_dir)) == without_timing(metrics_of(whole_run))
-    assert "is finished: 30 of 30 steps done" in run(2, command, log)
+    assert "is finished: 30 of 30 steps done" in run_ranks(2, command, log)
 
 
 def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(whole_run, recipe, tmp_path):
@@ -135,7 +95,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(whole_run, recipe
     newest = run_dir / "checkpoints" / "step_00000030"
     file = next((newest / "engine").glob("*optim_states.pt"))
     file.write_bytes(file.read_bytes()[:-1000])
-    output = run(2, train_command(recipe, run_dir), tmp_path / "log")
+    output = run_ranks(2, train_command(recipe, run_dir), tmp_path / "log")
     assert "step_00000030 is incomplete and is not used" in output
     assert "at step 25" in output
     assert without_timing(metrics_of(run_dir)) == without_timing(metrics_of(whole_run))

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
+
 from lcl_ds import plots
 from lcl_ds.errors import UserError
 from lcl_ds.plots import RetrievalExample, column, moving_average, plot_retrieval
 from lcl_ds.report import key_figures, main, read_metrics, write_report
-from PIL import Image
 
 EVALUATION = {
     "step": 600,

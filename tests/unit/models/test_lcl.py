@@ -138,4 +138,4 @@ def test_heads_read_the_states_before_any_final_norm():
     assert isinstance(model, LCLModel)
     assert isinstance(model.decoder.norm, torch.nn.Identity)
     assert model.lm_head.norm is not model.context_head.norm
-    assert ROW_TOKENS == batch_with_images().input_ids.shape[1]
+    assert batch_with_images().input_ids.shape[1] == ROW_TOKENS

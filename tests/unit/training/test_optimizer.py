@@ -1,5 +1,6 @@
 """Weight-decay groups, the bounded temperature, the guard of stage 0."""
 
+import itertools
 import math
 
 import pytest
@@ -55,5 +56,5 @@ def test_the_schedule_warms_up_and_ends_at_its_minimum():
     rates = [learning_rate(step, train) for step in range(101)]
     assert rates[0] == pytest.approx(train.learning_rate / 10)
     assert max(rates) == rates[9] == rates[10] == train.learning_rate
-    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
     assert rates[100] == pytest.approx(1e-5)

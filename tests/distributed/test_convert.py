@@ -1,0 +1,75 @@
+"""A trained run becomes a folder that transformers loads by itself."""
+
+import json
+import logging
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, CLIPVisionModel
+
+from lcl_ds.convert import main
+from lcl_ds.models.vision import normalize_images
+from lcl_ds.training.checkpoint import load_model, resolve_checkpoint
+
+
+@pytest.fixture(scope="module")
+def released(whole_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "encoder"
+    assert main([str(whole_run), str(out)]) == 0
+    return out
+
+
+def test_it_loads_without_warnings_and_computes_the_same_features(whole_run, released, caplog):
+    caplog.set_level(logging.WARNING)
+    logging.getLogger("transformers").propagate = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder = CLIPVisionModel.from_pretrained(released).eval()
+    assert caplog.text == ""
+    model = load_model(resolve_checkpoint(whole_run))
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = normalize_images(images, torch.float32)
+    with torch.no_grad():
+        theirs = encoder.post_layernorm(encoder(pixel_values=pixels).last_hidden_state)[:, 1:]
+        ours = model.vision(pixels)
+    assert (ours - theirs).abs().max() <= 1e-5
+
+
+def test_its_processor_prepares_pixels_as_in_training(released):
+    processor = AutoImageProcessor.from_pretrained(released)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    theirs = processor(images=[image.permute(1, 2, 0).numpy() for image in images], return_tensors="pt")
+    torch.testing.assert_close(theirs["pixel_values"], normalize_images(images, torch.float32), rtol=1e-4, atol=1e-5)
+
+
+def test_the_model_card_says_what_was_checked(released):
+    card = (released / "README.md").read_text()
+    assert "step 30 of 30" in card
+    assert "real images" in card
+    assert "train:\n" in card
+    assert json.loads((released / "config.json").read_text())["model_type"] == "clip_vision_model"
+
+
+def test_the_parity_check_is_printed(whole_run, tmp_path, capsys):
+    assert main([str(whole_run / "checkpoints" / "step_00000025"), str(tmp_path / "out")]) == 0
+    assert "parity with the training model: max abs difference 0.0e+00 over 16 real images" in capsys.readouterr().out
+
+
+def test_the_full_part_holds_every_weight(whole_run, tmp_path):
+    assert main([str(whole_run), str(tmp_path / "out"), "--part", "full"]) == 0
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    model = load_model(resolve_checkpoint(whole_run))
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("what", ["nothing", "used"])
+def test_mistakes_are_sentences(whole_run, tmp_path, capsys, what):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    source = tmp_path / "nothing" if what == "nothing" else whole_run
+    assert main([str(source), str(tmp_path / "used")]) == 2
+    expected = "neither a complete checkpoint nor a run" if what == "nothing" else "is not empty"
+    assert expected in capsys.readouterr().err
