@@ -53,4 +53,5 @@ class Batch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{k: function(v) if isinstance(v, Tensor) else v for k, v in values.items()})
+        tensors: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, Tensor)}
+        return Batch(**(values | tensors))

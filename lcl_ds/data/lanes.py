@@ -9,7 +9,7 @@ of lanes.
 
 import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,9 @@ SOURCE, EPOCH, WINDOW, ROWS, ORDER, CROP = range(6)
 """Purposes of keyed draws."""
 
 CARRIED_SHARE = 4
-"""One row in this many, the emptiest, is dissolved into the next window."""
+"""One row in this many, the emptiest, is dissolved into the next window ..."""
+MAX_CARRIES = 2
+"""... so often at most for any piece."""
 
 LaneState = dict[str, Any]
 """JSON: ``draws``, ``cursors`` per source, ``carried`` documents, ``emitted`` rows of the current window."""
@@ -63,11 +65,13 @@ class _Piece:
     sample: int
     draw: int
     piece: int
+    carries: int
+    """Windows it has been carried over."""
     document: Document
     tokens: TokenSequence
 
     def address(self) -> list[int]:
-        return [self.source, self.sample, self.draw, self.piece]
+        return [self.source, self.sample, self.draw, self.piece, self.carries]
 
 
 class Lane:
@@ -153,11 +157,11 @@ class Lane:
             self.settings.row_tokens,
             self.settings.row_images,
         )
-        # A piece is carried over once: one of an awkward length must not wait for ever.
-        fresh = [row for row in packed if all(i >= len(self._carried) for i in row)]
-        dissolved = fresh[-max(1, len(packed) // CARRIED_SHARE) :] if len(packed) > 1 else []
+        # A piece of an awkward length must not wait for ever.
+        free = [row for row in packed if all(pieces[i].carries < MAX_CARRIES for i in row)]
+        dissolved = free[-max(1, len(packed) // CARRIED_SHARE) :] if len(packed) > 1 else []
         kept = [row for row in packed if row not in dissolved]
-        self._carried = [pieces[i] for row in dissolved for i in row]
+        self._carried = [replace(pieces[i], carries=pieces[i].carries + 1) for row in dissolved for i in row]
         order = keyed_rng(self.settings.data_seed, ROWS, self.number, self._draws).permutation(len(kept))
         self._rows = [[pieces[i] for i in kept[row]] for row in order]
         self._emitted = 0
@@ -208,10 +212,10 @@ class Lane:
             rng = keyed_rng(self.settings.augmentation_seed, ORDER, self.number, draw)
             segments = segments[::-1] if rng.random() < self.settings.image_first_probability else segments
         sequences = self._encode(segments)
-        return [_Piece(source, sample, draw, i, document, tokens) for i, tokens in enumerate(sequences)]
+        return [_Piece(source, sample, draw, i, 0, document, tokens) for i, tokens in enumerate(sequences)]
 
-    def _piece_at(self, source: int, sample: int, draw: int, piece: int) -> _Piece:
-        return self._pieces(source, sample, draw)[piece]
+    def _piece_at(self, source: int, sample: int, draw: int, piece: int, carries: int) -> _Piece:
+        return replace(self._pieces(source, sample, draw)[piece], carries=carries)
 
     def _encode(self, segments: tuple[str | int, ...]) -> list[TokenSequence]:
         settings = self.settings

@@ -1,5 +1,6 @@
 """The closing evaluation of a run on held-out documents: linear probes and image-to-context retrieval."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def _examples(pairs: PairFeatures, tokenizer: TextTokenizer) -> list[RetrievalEx
     chosen = np.linspace(0, len(ranked) - 1, EXAMPLES).round().astype(int)
     return [
         RetrievalExample(
-            context=_last_sentences(tokenizer.decode(pairs.context_ids[i].tolist())),
+            context=_readable(tokenizer.decode(pairs.context_ids[i].tolist())),
             images=[pairs.pixels[j].transpose(1, 2, 0) for j in ranked[i].tolist()],
             correct=[j == i for j in ranked[i].tolist()],
         )
@@ -91,7 +92,9 @@ def _examples(pairs: PairFeatures, tokenizer: TextTokenizer) -> list[RetrievalEx
     ]
 
 
-def _last_sentences(text: str, characters: int = 160) -> str:
+def _readable(context: str, characters: int = 160) -> str:
+    """The end of a context, each image as one word."""
+    text = re.sub(r"<start_of_image>( <image>)+ <end_of_image>", "[image]", context).replace("<start_of_text> ", "")
     return text if len(text) <= characters else "... " + text[-characters:].split(" ", 1)[-1]
 
 

@@ -54,11 +54,11 @@ def test_a_lane_continues_exactly_from_any_row(sources, tokenizer):
         resumed = Lane(sources, SETTINGS, 0, tokenizer, states[at])
         for row in rows[at:]:
             assert same(resumed.next_row(), row)
-    assert len(json.dumps(states[-1])) < 1000
+    assert len(json.dumps(states[-1])) < 4000
 
 
 def test_padding_is_at_most_two_percent(sources, tokenizer):
-    rows = [row for n in range(4) for row in rows_of(Lane(sources, SETTINGS, n, tokenizer), 30)]
+    rows = [row for n in range(4) for row in rows_of(Lane(sources, SETTINGS, n, tokenizer), 100)]
     used = sum(len(s.tokens.input_ids) for row in rows for s in row.sequences)
     assert used / (len(rows) * SETTINGS.row_tokens) >= 0.98
 
