@@ -22,11 +22,31 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lcl_ds.data.demo_scenes import COLOURS, COUNTS, SHAPES, Item, Rng, Scene, pick, render_scene, sample_scene
+from lcl_ds.data.demo_scenes import (
+    COLOURS,
+    COUNTS,
+    PATTERNS,
+    SHAPES,
+    Item,
+    Rng,
+    Scene,
+    pick,
+    render_scene,
+    sample_scene,
+)
+from lcl_ds.errors import UserError
 
 VERSION = 1
 """Of the content; another version is another corpus and is built anew."""
 SPLITS = {"train-documents": 0, "train-pairs": 1, "heldout-documents": 2}
+DEFAULTS = {
+    "seed": 0,
+    "documents": 3000,
+    "pairs": 3000,
+    "heldout_documents": 1000,
+    "image_size": 32,
+    "shard_size": 500,
+}
 VOCABULARY = 448
 JPEG_QUALITY = 92
 
@@ -37,15 +57,8 @@ BEFORE = (
     "the next picture shows {scene} .",
     "then i found {scene} .",
 )
-AFTER = (
-    "it was {scene} .",
-    "above you see {scene} .",
-    "that was {scene} .",
-)
-DETAILS = (
-    "the {shape} is {texture} .",
-    "its fill is {texture} .",
-)
+AFTER = ("it was {scene} .", "above you see {scene} .", "that was {scene} .")
+DETAILS = ("the {shape} is {pattern} .", "its fill is {pattern} .")
 COUNTED = ("there were {count} things in it .", "i counted {count} .")
 FILLER = (
     "it rained all day .",
@@ -70,19 +83,21 @@ def _small(rng: Rng, items: tuple[Item, ...]) -> str:
     return f" {pick(rng, ('next to', 'with', 'near'))} {' and '.join(words)}" if words else ""
 
 
-def describe(scene: Scene, rng: Rng) -> str:
-    """A phrase about a scene: always the large object's shape and colour, mostly the small ones too."""
-    small = _small(rng, scene.small) if rng.random() < 0.75 else ""
-    return f"a large {scene.large.colour} {scene.large.shape}{small}"
+def describe(scene: Scene, rng: Rng, pattern_share: float = 1.0) -> str:
+    """A phrase about a scene: the large object with its colour and, so often, its pattern; mostly the small ones."""
+    large = scene.large
+    pattern = f"{large.pattern} " if rng.random() < pattern_share else ""
+    small = _small(rng, scene.small) if rng.random() < 0.6 else ""
+    return f"a large {pattern}{large.colour} {large.shape}{small}"
 
 
 def _told_after(scene: Scene, rng: Rng, was_described: bool) -> Iterator[str]:
     """Sentences after a picture: what it was if nobody said so before, and facts that only the picture tells."""
-    if not was_described:
+    if not was_described or rng.random() < 0.15:
         yield pick(rng, AFTER).format(scene=describe(scene, rng))
-    if rng.random() < 0.6:
-        yield pick(rng, DETAILS).format(shape=scene.large.shape, texture=scene.large.texture)
-    if rng.random() < 0.3:
+    elif rng.random() < 0.6:
+        yield pick(rng, DETAILS).format(shape=scene.large.shape, pattern=scene.large.pattern)
+    if rng.random() < 0.25:
         yield pick(rng, COUNTED).format(count=NUMBERS[len(scene.items)])
 
 
@@ -98,11 +113,11 @@ def make_document(seed: int, split: str, index: int) -> tuple[list[str | None], 
 
     for _ in range(int(rng.integers(2, 5))):
         scene = sample_scene(rng)
-        described = rng.random() < 0.9
+        described = rng.random() < 0.85
         if rng.random() < 0.25:
             say(pick(rng, FILLER))
         if described:
-            say(pick(rng, BEFORE).format(scene=describe(scene, rng)))
+            say(pick(rng, BEFORE).format(scene=describe(scene, rng, pattern_share=0.75)))
         texts.append(None)
         scenes.append(scene)
         for sentence in _told_after(scene, rng, described):
@@ -121,12 +136,12 @@ def make_pair(seed: int, index: int) -> tuple[str, Scene]:
 def build_demo(
     out_dir: Path,
     *,
-    seed: int = 0,
-    documents: int = 3000,
-    pairs: int = 3000,
-    heldout_documents: int = 600,
-    image_size: int = 32,
-    shard_size: int = 500,
+    seed: int = DEFAULTS["seed"],
+    documents: int = DEFAULTS["documents"],
+    pairs: int = DEFAULTS["pairs"],
+    heldout_documents: int = DEFAULTS["heldout_documents"],
+    image_size: int = DEFAULTS["image_size"],
+    shard_size: int = DEFAULTS["shard_size"],
 ) -> None:
     """Write shards, tokenizer and manifest; the same arguments give the same bytes.
 
@@ -149,37 +164,7 @@ def build_demo(
                 "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             }
     _train_tokenizer(_training_text(seed, documents, pairs), out_dir / "tokenizer")
-    parameters = _parameters(seed, documents, pairs, heldout_documents, image_size, shard_size)
-    labels = {"shape": list(SHAPES), "colour": list(COLOURS), "count": list(COUNTS)}
-    manifest = {**parameters, "labels": labels, "shards": shards}
-    (out_dir / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-
-
-def ensure_demo(out_dir: Path) -> Path:
-    """The default corpus at ``out_dir``, built if it is missing or of another version.
-
-    Any number of processes may ask at once: one builds, the others wait.
-    """
-    wanted = _parameters(0, 3000, 3000, 600, 32, 500)
-    if _is_current(out_dir, wanted):
-        return out_dir
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with (out_dir.parent / f".{out_dir.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not _is_current(out_dir, wanted):
-            partial = out_dir.parent / f".{out_dir.name}.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            build_demo(partial)
-            if out_dir.exists():
-                shutil.rmtree(out_dir)
-            partial.rename(out_dir)
-    return out_dir
-
-
-def _parameters(
-    seed: int, documents: int, pairs: int, heldout_documents: int, image_size: int, shard_size: int
-) -> dict[str, int]:
-    return {
+    parameters = {
         "version": VERSION,
         "seed": seed,
         "documents": documents,
@@ -188,14 +173,49 @@ def _parameters(
         "image_size": image_size,
         "shard_size": shard_size,
     }
+    labels = {"pattern": PATTERNS, "colour": list(COLOURS), "shape": SHAPES, "count": COUNTS}
+    manifest = {**parameters, "labels": labels, "shards": shards}
+    (out_dir / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-def _is_current(out_dir: Path, wanted: dict[str, int]) -> bool:
+def ensure_demo(out_dir: Path) -> Path:
+    """The default corpus at ``out_dir``, built if it is missing or of another version.
+
+    Any number of processes may ask at once: one builds, the others wait.
+
+    Raises:
+        UserError: the folder holds something else; it is left alone.
+    """
+    if _is_current(out_dir):
+        return out_dir
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with (out_dir.parent / f".{out_dir.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not _is_current(out_dir):
+            if out_dir.exists() and _manifest(out_dir) is None:
+                raise UserError(f"data.demo: {out_dir} exists and is no demo corpus; name a new folder or null")
+            partial, old = (out_dir.parent / f".{out_dir.name}.{name}" for name in ("partial", "old"))
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+            build_demo(partial)
+            if out_dir.exists():
+                out_dir.rename(old)
+            partial.rename(out_dir)
+            shutil.rmtree(old, ignore_errors=True)
+    return out_dir
+
+
+def _manifest(out_dir: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((out_dir / "manifest.json").read_text())
     except (OSError, json.JSONDecodeError):
-        return False
-    return all(manifest.get(key) == value for key, value in wanted.items())
+        return None
+    return manifest if isinstance(manifest, dict) and "heldout_documents" in manifest else None
+
+
+def _is_current(out_dir: Path) -> bool:
+    manifest = _manifest(out_dir) or {}
+    return all(manifest.get(key) == value for key, value in {"version": VERSION, **DEFAULTS}.items())
 
 
 def _sample(seed: int, split: str, index: int, image_size: int) -> dict[str, bytes]:

@@ -72,7 +72,7 @@ def test_an_epoch_of_all_lanes_holds_every_document_once(sources, tokenizer):
 
 
 def test_sources_are_drawn_by_weight(sources, tokenizer):
-    rows = rows_of(Lane(sources, SETTINGS, 0, tokenizer), 60)
+    rows = rows_of(Lane(sources, SETTINGS, 0, tokenizer), 200)
     names = [s.key.split("/")[0] for row in rows for s in row.sequences]
     assert 0.55 < names.count("documents") / len(names) < 0.78
 

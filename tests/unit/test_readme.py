@@ -1,0 +1,60 @@
+"""What the README tells a reader to type exists."""
+
+import re
+import shlex
+
+import pytest
+import yaml
+
+from launch.train import parse_arguments
+from lcl_ds import convert, report
+from lcl_ds.config import load_config, recipe_path
+from tests.distributed.ranks import ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "launch/train.py" in c])
+def test_training_commands_are_valid(command):
+    words = shlex.split(command)
+    arguments = parse_arguments(words[words.index("launch/train.py") + 1 :])
+    assert (ROOT / arguments.ds_config).is_file()
+    load_config(recipe_path(arguments.recipe), arguments.overrides)
+
+
+@pytest.mark.parametrize("target", [c.split()[1] for c in COMMANDS if c.startswith("make ")])
+def test_make_targets_exist(target):
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m lcl_ds\.(\w+)", README))))
+def test_module_commands_exist(module, capsys):
+    with pytest.raises(SystemExit) as exit:
+        {"convert": convert, "report": report}[module].main(["--help"])
+    assert exit.value.code == 0
+    assert f"lcl_ds.{module}" in capsys.readouterr().out
+
+
+def test_the_data_example_is_a_valid_recipe():
+    (example,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    data = yaml.safe_load(example)["data"]
+    config = load_config(recipe_path("demo"), [f"data.{key}={yaml.safe_dump(value)}" for key, value in data.items()])
+    assert [source.name for source in config.data.shards] == ["mmc4", "laion"]
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).is_file(), target
+
+
+def test_the_requirements_pin_everything():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.match(r"^[\w.-]+==[\w.]+", pin) for pin in pins)
+    assert any(pin.startswith("torch==2.13.0") for pin in pins)
