@@ -25,7 +25,6 @@ from transformers import PreTrainedTokenizerFast
 from lcl_ds.data.demo_scenes import (
     COLOURS,
     COUNTS,
-    PATTERNS,
     SHAPES,
     Item,
     Rng,
@@ -58,7 +57,7 @@ BEFORE = (
     "then i found {scene} .",
 )
 AFTER = ("it was {scene} .", "above you see {scene} .", "that was {scene} .")
-DETAILS = ("the {shape} is {pattern} .", "its fill is {pattern} .")
+DETAILS = ("the {shape} is {texture} .", "its fill is {texture} .")
 COUNTED = ("there were {count} things in it .", "i counted {count} .")
 FILLER = (
     "it rained all day .",
@@ -80,15 +79,12 @@ def _rng(seed: int, split: str, index: int) -> Rng:
 
 def _small(rng: Rng, items: tuple[Item, ...]) -> str:
     words = [f"a small {item.colour} {item.shape}" for item in items]
-    return f" {pick(rng, ('next to', 'with', 'near'))} {' and '.join(words)}" if words else ""
+    return f" {pick(rng, ('next to', 'with', 'near'))} {' and '.join(words)}" if words else " alone"
 
 
-def describe(scene: Scene, rng: Rng, pattern_share: float = 1.0) -> str:
-    """A phrase about a scene: the large object with its colour and, so often, its pattern; mostly the small ones."""
-    large = scene.large
-    pattern = f"{large.pattern} " if rng.random() < pattern_share else ""
-    small = _small(rng, scene.small) if rng.random() < 0.6 else ""
-    return f"a large {pattern}{large.colour} {large.shape}{small}"
+def describe(scene: Scene, rng: Rng) -> str:
+    """A phrase that names everything in a scene."""
+    return f"a large {scene.large.colour} {scene.large.shape}{_small(rng, scene.small)}"
 
 
 def _told_after(scene: Scene, rng: Rng, was_described: bool) -> Iterator[str]:
@@ -96,7 +92,7 @@ def _told_after(scene: Scene, rng: Rng, was_described: bool) -> Iterator[str]:
     if not was_described or rng.random() < 0.15:
         yield pick(rng, AFTER).format(scene=describe(scene, rng))
     elif rng.random() < 0.6:
-        yield pick(rng, DETAILS).format(shape=scene.large.shape, pattern=scene.large.pattern)
+        yield pick(rng, DETAILS).format(shape=scene.large.shape, texture=scene.large.texture)
     if rng.random() < 0.25:
         yield pick(rng, COUNTED).format(count=NUMBERS[len(scene.items)])
 
@@ -113,11 +109,11 @@ def make_document(seed: int, split: str, index: int) -> tuple[list[str | None], 
 
     for _ in range(int(rng.integers(2, 5))):
         scene = sample_scene(rng)
-        described = rng.random() < 0.85
+        described = rng.random() < 0.9
         if rng.random() < 0.25:
             say(pick(rng, FILLER))
         if described:
-            say(pick(rng, BEFORE).format(scene=describe(scene, rng, pattern_share=0.75)))
+            say(pick(rng, BEFORE).format(scene=describe(scene, rng)))
         texts.append(None)
         scenes.append(scene)
         for sentence in _told_after(scene, rng, described):
@@ -173,7 +169,7 @@ def build_demo(
         "image_size": image_size,
         "shard_size": shard_size,
     }
-    labels = {"pattern": PATTERNS, "colour": list(COLOURS), "shape": SHAPES, "count": COUNTS}
+    labels = {"colour": list(COLOURS), "shape": SHAPES, "count": COUNTS}
     manifest = {**parameters, "labels": labels, "shards": shards}
     (out_dir / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 

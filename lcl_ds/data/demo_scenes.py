@@ -28,7 +28,7 @@ COLOURS = {
     "purple": (0.65, 0.15, 0.80),
     "white": (0.98, 0.98, 0.98),
 }
-PATTERNS = ("solid", "striped", "dotted", "checked", "hollow")
+TEXTURES = ("solid", "striped", "dotted")
 COUNTS = (1, 2, 3)
 
 
@@ -38,7 +38,7 @@ class Item:
 
     shape: str
     colour: str
-    pattern: str
+    texture: str
     x: float
     y: float
     radius: float
@@ -63,10 +63,12 @@ class Scene:
         """The small objects: none, one or two."""
         return self.items[1:]
 
-    def labels(self) -> dict[str, str | int]:
-        """Evaluation labels: pattern, colour and shape of the largest object, and how many objects there are."""
+    def labels(self) -> dict[str, str | int | None]:
+        """Evaluation labels: colour and shape of the large object, colour of the small one where there is exactly one,
+        and how many objects the picture holds."""
+        small_colour = self.small[0].colour if len(self.small) == 1 else None
         large = self.large
-        return {"pattern": large.pattern, "colour": large.colour, "shape": large.shape, "count": len(self.items)}
+        return {"colour": large.colour, "shape": large.shape, "small_colour": small_colour, "count": len(self.items)}
 
 
 def pick(rng: Rng, options: Sequence[T]) -> T:
@@ -82,17 +84,17 @@ def sample_scene(rng: Rng) -> Scene:
     colours = [list(COLOURS)[i] for i in rng.permutation(len(COLOURS))]
     items: list[Item] = []
     for i in range(1 + int(np.searchsorted((0.15, 0.75), rng.random()))):
-        radius = float(rng.uniform(0.23, 0.31) if i == 0 else rng.uniform(0.105, 0.135))
+        radius = float(rng.uniform(0.20, 0.28) if i == 0 else rng.uniform(0.105, 0.135))
         x, y = _free_place(rng, radius, items)
         items.append(
             Item(
                 shape=pick(rng, SHAPES),
                 colour=colours[i],
-                pattern=pick(rng, PATTERNS) if i == 0 else "solid",
+                texture=pick(rng, TEXTURES) if i == 0 else "solid",
                 x=x,
                 y=y,
                 radius=radius,
-                angle=float(rng.uniform(-0.4, 0.4)),
+                angle=float(rng.uniform(-0.6, 0.6)),
                 brightness=float(rng.uniform(0.8, 1.0)),
             )
         )
@@ -174,12 +176,9 @@ def render_scene(scene: Scene, image_size: int = 32) -> Array:
         cos, sin = math.cos(item.angle) / item.radius, math.sin(item.angle) / item.radius
         dx, dy = x - item.x, item.y - y
         u, v = cos * dx + sin * dy, cos * dy - sin * dx
-        distance = _DISTANCES[item.shape](u, v)
-        if item.pattern == "hollow":
-            distance = np.abs(distance + 0.16) - 0.16
-        cover = np.clip(0.5 - distance * (item.radius * image_size), 0, 1)
+        cover = np.clip(0.5 - _DISTANCES[item.shape](u, v) * (item.radius * image_size), 0, 1)
         paint = np.array(COLOURS[item.colour], np.float32) * item.brightness
-        ink = paint * _shade(item.pattern, u, v)[..., None] if item.pattern in _WAVES else paint
+        ink = paint if item.texture == "solid" else paint * _shade(item.texture, u, v)[..., None]
         canvas += cover[..., None] * (ink - canvas)
     return (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
 
@@ -190,16 +189,10 @@ def _pixel_centres(image_size: int) -> tuple[Array, Array]:
     return centres[None, :], centres[:, None]
 
 
-_WAVES: dict[str, Callable[[Array, Array], Array]] = {
-    "striped": lambda u, v: np.cos(8.0 * u),
-    "dotted": lambda u, v: np.cos(8.0 * u) + np.cos(8.0 * v) - 0.8,
-    "checked": lambda u, v: 2 * np.cos(5.5 * u) * np.cos(5.5 * v),
-}
-
-
-def _shade(pattern: str, u: Array, v: Array) -> Array:
-    """Brightness factor of a patterned fill: dark bands, spots or squares, soft enough for small pictures."""
-    return 1 - 0.75 * np.clip(0.5 + 2 * _WAVES[pattern](u, v), 0, 1)
+def _shade(texture: str, u: Array, v: Array) -> Array:
+    """Brightness factor of a striped or dotted fill: darker bands or spots, soft enough for small pictures."""
+    wave = np.cos(6.5 * u) if texture == "striped" else np.cos(6.5 * u) + np.cos(6.5 * v) - 0.9
+    return 1 - 0.7 * np.clip(0.5 + 2 * wave, 0, 1)
 
 
 def _background(seed: int, image_size: int) -> Array:

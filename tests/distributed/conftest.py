@@ -24,7 +24,8 @@ def recipe(tmp_path_factory, demo_folder) -> Path:
         "train.global_batch_rows=8",
         "train.accumulation_steps=2",
         "checkpoint.every=5",
-        "evaluation.shards=null",
+        f"evaluation.shards={demo_folder}/heldout-documents-*.tar",
+        "evaluation.probe_labels=[colour, shape]",
     )
     path = tmp_path_factory.mktemp("recipe") / "small.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))

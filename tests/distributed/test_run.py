@@ -46,6 +46,11 @@ def test_the_run_folder_holds_what_the_contract_names(whole_run):
     assert first["loss"] == pytest.approx(first["generation_loss"] + 0.1 * first["contrastive_loss"], rel=1e-6)
     for name in ("config.yaml", "ds_config.json", "environment.json", "report.html", "plots/losses.png"):
         assert (whole_run / name).is_file(), name
+    evaluation = json.loads((whole_run / "evaluation.json").read_text())
+    assert evaluation["documents"] == 40
+    assert set(evaluation["probe"]) == {"colour", "shape"}
+    assert 0 <= evaluation["retrieval"]["recall_at_1"] <= evaluation["retrieval"]["recall_at_5"] <= 1
+    assert (whole_run / "plots" / "retrieval.png").is_file()
     folder = whole_run / "checkpoints"
     assert (folder / "latest").read_text().strip() == "step_00000030"
     assert sorted(path.name for path in folder.glob("step_*")) == ["step_00000025", "step_00000030"]

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from lcl_ds.data import demo
-from lcl_ds.data.demo_scenes import COLOURS, PATTERNS, SHAPES
+from lcl_ds.data.demo_scenes import COLOURS, SHAPES
 from lcl_ds.errors import UserError
 
 
@@ -60,7 +60,6 @@ def test_documents_have_parallel_lists_and_all_images(documents):
                     assert (picture.format, picture.size) == ("JPEG", (32, 32))
                     assert label["shape"] in SHAPES
                     assert label["colour"] in COLOURS
-                    assert label["pattern"] in PATTERNS
                     assert label["count"] in (1, 2, 3)
 
 
