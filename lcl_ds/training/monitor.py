@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from lcl_ds.config import Config
 
@@ -69,7 +69,7 @@ class Monitor:
         self._file = (run_dir / METRICS).open("a", encoding="utf-8")
         self._progress: Progress | None = None
         if self.console.is_terminal:
-            columns = (BarColumn(20), TextColumn("{task.description}"), TextColumn("ETA"), TimeRemainingColumn())
+            columns = (BarColumn(8), TextColumn("{task.description}"))
             self._progress = Progress(*columns, console=self.console)
             self._task = self._progress.add_task("starting", total=total_steps, completed=first_step)
             self._progress.start()
@@ -83,16 +83,16 @@ class Monitor:
         self._file.flush()
         average = self._seconds_per_step or metrics["step_s"]
         self._seconds_per_step = 0.95 * average + 0.05 * metrics["step_s"]
+        left = int((self.total_steps - metrics["step"]) * self._seconds_per_step)
         text = (
-            f"step {metrics['step']}/{self.total_steps}  contrastive {metrics['contrastive_loss']:.3f}  "
-            f"generation {metrics['generation_loss']:.3f}  {metrics['images_per_s']:.0f} images/s  "
-            f"{metrics['tokens_per_s']:.0f} tokens/s"
+            f"step {metrics['step']}/{self.total_steps}  ETA {left // 60}:{left % 60:02d}  "
+            f"contrastive {metrics['contrastive_loss']:.3f}  generation {metrics['generation_loss']:.3f}  "
+            f"{metrics['images_per_s']:.0f} images/s  {metrics['tokens_per_s']:.0f} tokens/s"
         )
         if self._progress is not None:
             self._progress.update(self._task, completed=metrics["step"], description=text)
         elif metrics["step"] % self.print_every == 0 or metrics["step"] == self.total_steps:
-            left = (self.total_steps - metrics["step"]) * self._seconds_per_step
-            self.console.print(f"{text}  ETA {int(left) // 60}:{int(left) % 60:02d}", soft_wrap=True)
+            self.console.print(text, soft_wrap=True)
 
     def close(self) -> None:
         if self.enabled:

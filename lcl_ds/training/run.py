@@ -13,6 +13,7 @@ from torch import distributed as dist
 from lcl_ds.config import Config
 from lcl_ds.data.loader import BatchLoader
 from lcl_ds.data.open_data import OpenData, lane_settings, open_data
+from lcl_ds.data.shards import expand_paths, index_shard
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.closing import closing_table, evaluate_model
 from lcl_ds.models.build import build_model, image_size, tokens_per_image
@@ -54,23 +55,26 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
     """
     data = open_data(config.data)
     check_vocabulary(config, data)
+    check_evaluation(config)
     place = init_distributed()
     full_ds_config = complete_ds_config(ds_config, config, place.world_size)
     checkpoint = newest_checkpoint(run_dir, place)
     if checkpoint is not None:
         check_same_run(checkpoint, config)
-    trainer = prepare(config, full_ds_config, run_dir, place, data, checkpoint)
-    if trainer.progress.step >= config.train.steps:
-        logger.info("%s is finished: %d of %d steps done", run_dir, trainer.progress.step, config.train.steps)
-        return 0
-    if place.is_first:
-        write_run_files(run_dir, config, full_ds_config, place.world_size)
-    received = trainer.train()
-    del trainer
+    received = None
+    steps_done = read_state(checkpoint)["progress"]["step"] if checkpoint else 0
+    if steps_done >= config.train.steps:
+        logger.info("%s is finished: %d of %d steps done", run_dir, steps_done, config.train.steps)
+    else:
+        trainer = prepare(config, full_ds_config, run_dir, place, data, checkpoint)
+        if place.is_first:
+            write_run_files(run_dir, config, full_ds_config, place.world_size)
+        received = trainer.train()
+        del trainer  # its memory is the evaluation's
     dist.destroy_process_group()
     if received is not None:
         return 128 + received
-    if place.is_first:
+    if place.is_first and not (steps_done >= config.train.steps and (run_dir / "report.html").exists()):
         finish(config, run_dir, place.device)
     return 0
 
@@ -123,6 +127,16 @@ def check_vocabulary(config: Config, data: OpenData) -> None:
             f"{data.tokenizer.vocabulary.text_size} tokens plus {size - data.tokenizer.vocabulary.text_size} control "
             f"tokens = {size}; leave the key out to follow the tokenizer"
         )
+
+
+def check_evaluation(config: Config) -> None:
+    """Raises: UserError when held-out shards are missing or unreadable, before a whole training goes by."""
+    if config.evaluation.shards is not None:
+        try:
+            for path in expand_paths(config.evaluation.shards):
+                index_shard(path)
+        except UserError as error:
+            raise UserError([f"evaluation.shards: {problem}" for problem in error.problems]) from None
 
 
 def check_same_run(checkpoint: Path, config: Config) -> None:

@@ -75,3 +75,11 @@ def test_a_file_that_is_not_yaml_is_named(tmp_path):
     (tmp_path / "x.yaml").write_text("a: [")
     with pytest.raises(UserError, match="x.yaml: cannot be read as YAML"):
         load_config(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES.parents[1] / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_every_shipped_ds_config_is_valid(path):
+    from lcl_ds.training.engine import load_ds_config
+
+    expected = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}[path.stem]
+    assert load_ds_config(path)["zero_optimization"]["stage"] == expected

@@ -78,6 +78,11 @@ def test_an_unreadable_shard(start, tmp_path):
     assert err.count("\n") == 1
 
 
+def test_missing_held_out_shards_are_found_before_training(start, tmp_path):
+    code, err = start(f"evaluation.shards={tmp_path}/held-out.tar")
+    assert (code, err) == (2, f"error: evaluation.shards: data path {tmp_path}/held-out.tar: no such file\n")
+
+
 def test_a_vocabulary_that_does_not_match(start, demo_folder):
     code, err = start("model.decoder.vocab_size=50000")
     assert code == 2
