@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import shutil
-import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from webdataset import TarWriter
 
 from lcl_ds.data.demo_scenes import (
     COLOURS,
@@ -214,24 +214,23 @@ def _is_current(out_dir: Path) -> bool:
     return all(manifest.get(key) == value for key, value in {"version": VERSION, **DEFAULTS}.items())
 
 
-def _sample(seed: int, split: str, index: int, image_size: int) -> dict[str, bytes]:
-    """Members of one sample, by file name."""
+def _sample(seed: int, split: str, index: int, image_size: int) -> dict[str, Any]:
+    """One sample as webdataset's writer takes it: ``__key__`` and members by suffix."""
     if split == "train-pairs":
         return _pair_sample(seed, index, image_size)
-    key = f"{split}-{index:06d}"
     texts, scenes = make_document(seed, split, index)
-    members: dict[str, bytes] = {}
+    pictures: dict[str, bytes] = {}
     names: list[str | None] = []
     for scene in scenes:
-        names.append(None if scene is None else f"{len(members):03d}.jpg")
+        names.append(None if scene is None else f"{len(pictures):03d}.jpg")
         if scene is not None:
-            members[f"{key}.{names[-1]}"] = _jpeg(scene, image_size)
+            pictures[f"{len(pictures):03d}.jpg"] = _jpeg(scene, image_size)
     labels = [None if scene is None else scene.labels() for scene in scenes]
     record = {"texts": texts, "images": names, "labels": labels}
-    return {f"{key}.json": json.dumps(record).encode(), **members}
+    return {"__key__": f"{split}-{index:06d}", "json": json.dumps(record).encode(), **pictures}
 
 
-def _pair_sample(seed: int, index: int, image_size: int) -> dict[str, bytes]:
+def _pair_sample(seed: int, index: int, image_size: int) -> dict[str, Any]:
     """A sample as img2dataset writes it."""
     key = f"{index:09d}"
     caption, scene = make_pair(seed, index)
@@ -249,7 +248,7 @@ def _pair_sample(seed: int, index: int, image_size: int) -> dict[str, bytes]:
         "exif": "{}",
         "sha256": hashlib.sha256(picture).hexdigest(),
     }
-    return {f"{key}.jpg": picture, f"{key}.json": json.dumps(record).encode(), f"{key}.txt": caption.encode()}
+    return {"__key__": key, "jpg": picture, "json": json.dumps(record).encode(), "txt": caption.encode()}
 
 
 def _jpeg(scene: Scene, image_size: int) -> bytes:
@@ -259,13 +258,11 @@ def _jpeg(scene: Scene, image_size: int) -> bytes:
     return buffer.getvalue()
 
 
-def _write_shard(path: Path, samples: Iterable[dict[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as tar:
+def _write_shard(path: Path, samples: Iterable[dict[str, Any]]) -> None:
+    # No encoder: all members are bytes. A fixed time, or two builds would differ.
+    with TarWriter(str(path), mtime=0, encoder=False) as writer:
         for sample in samples:
-            for name, data in sample.items():
-                info = tarfile.TarInfo(name)  # its defaults: time 0, user and group 0 without names
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+            writer.write(sample)
 
 
 def _training_text(seed: int, documents: int, pairs: int) -> Iterator[str]:

@@ -53,9 +53,7 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
     Raises:
         UserError: settings and input that do not fit together, found before a model is built.
     """
-    data = open_data(config.data)
-    check_vocabulary(config, data)
-    check_evaluation(config)
+    data = open_checked_data(config)
     place = init_distributed()
     full_ds_config = complete_ds_config(ds_config, config, place.world_size)
     checkpoint = newest_checkpoint(run_dir, place)
@@ -115,6 +113,18 @@ def prepare(
         if place.is_first:
             logger.info("continuing %s at step %d", checkpoint, progress.step)
     return Trainer(engine, loader, config, place, run_dir, vocab_size, progress)
+
+
+def open_checked_data(config: Config) -> OpenData:
+    """The run's data, after everything about it that can be wrong was looked at.
+
+    Raises:
+        UserError: names the key and the file.
+    """
+    data = open_data(config.data)
+    check_vocabulary(config, data)
+    check_evaluation(config)
+    return data
 
 
 def check_vocabulary(config: Config, data: OpenData) -> None:
@@ -187,8 +197,7 @@ def dry_run(config: Config, ds_config: dict[str, Any]) -> str:
     Returns:
         YAML with sample counts, parameters by part and one batch.
     """
-    data = open_data(config.data)
-    check_vocabulary(config, data)
+    data = open_checked_data(config)
     settings = lane_settings(config, tokens_per_image(config.model), image_size(config.model))
     complete = complete_ds_config(ds_config, config, 1)
     rows = rows_per_micro_step(config, 1)

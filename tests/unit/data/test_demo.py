@@ -8,11 +8,13 @@ import warnings
 
 import numpy as np
 import pytest
+import webdataset
 from PIL import Image
 from transformers import AutoTokenizer
 
 from lcl_ds.data import demo
 from lcl_ds.data.demo_scenes import COLOURS, SHAPES
+from lcl_ds.data.shards import Source, index_shard
 from lcl_ds.errors import UserError
 
 
@@ -87,6 +89,15 @@ def test_pairs_look_like_img2dataset(demo_folder):
     assert record["status"] == "success"
     assert (record["width"], record["key"]) == (32, "000000003")
     assert Image.open(io.BytesIO(files["000000003.jpg"])).size == (32, 32)
+
+
+def test_plain_webdataset_reads_the_same_samples(demo_folder):
+    path = demo_folder / "train-documents-000000.tar"
+    source = Source("demo", [index_shard(path)])
+    samples = list(webdataset.WebDataset(str(path), shardshuffle=False))
+    assert [sample["__key__"] for sample in samples] == [source.sample(i).key for i in range(len(source))]
+    assert all(sample["json"] == source.read(i, "json") for i, sample in enumerate(samples))
+    assert samples[0]["000.jpg"] == source.read(0, "000.jpg")
 
 
 def test_held_out_documents_are_others(documents):
