@@ -3,26 +3,58 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Backend = Literal["auto", "triton", "torch"]
 
-DEFAULT_WORKSPACE_MB = 128.0
-"""Upper bound of the logits kept at a time. Larger chunks pass over the weight less often, with little left to gain."""
+WORKSPACE_MB = {"cpu": 128.0, "cuda": 1024.0}
+"""Default bound of the [rows, V] or [rows, M] values kept at a time.
+
+On a GPU every chunk beyond the first reads and writes the sum of the weight gradient once more, so chunks should have
+some thousand rows; on a CPU chunks that stay near the caches are the faster ones.
+"""
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Kernels run in Triton's interpreter, on CPU tensors. Read when the package is imported, as Triton itself does."""
 
 
-def choose_backend(backend: str) -> Literal["torch"]:
-    """The implementation to run. "auto" is the torch one everywhere until this build has Triton kernels."""
-    if backend == "triton":
-        raise RuntimeError("backend='triton': this build of lcl_kernels has no Triton kernels; use 'auto' or 'torch'")
-    if backend not in ("auto", "torch"):
+def use_triton(backend: str, like: Tensor) -> bool:
+    """Whether the Triton kernels run for tensors such as `like`.
+
+    Raises:
+        ValueError: no such backend, or "triton" with float64.
+        RuntimeError: "triton" where no kernel can run.
+    """
+    if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend must be 'auto', 'triton' or 'torch', not {backend!r}")
-    return "torch"
+    if backend != "triton":
+        return backend == "auto" and like.is_cuda and TRITON_INSTALLED and like.dtype != torch.float64
+    if like.dtype == torch.float64:
+        raise ValueError("backend='triton' has no float64 kernels; use 'auto' or 'torch'")
+    if not TRITON_INSTALLED:
+        raise RuntimeError("backend='triton': the package triton is not installed; use 'auto' or 'torch'")
+    if not (like.is_cuda or INTERPRETED):
+        raise RuntimeError(
+            f"backend='triton': these tensors are on {like.device}, where Triton runs only in its interpreter "
+            "(TRITON_INTERPRET=1 before lcl_kernels is imported); use 'auto' or 'torch'"
+        )
+    return True
+
+
+def resolve_workspace(workspace_mb: float | None, like: Tensor) -> float:
+    if workspace_mb is None:
+        return WORKSPACE_MB["cuda" if like.is_cuda else "cpu"]
+    if not workspace_mb > 0:
+        raise ValueError(f"workspace_mb must be positive, got {workspace_mb}")
+    return float(workspace_mb)
 
 
 def refuse_dtensor(**tensors: Tensor | None) -> None:
@@ -57,49 +89,52 @@ def operand_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def matmul_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> Tensor:
-    """out = a @ b, or out += a @ b, summed in the dtype of `out`; `a` is rounded to the operand dtype of `b`."""
+    """out = a @ b, or out += a @ b, summed in the dtype of `out`; `a` is rounded to the dtype of `b` first."""
+    a = a.to(b.dtype)
     if b.dtype == out.dtype:
         return out.addmm_(a, b) if accumulate else torch.mm(a, b, out=out)
-    product = torch.mm(a.to(b.dtype), b, out_dtype=out.dtype)  # type: ignore[call-overload, unused-ignore]
-    return out.add_(product) if accumulate else out.copy_(product)
+    if not out.is_cuda:  # torch has no mixed products on a CPU; only the interpreter's tests come here
+        return matmul_(out, a.to(out.dtype), b.to(out.dtype), accumulate=accumulate)
+    if accumulate:
+        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)  # type: ignore[call-overload, unused-ignore]
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)  # type: ignore[call-overload, unused-ignore]
 
 
-def row_chunks(rows: int, bytes_per_row: int, workspace_mb: float) -> Iterator[slice]:
-    """Slices of nearly equal length that cover `rows`, each at most `workspace_mb` large (but at least one row)."""
-    most = max(1, int(workspace_mb * 2**20) // max(1, bytes_per_row))
-    count = -(-rows // most)
-    for i in range(count):
-        yield slice(rows * i // count, rows * (i + 1) // count)
+def row_chunks(rows: int, bytes_per_row: int, workspace_mb: float, multiple: int = 1) -> Iterator[slice]:
+    """Slices of nearly equal length that cover `rows`, each at most `workspace_mb` large (but at least one row).
 
-
-def largest_chunk(rows: int, bytes_per_row: int, workspace_mb: float) -> int:
-    return max((c.stop - c.start for c in row_chunks(rows, bytes_per_row, workspace_mb)), default=0)
-
-
-class RowStatistics(NamedTuple):
-    cross_entropy: Tensor  # [rows, 1]
-    lse: Tensor  # [rows, 1]
-    total: Tensor  # [rows, 1], the sum of the exponentials relative to the row maximum, target included
-
-
-def exp_excluding_target_(logits: Tensor, target: Tensor) -> RowStatistics:
-    """Turns logits [rows, columns] in place into exp(logits - row maximum) with the target column [rows, 1] zeroed.
-
-    Summing without the target keeps confident rows exact. With gap = max - z_target and others = sum of the rest,
-    cross entropy = gap + log(others + exp(-gap)) has no cancellation, whereas lse - z_target loses every digit of a
-    small loss; and 1 - p_target is -expm1(-cross entropy).
+    Where the bound allows it, all but the last have a length that is a multiple of `multiple`.
     """
-    top = logits.amax(1, keepdim=True)
-    gap = top - logits.gather(1, target)
-    others = logits.sub_(top).exp_().scatter_(1, target, 0.0).sum(1, keepdim=True)
-    total = others + torch.exp(-gap)
-    return RowStatistics(gap + torch.log1p(others + torch.expm1(-gap)), top + total.log(), total)
+    most = max(1, int(workspace_mb * 2**20) // max(1, bytes_per_row))
+    if most >= multiple:
+        most -= most % multiple
+    count = -(-rows // most)
+    length = -(-rows // max(1, count))
+    if most >= multiple:
+        length += -length % multiple
+    for start in range(0, rows, max(1, length)):
+        yield slice(start, min(rows, start + length))
 
 
-def scaled(gradient: Tensor | None, scale: Tensor, dtype: torch.dtype) -> Tensor | None:
+def largest_chunk(rows: int, bytes_per_row: int, workspace_mb: float, multiple: int = 1) -> int:
+    return max((c.stop - c.start for c in row_chunks(rows, bytes_per_row, workspace_mb, multiple)), default=0)
+
+
+def exclusive_cross_entropy(gap: Tensor, others: Tensor) -> Tensor:
+    """-log softmax of a target from `others`, the sum of exp(z_j - reference) without the target.
+
+    `gap` is reference - z_target, in nats. Leaving the target out of the sum keeps confident rows exact: lse - z_target
+    loses every digit of a small loss, log1p(others * exp(gap)) none. For a large gap the product would overflow.
+    """
+    confident = gap < 40
+    small = torch.log1p(others * torch.exp(gap.clamp(max=40)))
+    return torch.where(confident, small, gap + torch.log(others + torch.exp(-gap)))
+
+
+def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """A new tensor, so that a graph kept with retain_graph=True can be used again; rounded to `dtype` once."""
-    if gradient is None:
-        return None
+    if torch.compiler.is_compiling():
+        return (gradient * scale).to(dtype)
     return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 
 
@@ -117,7 +152,6 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
                 "this loss can be differentiated once only: its gradient is computed without a graph of its own "
                 "(create_graph=True is not supported; use the reference_* function for second derivatives)"
             )
-        with torch.autocast(grad_outputs[0].device.type, enabled=False):
-            return backward(ctx, *grad_outputs)
+        return backward(ctx, *grad_outputs)
 
     return wrapper

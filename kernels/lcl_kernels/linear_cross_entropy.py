@@ -1,8 +1,11 @@
 """Linear layer and cross entropy in one, without the [N, V] logits.
 
-Rows whose label is ignored are left out first. The others go through in chunks: logits of a chunk, their softmax in
-place, and, when gradients are wanted, the gradient products of that chunk at once. So logits are computed once, and
-backward only multiplies by the upstream gradient.
+Rows whose label is ignored are left out first. The others go through in chunks: exponentials of the logits of a chunk,
+then, when gradients are wanted, the gradient products of that chunk at once. So logits are computed once, and backward
+only multiplies by the upstream gradient.
+
+Two custom operators carry this through torch.compile: `linear_cross_entropy_sum` makes gradients in its forward,
+`linear_cross_entropy_rows` (reduction="none") in its backward, by calling the first.
 """
 
 from __future__ import annotations
@@ -13,23 +16,33 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
+from lcl_kernels import torch_linear_cross_entropy
 from lcl_kernels._common import (
-    DEFAULT_WORKSPACE_MB,
     Backend,
     check_same,
-    choose_backend,
     compute_dtype,
-    exp_excluding_target_,
     first_derivative_only,
-    largest_chunk,
-    matmul_,
-    operand_dtype,
     refuse_dtensor,
-    row_chunks,
+    resolve_workspace,
     scaled,
+    use_triton,
 )
+from lcl_kernels.sweep import Options, Swept, Wanted
 
 Reduction = Literal["mean", "sum", "none"]
+
+
+class TokenStatistics(NamedTuple):
+    """What `linear_cross_entropy` can tell besides the loss; without gradients. Ignored rows have 0, in `rank` -1."""
+
+    row_loss: Tensor
+    """[N], the loss of each row, before reduction."""
+    lse: Tensor
+    """[N], log-sum-exp of the logits."""
+    z_loss: Tensor
+    """The part of the loss that is z_loss, reduced like the loss."""
+    rank: Tensor
+    """[N] int64, how many classes have a larger logit than the target: accuracy is the share of zeros."""
 
 
 @overload
@@ -42,12 +55,13 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    label_smoothing: float = 0.0,
     normalizer: float | Tensor | None = None,
     reduction: Reduction = "mean",
-    return_lse: Literal[False] = False,
-    return_z_loss: Literal[False] = False,
+    counted_rows: int | None = None,
+    return_statistics: Literal[False] = False,
     backend: Backend = "auto",
-    workspace_mb: float = DEFAULT_WORKSPACE_MB,
+    workspace_mb: float | None = None,
 ) -> Tensor: ...
 
 
@@ -61,13 +75,14 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    label_smoothing: float = 0.0,
     normalizer: float | Tensor | None = None,
     reduction: Reduction = "mean",
-    return_lse: bool = False,
-    return_z_loss: bool = False,
+    counted_rows: int | None = None,
+    return_statistics: Literal[True],
     backend: Backend = "auto",
-    workspace_mb: float = DEFAULT_WORKSPACE_MB,
-) -> Tensor | tuple[Tensor, ...]: ...
+    workspace_mb: float | None = None,
+) -> tuple[Tensor, TokenStatistics]: ...
 
 
 def linear_cross_entropy(
@@ -79,222 +94,256 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    label_smoothing: float = 0.0,
     normalizer: float | Tensor | None = None,
     reduction: Reduction = "mean",
-    return_lse: bool = False,
-    return_z_loss: bool = False,
+    counted_rows: int | None = None,
+    return_statistics: bool = False,
     backend: Backend = "auto",
-    workspace_mb: float = DEFAULT_WORKSPACE_MB,
-) -> Tensor | tuple[Tensor, ...]:
-    """Cross entropy of `hidden @ weight.T + bias` against `labels`: the generation loss of LCL (arXiv 2406.07543).
+    workspace_mb: float | None = None,
+) -> Tensor | tuple[Tensor, TokenStatistics]:
+    """Cross entropy of z = hidden @ weight.T + bias against labels that are already aligned with `hidden`.
 
-    Per counted row i, with z_i = softcap * tanh((W h_i + b) / softcap) and lse_i = log sum_j exp(z_ij):
-    loss_i = lse_i - z_i[label_i] + z_loss * lse_i^2. Labels belong to their own row; nothing is shifted.
+    Row i costs lse(z_i) - (1 - label_smoothing) z_i[label] - label_smoothing mean(z_i) + z_loss * lse(z_i)^2. With
+    `softcap` c, z becomes c * tanh(z / c) first.
 
     Args:
-        hidden: [N, H]; float32, bfloat16, float16 or float64. Under autocast hidden, weight and bias are cast to
-            the autocast dtype, as `F.linear` does; otherwise the three must agree.
-        weight: [V, H]. Its gradient is summed in float32 (float64 for float64) whatever its dtype.
-        labels: [N], int64 or int32, in [0, V) or equal to `ignore_index`.
-        bias: [V] or None.
+        hidden: [N, H], float32, bfloat16, float16 or float64. Only rows that count are read.
+        weight: [V, H], same dtype. bias: [V], same dtype, or None. Under autocast all three are cast as F.linear would.
+        labels: [N], int64 or int32, in [0, V), or `ignore_index`.
         ignore_index: rows with this label count nowhere and cost nothing. A value inside [0, V) stays in the softmax.
-        z_loss: weight of the squared log-sum-exp.
-        softcap: bound of the logits, or None.
+        z_loss: weight of the squared log-sum-exp (PaLM, arXiv 2204.02311, section 5).
+        softcap: bound of the logits, or None (Gemma 2, arXiv 2408.00118, section 2).
+        label_smoothing: in [0, 1), as in torch.nn.functional.cross_entropy. In Triton the logits are then computed
+            twice.
         normalizer: with reduction "mean", what the sum is divided by instead of the number of counted rows: a number
             or a tensor of one element (a constant, never read on the host). Use the global token count here.
         reduction: "mean", "sum", or "none" for [N] with 0 at ignored rows. "none" computes the logits a second time
             in backward, because the gradient of each row is known only then.
-        return_lse: also return lse [N], 0 at ignored rows, without gradient.
-        return_z_loss: also return the part of the loss that is z_loss, reduced like the loss, without gradient.
-        backend: "auto" or "torch"; "triton" is refused while this build has no Triton kernels.
-        workspace_mb: bound of the logits kept at a time (one row at least).
+        counted_rows: how many labels are not `ignore_index`, when the caller knows. On a GPU nothing then waits for
+            the device, and the call can be captured in a CUDA graph.
+        return_statistics: also return `TokenStatistics`, at the price of one comparison per logit.
+        backend: "auto" (Triton on a GPU, torch elsewhere and for float64), "triton" or "torch".
+        workspace_mb: bound of the logits kept at a time (one row at least); None: 1024 on a GPU, 128 on a CPU.
 
     Returns:
-        The loss in float32 (float64 for float64 inputs), or (loss, lse and/or z_loss part) in that order. Without any
-        counted row the loss is 0, with zero gradients, whatever the normalizer.
+        The loss in float32 (float64 for float64 inputs), or (loss, TokenStatistics). Without any counted row the loss
+        is 0, with zero gradients, whatever the normalizer. Gradients have the dtypes of their inputs; the same inputs
+        give the same bits.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not match; a label out of range (on CUDA an asynchronous device
-            assertion instead, so that nothing waits); an empty weight; a DTensor; an unusable option.
-        RuntimeError: backend "triton", and differentiating twice.
-
-    On a GPU, finding the counted rows is the one point that waits for the device.
+        ValueError: shapes, dtypes or devices that do not match; a label out of range or a wrong `counted_rows` (on
+            CUDA an asynchronous device assertion instead, so that nothing waits); an empty weight; a DTensor; an
+            unusable option.
+        RuntimeError: backend "triton" where it cannot run; differentiating twice.
     """
-    choose_backend(backend)
     _check_tensors(hidden, weight, labels, bias)
-    _check_options(reduction, normalizer, softcap, z_loss, workspace_mb)
+    _check_options(reduction, normalizer, softcap, z_loss, label_smoothing, counted_rows, len(labels))
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     check_same("dtype", hidden=hidden, weight=weight, bias=bias)
 
-    labels = labels.long()
-    counted = labels != ignore_index
-    _check_labels(labels, counted, weight.shape[0])
-    rows = counted.nonzero().squeeze(1)
-    if len(rows) == 0 or reduction != "mean":
-        divisor: float | Tensor = 1.0
-    elif normalizer is None:
-        divisor = float(len(rows))
-    elif isinstance(normalizer, Tensor):
-        divisor = normalizer.detach().to(compute_dtype(hidden.dtype)).reshape(())
+    # Inside an operator the grad mode is always off, so whether gradients are wanted has to be settled here.
+    wants = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)]
+    tensors = (hidden, weight, bias, labels)
+    triton, workspace = use_triton(backend, hidden), resolve_workspace(workspace_mb, hidden)
+    settings = (ignore_index, counted_rows, z_loss, softcap, label_smoothing, return_statistics, triton, workspace)
+    if reduction == "none":
+        loss, lse, rank = torch.ops.lcl_kernels.linear_cross_entropy_rows(*tensors, *settings)
+        row_loss, divisor = loss, None
     else:
-        divisor = float(normalizer)
-        if divisor == 0:
-            raise ValueError(f"normalizer is 0, but {len(rows)} labels count")
-
-    # Inside a Function the grad mode is always off, so whether gradients are wanted has to be settled here.
-    wanted = tuple(t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias))
-    options = _Options(z_loss, softcap, workspace_mb, reduction == "none")
-    with torch.autocast(device, enabled=False):
-        loss, lse, z_part = _LinearCrossEntropy.apply(hidden, weight, bias, labels, rows, divisor, wanted, options)
-    if not (return_lse or return_z_loss):
+        total, row_loss, lse, rank, *_ = torch.ops.lcl_kernels.linear_cross_entropy_sum(
+            *tensors, None, *settings, *wants
+        )
+        divisor = _divisor(reduction, normalizer, labels, ignore_index, total.dtype)
+        loss = total if divisor is None else total / divisor
+    if not return_statistics:
         return loss
-    return (loss, *([lse] if return_lse else []), *([z_part] if return_z_loss else []))
+    z_part = z_loss * lse.square()
+    if reduction != "none":
+        z_part = z_part.sum() if divisor is None else z_part.sum() / divisor
+    return loss, TokenStatistics(row_loss.detach(), lse, z_part, rank)
 
 
-class _Options(NamedTuple):
-    z_loss: float
-    softcap: float | None
-    workspace_mb: float
-    per_row: bool
+def _divisor(
+    reduction: Reduction, normalizer: float | Tensor | None, labels: Tensor, ignore_index: int, dtype: torch.dtype
+) -> Tensor | None:
+    """What the sum of the losses is divided by, computed on the device; 1 when no row counts."""
+    if reduction == "sum":
+        return None
+    count = (labels != ignore_index).sum()
+    if normalizer is None:
+        return count.clamp(min=1).to(dtype)
+    if isinstance(normalizer, Tensor):
+        divisor = normalizer.detach().to(labels.device, dtype).reshape(())
+    elif normalizer == 0 and bool(count):
+        raise ValueError(f"normalizer is 0, but {int(count)} labels count")
+    else:
+        divisor = torch.full((), float(normalizer), dtype=dtype, device=labels.device)
+    return torch.where(count == 0, 1.0, divisor)
 
 
-class _Wanted(NamedTuple):
-    hidden: bool = False
-    weight: bool = False
-    bias: bool = False
-
-
-class _Swept(NamedTuple):
-    loss: Tensor  # [n]
-    lse: Tensor  # [n]
-    d_hidden: Tensor | None  # [n, H]
-    d_weight: Tensor | None  # [V, H]
-    d_bias: Tensor | None  # [V]
-
-
-def _sweep(
+@torch.library.custom_op("lcl_kernels::linear_cross_entropy_sum", mutates_args=())
+def _sum_op(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    rows: Tensor,
-    options: _Options,
-    wanted: _Wanted,
-    row_grad: Tensor | None = None,
-) -> _Swept:
-    """Losses of `rows` [n] and the gradients of sum_i row_grad[i] * loss[i] (row_grad None: ones)."""
-    n, vocab = len(rows), len(weight)
-    dtype, operand = compute_dtype(hidden.dtype), operand_dtype(hidden)
-    weight = weight.to(operand)
-    bias = None if bias is None else bias.to(dtype)
-    loss, lse = hidden.new_empty(n, 1, dtype=dtype), hidden.new_empty(n, 1, dtype=dtype)
-    d_hidden = hidden.new_empty(n, hidden.shape[1], dtype=dtype) if wanted.hidden else None
-    d_weight = torch.zeros_like(weight, dtype=dtype) if wanted.weight else None
-    d_bias = hidden.new_zeros(vocab, dtype=dtype) if wanted.bias else None
-
-    keep_tanh = options.softcap is not None and any(wanted)
-    row_bytes = vocab * dtype.itemsize * (2 if keep_tanh else 1)
-    chunks = (row_bytes, options.workspace_mb)
-    workspace = _workspace(largest_chunk(n, *chunks), vocab, hidden, dtype)
-    tanh_workspace = torch.empty_like(workspace) if keep_tanh else None
-
-    for chunk in row_chunks(n, *chunks):
-        x = hidden.index_select(0, rows[chunk]).to(operand)
-        target = labels.index_select(0, rows[chunk]).unsqueeze(1)
-        logits = matmul_(workspace[: len(x)], x, weight.t())
-        if bias is not None:
-            logits.add_(bias)
-        tanh = None
-        if options.softcap is not None:
-            logits.div_(options.softcap).tanh_()
-            if tanh_workspace is not None:
-                tanh = tanh_workspace[: len(x)].copy_(logits)
-            logits.mul_(options.softcap)
-
-        statistics = exp_excluding_target_(logits, target)
-        cross_entropy, lse[chunk], total = statistics
-        loss[chunk] = cross_entropy + options.z_loss * statistics.lse.square()
-        if not any(wanted):
-            continue
-
-        # d loss / d z_j = (1 + 2 z_loss lse) p_j - [j is the target], with 1 - p_target taken from the cross entropy.
-        pull = 2 * options.z_loss * statistics.lse
-        grad = 1.0 if row_grad is None else row_grad[chunk].unsqueeze(1)
-        at_target = grad * (torch.expm1(-cross_entropy) + pull * torch.exp(-cross_entropy))
-        d_logits = logits.mul_(grad * (1 + pull) / total).scatter_(1, target, at_target)
-        if tanh is not None:
-            d_logits.addcmul_(d_logits, tanh.square_(), value=-1)
-        if d_bias is not None:
-            d_bias += d_logits.sum(0)
-        if d_hidden is not None:
-            matmul_(d_hidden[chunk], d_logits, weight)
-        if d_weight is not None:
-            matmul_(d_weight, d_logits.t(), x, accumulate=True)
-    return _Swept(loss.squeeze(1), lse.squeeze(1), d_hidden, d_weight, d_bias)
-
-
-def _workspace(rows: int, vocab: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """An empty [rows, vocab]. On a CPU vocabulary-major: BLAS fills that order about a third faster at large V."""
-    if like.is_cuda:
-        return like.new_empty(rows, vocab, dtype=dtype)
-    return like.new_empty(vocab, rows, dtype=dtype).t()
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        rows: Tensor,
-        divisor: float | Tensor,
-        wanted: tuple[bool, bool, bool],
-        options: _Options,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.wanted, ctx.options, ctx.divisor = _Wanted(*wanted), options, divisor
-        ctx.shape, ctx.dtype = hidden.shape, hidden.dtype
-        swept = _sweep(hidden, weight, bias, labels, rows, options, _Wanted() if options.per_row else ctx.wanted)
-        if options.per_row:
-            ctx.save_for_backward(hidden, weight, bias, labels, rows)
+    row_grad: Tensor | None,
+    ignore_index: int,
+    counted_rows: int | None,
+    z_loss: float,
+    softcap: float | None,
+    label_smoothing: float,
+    statistics: bool,
+    triton: bool,
+    workspace_mb: float,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(sum of the losses, row_loss [N], lse [N], rank [N], d_hidden, d_weight, d_bias), the gradients being those of
+    the sum weighted by `row_grad` [N] (None: ones), in the compute dtype and empty where not wanted."""
+    options = Options(z_loss, softcap, label_smoothing, statistics, workspace_mb)
+    wanted = Wanted(want_hidden, want_weight, want_bias)
+    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
+        rows, counted_labels = _counted(labels, ignore_index, counted_rows, len(weight))
+        if triton:
+            from lcl_kernels.triton_linear_cross_entropy import sweep
         else:
-            ctx.save_for_backward(swept.d_hidden, swept.d_weight, swept.d_bias, rows)
-
-        z_part = options.z_loss * swept.lse.square()
-        lse = _spread(swept.lse, rows, len(hidden))
-        if options.per_row:
-            loss, z_part = _spread(swept.loss, rows, len(hidden)), _spread(z_part, rows, len(hidden))
-        else:
-            loss, z_part = swept.loss.sum() / divisor, z_part.sum() / divisor
-        ctx.mark_non_differentiable(lse, z_part)
-        return loss, lse, z_part
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.options.per_row:
-            hidden, weight, bias, labels, rows = ctx.saved_tensors
-            row_grad = grad.index_select(0, rows)
-            swept = _sweep(hidden, weight, bias, labels, rows, ctx.options, ctx.wanted, row_grad)
-            d_hidden, d_weight, d_bias, scale = *swept[2:], grad.new_ones(())
-        else:
-            d_hidden, d_weight, d_bias, rows = ctx.saved_tensors
-            scale = grad / ctx.divisor
-        d_hidden, d_weight, d_bias = (scaled(g, scale, ctx.dtype) for g in (d_hidden, d_weight, d_bias))
-        if d_hidden is not None:
-            d_hidden = _spread(d_hidden, rows, ctx.shape[0])
-        return d_hidden, d_weight, d_bias, None, None, None, None, None
+            sweep = torch_linear_cross_entropy.sweep
+        if row_grad is not None:
+            row_grad = row_grad.to(compute_dtype(hidden.dtype)).index_select(0, rows)
+        swept: Swept = sweep(hidden, weight, bias, counted_labels, rows, options, wanted, row_grad)
+    n = len(labels)
+    return (
+        swept.row_loss.sum(),
+        _spread(swept.row_loss, rows, n, 0),
+        _spread(swept.lse, rows, n, 0),
+        _spread(swept.rank, rows, n, -1) if statistics else swept.rank,
+        swept.d_hidden,
+        swept.d_weight,
+        swept.d_bias,
+    )
 
 
-def _spread(values: Tensor, rows: Tensor, length: int) -> Tensor:
-    """`values` of the counted rows, zeros elsewhere."""
+@_sum_op.register_fake
+def _(hidden, weight, bias, labels, *arguments):  # type: ignore[no-untyped-def]
+    statistics, (want_hidden, want_weight, want_bias) = arguments[6], arguments[-3:]
+    n, dtype = hidden.shape[0], compute_dtype(hidden.dtype)
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(n, dtype=dtype),
+        hidden.new_empty(n, dtype=dtype),
+        labels.new_empty(n if statistics else 0, dtype=torch.int64),
+        hidden.new_empty(hidden.shape if want_hidden else (0,), dtype=dtype),
+        hidden.new_empty(weight.shape if want_weight else (0,), dtype=dtype),
+        hidden.new_empty(weight.shape[0] if want_bias else 0, dtype=dtype),
+    )
+
+
+def _sum_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.wanted = inputs[-3:]
+    ctx.dtype, ctx.inputs = inputs[0].dtype, len(inputs)
+    ctx.save_for_backward(*output[4:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+@first_derivative_only
+def _sum_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    gradients: list[Tensor | None] = [None] * ctx.inputs
+    if grad is not None:
+        for i, (gradient, want) in enumerate(zip(ctx.saved_tensors, ctx.wanted, strict=True)):
+            gradients[i] = scaled(gradient, grad, ctx.dtype) if want else None
+    return tuple(gradients)
+
+
+_sum_op.register_autograd(_sum_backward, setup_context=_sum_context)
+
+
+@torch.library.custom_op("lcl_kernels::linear_cross_entropy_rows", mutates_args=())
+def _rows_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    counted_rows: int | None,
+    z_loss: float,
+    softcap: float | None,
+    label_smoothing: float,
+    statistics: bool,
+    triton: bool,
+    workspace_mb: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(row_loss [N], lse [N], rank [N])."""
+    settings = (ignore_index, counted_rows, z_loss, softcap, label_smoothing, statistics, triton, workspace_mb)
+    results = _sum_op(hidden, weight, bias, labels, None, *settings, False, False, False)
+    return results[1], results[2], results[3]
+
+
+@_rows_op.register_fake
+def _(hidden, weight, bias, labels, *arguments):  # type: ignore[no-untyped-def]
+    n, dtype = hidden.shape[0], compute_dtype(hidden.dtype)
+    rank = labels.new_empty(n if arguments[5] else 0, dtype=torch.int64)
+    return hidden.new_empty(n, dtype=dtype), hidden.new_empty(n, dtype=dtype), rank
+
+
+def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.settings = inputs[4:]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+@first_derivative_only
+def _rows_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * (1 + len(ctx.settings))
+    if grad is None:
+        return (None, None, None, *nothing)
+    hidden, weight, bias, labels = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:3]
+    settings = (*ctx.settings[:5], False, *ctx.settings[6:])
+    results = torch.ops.lcl_kernels.linear_cross_entropy_sum(hidden, weight, bias, labels, grad, *settings, *wanted)
+    gradients = (d.to(hidden.dtype) if want else None for d, want in zip(results[4:], wanted, strict=True))
+    return (*gradients, *nothing)
+
+
+_rows_op.register_autograd(_rows_backward, setup_context=_rows_context)
+
+
+def _counted(labels: Tensor, ignore_index: int, counted_rows: int | None, vocab: int) -> tuple[Tensor, Tensor]:
+    """Indices [n] of the rows that count, in order, and their labels [n] as int64."""
+    counted = labels != ignore_index
+    bad = counted & ((labels < 0) | (labels >= vocab))
+    if labels.is_cuda:
+        torch._assert_async(~bad.any(), f"a label is outside [0, {vocab}) and is not ignore_index")
+        if counted_rows is not None:
+            torch._assert_async(counted.sum() == counted_rows, f"counted_rows={counted_rows} is not what labels say")
+    elif bad.any():
+        first = int(bad.nonzero()[0, 0])
+        raise ValueError(f"labels[{first}] = {int(labels[first])} is outside [0, {vocab}) and is not ignore_index")
+    elif counted_rows is not None and counted.sum() != counted_rows:
+        raise ValueError(f"counted_rows is {counted_rows}, but {int(counted.sum())} labels count")
+
+    if counted_rows is None:
+        rows = counted.nonzero().squeeze(1)
+    elif counted_rows == len(labels):
+        rows = torch.arange(counted_rows, device=labels.device)
+    else:  # a stable sort keeps the order and, unlike nonzero, does not wait for the device
+        rows = torch.argsort(~counted, stable=True)[:counted_rows]
+    # The clamp keeps a bad label from reading outside the weight until the assertion is seen.
+    return rows, labels.index_select(0, rows).long().clamp(0, vocab - 1)
+
+
+def _spread(values: Tensor, rows: Tensor, length: int, fill: int) -> Tensor:
+    """`values` of the counted rows [n], `fill` at the others: [length]."""
     if len(rows) == length:
         return values
-    return values.new_zeros(length, *values.shape[1:]).index_copy_(0, rows, values)
+    return values.new_full((length,), fill).index_copy_(0, rows, values)
 
 
 def _check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
@@ -318,7 +367,13 @@ def _check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
 
 
 def _check_options(
-    reduction: str, normalizer: float | Tensor | None, softcap: float | None, z_loss: float, workspace_mb: float
+    reduction: str,
+    normalizer: float | Tensor | None,
+    softcap: float | None,
+    z_loss: float,
+    label_smoothing: float,
+    counted_rows: int | None,
+    rows: int,
 ) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
@@ -333,14 +388,7 @@ def _check_options(
         raise ValueError(f"softcap must be positive, got {softcap}")
     if not z_loss >= 0:
         raise ValueError(f"z_loss must not be negative, got {z_loss}")
-    if not workspace_mb > 0:
-        raise ValueError(f"workspace_mb must be positive, got {workspace_mb}")
-
-
-def _check_labels(labels: Tensor, counted: Tensor, vocab: int) -> None:
-    bad = counted & ((labels < 0) | (labels >= vocab))
-    if labels.is_cuda:
-        torch._assert_async(~bad.any(), f"a label is outside [0, {vocab}) and is not ignore_index")
-    elif bad.any():
-        first = int(bad.nonzero()[0, 0])
-        raise ValueError(f"labels[{first}] = {int(labels[first])} is outside [0, {vocab}) and is not ignore_index")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if counted_rows is not None and not 0 <= counted_rows <= rows:
+        raise ValueError(f"counted_rows must be in [0, {rows}], got {counted_rows}")

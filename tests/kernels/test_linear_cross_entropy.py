@@ -145,23 +145,24 @@ def test_no_counted_row_gives_zero_with_zero_gradients(n, reduction, normalizer)
         assert torch.equal(tensor.grad, torch.zeros_like(tensor))
 
 
-def test_lse_and_z_loss_on_request():
+def test_statistics_on_request():
     hidden, weight, bias, labels = inputs()
     counted = labels != -100
-    expected = (torch.logsumexp(F.linear(hidden, weight, bias), 1)).where(counted, 0)
-    arguments = dict(bias=bias, z_loss=0.1)
-    loss, lse, z_loss = linear_cross_entropy(
-        leaf(hidden), weight, labels, return_lse=True, return_z_loss=True, **arguments
-    )
-    assert torch.allclose(lse, expected, atol=1e-6)
-    assert torch.allclose(z_loss, 0.1 * expected.square().sum() / counted.sum())
-    assert [t.requires_grad for t in (loss, lse, z_loss)] == [True, False, False]
-    plain = linear_cross_entropy(hidden, weight, labels, bias=bias)
-    assert torch.allclose(loss - z_loss, plain)
-    _, per_row = linear_cross_entropy(hidden, weight, labels, return_z_loss=True, reduction="none", **arguments)
-    assert torch.allclose(per_row, 0.1 * expected.square(), atol=1e-6)
-    _, alone = linear_cross_entropy(hidden, weight, labels, return_lse=True, **arguments)
-    assert torch.equal(alone, lse)
+    logits = F.linear(hidden, weight, bias)
+    lse = logits.logsumexp(1).where(counted, 0)
+    rank = (logits > logits.gather(1, labels.clamp(min=0)[:, None])).sum(1).where(counted, -1)
+    options = dict(bias=bias, z_loss=0.1, return_statistics=True)
+    loss, statistics = linear_cross_entropy(leaf(hidden), weight, labels, **options)
+    assert torch.allclose(statistics.lse, lse, atol=1e-6)
+    assert torch.equal(statistics.rank, rank)
+    assert torch.allclose(statistics.z_loss, 0.1 * lse.square().sum() / counted.sum())
+    assert torch.allclose(loss - statistics.z_loss, linear_cross_entropy(hidden, weight, labels, bias=bias))
+    assert loss.requires_grad
+    assert not any(tensor.requires_grad for tensor in statistics)
+    row_loss, of_rows = linear_cross_entropy(hidden, weight, labels, reduction="none", **options)
+    assert torch.equal(statistics.row_loss, row_loss)
+    assert torch.allclose(of_rows.z_loss, 0.1 * lse.square(), atol=1e-6)
+    assert torch.equal(of_rows.rank, rank)
 
 
 @pytest.mark.parametrize("gap", [8.0, 12.0, 15.0])

@@ -1,0 +1,126 @@
+"""Tile settings of the Triton kernels, and what they share."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lcl_kernels._common import INTERPRETED
+
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+
+
+class Tile(NamedTuple):
+    """Output tile, inner step and launch settings of one matrix product kernel."""
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+
+
+TILES = {
+    # (kernel, compute capability at least): fp32 runs on smaller tiles, since its operands and sums are larger.
+    "logits": {90: Tile(128, 256, 64, 8, 3), 80: Tile(128, 128, 32, 4, 3)},
+    "statistics": {90: Tile(128, 128, 64, 8, 3), 80: Tile(128, 128, 32, 8, 3)},
+    "similarity_gradient": {90: Tile(128, 128, 64, 8, 3), 80: Tile(128, 128, 32, 8, 3)},
+}
+FP32_TILE = Tile(64, 64, 32, 4, 2)
+INTERPRETER_TILE = Tile(64, 128, 64, 4, 1)
+"""Few and large blocks: the interpreter takes the same time for each operation, whatever its size."""
+
+
+def tile_for(kernel: str, dtype: torch.dtype, capability: int) -> Tile:
+    if dtype == torch.float32:
+        return FP32_TILE
+    return next(tile for least, tile in TILES[kernel].items() if capability >= least or least == 80)
+
+
+def tile_on(kernel: str, like: Tensor) -> Tile:
+    if INTERPRETED:
+        return INTERPRETER_TILE
+    major, minor = torch.cuda.get_device_capability(like.device)
+    return tile_for(kernel, like.dtype, 10 * major + minor)
+
+
+def programs_on(like: Tensor) -> int:
+    """How many programs of a persistent kernel run at a time."""
+    return 2 if INTERPRETED else torch.cuda.get_device_properties(like.device).multi_processor_count
+
+
+def precision_of(like: Tensor) -> str:
+    """How float32 products are made, following torch.set_float32_matmul_precision."""
+    return "ieee" if INTERPRETED or torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def operand(matrix: Tensor, block: tuple[int, int]) -> tuple[Tensor | TensorDescriptor, int, bool]:
+    """(what the kernel loads from, row stride, whether it is a descriptor) of a matrix with unit column stride.
+
+    Descriptors let Hopper's copy engine fill shared memory; they need rows that start at multiples of 16 bytes.
+    """
+    stride = matrix.stride(0)
+    if matrix.data_ptr() % 16 == 0 and stride * matrix.itemsize % 16 == 0 and len(matrix):
+        return TensorDescriptor(matrix, list(matrix.shape), [stride, 1], list(block)), stride, True
+    return matrix, stride, False
+
+
+def launch_options(tile: Tile) -> dict[str, Any]:
+    return {"num_warps": tile.warps, "num_stages": tile.stages}
+
+
+@triton.jit
+def tile_position(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Row and column of a tile; tiles that run at the same time form a block, so that they share operands in L2."""
+    in_group = GROUP * column_tiles
+    first = (tile // in_group) * GROUP
+    height = tl.minimum(row_tiles - first, GROUP)
+    return first + (tile % in_group) % height, (tile % in_group) // height
+
+
+@triton.jit
+def tile_product(
+    a, b, stride_a, stride_b, first_row, first_column, rows, columns, depth,
+    A_DESCRIPTOR: tl.constexpr, B_DESCRIPTOR: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """a[first_row:, :] @ b[first_column:, :].T, one tile, summed in float32; out of range counts as zero."""
+    product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    r = first_row + tl.arange(0, ROWS)
+    c = first_column + tl.arange(0, COLUMNS)
+    for k in range(0, depth, INNER):
+        inner = k + tl.arange(0, INNER)
+        if A_DESCRIPTOR:
+            left = a.load([first_row, k])
+        else:
+            left = tl.load(
+                a + r[:, None].to(tl.int64) * stride_a + inner[None, :],
+                mask=(r[:, None] < rows) & (inner[None, :] < depth), other=0.0,
+            )  # fmt: skip
+        if B_DESCRIPTOR:
+            right = b.load([first_column, k])
+        else:
+            right = tl.load(
+                b + c[:, None].to(tl.int64) * stride_b + inner[None, :],
+                mask=(c[:, None] < columns) & (inner[None, :] < depth), other=0.0,
+            )  # fmt: skip
+        if UPCAST:  # the interpreter's bfloat16 product is wrong
+            left, right = left.to(tl.float32), right.to(tl.float32)
+        product = tl.dot(left, right.T, product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def round_to(values, like, EMULATE: tl.constexpr):
+    """Cast to the element type of a pointer, to nearest even also in the interpreter, which would truncate bfloat16."""
+    if EMULATE and like.dtype.element_ty == tl.bfloat16:
+        bits = values.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        values = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return values.to(like.dtype.element_ty)

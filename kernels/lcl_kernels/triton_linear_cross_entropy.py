@@ -1,0 +1,434 @@
+"""The sweep of `linear_cross_entropy` on a GPU: one Triton kernel makes exponentials, cuBLAS the gradient products.
+
+The logit of the target is computed first, by a dot product per row. It anchors the exponentials: E = exp(z - anchor),
+anchor = z_target + 30, can be stored by the kernel that computes z, without knowing the row maximum, because bfloat16
+has the range of float32. The row's own scale comes out of both gradient products: with v_i = g_i / sum_i,
+
+    d hidden = v * (E @ weight)    and    d weight = E.T @ (v * hidden).
+
+The target is left out of E and its gradient added in float32, so nothing cancels when a token is nearly certain. A row
+with a logit far above its target (70 and more) would overflow; such rows are marked, and the same kernel makes their
+tiles again with their maximum as anchor. Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lcl_kernels._common import INTERPRETED, exclusive_cross_entropy, matmul_, row_chunks
+from lcl_kernels.sweep import Options, Swept, Wanted, empty_results
+from lcl_kernels.tiles import (
+    LN2,
+    LOG2E,
+    launch_options,
+    operand,
+    precision_of,
+    programs_on,
+    round_to,
+    tile_on,
+    tile_position,
+    tile_product,
+)
+
+LEAD = 30.0
+"""Anchor minus target logit, in nats: rows may have logits from 57 below to about 70 above their target."""
+LIMIT = tl.constexpr(2.0**60)
+GROUP = 8
+SEGMENT_ROWS = 16
+
+
+@triton.jit
+def target_logits_kernel(
+    hidden, weight, bias, rows, labels, target, anchor, stride_h, stride_w, width, softcap, lead,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """target[i] = logit of the label of row i, in units of log 2; anchor[i] = a whole number near target + lead."""
+    i = tl.program_id(0)
+    row = tl.load(rows + i)
+    label = tl.load(labels + i)
+    sums = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, width, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        h = tl.load(hidden + row * stride_h + k, mask=k < width, other=0.0).to(tl.float32)
+        w = tl.load(weight + label * stride_w + k, mask=k < width, other=0.0).to(tl.float32)
+        sums += h * w
+    z = tl.sum(sums, 0)
+    if HAS_BIAS:
+        z += tl.load(bias + label).to(tl.float32)
+    if HAS_SOFTCAP:
+        z = softcap * bounded(z / softcap)
+    z *= 1.4426950408889634
+    tl.store(target + i, z)
+    tl.store(anchor + i, tl.floor(z + lead + 0.5))
+
+
+@triton.jit
+def bounded(x):
+    """tanh(x)"""
+    return 1.0 - 2.0 / (1.0 + tl.exp2(x * 2.8853900817779268))
+
+
+@triton.jit
+def exp_logits_kernel(
+    hidden, weight, bias, labels, target, anchor, row_top, overflowed, excess, exponentials, sums, logit_sums, higher,
+    rows, vocab, width, stride_h, stride_w, stride_e, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_EXCESS: tl.constexpr, STORE: tl.constexpr,
+    SUMS: tl.constexpr, SUM_LOGITS: tl.constexpr, RANK: tl.constexpr, GUARD: tl.constexpr, AGAIN: tl.constexpr,
+    H_DESCRIPTOR: tl.constexpr, W_DESCRIPTOR: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """exponentials[i, j] = 2^(z_ij - anchor_i), 0 at the target, and their sums per row and tile of columns.
+
+    GUARD: rows of a tile that would overflow get their largest logit into row_top, and `overflowed` is set. AGAIN:
+    the second launch, which does something only then, and only for tiles that have such rows.
+    """
+    row_tiles = tl.cdiv(rows, ROWS)
+    column_tiles = tl.cdiv(vocab, COLUMNS)
+    tiles = row_tiles * column_tiles
+    if AGAIN:
+        tiles = tl.where(tl.load(overflowed) != 0, tiles, 0)
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=not AGAIN):
+        row_tile, column_tile = tile_position(tile, row_tiles, column_tiles, GROUP)
+        r = row_tile * ROWS + tl.arange(0, ROWS)
+        c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+        valid_row = r < rows
+        reference = tl.load(anchor + r, mask=valid_row, other=0.0)
+        wanted = True
+        if AGAIN:
+            top = tl.load(row_top + r, mask=valid_row, other=float("-inf"))
+            reference = tl.where(top > float("-inf"), top, reference)
+            wanted = tl.max(top, 0) > float("-inf")
+        if wanted:
+            z = tile_product(
+                hidden, weight, stride_h, stride_w, row_tile * ROWS, column_tile * COLUMNS, rows, vocab, width,
+                H_DESCRIPTOR, W_DESCRIPTOR, ROWS, COLUMNS, INNER, PRECISION, UPCAST,
+            )  # fmt: skip
+            if HAS_BIAS:
+                z += tl.load(bias + c, mask=c < vocab, other=0.0).to(tl.float32)[None, :]
+            slope = 1.0
+            if HAS_SOFTCAP:
+                t = bounded(z / softcap)
+                z = softcap * t
+                slope = 1.0 - t * t
+            z *= 1.4426950408889634
+            label = tl.load(labels + r, mask=valid_row, other=-1).to(tl.int32)
+            inside = c[None, :] < vocab
+            other = inside & (c[None, :] != label[:, None])
+            e = tl.where(other, tl.exp2(z - reference[:, None]), 0.0)
+            place = r.to(tl.int64) * column_tiles + column_tile
+            if SUMS:
+                total = tl.sum(e, 1)
+                tl.store(sums + place, total, mask=valid_row)
+            if GUARD:
+                high = total > LIMIT
+                if tl.max(high.to(tl.int32), 0) > 0:
+                    top_here = tl.max(tl.where(other, z, float("-inf")), 1)
+                    tl.atomic_max(row_top + r, top_here, mask=valid_row & high)
+                    tl.store(overflowed, 1)
+            if SUM_LOGITS:
+                tl.store(logit_sums + place, tl.sum(tl.where(inside, z, 0.0), 1), mask=valid_row)
+            if RANK:
+                z_target = tl.load(target + r, mask=valid_row, other=0.0)
+                count = tl.sum((other & (z > z_target[:, None])).to(tl.int32), 1)
+                tl.store(higher + place, count, mask=valid_row)
+            if STORE:
+                if HAS_EXCESS:
+                    less = tl.load(excess + r, mask=valid_row, other=0.0)
+                    e = tl.where(other, e - less[:, None], 0.0)
+                tl.store(
+                    exponentials + r[:, None].to(tl.int64) * stride_e + c[None, :],
+                    round_to(e * slope, exponentials, UPCAST), mask=valid_row[:, None] & (c[None, :] < stride_e),
+                )  # fmt: skip
+
+
+@triton.jit
+def finish_hidden_kernel(
+    product, weight, rows, labels, factor, at_target, d_hidden, stride_w, width, BLOCK: tl.constexpr
+):  # fmt: skip
+    """d_hidden[rows[i]] = factor[i] * product[i] + at_target[i] * weight[labels[i]]"""
+    i = tl.program_id(0)
+    row = tl.load(rows + i)
+    label = tl.load(labels + i)
+    v = tl.load(factor + i)
+    t = tl.load(at_target + i)
+    for start in range(0, width, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        p = tl.load(product + i.to(tl.int64) * width + k, mask=k < width, other=0.0)
+        w = tl.load(weight + label * stride_w + k, mask=k < width, other=0.0).to(tl.float32)
+        tl.store(d_hidden + row * width + k, v * p + t * w, mask=k < width)
+
+
+@triton.jit
+def add_targets_kernel(
+    hidden, rows, order, sorted_labels, at_target, d_weight, d_bias, count, stride_h, width,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, SEGMENT_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """d_weight[label] += sum of at_target[i] * hidden[rows[i]] over the rows i with that label, always in one order.
+
+    Rows are sorted by label; the program of the first row of a label does them all, the others do nothing.
+    """
+    first = tl.program_id(0)
+    label = tl.load(sorted_labels + first)
+    before = tl.load(sorted_labels + first - 1, mask=first > 0, other=-1)
+    if label != before:
+        k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        sums = tl.zeros((BLOCK,), dtype=tl.float32)
+        bias_sum = 0.0
+        position = first
+        more = True
+        while more:
+            at = position + tl.arange(0, SEGMENT_ROWS)
+            same = tl.load(sorted_labels + at, mask=at < count, other=-1) == label
+            i = tl.load(order + at, mask=same, other=0)
+            t = tl.load(at_target + i, mask=same, other=0.0)
+            row = tl.load(rows + i, mask=same, other=0)
+            if WEIGHT:
+                h = tl.load(
+                    hidden + row[:, None] * stride_h + k[None, :],
+                    mask=same[:, None] & (k[None, :] < width), other=0.0,
+                ).to(tl.float32)  # fmt: skip
+                sums += tl.sum(t[:, None] * h, 0)
+            bias_sum += tl.sum(t, 0)
+            position += SEGMENT_ROWS
+            more = tl.sum(same.to(tl.int32), 0) == SEGMENT_ROWS
+        if WEIGHT:
+            place = d_weight + label * width + k
+            tl.store(place, tl.load(place, mask=k < width, other=0.0) + sums, mask=k < width)
+        if BIAS and tl.program_id(1) == 0:
+            tl.store(d_bias + label, tl.load(d_bias + label) + bias_sum)
+
+
+def sweep(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    rows: Tensor,
+    options: Options,
+    wanted: Wanted,
+    row_grad: Tensor | None = None,
+) -> Swept:
+    """See `torch_linear_cross_entropy.sweep`. Everything is enqueued; nothing waits for the device."""
+    results = empty_results(hidden, weight, labels, options, wanted)
+    if len(rows) == 0:
+        results.d_weight.zero_()
+        return results
+    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    weight = weight.contiguous()
+    target, anchor = _target_logits(hidden, weight, bias, rows, labels, options)
+    at_target = torch.empty_like(target)
+    # Float16 has too little range for anchored exponentials, and a smoothed label acts on every class by a term that
+    # is no multiple of the exponential: both find the log-sum-exp first, and make the exponentials again from it.
+    two_passes = any(wanted) and (hidden.dtype == torch.float16 or options.label_smoothing > 0)
+    for chunk in row_chunks(len(rows), *_limits(hidden, weight, options, wanted)):
+        x = hidden[chunk] if len(rows) == len(hidden) else hidden.index_select(0, rows[chunk])
+        block = _Block(x, weight, bias, labels[chunk], target[chunk], options)
+        made = _exponentials(block, anchor[chunk], store=any(wanted) and not two_passes)
+        cross_entropy, lse, total = _losses(block, made)
+        _keep(results, chunk, block, made, cross_entropy, lse)
+        if not any(wanted):
+            continue
+        pull = 2 * options.z_loss * lse
+        grad = torch.ones_like(lse) if row_grad is None else row_grad[chunk]
+        at_target[chunk] = grad * _slope_at_target(block, cross_entropy, pull)
+        factor = grad * (1 + pull)
+        exponentials = made.exponentials
+        if two_passes:
+            excess = options.label_smoothing / len(weight) / (1 + pull)
+            exponentials = _softmax(block, lse, excess)
+        else:
+            factor = factor / total
+        assert exponentials is not None
+        _gradients(block, exponentials, rows[chunk], factor, at_target[chunk], results, wanted, first=chunk.start == 0)
+    if wanted.weight or wanted.bias:
+        _add_targets(hidden, rows, labels, at_target, results, wanted)
+    return results
+
+
+class _Block(NamedTuple):
+    """A chunk of counted rows."""
+
+    x: Tensor  # [C, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    labels: Tensor  # [C]
+    target: Tensor  # [C], logit of the label in units of log 2
+    options: Options
+
+
+class _Made(NamedTuple):
+    """What one or two launches of `exp_logits_kernel` made."""
+
+    exponentials: Tensor | None  # [C, V padded to whole cache lines], operand dtype
+    reference: Tensor  # [C], in units of log 2
+    others: Tensor  # [C], sum of 2^(z - reference) without the target
+    logit_sum: Tensor | None  # [C], in units of log 2, with the target
+    higher: Tensor | None  # [C] int64
+
+
+def _limits(hidden: Tensor, weight: Tensor, options: Options, wanted: Wanted) -> tuple[int, float, int]:
+    """Bytes per row, workspace in MB and the multiple of rows for `row_chunks`."""
+    tile = tile_on("logits", hidden)
+    stored = _padded(len(weight)) * hidden.itemsize if any(wanted) else 0
+    partial = 1 + (options.label_smoothing > 0) + options.statistics
+    return stored + 4 * partial * triton.cdiv(len(weight), tile.columns), options.workspace_mb, tile.rows
+
+
+def _padded(vocab: int) -> int:
+    """Row stride of the exponentials: rows start at whole cache lines whatever the vocabulary."""
+    return triton.cdiv(vocab, 64) * 64
+
+
+def _target_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor, options: Options
+) -> tuple[Tensor, Tensor]:
+    target = hidden.new_empty(len(rows), dtype=torch.float32)
+    anchor = torch.empty_like(target)
+    width = hidden.shape[1]
+    target_logits_kernel[(len(rows),)](
+        hidden, weight, bias, rows, labels, target, anchor, hidden.stride(0), weight.stride(0), width,
+        options.softcap or 0.0, LEAD * LOG2E,
+        HAS_BIAS=bias is not None, HAS_SOFTCAP=options.softcap is not None,
+        BLOCK=min(1024, triton.next_power_of_2(width)),
+    )  # fmt: skip
+    return target, anchor
+
+
+def _exponentials(block: _Block, anchor: Tensor, *, store: bool) -> _Made:
+    """Anchored exponentials and their sums, rows that would overflow included."""
+    rows, vocab = len(block.x), len(block.weight)
+    partials = (rows, triton.cdiv(vocab, tile_on("logits", block.x).columns))
+    sums = anchor.new_empty(partials)
+    logit_sums = anchor.new_empty(partials) if block.options.label_smoothing else None
+    higher = block.labels.new_empty(partials, dtype=torch.int32) if block.options.statistics else None
+    exponentials = block.x.new_empty(rows, _padded(vocab)) if store else None
+    top = anchor.new_full((rows,), -torch.inf)
+    overflowed = torch.zeros(1, dtype=torch.int32, device=anchor.device)
+    for again in (False, True):
+        _launch(
+            block, anchor, top=top, overflowed=overflowed, exponentials=exponentials, sums=sums,
+            logit_sums=logit_sums, higher=higher, GUARD=not again, AGAIN=again,
+        )  # fmt: skip
+    return _Made(
+        exponentials,
+        torch.where(top > -torch.inf, top, anchor),
+        sums.sum(1),
+        None if logit_sums is None else logit_sums.sum(1),
+        None if higher is None else higher.sum(1),
+    )
+
+
+def _softmax(block: _Block, lse: Tensor, excess: Tensor) -> Tensor:
+    """exp(z - lse) - excess, 0 at the target."""
+    exponentials = block.x.new_empty(len(block.x), _padded(len(block.weight)))
+    _launch(
+        block, lse * LOG2E, exponentials=exponentials, excess=excess if block.options.label_smoothing else None
+    )  # fmt: skip
+    return exponentials
+
+
+def _launch(
+    block: _Block,
+    anchor: Tensor,
+    *,
+    top: Tensor | None = None,
+    overflowed: Tensor | None = None,
+    exponentials: Tensor | None = None,
+    sums: Tensor | None = None,
+    excess: Tensor | None = None,
+    logit_sums: Tensor | None = None,
+    higher: Tensor | None = None,
+    GUARD: bool = False,
+    AGAIN: bool = False,
+) -> None:
+    x, weight, options = block.x, block.weight, block.options
+    tile = tile_on("logits", x)
+    left, stride_h, h_descriptor = operand(x, (tile.rows, tile.inner))
+    right, stride_w, w_descriptor = operand(weight, (tile.columns, tile.inner))
+    programs = programs_on(x)
+    exp_logits_kernel[(programs,)](
+        left, right, block.bias, block.labels, block.target, anchor, top, overflowed, excess, exponentials, sums,
+        logit_sums, higher,
+        len(x), len(weight), x.shape[1], stride_h, stride_w, _padded(len(weight)), options.softcap or 0.0,
+        HAS_BIAS=block.bias is not None, HAS_SOFTCAP=options.softcap is not None, HAS_EXCESS=excess is not None,
+        STORE=exponentials is not None, SUMS=sums is not None, SUM_LOGITS=logit_sums is not None,
+        RANK=higher is not None, GUARD=GUARD, AGAIN=AGAIN,
+        H_DESCRIPTOR=h_descriptor, W_DESCRIPTOR=w_descriptor,
+        ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, GROUP=GROUP, PROGRAMS=programs,
+        PRECISION=precision_of(x), UPCAST=INTERPRETED,
+        **launch_options(tile),
+    )  # fmt: skip
+
+
+def _losses(block: _Block, made: _Made) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross entropy [C], log-sum-exp [C], both in nats, and the sum [C] of 2^(z - reference) with the target."""
+    cross_entropy = exclusive_cross_entropy((made.reference - block.target) * LN2, made.others)
+    total = made.others + torch.exp2(block.target - made.reference)
+    return cross_entropy, block.target * LN2 + cross_entropy, total
+
+
+def _keep(results: Swept, chunk: slice, block: _Block, made: _Made, cross_entropy: Tensor, lse: Tensor) -> None:
+    loss = cross_entropy + block.options.z_loss * lse.square()
+    if made.logit_sum is not None:
+        mean = made.logit_sum / len(block.weight)
+        loss = loss + (block.options.label_smoothing * LN2) * (block.target - mean)
+    results.row_loss[chunk], results.lse[chunk] = loss, lse
+    if made.higher is not None:
+        results.rank[chunk] = made.higher
+
+
+def _slope_at_target(block: _Block, cross_entropy: Tensor, pull: Tensor) -> Tensor:
+    """d loss / d logit of the label, before softcap; 1 - p comes from the cross entropy, so it has all its digits."""
+    smoothing = block.options.label_smoothing
+    slope = torch.expm1(-cross_entropy) + pull * torch.exp(-cross_entropy) + smoothing - smoothing / len(block.weight)
+    if block.options.softcap is not None:
+        slope = slope * (1 - (block.target * (LN2 / block.options.softcap)).square())
+    return slope
+
+
+def _gradients(
+    block: _Block,
+    exponentials: Tensor,
+    rows: Tensor,
+    factor: Tensor,
+    at_target: Tensor,
+    results: Swept,
+    wanted: Wanted,
+    *,
+    first: bool,
+) -> None:
+    """The gradient products of one chunk; `factor` and `at_target` are [C]."""
+    x, weight = block.x, block.weight
+    exponentials = exponentials[:, : len(weight)]
+    width = x.shape[1]
+    if wanted.hidden:
+        product = matmul_(x.new_empty(x.shape, dtype=torch.float32), exponentials, weight)
+        finish_hidden_kernel[(len(x),)](
+            product, weight, rows, block.labels, factor, at_target, results.d_hidden, weight.stride(0), width,
+            BLOCK=min(1024, triton.next_power_of_2(width)),
+        )  # fmt: skip
+    if wanted.weight:
+        scaled_x = torch.mul(x, factor.unsqueeze(1), out=torch.empty_like(x))
+        matmul_(results.d_weight, exponentials.t(), scaled_x, accumulate=not first)
+    if wanted.bias:
+        high = factor.to(x.dtype)  # a sum of two operands has twice the digits
+        columns = torch.stack([high, (factor - high).to(x.dtype)], 1)
+        results.d_bias.add_(matmul_(factor.new_empty(len(weight), 2), exponentials.t(), columns).sum(1))
+
+
+def _add_targets(
+    hidden: Tensor, rows: Tensor, labels: Tensor, at_target: Tensor, results: Swept, wanted: Wanted
+) -> None:
+    sorted_labels, order = torch.sort(labels, stable=True)
+    width = hidden.shape[1]
+    block = min(256, triton.next_power_of_2(width))
+    add_targets_kernel[(len(rows), triton.cdiv(width, block) if wanted.weight else 1)](
+        hidden, rows, order, sorted_labels, at_target, results.d_weight, results.d_bias, len(rows), hidden.stride(0),
+        width, WEIGHT=wanted.weight, BIAS=wanted.bias, SEGMENT_ROWS=SEGMENT_ROWS, BLOCK=block,
+    )  # fmt: skip
