@@ -124,11 +124,11 @@ def exclusive_cross_entropy(gap: Tensor, others: Tensor) -> Tensor:
     """-log softmax of a target from `others`, the sum of exp(z_j - reference) without the target.
 
     `gap` is reference - z_target, in nats. Leaving the target out of the sum keeps confident rows exact: lse - z_target
-    loses every digit of a small loss, log1p(others * exp(gap)) none. For a large gap the product would overflow.
+    loses every digit of a small loss, log1p(others * exp(gap)) none.
     """
-    confident = gap < 40
-    small = torch.log1p(others * torch.exp(gap.clamp(max=40)))
-    return torch.where(confident, small, gap + torch.log(others + torch.exp(-gap)))
+    half = torch.exp(0.5 * gap.clamp(max=170))  # in two steps, so that only a huge product can overflow
+    odds = others * half * half
+    return torch.where(odds < 1e30, torch.log1p(odds), gap + torch.log(others + torch.exp(-gap)))
 
 
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

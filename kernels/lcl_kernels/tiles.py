@@ -26,32 +26,52 @@ class Tile(NamedTuple):
     stages: int
 
 
-TILES = {
-    # (kernel, compute capability at least): fp32 runs on smaller tiles, since its operands and sums are larger.
-    "logits": {90: Tile(128, 256, 64, 8, 3), 80: Tile(128, 128, 32, 4, 3)},
-    "statistics": {90: Tile(128, 128, 64, 8, 3), 80: Tile(128, 128, 32, 8, 3)},
-    "similarity_gradient": {90: Tile(128, 128, 64, 8, 3), 80: Tile(128, 128, 32, 8, 3)},
+HIP = "hip"
+HOPPER, AMPERE = 90, 80
+POINTERS = "pointers"
+TILES: dict[str, dict[int | str, Tile]] = {
+    # For compute capability 90 and later, for 80, and for AMD; none of them spills registers (compile_check.py).
+    "logits": {HOPPER: Tile(128, 256, 64, 8, 3), AMPERE: Tile(128, 128, 32, 8, 3), HIP: Tile(128, 128, 32, 8, 2)},
+    "logits_general": {HOPPER: Tile(128, 128, 64, 8, 3), AMPERE: Tile(64, 128, 32, 4, 3), HIP: Tile(64, 128, 32, 8, 2)},
+    "logits_ranked": {HOPPER: Tile(64, 128, 64, 8, 3), AMPERE: Tile(64, 64, 32, 4, 3), HIP: Tile(64, 64, 32, 8, 2)},
+    "statistics": {HOPPER: Tile(128, 128, 64, 8, 3), AMPERE: Tile(128, 128, 32, 8, 3), HIP: Tile(128, 128, 32, 8, 2)},
+    "gradient": {HOPPER: Tile(128, 128, 64, 8, 3), AMPERE: Tile(128, 128, 32, 8, 3), HIP: Tile(128, 128, 32, 8, 2)},
+    # Where an operand's rows are not aligned; addresses then take registers.
+    POINTERS: {HOPPER: Tile(64, 128, 32, 8, 3), AMPERE: Tile(64, 128, 32, 8, 3), HIP: Tile(64, 128, 32, 8, 2)},
 }
-FP32_TILE = Tile(64, 64, 32, 4, 2)
+FLOAT32_TILE = Tile(32, 64, 16, 4, 2)
 INTERPRETER_TILE = Tile(64, 128, 64, 4, 1)
 """Few and large blocks: the interpreter takes the same time for each operation, whatever its size."""
+MOST_ROWS = 128
+"""Rows of the largest tile."""
 
 
-def tile_for(kernel: str, dtype: torch.dtype, capability: int) -> Tile:
-    if dtype == torch.float32:
-        return FP32_TILE
-    return next(tile for least, tile in TILES[kernel].items() if capability >= least or least == 80)
+def target_of(like: Tensor) -> int | str:
+    """Compute capability (90: Hopper) of the GPU that `like` is on, or `HIP`."""
+    if torch.version.hip:
+        return HIP
+    major, minor = torch.cuda.get_device_capability(like.device)
+    return 10 * major + minor
 
 
-def tile_on(kernel: str, like: Tensor) -> Tile:
+def tile_on(kernel: str, a: Tensor, b: Tensor) -> Tile:
+    """The tile setting of a kernel for the dtype, layout and device of its operands."""
     if INTERPRETED:
         return INTERPRETER_TILE
-    major, minor = torch.cuda.get_device_capability(like.device)
-    return tile_for(kernel, like.dtype, 10 * major + minor)
+    if a.dtype == torch.float32:
+        return FLOAT32_TILE
+    target = target_of(a)
+    if isinstance(target, int):
+        target = HOPPER if target >= HOPPER else AMPERE
+    return TILES[kernel if _aligned(a) and _aligned(b) else POINTERS][target]
+
+
+def _aligned(matrix: Tensor) -> bool:
+    return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.itemsize % 16 == 0
 
 
 def programs_on(like: Tensor) -> int:
-    """How many programs of a persistent kernel run at a time."""
+    """How many programs of a persistent kernel to start: one for each multiprocessor."""
     return 2 if INTERPRETED else torch.cuda.get_device_properties(like.device).multi_processor_count
 
 
@@ -66,7 +86,7 @@ def operand(matrix: Tensor, block: tuple[int, int]) -> tuple[Tensor | TensorDesc
     Descriptors let Hopper's copy engine fill shared memory; they need rows that start at multiples of 16 bytes.
     """
     stride = matrix.stride(0)
-    if matrix.data_ptr() % 16 == 0 and stride * matrix.itemsize % 16 == 0 and len(matrix):
+    if _aligned(matrix):
         return TensorDescriptor(matrix, list(matrix.shape), [stride, 1], list(block)), stride, True
     return matrix, stride, False
 

@@ -129,7 +129,7 @@ def statistics(
     columns = ExpSums(scale.new_full((len(y),), -torch.inf), scale.new_zeros(len(y)))
     if not (len(x) and len(y)):
         return ExpSums(row_top, row_total), columns
-    tile = tile_on("statistics", x)
+    tile = tile_on("statistics", x, y)
     bound = (scale * _largest_norm(x) * _largest_norm(y)).abs() * LOG2E
     for chunk in row_chunks(len(x), *_statistics_limits(len(y), tile, workspace_mb)):
         rows, row_tiles = chunk.stop - chunk.start, triton.cdiv(chunk.stop - chunk.start, tile.rows)
@@ -164,7 +164,7 @@ def gradients(
     d_scale = scale.new_zeros(())
     if not (len(x) and len(y)):
         return d_y, d_scale
-    tile = tile_on("similarity_gradient", x)
+    tile = tile_on("gradient", x, y)
     most_columns = max(tile.columns, int(workspace_mb * 2**20) // (LEAST_ROWS * x.itemsize))
     for across in row_chunks(len(y), 1, most_columns / 2**20, tile.columns):
         width = across.stop - across.start

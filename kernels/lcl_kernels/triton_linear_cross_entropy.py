@@ -25,6 +25,8 @@ from lcl_kernels.sweep import Options, Swept, Wanted, empty_results
 from lcl_kernels.tiles import (
     LN2,
     LOG2E,
+    Tile,
+    MOST_ROWS,
     launch_options,
     operand,
     precision_of,
@@ -37,7 +39,8 @@ from lcl_kernels.tiles import (
 
 LEAD = 30.0
 """Anchor minus target logit, in nats: rows may have logits from 57 below to about 70 above their target."""
-LIMIT = tl.constexpr(2.0**60)
+LIMIT = 2.0**60
+"""Sum of exponentials of a row above which it is made again: gradient factors and products stay in range too."""
 GROUP = 8
 SEGMENT_ROWS = 16
 
@@ -75,35 +78,32 @@ def bounded(x):
 
 @triton.jit
 def exp_logits_kernel(
-    hidden, weight, bias, labels, target, anchor, row_top, overflowed, excess, exponentials, sums, logit_sums, higher,
+    hidden, weight, bias, labels, target, anchor, overflowed, excess, exponentials, sums, tops, logit_sums, higher,
     rows, vocab, width, stride_h, stride_w, stride_e, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_EXCESS: tl.constexpr, STORE: tl.constexpr,
-    SUMS: tl.constexpr, SUM_LOGITS: tl.constexpr, RANK: tl.constexpr, GUARD: tl.constexpr, AGAIN: tl.constexpr,
+    SUMS: tl.constexpr, TOPS: tl.constexpr, SUM_LOGITS: tl.constexpr, RANK: tl.constexpr, RETRY: tl.constexpr,
     H_DESCRIPTOR: tl.constexpr, W_DESCRIPTOR: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """exponentials[i, j] = 2^(z_ij - anchor_i), 0 at the target, and their sums per row and tile of columns.
 
-    GUARD: rows of a tile that would overflow get their largest logit into row_top, and `overflowed` is set. AGAIN:
-    the second launch, which does something only then, and only for tiles that have such rows.
+    RETRY: returns at once unless overflowed[rows], the last entry, is set, and makes only tiles of marked rows.
+    TOPS: no exponentials; the largest logit per row and tile.
     """
     row_tiles = tl.cdiv(rows, ROWS)
     column_tiles = tl.cdiv(vocab, COLUMNS)
     tiles = row_tiles * column_tiles
-    if AGAIN:
-        tiles = tl.where(tl.load(overflowed) != 0, tiles, 0)
-    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=not AGAIN):
+    if RETRY:
+        tiles = tl.where(tl.load(overflowed + rows) != 0, tiles, 0)
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=not RETRY):
         row_tile, column_tile = tile_position(tile, row_tiles, column_tiles, GROUP)
         r = row_tile * ROWS + tl.arange(0, ROWS)
         c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
         valid_row = r < rows
-        reference = tl.load(anchor + r, mask=valid_row, other=0.0)
         wanted = True
-        if AGAIN:
-            top = tl.load(row_top + r, mask=valid_row, other=float("-inf"))
-            reference = tl.where(top > float("-inf"), top, reference)
-            wanted = tl.max(top, 0) > float("-inf")
+        if RETRY:
+            wanted = tl.max(tl.load(overflowed + r, mask=valid_row, other=0), 0) > 0
         if wanted:
             z = tile_product(
                 hidden, weight, stride_h, stride_w, row_tile * ROWS, column_tile * COLUMNS, rows, vocab, width,
@@ -120,31 +120,28 @@ def exp_logits_kernel(
             label = tl.load(labels + r, mask=valid_row, other=-1).to(tl.int32)
             inside = c[None, :] < vocab
             other = inside & (c[None, :] != label[:, None])
-            e = tl.where(other, tl.exp2(z - reference[:, None]), 0.0)
             place = r.to(tl.int64) * column_tiles + column_tile
-            if SUMS:
-                total = tl.sum(e, 1)
-                tl.store(sums + place, total, mask=valid_row)
-            if GUARD:
-                high = total > LIMIT
-                if tl.max(high.to(tl.int32), 0) > 0:
-                    top_here = tl.max(tl.where(other, z, float("-inf")), 1)
-                    tl.atomic_max(row_top + r, top_here, mask=valid_row & high)
-                    tl.store(overflowed, 1)
             if SUM_LOGITS:
                 tl.store(logit_sums + place, tl.sum(tl.where(inside, z, 0.0), 1), mask=valid_row)
             if RANK:
                 z_target = tl.load(target + r, mask=valid_row, other=0.0)
                 count = tl.sum((other & (z > z_target[:, None])).to(tl.int32), 1)
                 tl.store(higher + place, count, mask=valid_row)
-            if STORE:
-                if HAS_EXCESS:
-                    less = tl.load(excess + r, mask=valid_row, other=0.0)
-                    e = tl.where(other, e - less[:, None], 0.0)
-                tl.store(
-                    exponentials + r[:, None].to(tl.int64) * stride_e + c[None, :],
-                    round_to(e * slope, exponentials, UPCAST), mask=valid_row[:, None] & (c[None, :] < stride_e),
-                )  # fmt: skip
+            if TOPS:
+                tl.store(tops + place, tl.max(tl.where(other, z, float("-inf")), 1), mask=valid_row)
+            else:
+                reference = tl.load(anchor + r, mask=valid_row, other=0.0)
+                e = tl.where(other, tl.exp2(z - reference[:, None]), 0.0)
+                if SUMS:
+                    tl.store(sums + place, tl.sum(e, 1), mask=valid_row)
+                if STORE:
+                    if HAS_EXCESS:
+                        less = tl.load(excess + r, mask=valid_row, other=0.0)
+                        e = tl.where(other, e - less[:, None], 0.0)
+                    tl.store(
+                        exponentials + r[:, None].to(tl.int64) * stride_e + c[None, :],
+                        round_to(e * slope, exponentials, UPCAST), mask=valid_row[:, None] & (c[None, :] < stride_e),
+                    )  # fmt: skip
 
 
 @triton.jit
@@ -274,10 +271,9 @@ class _Made(NamedTuple):
 
 def _limits(hidden: Tensor, weight: Tensor, options: Options, wanted: Wanted) -> tuple[int, float, int]:
     """Bytes per row, workspace in MB and the multiple of rows for `row_chunks`."""
-    tile = tile_on("logits", hidden)
     stored = _padded(len(weight)) * hidden.itemsize if any(wanted) else 0
-    partial = 1 + (options.label_smoothing > 0) + options.statistics
-    return stored + 4 * partial * triton.cdiv(len(weight), tile.columns), options.workspace_mb, tile.rows
+    partials = 2 + (options.label_smoothing > 0) + options.statistics  # of 4 bytes per tile of at least 64 columns
+    return stored + 4 * partials * triton.cdiv(len(weight), 64), options.workspace_mb, MOST_ROWS
 
 
 def _padded(vocab: int) -> int:
@@ -301,23 +297,25 @@ def _target_logits(
 
 
 def _exponentials(block: _Block, anchor: Tensor, *, store: bool) -> _Made:
-    """Anchored exponentials and their sums, rows that would overflow included."""
-    rows, vocab = len(block.x), len(block.weight)
-    partials = (rows, triton.cdiv(vocab, tile_on("logits", block.x).columns))
+    """Anchored exponentials and their sums, those of rows that overflow at first included."""
+    rows, vocab, device = len(block.x), len(block.weight), anchor.device
+    partials = (rows, triton.cdiv(vocab, _tile(block).columns))
     sums = anchor.new_empty(partials)
     logit_sums = anchor.new_empty(partials) if block.options.label_smoothing else None
-    higher = block.labels.new_empty(partials, dtype=torch.int32) if block.options.statistics else None
+    higher = torch.empty(partials, dtype=torch.int32, device=device) if block.options.statistics else None
     exponentials = block.x.new_empty(rows, _padded(vocab)) if store else None
-    top = anchor.new_full((rows,), -torch.inf)
-    overflowed = torch.zeros(1, dtype=torch.int32, device=anchor.device)
-    for again in (False, True):
-        _launch(
-            block, anchor, top=top, overflowed=overflowed, exponentials=exponentials, sums=sums,
-            logit_sums=logit_sums, higher=higher, GUARD=not again, AGAIN=again,
-        )  # fmt: skip
+    _launch(block, anchor, exponentials=exponentials, sums=sums, logit_sums=logit_sums, higher=higher)
+
+    # Rows with a logit far above their target. Rare, so found after the fact; without any, the launches are empty.
+    marked = sums.sum(1) > LIMIT
+    overflowed = torch.cat([marked, marked.any().unsqueeze(0)]).to(torch.int32)
+    tops = torch.empty_like(sums)
+    _launch(block, anchor, overflowed=overflowed, tops=tops)
+    anchor = torch.where(marked, tops.amax(1), anchor)
+    _launch(block, anchor, overflowed=overflowed, exponentials=exponentials, sums=sums)
     return _Made(
         exponentials,
-        torch.where(top > -torch.inf, top, anchor),
+        anchor,
         sums.sum(1),
         None if logit_sums is None else logit_sums.sum(1),
         None if higher is None else higher.sum(1),
@@ -327,9 +325,7 @@ def _exponentials(block: _Block, anchor: Tensor, *, store: bool) -> _Made:
 def _softmax(block: _Block, lse: Tensor, excess: Tensor) -> Tensor:
     """exp(z - lse) - excess, 0 at the target."""
     exponentials = block.x.new_empty(len(block.x), _padded(len(block.weight)))
-    _launch(
-        block, lse * LOG2E, exponentials=exponentials, excess=excess if block.options.label_smoothing else None
-    )  # fmt: skip
+    _launch(block, lse * LOG2E, exponentials=exponentials, excess=excess if block.options.label_smoothing else None)
     return exponentials
 
 
@@ -337,33 +333,39 @@ def _launch(
     block: _Block,
     anchor: Tensor,
     *,
-    top: Tensor | None = None,
     overflowed: Tensor | None = None,
     exponentials: Tensor | None = None,
     sums: Tensor | None = None,
+    tops: Tensor | None = None,
     excess: Tensor | None = None,
     logit_sums: Tensor | None = None,
     higher: Tensor | None = None,
-    GUARD: bool = False,
-    AGAIN: bool = False,
 ) -> None:
+    """`exp_logits_kernel`, which makes what is given to be filled."""
     x, weight, options = block.x, block.weight, block.options
-    tile = tile_on("logits", x)
+    tile = _tile(block)
     left, stride_h, h_descriptor = operand(x, (tile.rows, tile.inner))
     right, stride_w, w_descriptor = operand(weight, (tile.columns, tile.inner))
     programs = programs_on(x)
     exp_logits_kernel[(programs,)](
-        left, right, block.bias, block.labels, block.target, anchor, top, overflowed, excess, exponentials, sums,
+        left, right, block.bias, block.labels, block.target, anchor, overflowed, excess, exponentials, sums, tops,
         logit_sums, higher,
         len(x), len(weight), x.shape[1], stride_h, stride_w, _padded(len(weight)), options.softcap or 0.0,
         HAS_BIAS=block.bias is not None, HAS_SOFTCAP=options.softcap is not None, HAS_EXCESS=excess is not None,
-        STORE=exponentials is not None, SUMS=sums is not None, SUM_LOGITS=logit_sums is not None,
-        RANK=higher is not None, GUARD=GUARD, AGAIN=AGAIN,
+        STORE=exponentials is not None, SUMS=sums is not None, TOPS=tops is not None,
+        SUM_LOGITS=logit_sums is not None, RANK=higher is not None, RETRY=overflowed is not None,
         H_DESCRIPTOR=h_descriptor, W_DESCRIPTOR=w_descriptor,
         ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, GROUP=GROUP, PROGRAMS=programs,
         PRECISION=precision_of(x), UPCAST=INTERPRETED,
         **launch_options(tile),
     )  # fmt: skip
+
+
+def _tile(block: _Block) -> Tile:
+    options = block.options
+    plain = block.bias is None and options.softcap is None and not options.label_smoothing
+    kernel = "logits_ranked" if options.statistics else "logits" if plain else "logits_general"
+    return tile_on(kernel, block.x, block.weight)
 
 
 def _losses(block: _Block, made: _Made) -> tuple[Tensor, Tensor, Tensor]:

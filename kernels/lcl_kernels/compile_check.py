@@ -1,0 +1,211 @@
+"""Compiles every Triton kernel for GPUs that need not be there: ``python -m lcl_kernels.compile_check [--json F]``.
+
+The losses run as ever, on small CPU tensors, but each launch only compiles, for the target's tile settings. The table
+tells registers, spills, shared memory and whether the tensor cores' wgmma instruction is used; the exit code is 1 when
+a kernel does not compile, spills, needs more shared memory than there is, or misses wgmma on Hopper.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+TARGETS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+"""Shared memory in bytes that one program can have on each target."""
+COLUMNS = ("target", "kernel", "setting", "registers", "spills", "shared", "hgmma", "error")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lcl_kernels.compile_check", description=__doc__)
+    parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    targets = options.target or list(TARGETS)
+    if options.here:
+        print(json.dumps(compile_all(targets[0])))
+        return 0
+    rows = [row for target in targets for row in _in_a_process_of_its_own(target)]
+    print(table(rows))
+    if options.json:
+        import triton
+
+        result = {"torch": torch.__version__, "triton": triton.__version__, "rows": rows}
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    problems = [problem for row in rows if (problem := problem_of(row))]
+    print(*(f"FAILED {problem}" for problem in problems), sep="\n", end="\n" if problems else "")
+    print(f"{len(rows)} kernels compiled for {', '.join(targets)}, {len(problems)} problems")
+    return 1 if problems else 0
+
+
+def problem_of(row: dict[str, Any]) -> str | None:
+    name = f"{row['target']} {row['kernel']} {row['setting']}"
+    if row["error"]:
+        return f"{name}: {row['error']}"
+    if row["spills"] and "retry" not in row["setting"]:  # those run only when a token costs more than about 70 nats
+        return f"{name}: spills {row['spills']} bytes"
+    if row["shared"] > TARGETS[row["target"]]:
+        return f"{name}: needs {row['shared']} bytes of shared memory, {row['target']} has {TARGETS[row['target']]}"
+    if row["hgmma"] is False:
+        return f"{name}: no HGMMA instruction"
+    return None
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    cells = [COLUMNS, *([_shown(row[column]) for column in COLUMNS] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(COLUMNS))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else {True: "yes", False: "NO"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def _in_a_process_of_its_own(target: str) -> list[dict[str, Any]]:
+    """The stand-in driver cannot be taken back, and a compiler that crashes must not end the others."""
+    command = [sys.executable, "-m", "lcl_kernels.compile_check", "--here", "--target", target]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 0:
+        return list(json.loads(done.stdout.splitlines()[-1]))
+    reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return [dict.fromkeys(COLUMNS) | {"target": target, "kernel": "all", "setting": "", "error": reason}]
+
+
+def compile_all(target: str) -> list[dict[str, Any]]:
+    """One row for every kernel and setting; must be called once in a process."""
+    rows: list[dict[str, Any]] = []
+    with _compiling_for(target, rows):
+        _launch_linear_cross_entropy()
+        _launch_contrastive()
+    return rows
+
+
+@contextmanager
+def _compiling_for(target: str, rows: list[dict[str, Any]]) -> Iterator[None]:
+    """Launches compile for `target` and add to `rows`, each kernel and setting once."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import JITFunction, driver
+
+    from lcl_kernels import tiles
+
+    cuda = target.startswith("sm_")
+    arch: int | str = int(target[3:]) if cuda else target
+    driver.set_active(_Driver(GPUTarget("cuda" if cuda else "hip", arch, 32 if cuda else 64)))
+    launch, seen = JITFunction.run, set()
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        row = dict.fromkeys(COLUMNS) | {"target": target, "kernel": self.__name__, "setting": _setting(args, kwargs)}
+        if (key := (row["kernel"], row["setting"])) in seen:
+            return
+        seen.add(key)
+        rows.append(row)
+        try:
+            kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+            half = getattr(args[0], "base", args[0]).dtype.itemsize == 2
+            row.update(_resources(kernel, wgmma=target == "sm_90" and half and "INNER" in kwargs))
+        except Exception as error:  # every way a compiler can fail belongs into the table
+            row["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+
+    with (
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(tiles, "target_of", lambda like: arch if cuda else tiles.HIP),
+        mock.patch.object(tiles, "programs_on", lambda like: 132),
+    ):
+        yield
+
+
+class _Driver:
+    """As much of a Triton driver as compiling needs."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def _setting(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """dtype, tile and the flags that are on."""
+    first = getattr(args[0], "base", args[0])
+    tile = "x".join(str(kwargs[k]) for k in ("ROWS", "COLUMNS", "INNER") if k in kwargs)
+    flags = [k.lower() for k, v in kwargs.items() if v is True and k != "UPCAST"]
+    return " ".join([str(first.dtype).removeprefix("torch."), *([tile] if tile else []), *flags])
+
+
+def _resources(kernel: Any, wgmma: bool) -> dict[str, Any]:
+    if "amdgcn" in kernel.asm:
+        number = lambda name: int(re.search(rf"\.{name}:?\s+(\d+)", kernel.asm["amdgcn"]).group(1))  # type: ignore[union-attr] # noqa: E731
+        # Spilled scalar registers go to vector registers, not to memory.
+        spills = 4 * number("vgpr_spill_count")
+        return {"registers": number("vgpr_count"), "spills": spills, "shared": kernel.metadata.shared}
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    target = re.search(r"\.target (sm_\w+)", kernel.asm["ptx"]).group(1)  # type: ignore[union-attr]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(kernel.asm["ptx"])
+        command = [get_ptxas(kernel.metadata.target.arch).path, "-v", f"--gpu-name={target}", str(source), "-o", f"{source}.o"]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    number = lambda pattern: int(re.search(pattern, report).group(1))  # type: ignore[union-attr] # noqa: E731
+    return {
+        "registers": number(r"Used (\d+) registers"),
+        "spills": number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+        "shared": kernel.metadata.shared,
+        "hgmma": "HGMMA" in kernel.asm["sass"] if wgmma else None,
+    }
+
+
+def _launch_linear_cross_entropy() -> None:
+    from lcl_kernels.sweep import Options, Wanted
+    from lcl_kernels.triton_linear_cross_entropy import sweep
+
+    everything = Wanted(True, True, True)
+    plain = Options(0.0, None, 0.0, False, 64.0)
+    for dtype, options, wanted, width in (
+        (torch.bfloat16, plain, Wanted(True, True, False), 768),
+        (torch.bfloat16, plain, Wanted(), 768),
+        (torch.bfloat16, plain, Wanted(True, True, False), 771),  # rows that no descriptor can serve
+        (torch.bfloat16, Options(1e-4, 30.0, 0.0, True, 64.0), everything, 768),
+        (torch.bfloat16, Options(1e-4, 30.0, 0.1, True, 64.0), everything, 768),
+        (torch.float16, plain, everything, 768),
+        (torch.float32, plain, everything, 768),
+    ):
+        hidden, weight = torch.zeros(256, width, dtype=dtype), torch.zeros(515, width, dtype=dtype)
+        bias = torch.zeros(515, dtype=dtype) if wanted.bias else None
+        sweep(hidden, weight, bias, torch.zeros(256, dtype=torch.int64), torch.arange(256), options, wanted)
+
+
+def _launch_contrastive() -> None:
+    from lcl_kernels import triton_contrastive
+
+    for dtype, width in ((torch.bfloat16, 768), (torch.bfloat16, 771), (torch.float16, 768), (torch.float32, 768)):
+        x, scale, shift = torch.zeros(256, width, dtype=dtype), torch.ones(()), torch.zeros(256)
+        for diagonal in (True, False):
+            options: dict[str, Any] = {"diagonal": diagonal, "workspace_mb": 64.0}
+            triton_contrastive.statistics(x, x, scale, **options)
+            d_x = torch.zeros(256, width)
+            triton_contrastive.gradients(x, x, scale, shift, shift, d_x=d_x, want_y=True, **options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
