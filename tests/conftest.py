@@ -1,10 +1,15 @@
 """Fixtures that several folders of tests share."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from lcl_ds.data.demo import build_demo
+if not torch.cuda.is_available():  # Triton reads it when the kernels are imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from lcl_ds.data.demo import build_demo  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ def reference_linear_cross_entropy(
     ignore_index: int = -100,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    label_smoothing: float = 0.0,
     normalizer: float | Tensor | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
 ) -> Tensor:
@@ -35,7 +36,9 @@ def reference_linear_cross_entropy(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     counted = labels != ignore_index
-    loss = F.cross_entropy(logits, labels.where(counted, 0).long(), reduction="none")
+    loss = F.cross_entropy(
+        logits, labels.where(counted, 0).long(), reduction="none", label_smoothing=label_smoothing
+    )
     loss = (loss + z_loss * logits.logsumexp(1).square()).where(counted, 0)
     if reduction == "none":
         return loss

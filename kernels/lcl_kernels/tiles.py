@@ -27,11 +27,16 @@ class Tile(NamedTuple):
 
 
 HIP = "hip"
-HOPPER, AMPERE = 90, 80
+BLACKWELL, HOPPER, AMPERE = 100, 90, 80
 POINTERS = "pointers"
 TILES: dict[str, dict[int | str, Tile]] = {
-    # For compute capability 90 and later, for 80, and for AMD; none of them spills registers (compile_check.py).
-    "logits": {HOPPER: Tile(128, 256, 64, 8, 3), AMPERE: Tile(128, 128, 32, 8, 3), HIP: Tile(128, 128, 32, 8, 2)},
+    # By the least compute capability, and for AMD; none of them spills registers (compile_check.py).
+    "logits": {
+        BLACKWELL: Tile(128, 128, 64, 8, 4),
+        HOPPER: Tile(128, 256, 64, 8, 3),
+        AMPERE: Tile(128, 128, 32, 8, 3),
+        HIP: Tile(128, 128, 32, 8, 2),
+    },
     "logits_general": {HOPPER: Tile(128, 128, 64, 8, 3), AMPERE: Tile(64, 128, 32, 4, 3), HIP: Tile(64, 128, 32, 8, 2)},
     "logits_ranked": {HOPPER: Tile(64, 128, 64, 8, 3), AMPERE: Tile(64, 64, 32, 4, 3), HIP: Tile(64, 64, 32, 8, 2)},
     "statistics": {HOPPER: Tile(128, 128, 64, 8, 3), AMPERE: Tile(128, 128, 32, 8, 3), HIP: Tile(128, 128, 32, 8, 2)},
@@ -60,10 +65,10 @@ def tile_on(kernel: str, a: Tensor, b: Tensor) -> Tile:
         return INTERPRETER_TILE
     if a.dtype == torch.float32:
         return FLOAT32_TILE
-    target = target_of(a)
+    settings, target = TILES[kernel if _aligned(a) and _aligned(b) else POINTERS], target_of(a)
     if isinstance(target, int):
-        target = HOPPER if target >= HOPPER else AMPERE
-    return TILES[kernel if _aligned(a) and _aligned(b) else POINTERS][target]
+        target = max(least for least in settings if isinstance(least, int) and (least <= target or least == AMPERE))
+    return settings[target]
 
 
 def _aligned(matrix: Tensor) -> bool:
@@ -137,10 +142,10 @@ def tile_product(
 
 
 @triton.jit
-def round_to(values, like, EMULATE: tl.constexpr):
-    """Cast to the element type of a pointer, to nearest even also in the interpreter, which would truncate bfloat16."""
-    if EMULATE and like.dtype.element_ty == tl.bfloat16:
+def round_to(values, dtype: tl.constexpr, EMULATE: tl.constexpr):
+    """Cast to `dtype`, to nearest even also in the interpreter, which would truncate to bfloat16."""
+    if EMULATE and dtype == tl.bfloat16:
         bits = values.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         values = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
-    return values.to(like.dtype.element_ty)
+    return values.to(dtype)

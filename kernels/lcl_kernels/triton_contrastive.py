@@ -88,7 +88,7 @@ def similarity_statistics_kernel(
 @triton.jit
 def similarity_gradient_kernel(
     x, y, scale, row_shift, column_shift, gradient, weighted_sums,
-    rows, columns, width, stride_x, stride_y, stride_g, diagonal,
+    rows, columns, width, stride_x, stride_y, diagonal,
     DIAGONAL: tl.constexpr, X_DESCRIPTOR: tl.constexpr, Y_DESCRIPTOR: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -110,15 +110,12 @@ def similarity_gradient_kernel(
         of_column = tl.load(column_shift + c, mask=c < columns, other=float("inf")) * 1.4426950408889634
         s = product * factor
         g = tl.exp2(s - of_row[:, None]) + tl.exp2(s - of_column[None, :])
-        inside = (r[:, None] < rows) & (c[None, :] < columns)
-        negative = inside
+        negative = (r[:, None] < rows) & (c[None, :] < columns)
         if DIAGONAL:
-            negative = inside & (r[:, None] + diagonal != c[None, :])
+            negative = negative & (r[:, None] + diagonal != c[None, :])
         g = tl.where(negative, g, 0.0)
         tl.store(weighted_sums + row_tile.to(tl.int64) * column_tiles + column_tile, tl.sum(g * product))
-        tl.store(
-            gradient + r[:, None].to(tl.int64) * stride_g + c[None, :], round_to(g, gradient, UPCAST), mask=inside
-        )  # fmt: skip
+        gradient.store([row_tile * ROWS, column_tile * COLUMNS], round_to(g, gradient.dtype, UPCAST))
 
 
 def statistics(
@@ -171,14 +168,14 @@ def gradients(
         stride = triton.cdiv(width, 64) * 64
         for down in row_chunks(len(x), stride * x.itemsize, workspace_mb, tile.rows):
             rows = down.stop - down.start
-            gradient = x.new_empty(rows, stride)
+            gradient = x.new_empty(rows, stride)[:, :width]
+            filled = operand(gradient, (tile.rows, tile.columns))[0]
             sums = scale.new_empty(triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns))
             _launch(
                 similarity_gradient_kernel, tile, x[down], y[across],
-                (scale, row_shift[down], column_shift[across], gradient, sums),
-                (stride, down.start - across.start), DIAGONAL=diagonal,
+                (scale, row_shift[down], column_shift[across], filled, sums),
+                (down.start - across.start,), DIAGONAL=diagonal,
             )  # fmt: skip
-            gradient = gradient[:, :width]
             d_scale = d_scale + sums.sum()
             if d_x is not None:
                 matmul_(d_x[down], gradient, y[across], accumulate=True)

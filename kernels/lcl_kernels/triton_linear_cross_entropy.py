@@ -79,7 +79,7 @@ def bounded(x):
 @triton.jit
 def exp_logits_kernel(
     hidden, weight, bias, labels, target, anchor, overflowed, excess, exponentials, sums, tops, logit_sums, higher,
-    rows, vocab, width, stride_h, stride_w, stride_e, softcap,
+    rows, vocab, width, stride_h, stride_w, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_EXCESS: tl.constexpr, STORE: tl.constexpr,
     SUMS: tl.constexpr, TOPS: tl.constexpr, SUM_LOGITS: tl.constexpr, RANK: tl.constexpr, RETRY: tl.constexpr,
     H_DESCRIPTOR: tl.constexpr, W_DESCRIPTOR: tl.constexpr,
@@ -138,10 +138,8 @@ def exp_logits_kernel(
                     if HAS_EXCESS:
                         less = tl.load(excess + r, mask=valid_row, other=0.0)
                         e = tl.where(other, e - less[:, None], 0.0)
-                    tl.store(
-                        exponentials + r[:, None].to(tl.int64) * stride_e + c[None, :],
-                        round_to(e * slope, exponentials, UPCAST), mask=valid_row[:, None] & (c[None, :] < stride_e),
-                    )  # fmt: skip
+                    stored = round_to(e * slope, exponentials.dtype, UPCAST)
+                    exponentials.store([row_tile * ROWS, column_tile * COLUMNS], stored)
 
 
 @triton.jit
@@ -262,7 +260,7 @@ class _Block(NamedTuple):
 class _Made(NamedTuple):
     """What one or two launches of `exp_logits_kernel` made."""
 
-    exponentials: Tensor | None  # [C, V padded to whole cache lines], operand dtype
+    exponentials: Tensor | None  # [C, V], operand dtype, rows at multiples of 128 bytes
     reference: Tensor  # [C], in units of log 2
     others: Tensor  # [C], sum of 2^(z - reference) without the target
     logit_sum: Tensor | None  # [C], in units of log 2, with the target
@@ -303,7 +301,7 @@ def _exponentials(block: _Block, anchor: Tensor, *, store: bool) -> _Made:
     sums = anchor.new_empty(partials)
     logit_sums = anchor.new_empty(partials) if block.options.label_smoothing else None
     higher = torch.empty(partials, dtype=torch.int32, device=device) if block.options.statistics else None
-    exponentials = block.x.new_empty(rows, _padded(vocab)) if store else None
+    exponentials = _room(block) if store else None
     _launch(block, anchor, exponentials=exponentials, sums=sums, logit_sums=logit_sums, higher=higher)
 
     # Rows with a logit far above their target. Rare, so found after the fact; without any, the launches are empty.
@@ -322,9 +320,14 @@ def _exponentials(block: _Block, anchor: Tensor, *, store: bool) -> _Made:
     )
 
 
+def _room(block: _Block) -> Tensor:
+    """[C, V], uninitialised."""
+    return block.x.new_empty(len(block.x), _padded(len(block.weight)))[:, : len(block.weight)]
+
+
 def _softmax(block: _Block, lse: Tensor, excess: Tensor) -> Tensor:
     """exp(z - lse) - excess, 0 at the target."""
-    exponentials = block.x.new_empty(len(block.x), _padded(len(block.weight)))
+    exponentials = _room(block)
     _launch(block, lse * LOG2E, exponentials=exponentials, excess=excess if block.options.label_smoothing else None)
     return exponentials
 
@@ -346,11 +349,12 @@ def _launch(
     tile = _tile(block)
     left, stride_h, h_descriptor = operand(x, (tile.rows, tile.inner))
     right, stride_w, w_descriptor = operand(weight, (tile.columns, tile.inner))
+    filled = None if exponentials is None else operand(exponentials, (tile.rows, tile.columns))[0]
     programs = programs_on(x)
     exp_logits_kernel[(programs,)](
-        left, right, block.bias, block.labels, block.target, anchor, overflowed, excess, exponentials, sums, tops,
+        left, right, block.bias, block.labels, block.target, anchor, overflowed, excess, filled, sums, tops,
         logit_sums, higher,
-        len(x), len(weight), x.shape[1], stride_h, stride_w, _padded(len(weight)), options.softcap or 0.0,
+        len(x), len(weight), x.shape[1], stride_h, stride_w, options.softcap or 0.0,
         HAS_BIAS=block.bias is not None, HAS_SOFTCAP=options.softcap is not None, HAS_EXCESS=excess is not None,
         STORE=exponentials is not None, SUMS=sums is not None, TOPS=tops is not None,
         SUM_LOGITS=logit_sums is not None, RANK=higher is not None, RETRY=overflowed is not None,
@@ -407,7 +411,6 @@ def _gradients(
 ) -> None:
     """The gradient products of one chunk; `factor` and `at_target` are [C]."""
     x, weight = block.x, block.weight
-    exponentials = exponentials[:, : len(weight)]
     width = x.shape[1]
     if wanted.hidden:
         product = matmul_(x.new_empty(x.shape, dtype=torch.float32), exponentials, weight)

@@ -1,11 +1,37 @@
 """Measures and watchers that the kernel tests share."""
 
+from types import SimpleNamespace
 from typing import Any
 
+import lcl_kernels
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+running = SimpleNamespace(backend="torch")
+
+
+def linear_cross_entropy(hidden: Tensor, *args: Any, **options: Any) -> Any:
+    """The function under test, on the backend of the running test; float64 exists in torch only."""
+    options.setdefault("backend", "torch" if hidden.dtype == torch.float64 else running.backend)
+    return lcl_kernels.linear_cross_entropy(hidden, *args, **options)
+
+
+def contrastive_loss(x: Tensor, *args: Any, **options: Any) -> Any:
+    """The function under test, on the backend of the running test; float64 exists in torch only."""
+    options.setdefault("backend", "torch" if x.dtype == torch.float64 else running.backend)
+    return lcl_kernels.contrastive_loss(x, *args, **options)
+
+
+def few_rows() -> float:
+    """A workspace in megabytes for one row at a time, or for a dozen in the interpreter, where every launch is slow."""
+    return 1e-6 if running.backend == "torch" else 4e-3
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(seed)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
