@@ -1,15 +1,23 @@
 """Kernel tests run on the GPU where there is one, else on the CPU with Triton in its interpreter."""
 
+import os
+
 import pytest
 import torch
 
 from tests.kernels.checks import DEVICE, running
 
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to give the same bits every time
+
+
 @pytest.fixture(autouse=True)
 def _on_the_device():
+    """New tensors are on the device under test, and NaN until written, so that nothing unwritten passes."""
+    torch.use_deterministic_algorithms(True)
     with torch.device(DEVICE):
         yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["torch", "triton"])

@@ -26,12 +26,13 @@ def inputs(n=23, h=16, v=31, *, dtype=torch.float32, ignored=0.4, spread=1.0, se
     return hidden.to(dtype), weight.to(dtype), bias.to(dtype), labels
 
 
-def both(hidden, weight, bias, labels, upstream=None, workspace_mb=None, **options):
+def both(hidden, weight, bias, labels, upstream=None, workspace_mb=None, counted_rows=None, **options):
     """(loss, gradients) of the kernel, and of the reference in float64 on the same values."""
     results = []
     for function, dtype in ((linear_cross_entropy, hidden.dtype), (reference_linear_cross_entropy, torch.float64)):
         leaves = [leaf(tensor, dtype) for tensor in (hidden, weight, bias)]
-        extra = {"workspace_mb": workspace_mb} if workspace_mb and function is linear_cross_entropy else {}
+        extra = {"workspace_mb": workspace_mb, "counted_rows": counted_rows}
+        extra = extra if function is linear_cross_entropy else {}
         loss = function(leaves[0], leaves[1], labels, bias=leaves[2], **options, **extra)
         loss.backward(torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype))
         results.append((loss, [t.grad for t in leaves if t is not None]))
@@ -181,6 +182,7 @@ def test_losses_of_confident_rows_keep_their_digits(gap):
         assert relative_error(actual, wanted) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
 @pytest.mark.parametrize("gap", [60.0, 100.0, 300.0, 1e4])
 def test_very_wrong_rows_stay_finite(gap):
     hidden, weight = torch.eye(4) * gap, torch.eye(4)
@@ -251,16 +253,16 @@ def test_strides_and_label_dtypes():
 
 
 def test_same_bits_every_time():
-    first = both(*inputs(200, 32, 301))[0]
+    first = both(*inputs(64, 32, 301))[0]
     for _ in range(3):
-        loss, gradients = both(*inputs(200, 32, 301))[0]
+        loss, gradients = both(*inputs(64, 32, 301))[0]
         assert torch.equal(loss, first[0])
         assert all(torch.equal(a, b) for a, b in zip(gradients, first[1], strict=True))
 
 
 def test_bfloat16_weight_gradient_is_summed_in_float32():
     """Many chunks of one row each: sums kept in bfloat16 would lose most of what they add."""
-    hidden, weight, _, labels = inputs(600, 8, 5, dtype=torch.bfloat16, ignored=0.0)
+    hidden, weight, _, labels = inputs(200, 8, 5, dtype=torch.bfloat16, ignored=0.0)
     check(hidden, weight, None, labels, workspace_mb=few_rows())
 
 
@@ -279,7 +281,7 @@ def test_autocast_casts_as_a_linear_layer_does():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_logits_of_all_rows_never_exist(dtype, reduction, softcap):
-    n, h, v, megabytes = 256, 8, 1001, 0.25
+    n, h, v, megabytes = 112, 8, 1001, 0.125
     hidden, weight, bias, labels = (inputs(n, h, v, dtype=dtype, ignored=0.0)[i] for i in range(4))
     with LargestTensor() as largest:
         loss = linear_cross_entropy(

@@ -1,0 +1,148 @@
+"""Edge cases of `linear_cross_entropy` beyond its options: shapes, layouts, far targets, invariances."""
+
+import math
+
+import pytest
+import torch
+
+from tests.kernels.checks import few_rows, leaf, linear_cross_entropy, relative_error, seeded
+from tests.kernels.test_linear_cross_entropy import both, check, inputs, on_cpu
+
+pytestmark = [
+    pytest.mark.usefixtures("backend"),
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp2"),
+]
+
+
+@pytest.mark.parametrize("v", [2, 127, 128, 129, 257, 49_411])
+def test_vocabularies(v):
+    check(*inputs(9, 24, v, ignored=0.2))
+
+
+@pytest.mark.parametrize("h", [8, 16, 31, 64, 65, 100, 1000])
+def test_widths_aligned_or_not(h):
+    check(*inputs(17, h, 150))
+    check(*inputs(17, h, 150, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("n", [63, 64, 65, 127, 128, 129])
+def test_numbers_of_rows_around_the_tile(n):
+    check(*inputs(n, 16, 40, ignored=0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_targets_far_below_other_logits(dtype):
+    """Anchored at the target, these rows overflow; they share tiles with rows that do not."""
+    gaps = torch.tensor([0.0, 60.0, 69.0, 72.0, 98.0, 144.0, 300.0, 5.0, -20.0, 1.0])
+    hidden = torch.zeros(len(gaps), 16)
+    hidden[:, 0] = gaps
+    hidden[:, 1:] = torch.randn(len(gaps), 15, generator=seeded())
+    weight = torch.randn(200, 16, generator=seeded(1)) * 0.3
+    weight[:, 0] = 0.0
+    weight[7, 0] = 1.0  # class 7 lies `gap` above the others
+    labels = torch.arange(20, 20 + len(gaps))
+    check(hidden.to(dtype), weight.to(dtype), None, labels, z_loss=1e-3)
+    check(hidden.to(dtype), weight.to(dtype), None, labels, reduction="none")
+    far = gaps > 50
+    check(hidden[far].to(dtype), weight.to(dtype), None, labels[far], label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-3, 1e3])
+def test_logits_of_any_magnitude(magnitude):
+    hidden, weight, _, labels = inputs(spread=1.0)
+    (loss, gradients), (expected, expected_gradients) = both(hidden * magnitude, weight, None, labels)
+    assert relative_error(loss, expected) < 1e-5
+    for actual, wanted in zip(gradients, expected_gradients, strict=True):
+        assert actual.isfinite().all()
+        assert relative_error(actual, wanted) < (1e-3 if magnitude > 1 else 1e-5)  # a logit of 1e4 resolves 1e-3
+
+
+@pytest.mark.parametrize("rows", [[0], [22], [0, 22], list(range(11))])
+def test_only_some_rows_count(rows):
+    hidden, weight, bias, labels = inputs(ignored=0.0)
+    some = torch.full_like(labels, -100)
+    some[rows] = labels[rows]
+    check(hidden, weight, bias, some, workspace_mb=few_rows())
+
+
+def test_layouts():
+    hidden, weight, bias, labels = inputs(24, 16, 31)
+    expected = both(hidden, weight, bias, labels)[0]
+    layouts = {
+        "transposed": hidden.t().contiguous().t(),
+        "stride of two": torch.stack([hidden, hidden], 2).flatten(1)[:, ::2],
+        "slice of a wider one": torch.cat([hidden, hidden], 1)[:, :16],
+        "unaligned start": torch.cat([torch.zeros(1), hidden.flatten()])[1:].view(24, 16),
+    }
+    for name, same in layouts.items():
+        assert torch.equal(same, hidden), name
+        loss = linear_cross_entropy(same, weight, labels, bias=bias)
+        assert torch.allclose(loss, expected[0], rtol=1e-6), name
+    table = torch.cat([weight, weight])
+    assert torch.allclose(linear_cross_entropy(hidden, table[:31], labels, bias=bias), expected[0], rtol=1e-6)
+    unaligned = torch.cat([torch.zeros(1, dtype=torch.int64), labels])[1:]
+    assert torch.equal(linear_cross_entropy(hidden, weight, unaligned, bias=bias), expected[0])
+
+
+def test_many_rows_with_the_same_label():
+    """The target's part of the weight gradient is summed over long runs of rows, in float32."""
+    hidden, weight, bias, labels = inputs(150, 8, 31, dtype=torch.bfloat16, ignored=0.1)
+    labels = torch.where(labels > 15, 3, labels)
+    check(hidden, weight, bias, labels)
+    check(hidden, weight, bias, torch.full_like(labels, 30))
+
+
+def test_counted_rows_known_beforehand():
+    hidden, weight, bias, labels = inputs()
+    counted = int((labels != -100).sum())
+    expected = both(hidden, weight, bias, labels)[0]
+    loss, gradients = both(hidden, weight, bias, labels, counted_rows=counted)[0]
+    assert torch.equal(loss, expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(gradients, expected[1], strict=True))
+    whole = inputs(ignored=0.0)
+    assert torch.equal(both(*whole, counted_rows=23)[0][0], both(*whole)[0][0])
+
+
+@on_cpu
+def test_a_wrong_number_of_counted_rows_is_refused():
+    hidden, weight, _, labels = inputs()
+    counted = int((labels != -100).sum())
+    with pytest.raises(ValueError, match=f"counted_rows is 23, but {counted} labels count"):
+        linear_cross_entropy(hidden, weight, labels, counted_rows=23)
+
+
+def test_a_row_costs_the_same_alone_and_in_any_company(backend):
+    hidden, weight, _, labels = inputs(70, 16, 300, ignored=0.0)
+    rows = linear_cross_entropy(hidden, weight, labels, reduction="none")
+    for i in (0, 33, 69):
+        alone = linear_cross_entropy(hidden[i : i + 1], weight, labels[i : i + 1], reduction="none")
+        assert torch.equal(alone[0], rows[i]) if backend == "triton" else torch.allclose(alone[0], rows[i], rtol=1e-6)
+    order = torch.randperm(70, generator=seeded())
+    shuffled = linear_cross_entropy(hidden[order], weight, labels[order], reduction="none")
+    assert torch.allclose(shuffled, rows[order], rtol=1e-6)
+
+
+def test_halves_accumulate_to_the_whole():
+    hidden, weight, bias, labels = inputs()
+    _, expected = both(hidden, weight, bias, labels, reduction="sum")[0]
+    leaves = [leaf(t) for t in (hidden, weight, bias)]
+    for part in (slice(0, 9), slice(9, 23)):
+        linear_cross_entropy(leaves[0][part], leaves[1], labels[part], bias=leaves[2], reduction="sum").backward()
+    for tensor, wanted in zip(leaves, expected, strict=True):
+        assert relative_error(tensor.grad, wanted) < 1e-6
+
+
+def test_no_memory_is_kept_between_calls():
+    hidden, weight, _, labels = inputs(9, 16, 31)
+    hidden, weight = leaf(hidden), leaf(weight)
+    first = None
+    for _ in range(3):
+        hidden.grad = weight.grad = None
+        linear_cross_entropy(hidden, weight, labels).backward()
+        first = weight.grad.clone() if first is None else first
+        assert torch.equal(weight.grad, first)
+
+
+def test_smoothed_uniform_rows_cost_log_v():
+    loss = linear_cross_entropy(torch.zeros(3, 4), torch.randn(129, 4), torch.tensor([0, 64, 128]), label_smoothing=0.3)
+    assert loss.item() == pytest.approx(math.log(129), rel=1e-6)
