@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Ranks on a machine without a GPU; with GPUs DeepSpeed takes all of them.
 export LOCAL_SIZE ?= 2
 
-.PHONY: train test lint clean
+.PHONY: train test lint compile-check clean
 
 train: .venv/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/train.py --ds_config ds_configs/zero3.json
@@ -16,6 +16,15 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every Triton kernel, for GPUs that need not be there, with the pinned Triton and with an older one.
+compile-check: .venv/ready .venv/triton-3.6.0
+	$(BIN)/python -m lcl_kernels.compile_check
+	PYTHONPATH=.venv/triton-3.6.0 $(BIN)/python -m lcl_kernels.compile_check
+
+.venv/triton-3.6.0: .venv/ready
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==3.6.0
+	touch $@
 
 .venv/ready: requirements.txt setup.py
 	$(PYTHON) -m venv .venv

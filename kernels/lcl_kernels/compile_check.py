@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,12 +39,11 @@ def main(arguments: list[str] | None = None) -> int:
     if options.here:
         print(json.dumps(compile_all(targets[0])))
         return 0
-    rows = [row for target in targets for row in _in_a_process_of_its_own(target)]
-    print(table(rows))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rows = [row for made in pool.map(_in_a_process_of_its_own, targets) for row in made]
+    print(f"triton {version('triton')}, torch {version('torch')}", table(rows), sep="\n")
     if options.json:
-        import triton
-
-        result = {"torch": torch.__version__, "triton": triton.__version__, "rows": rows}
+        result = {"torch": version("torch"), "triton": version("triton"), "rows": rows}
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     problems = [problem for row in rows if (problem := problem_of(row))]
     print(*(f"FAILED {problem}" for problem in problems), sep="\n", end="\n" if problems else "")
@@ -69,7 +71,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _shown(value: Any) -> str:
-    return "" if value is None else {True: "yes", False: "NO"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    return (
+        ""
+        if value is None
+        else {True: "yes", False: "NO"}.get(value, str(value))
+        if isinstance(value, bool)
+        else str(value)
+    )
 
 
 def _in_a_process_of_its_own(target: str) -> list[dict[str, Any]]:
@@ -119,8 +127,8 @@ def _compiling_for(target: str, rows: list[dict[str, Any]]) -> Iterator[None]:
 
     with (
         mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(tiles, "target_of", lambda like: arch if cuda else tiles.HIP),
-        mock.patch.object(tiles, "programs_on", lambda like: 132),
+        mock.patch.object(tiles, "target_of", return_value=arch if cuda else tiles.HIP),
+        mock.patch.object(tiles, "multiprocessors", return_value=132),
     ):
         yield
 
@@ -164,7 +172,14 @@ def _resources(kernel: Any, wgmma: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(kernel.asm["ptx"])
-        command = [get_ptxas(kernel.metadata.target.arch).path, "-v", f"--gpu-name={target}", str(source), "-o", f"{source}.o"]
+        command = [
+            get_ptxas(kernel.metadata.target.arch).path,
+            "-v",
+            f"--gpu-name={target}",
+            str(source),
+            "-o",
+            f"{source}.o",
+        ]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     number = lambda pattern: int(re.search(pattern, report).group(1))  # type: ignore[union-attr] # noqa: E731
     return {

@@ -9,6 +9,7 @@ goes home to the owner. All of that happens in forward: backward only multiplies
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from types import ModuleType
@@ -72,7 +73,7 @@ def contrastive_loss(
     - The gradients of x and y are those of the sum of the shares over ranks, with the role of the local features as
       negatives on other ranks included. No reduction of feature gradients between ranks is needed or wanted.
     - The gradient of logit_scale is a part of that of the sum: the sum over ranks is the whole.
-    - detach_remote=True: features of other ranks are constants, so gradients of features are those of this rank's share.
+    - detach_remote=True: features of other ranks are constants, so feature gradients are those of this rank's share.
 
     The upstream gradient has to be the same number on all ranks. Data parallel wrappers that average parameter
     gradients over W ranks give 1/W of the gradient of the sum: scale the loss by W to undo it.
@@ -137,16 +138,14 @@ def _contrastive_op(
     want_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, d_x, d_y, d_scale), the gradients in the compute dtype and empty where not wanted."""
-    backend: ModuleType = torch_contrastive
-    if triton:
-        from lcl_kernels import triton_contrastive as backend  # type: ignore[no-redef]
+    backend = importlib.import_module("lcl_kernels.triton_contrastive") if triton else torch_contrastive
     wanted = _Wanted(want_x, want_y, want_scale)
     common = (x.shape[1], DTYPES.index(x.dtype), normalize == "global", detach_remote, ring)
     ranks = meet(x, group_name, any(wanted), common, counts)
     with torch.autocast(x.device.type, enabled=False):
         scale = logit_scale.to(compute_dtype(x.dtype)).reshape(())
-        operands = [t.to(operand_dtype(t)).contiguous() for t in (x, y)]
-        walk = _Walk(*operands, scale, ranks, FeatureBlocks(operands[1], ranks, ring), backend, workspace_mb)
+        left, right = (t.to(operand_dtype(t)).contiguous() for t in (x, y))
+        walk = _Walk(left, right, scale, ranks, FeatureBlocks(right, ranks, ring), backend, workspace_mb)
         cosine = (x.to(scale.dtype) * y.to(scale.dtype)).sum(1)
         losses = _losses(walk, cosine * scale)
         unit = 0.5 / max(1, ranks.total)
@@ -155,8 +154,8 @@ def _contrastive_op(
         if not ranks.wants_gradients:
             return loss, *(scale.new_empty(0) for _ in range(3))  # type: ignore[return-value]
         gradients = _gradients(walk, losses, cosine, weight, detach_remote, wanted)
-    factors = (unit * scale, unit * scale, unit)
-    kept = (d.mul_(f) if want else scale.new_empty(0) for d, f, want in zip(gradients, factors, wanted, strict=True))
+    gradients = (gradients[0].mul_(unit * scale), gradients[1].mul_(unit * scale), gradients[2] * unit)
+    kept = (d if want else scale.new_empty(0) for d, want in zip(gradients, wanted, strict=True))
     return (loss, *kept)  # type: ignore[return-value]
 
 

@@ -55,6 +55,10 @@ def group_name(group: dist.ProcessGroup | None) -> str:
     return str(group.group_name)  # type: ignore[union-attr]
 
 
+def _group_of(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, unused-ignore]
+
+
 def meet(
     x: Tensor,
     name: str,
@@ -64,7 +68,7 @@ def meet(
 ) -> Ranks:
     """Exchanges the counts, and what has to be the same everywhere (`common`), so that a mismatch is an error and not a
     hang. With `counts` nothing is exchanged and nothing waits for the device."""
-    group = dist.distributed_c10d._resolve_process_group(name) if name else None
+    group = _group_of(name) if name else None
     world_size, rank = (dist.get_world_size(group), dist.get_rank(group)) if name else (1, 0)
     if counts is not None:
         if len(counts) != world_size or counts[rank] != len(x):
@@ -87,11 +91,11 @@ def meet(
 
 
 def uses_ring(exchange: Exchange, name: str) -> bool:
-    """"auto": a gather inside one node, where every pair of ranks has a fast link; a ring across nodes."""
+    """ "auto": a gather inside one node, where every pair of ranks has a fast link; a ring across nodes."""
     if exchange != "auto" or not name:
         return exchange == "ring"
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or torch.cuda.device_count() or dist.get_world_size())
-    return dist.get_world_size(dist.distributed_c10d._resolve_process_group(name)) > local
+    return dist.get_world_size(_group_of(name)) > local
 
 
 class FeatureBlocks:
@@ -226,7 +230,9 @@ def _padded(rows: Tensor, length: int) -> Tensor:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.uint8) if tensor.dim() > 1 else tensor.contiguous().view(-1, 1).view(torch.uint8)
+    return (
+        tensor.contiguous().view(torch.uint8) if tensor.dim() > 1 else tensor.contiguous().view(-1, 1).view(torch.uint8)
+    )
 
 
 def _bytes_of(tensors: list[Tensor]) -> list[Tensor]:

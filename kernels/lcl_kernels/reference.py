@@ -36,9 +36,7 @@ def reference_linear_cross_entropy(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     counted = labels != ignore_index
-    loss = F.cross_entropy(
-        logits, labels.where(counted, 0).long(), reduction="none", label_smoothing=label_smoothing
-    )
+    loss = F.cross_entropy(logits, labels.where(counted, 0).long(), reduction="none", label_smoothing=label_smoothing)
     loss = (loss + z_loss * logits.logsumexp(1).square()).where(counted, 0)
     if reduction == "none":
         return loss

@@ -34,13 +34,13 @@ TILES: dict[str, dict[int | str, Tile]] = {
     "logits": {
         BLACKWELL: Tile(128, 128, 64, 8, 4),
         HOPPER: Tile(128, 256, 64, 8, 3),
-        AMPERE: Tile(128, 128, 32, 8, 3),
+        AMPERE: Tile(128, 64, 32, 8, 3),
         HIP: Tile(128, 128, 32, 8, 2),
     },
     "logits_general": {HOPPER: Tile(128, 128, 64, 8, 3), AMPERE: Tile(64, 128, 32, 4, 3), HIP: Tile(64, 128, 32, 8, 2)},
     "logits_ranked": {HOPPER: Tile(64, 128, 64, 8, 3), AMPERE: Tile(64, 64, 32, 4, 3), HIP: Tile(64, 64, 32, 8, 2)},
     "statistics": {HOPPER: Tile(128, 128, 64, 8, 3), AMPERE: Tile(128, 128, 32, 8, 3), HIP: Tile(128, 128, 32, 8, 2)},
-    "gradient": {HOPPER: Tile(128, 128, 64, 8, 3), AMPERE: Tile(128, 128, 32, 8, 3), HIP: Tile(128, 128, 32, 8, 2)},
+    "gradient": {HOPPER: Tile(128, 128, 64, 8, 3), AMPERE: Tile(128, 64, 32, 8, 3), HIP: Tile(128, 128, 32, 8, 2)},
     # Where an operand's rows are not aligned; addresses then take registers.
     POINTERS: {HOPPER: Tile(64, 128, 32, 8, 3), AMPERE: Tile(64, 128, 32, 8, 3), HIP: Tile(64, 128, 32, 8, 2)},
 }
@@ -77,7 +77,11 @@ def _aligned(matrix: Tensor) -> bool:
 
 def programs_on(like: Tensor) -> int:
     """How many programs of a persistent kernel to start: one for each multiprocessor."""
-    return 2 if INTERPRETED else torch.cuda.get_device_properties(like.device).multi_processor_count
+    return 2 if INTERPRETED else multiprocessors(like)
+
+
+def multiprocessors(like: Tensor) -> int:
+    return int(torch.cuda.get_device_properties(like.device).multi_processor_count)
 
 
 def precision_of(like: Tensor) -> str:

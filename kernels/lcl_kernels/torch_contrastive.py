@@ -9,9 +9,7 @@ from lcl_kernels._common import largest_chunk, matmul_, row_chunks
 from lcl_kernels.similarity import ExpSums, merge
 
 
-def statistics(
-    x: Tensor, y: Tensor, scale: Tensor, *, diagonal: bool, workspace_mb: float
-) -> tuple[ExpSums, ExpSums]:
+def statistics(x: Tensor, y: Tensor, scale: Tensor, *, diagonal: bool, workspace_mb: float) -> tuple[ExpSums, ExpSums]:
     """See `similarity.Backend`."""
     row_top, row_total = scale.new_empty(len(x)), scale.new_empty(len(x))
     columns: list[ExpSums] = []

@@ -15,8 +15,8 @@ from torch import Tensor
 from lcl_kernels._common import INTERPRETED, matmul_, row_chunks
 from lcl_kernels.similarity import ExpSums, merge
 from lcl_kernels.tiles import (
-    LOG2E,
     LN2,
+    LOG2E,
     Tile,
     launch_options,
     operand,
@@ -118,9 +118,7 @@ def similarity_gradient_kernel(
         gradient.store([row_tile * ROWS, column_tile * COLUMNS], round_to(g, gradient.dtype, UPCAST))
 
 
-def statistics(
-    x: Tensor, y: Tensor, scale: Tensor, *, diagonal: bool, workspace_mb: float
-) -> tuple[ExpSums, ExpSums]:
+def statistics(x: Tensor, y: Tensor, scale: Tensor, *, diagonal: bool, workspace_mb: float) -> tuple[ExpSums, ExpSums]:
     """See `similarity.Backend`."""
     row_top, row_total = scale.new_full((len(x),), -torch.inf), scale.new_zeros(len(x))
     columns = ExpSums(scale.new_full((len(y),), -torch.inf), scale.new_zeros(len(y)))
@@ -209,7 +207,7 @@ def _largest_norm(features: Tensor) -> Tensor:
 
 
 def _statistics_limits(columns: int, tile: Tile, workspace_mb: float) -> tuple[int, float, int]:
-    """Bytes per row, workspace and multiple for `row_chunks`: a top and a total per row and tile, per column and tile."""
+    """Bytes per row, workspace in MB and multiple for `row_chunks`: every row and column of a tile has two numbers."""
     return max(1, 8 * columns // tile.columns + 8 * columns // tile.rows), workspace_mb, tile.rows
 
 

@@ -7,7 +7,6 @@ import torch
 
 from tests.kernels.checks import DEVICE, running
 
-
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to give the same bits every time
 
 

@@ -132,7 +132,9 @@ def test_contrastive(case, dtype, backend):
 
 
 def main() -> None:
-    print("relative errors of the loss and of both gradients against float64; in brackets dense, logits in the dtype of")
+    print(
+        "relative errors of the loss and of both gradients against float64; in brackets dense, logits in the dtype of"
+    )
     print("the inputs; last, for bfloat16, our gradients in float32, before they are rounded to bfloat16")
     for backend in ("torch", "triton"):
         running.backend = backend

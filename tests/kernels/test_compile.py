@@ -1,0 +1,89 @@
+"""Both losses inside torch.compile, and as well-behaved custom operators."""
+
+import shutil
+
+import pytest
+import torch
+
+from tests.kernels.checks import DEVICE, contrastive_loss, leaf, linear_cross_entropy, relative_error, seeded
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+
+@pytest.fixture(autouse=True)
+def _compiler(backend):
+    if DEVICE == "cuda" or backend == "torch":
+        torch.compiler.reset()
+        return
+    pytest.skip("the interpreter's kernels are Python, which the compiler of the CPU cannot call")
+
+
+def linear_inputs(n: int, dtype: torch.dtype = torch.float32):
+    hidden = torch.randn(n, 16, generator=seeded(n), dtype=dtype)
+    weight = torch.randn(31, 16, generator=seeded(1), dtype=dtype)
+    labels = torch.randint(0, 31, (n,), generator=seeded(2))
+    labels[::3] = -100
+    return hidden, weight, labels
+
+
+def gradients_of(function, tensors, *rest):
+    leaves = [leaf(t) for t in tensors]
+    loss = function(*leaves, *rest)
+    loss.sum().backward()
+    return [loss.detach(), *(t.grad for t in leaves)]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_cross_entropy_in_one_graph(reduction):
+    def step(hidden, weight, labels):
+        loss = linear_cross_entropy(hidden * 2, weight, labels, reduction=reduction, z_loss=1e-3, softcap=20.0)
+        return loss * 3
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (9, 14, 30):  # the number of rows is dynamic
+        hidden, weight, labels = linear_inputs(n)
+        expected = gradients_of(step, (hidden, weight), labels)
+        for actual, wanted in zip(gradients_of(compiled, (hidden, weight), labels), expected, strict=True):
+            assert relative_error(actual, wanted) < 1e-6
+
+
+def test_contrastive_loss_in_one_graph():
+    def step(x, y, log_scale):
+        x, y = (torch.nn.functional.normalize(t, dim=1) for t in (x, y))
+        return contrastive_loss(x, y, log_scale.exp()) * 0.1
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for m in (7, 12):
+        x, y = (torch.randn(m, 8, generator=seeded(s)) for s in (m, m + 1))
+        tensors = x, y, torch.tensor([2.5])
+        expected = gradients_of(step, tensors)
+        for actual, wanted in zip(gradients_of(compiled, tensors), expected, strict=True):
+            assert relative_error(actual, wanted) < 1e-6
+
+
+@pytest.mark.skipif(DEVICE == "cpu" and not shutil.which("g++"), reason="on a CPU inductor needs a C++ compiler")
+def test_inductor():
+    compiled = torch.compile(lambda h, w, y: linear_cross_entropy(h * 2, w, y), fullgraph=True)
+    hidden, weight, labels = linear_inputs(40)
+    expected = gradients_of(lambda h, w, y: linear_cross_entropy(h * 2, w, y), (hidden, weight), labels)
+    for actual, wanted in zip(gradients_of(compiled, (hidden, weight), labels), expected, strict=True):
+        assert relative_error(actual, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("gradients", [(True, True, False), (False, False, False)])
+def test_the_linear_operators_keep_the_rules_of_torch(gradients, backend):
+    hidden, weight, labels = linear_inputs(6)
+    settings = (-100, None, 1e-3, 20.0, 0.1, True, backend == "triton", 1.0)
+    leaves = [leaf(hidden), leaf(weight), None, labels] if any(gradients) else [hidden, weight, None, labels]
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
+    operator = torch.ops.lcl_kernels.linear_cross_entropy_sum
+    torch.library.opcheck(operator, (*leaves, None, *settings, *gradients), test_utils=checks)
+    torch.library.opcheck(torch.ops.lcl_kernels.linear_cross_entropy_rows, (*leaves, *settings), test_utils=checks)
+
+
+def test_the_contrastive_operator_keeps_the_rules_of_torch(backend):
+    x, y = (leaf(torch.randn(5, 8, generator=seeded(s))) for s in (0, 1))
+    scale = torch.tensor([3.0], requires_grad=True)
+    settings = ("", "global", False, None, False, backend == "triton", 1.0, True, True, True)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.lcl_kernels.contrastive, (x, y, scale, *settings), test_utils=checks)
