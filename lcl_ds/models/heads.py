@@ -21,7 +21,8 @@ class LMHead(nn.Module):
 
     def forward(self, hidden_states: Tensor, labels: Tensor, normalizer: Tensor | float) -> Tensor:
         """[T, H], [T] -> sum of next-token losses / ``normalizer``, fp32 scalar; 0 and connected for T = 0."""
-        return linear_cross_entropy(self.norm(hidden_states), self.weight, labels, normalizer=normalizer)
+        states = self.norm(hidden_states)
+        return linear_cross_entropy(states, self.weight, labels, normalizer=normalizer, counted_rows=len(labels))
 
 
 class ContextHead(nn.Module):

@@ -43,7 +43,9 @@ class LCLModel(nn.Module):
         self.logit_scale = LogitScale(logit_scale_init)
         for tower, recompute in ((self.vision.model, checkpoint_vision), (self.decoder, checkpoint_decoder)):
             if recompute:
-                tower.activation_checkpointing_enable()
+                # transformers 5.17 knows only the older name, which later releases deprecate.
+                enable = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
+                enable()
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 or normalised [M, 3, H, W] -> pooled [M, H], tokens for the decoder [M, N, H]."""

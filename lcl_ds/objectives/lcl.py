@@ -18,6 +18,8 @@ class LossCounts:
     """Labels of the whole step."""
     pair_share: Tensor
     """Pairs of this micro-step over all ranks / pairs of the whole step."""
+    pair_counts: list[int] | None = None
+    """Pairs of this micro-step on each rank; None: the ranks ask each other when they need it."""
 
 
 class LCLObjective(nn.Module):
@@ -53,7 +55,9 @@ class LCLObjective(nn.Module):
         generation = self.model.lm_head(states, batch.labels, counts.labels)
         image, context = self.model.pair_features(hidden_states, pooled, batch)
         scale = self.model.logit_scale()
-        contrastive = counts.pair_share * contrastive_loss(image, context, scale, normalize=self.normalize)
+        contrastive = counts.pair_share * contrastive_loss(
+            image, context, scale, normalize=self.normalize, counts=counts.pair_counts
+        )
         total = self.generation_weight * generation + self.contrastive_weight * contrastive
         return {
             "loss": total,

@@ -83,6 +83,14 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
+def gather_integers(values: list[int], device: torch.device) -> list[list[int]]:
+    """``values`` of every rank, as many on each, on the host of every rank, in rank order."""
+    mine = torch.tensor(values, dtype=torch.int64, device=device)
+    table = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(table, mine)
+    return [row.tolist() for row in table]
+
+
 def gather_objects(value: object) -> list:
     """``value`` of every rank, on every rank, in rank order."""
     values: list = [None] * dist.get_world_size()

@@ -4,19 +4,19 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lcl_ds.batch import Batch
 from lcl_ds.config import Config
 from lcl_ds.data.loader import BatchLoader
 from lcl_ds.objectives.lcl import LossCounts
 from lcl_ds.training.checkpoint import Progress, save_checkpoint
-from lcl_ds.training.distributed import Place, all_reduce_sum, gather_objects
+from lcl_ds.training.distributed import Place, all_reduce_sum, gather_integers, gather_objects
 from lcl_ds.training.monitor import Monitor
 from lcl_ds.training.schedule import learning_rate
 from lcl_ds.training.signals import StopRequest
@@ -105,22 +105,24 @@ class Trainer:
         metrics = self._metrics(totals, float(outputs["logit_scale"]), lr, applied, step_s, data_s)
         return metrics, (stop_signal or signal.SIGTERM) if totals[-1] else 0
 
-    def _loss_counts(self, batches: list[Batch]) -> Iterator[LossCounts]:
-        """What each micro-step's losses are divided by, without waiting for the device."""
-        pairs = [len(batch.pair_images) for batch in batches]
-        labels = sum(len(batch.labels) for batch in batches)
-        local = torch.tensor([labels, *pairs], dtype=torch.float64).to(self.place.device, non_blocking=True)
+    def _loss_counts(self, batches: list[Batch]) -> list[LossCounts]:
+        """What each micro-step's losses are divided by.
+
+        The ranks tell each other before the step, when nothing runs yet, so that no loss has to wait for the device.
+        """
+        mine = [sum(len(batch.labels) for batch in batches), *(len(batch.pair_images) for batch in batches)]
+        labels, *pairs = (list(column) for column in zip(*gather_integers(mine, self.place.device), strict=True))
+
+        def scalar(value: float) -> Tensor:
+            return torch.tensor(value, dtype=torch.float32).to(self.place.device, non_blocking=True)
+
         if self.config.objective.normalization == "reference":
             # As published: every rank's own mean, averaged over ranks and micro-steps.
-            parts = float(self.place.world_size * len(batches))
-            for batch in batches:
-                divisor = torch.tensor(float(max(1, len(batch.labels))) * parts, device=self.place.device)
-                yield LossCounts(divisor, torch.tensor(1.0 / parts, device=self.place.device))
-            return
-        total = all_reduce_sum(local)
-        all_pairs = total[1:].sum().clamp(min=1)
-        for i in range(len(batches)):
-            yield LossCounts(total[0].clamp(min=1).float(), (total[1 + i] / all_pairs).float())
+            parts = self.place.world_size * len(batches)
+            divisors = [scalar(max(1, len(batch.labels)) * parts) for batch in batches]
+            return [LossCounts(d, scalar(1 / parts), counts) for d, counts in zip(divisors, pairs, strict=True)]
+        all_labels, all_pairs = scalar(max(1, sum(labels))), max(1, sum(map(sum, pairs)))
+        return [LossCounts(all_labels, scalar(sum(counts) / all_pairs), counts) for counts in pairs]
 
     def _advance(self, applied: bool, batches: list[Batch]) -> None:
         self.progress.step += 1

@@ -1,0 +1,264 @@
+"""Measure every method on one case after another, and keep what is known so far in a JSON file."""
+
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lcl_kernels  # noqa: F401 (imported before memory is measured)
+import torch
+from torch import Tensor
+
+from lcl_ds.bench.case import Case, Inputs, Row
+from lcl_ds.bench.measure import (
+    MB,
+    Call,
+    cpu_peak_extra_bytes,
+    describe_environment,
+    first_line,
+    gpu_peak_extra_bytes,
+    in_fresh_process,
+    measure_ceilings,
+    recover,
+    square_matmul,
+    time_calls,
+    without_frames,
+)
+from lcl_ds.bench.peers import OURS, Loss, UnavailableError
+
+MATMUL = "matmul"
+WARM_UP_ROWS = 16
+"""Rows of a step that sets up thread pools and libraries before memory is measured on a CPU."""
+
+
+@dataclass
+class Record:
+    """The JSON document of a run, written after every change; ``path`` None keeps it in memory."""
+
+    path: Path | None
+    document: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+
+    def write(self) -> None:
+        """Atomically: a reader sees the old document or the new one."""
+        add_ratios(self.rows)
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial_file = self.path.with_name(self.path.name + ".partial")
+        document = without_nan({**self.document, "rows": self.rows})
+        partial_file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(partial_file, self.path)
+
+
+def without_nan(value: Any) -> Any:
+    """The same with null for numbers that are not finite, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def new_record(command: str, path: Path | None, device: torch.device, dtype: torch.dtype) -> Record:
+    """A document without rows; measures what the machine reaches."""
+    document = {
+        "command": command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "complete": False,
+        "seconds": 0.0,
+        "environment": describe_environment(device),
+        "ceilings": measure_ceilings(device, dtype),
+    }
+    record = Record(path, document)
+    record.write()
+    return record
+
+
+def run_cases(
+    cases: Sequence[Case],
+    names: Sequence[str],
+    record: Record,
+    *,
+    repeats: int,
+    memory: bool,
+    show: Callable[[Case, list[Row]], None],
+) -> None:
+    """Measure `names` on every case; `show` gets the rows of a case when they are whole.
+
+    Raises:
+        DeviceLostError: a method broke the GPU's context; the record says which rows are missing.
+    """
+    began = time.perf_counter()
+    for case in cases:
+        rows = [{"method": name, **case.describe(), "status": "pending", "reason": None} for name in names]
+        record.rows += rows
+        try:
+            _run_case(case, rows, record, repeats, memory)
+        finally:
+            record.document["seconds"] = time.perf_counter() - began
+            record.write()
+        show(case, rows)
+    record.document["complete"] = True
+    record.write()
+
+
+def _run_case(case: Case, rows: list[Row], record: Record, repeats: int, memory: bool) -> None:
+    losses: dict[str, Loss] = {}
+    for row in rows:
+        try:
+            losses[row["method"]] = case.methods[row["method"]].function(case)
+        except UnavailableError as reason:
+            row.update(status="unavailable", reason=str(reason))
+        except Exception as error:
+            row.update(status="failed", reason=first_line(error))
+    try:
+        inputs = case.inputs()
+    except Exception as error:
+        for row in rows:
+            row.update(status="failed", reason=f"inputs: {first_line(error)}")
+        return
+    runnable = [row for row in rows if row["method"] in losses]
+    # On a CPU the methods take turns; on a GPU each is done with before the next one's memory comes.
+    groups = [runnable] if case.device.type == "cpu" else [[row] for row in runnable]
+    for group in groups if case.timed else []:
+        _time(case, group, losses, inputs, repeats)
+        record.write()
+    for row in runnable:
+        if memory and row["status"] != "failed":
+            _measure_memory(case, row, losses[row["method"]], inputs)
+            record.write()
+    if case.timed and case.checked:
+        _measure_errors(case, [row for row in runnable if row["status"] == "ok"], losses, inputs, record)
+
+
+def step(loss: Loss, inputs: Inputs) -> Tensor:
+    """Forward and backward; the loss. Gradients of an earlier step are dropped first, as zero_grad does."""
+    clear_gradients(inputs)
+    value = loss(*inputs)
+    value.backward()
+    return value.detach()
+
+
+def clear_gradients(inputs: Inputs) -> None:
+    for tensor in inputs:
+        tensor.grad = None
+
+
+def _time(case: Case, rows: list[Row], losses: dict[str, Loss], inputs: Inputs, repeats: int) -> None:
+    """Time the methods of `rows`, and beside them, under the same clocks and noise, a matrix product."""
+    values: dict[str, Tensor] = {}
+
+    def call(name: str) -> None:
+        values[name] = step(losses[name], inputs)
+
+    matmul, matmul_flops = square_matmul(case.device, case.dtype)
+    calls: dict[str, Call] = {MATMUL: matmul, **{row["method"]: partial(call, row["method"]) for row in rows}}
+    compiling = [name for name, method in case.methods.items() if method.compiles]
+    times = time_calls(calls, case.device, repeats, compiling)
+    matmul_times = times[MATMUL]
+    if isinstance(matmul_times, Exception):
+        raise matmul_times
+    matmul_tflops = matmul_flops / statistics.median(matmul_times) / 1e12
+    for row in rows:
+        seconds = times[row["method"]]
+        if isinstance(seconds, Exception):
+            row.update(status="failed", reason=first_line(seconds))
+            continue
+        median = statistics.median(seconds)
+        tflops = case.useful_flops / median / 1e12
+        row.update(
+            status="ok",
+            loss=float(values[row["method"]]),
+            times_ms=[1e3 * second for second in seconds],
+            median_ms=1e3 * median,
+            useful_tflops=tflops,
+            matmul_tflops=matmul_tflops,
+            share_of_matmul=tflops / matmul_tflops,
+            floor_ms=case.useful_flops / matmul_tflops / 1e9,
+        )
+
+
+def _measure_memory(case: Case, row: Row, loss: Loss, inputs: Inputs) -> None:
+    """Fill in the peak of extra memory; its failure leaves the times as they are."""
+    try:
+        if case.device.type == "cuda":
+            if not case.timed:
+                step(loss, inputs)  # compiles
+            clear_gradients(inputs)
+            extra = gpu_peak_extra_bytes(lambda: step(loss, inputs), case.device)
+        else:
+            extra = in_fresh_process(peak_of_step, case, row["method"])
+        row["peak_extra_mb"] = extra / MB
+        row["status"] = "ok"
+    except Exception as error:
+        reason = str(error) if isinstance(error, RuntimeError) and case.device.type == "cpu" else first_line(error)
+        row.update({"memory_failure": reason} if case.timed else {"status": "failed", "reason": reason})
+    finally:
+        clear_gradients(inputs)
+        recover(case.device)
+
+
+def peak_of_step(case: Case, name: str) -> int:
+    """Bytes that one step takes at its peak on a CPU, gradients included; for a process of its own.
+
+    A method that compiles has done a whole step before, so that its compiler is not counted.
+    """
+    method, inputs = case.methods[name], case.inputs()
+    loss = method.function(case)
+    step(loss, inputs if method.compiles else case.first_rows(inputs, WARM_UP_ROWS))
+    clear_gradients(inputs)
+    return cpu_peak_extra_bytes(lambda: step(loss, inputs))
+
+
+def _measure_errors(case: Case, rows: list[Row], losses: dict[str, Loss], inputs: Inputs, record: Record) -> None:
+    """Relative Frobenius errors against float64 at fewer rows of the same data."""
+    count = min(case.truth_rows, case.shape[0])
+    small = case.first_rows(inputs, count)
+    try:
+        exact = tuple(t.detach().double().requires_grad_() if t.requires_grad else t for t in small)
+        truth = results_of(case.truth, exact, case)
+    except Exception as error:
+        for row in rows:
+            row["error_failure"] = f"float64: {first_line(error)}"
+        return
+    finally:
+        exact = ()
+    for row in rows:
+        row["error_rows"] = count
+        try:
+            found = results_of(losses[row["method"]], small, case)
+            row["errors"] = {name: relative_error(found[name], truth[name]) for name in truth}
+        except Exception as error:
+            row["error_failure"] = first_line(without_frames(error))
+        recover(case.device)
+        record.write()
+
+
+def results_of(loss: Loss, inputs: Inputs, case: Case) -> dict[str, Tensor]:
+    """The loss and the gradients that are compared, by name."""
+    value = step(loss, inputs)
+    results = [value, *(t.grad for t in inputs if t.requires_grad)]
+    return {name: tensor for name, tensor in zip(case.result_names, results, strict=False) if tensor is not None}
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    """Frobenius norm of the difference over that of the truth."""
+    return float((found.double() - truth).norm() / truth.norm())
+
+
+def add_ratios(rows: list[Row]) -> None:
+    """``ratio_to_ours``: median time over that of lcl_kernels on the same case."""
+    keys = ("shape", "valid_fraction", "dtype")
+    ours = {str([row.get(key) for key in keys]): row for row in rows if row["method"] == OURS}
+    for row in rows:
+        reference = ours.get(str([row.get(key) for key in keys]), {})
+        if "median_ms" in row and "median_ms" in reference:
+            row["ratio_to_ours"] = row["median_ms"] / reference["median_ms"]

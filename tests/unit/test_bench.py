@@ -1,0 +1,252 @@
+"""The benchmark at tiny size on a CPU: what it writes, and how it treats methods that cannot run."""
+
+import json
+
+import pytest
+import torch
+
+from lcl_ds.bench import __main__ as bench
+from lcl_ds.bench import measure, peers, runner
+from lcl_ds.bench.contrastive import ContrastiveCase
+from lcl_ds.bench.losses import LossCase
+from lcl_ds.bench.peers import EAGER, OURS, Method, UnavailableError
+
+CEILINGS = {"matmul_n": 8, "matmul_dtype": "float32", "matmul_tflops": 0.1, "copy_mb": 1, "copy_tb_per_s": 0.01}
+LOSSES = ("losses", "--shape", "64,16,301", "--repeats", "2")
+
+
+@pytest.fixture
+def run_bench(tmp_path, monkeypatch):
+    """Run the command without memory, and with given ceilings; returns exit code and JSON document."""
+    monkeypatch.setattr(runner, "measure_ceilings", lambda device, dtype: CEILINGS)
+    monkeypatch.setitem(measure.MATMUL_N, "cpu", 64)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def run(*options):
+        code = bench.main([*options, "--no_memory", "--json", str(tmp_path / "out" / "bench.json")])
+        return code, json.loads((tmp_path / "out" / "bench.json").read_text())
+
+    return run
+
+
+def by_method(document):
+    return {row["method"]: row for row in document["rows"]}
+
+
+def failing(error):
+    def loss(*_):
+        raise error
+
+    return Method(EAGER, lambda setting: loss)
+
+
+def test_losses_writes_every_figure(run_bench, tmp_path, capsys):
+    plots = tmp_path / "plots"
+    options = ("--valid", "1.0,0.5", "--peers", "eager,torch chunked,liger-kernel", "--plots", str(plots))
+    code, document = run_bench(*LOSSES, *options)
+    assert code == 0
+    assert document["complete"] is True
+    assert document["command"].startswith("python -m lcl_ds.bench losses --shape 64,16,301")
+    assert {"gpu", "driver", "cuda", "torch", "triton", "python", "cpu", "cores", "git_commit"} <= set(
+        document["environment"]
+    )
+    assert document["ceilings"] == CEILINGS
+    assert [(row["method"], row["valid_fraction"]) for row in document["rows"]] == [
+        (name, valid) for valid in (1.0, 0.5) for name in (OURS, EAGER, "torch chunked", "liger-kernel")
+    ]
+    for row in document["rows"]:
+        assert row["shape"] == {"N": 64, "H": 16, "V": 301}
+        assert row["counted_labels"] == 64 * row["valid_fraction"]
+        if row["method"] == "liger-kernel":
+            assert (row["status"], row["reason"]) == ("unavailable", "needs a GPU")
+            continue
+        assert row["status"] == "ok"
+        assert len(row["times_ms"]) == 2
+        useful = 6 * row["counted_labels"] * 16 * 301
+        assert row["useful_tflops"] == pytest.approx(useful / row["median_ms"] / 1e9)
+        assert row["share_of_matmul"] == pytest.approx(row["floor_ms"] / row["median_ms"])
+    ours, eager = (by_method(document)[name] for name in (OURS, EAGER))
+    assert ours["loss"] == pytest.approx(eager["loss"], rel=1e-6)
+    assert ours["ratio_to_ours"] == 1
+    assert eager["ratio_to_ours"] == pytest.approx(eager["median_ms"] / ours["median_ms"])
+    checked = document["rows"][0]
+    assert set(checked["errors"]) == {"loss", "d_hidden", "d_weight"}
+    assert max(checked["errors"].values()) < 1e-5
+    assert {path.name for path in plots.iterdir()} == {"losses_time.png", "losses_share.png"}
+    printed = capsys.readouterr().out
+    assert "these are not GPU figures" in printed
+    assert "needs a GPU" in printed
+
+
+def test_contrastive_writes_every_figure(run_bench, tmp_path):
+    plots = tmp_path / "plots"
+    options = ("--shape", "48,16", "--repeats", "1", "--peers", "eager,memeff,inf-cl", "--plots", str(plots))
+    code, document = run_bench("contrastive", *options)
+    assert code == 0
+    rows = by_method(document)
+    assert rows[OURS]["loss"] == pytest.approx(rows[EAGER]["loss"], rel=1e-6)
+    assert max(rows[OURS]["errors"].values()) < 1e-5
+    assert rows[OURS]["useful_tflops"] == pytest.approx(8 * 48**2 * 16 / rows[OURS]["median_ms"] / 1e9)
+    assert {rows[name]["reason"] for name in ("memeff", "inf-cl")} == {"needs a GPU"}
+    assert [path.name for path in plots.iterdir()] == ["contrastive_share.png"]
+
+
+def test_a_sweep_measures_memory_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(measure.MATMUL_N, "cpu", 64)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = ["contrastive", "--shape", "512,16", "--sweep", "256,512", "--peers", EAGER, "--repeats", "1"]
+    assert bench.main([*arguments, "--json", str(tmp_path / "b.json"), "--plots", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    assert [(row["shape"]["M"], row["timed"]) for row in rows] == [(512, True)] * 2 + [(256, False)] * 2
+    assert all(("median_ms" in row) == row["timed"] for row in rows)
+    # Beside other tensors of that size: the logits and the probabilities of both directions.
+    assert next(row["peak_extra_mb"] for row in rows if row["method"] == EAGER) >= 3
+    assert (tmp_path / "contrastive_memory.png").stat().st_size > 10_000
+    assert "M 256" in capsys.readouterr().out
+
+
+def test_methods_that_cannot_run_are_named(run_bench, monkeypatch):
+    monkeypatch.setitem(peers.LOSSES, EAGER, failing(ValueError("no such tile\nand more")))
+    missing = Method("quack", lambda setting: peers._import("no_such_peer.module", "no-such-peer"))
+    monkeypatch.setitem(peers.LOSSES, "quack", missing)
+    code, document = run_bench(*LOSSES, "--valid", "1", "--peers", "eager,quack")
+    assert code == 0
+    rows = by_method(document)
+    assert rows[OURS]["status"] == "ok"
+    assert (rows[EAGER]["status"], rows[EAGER]["reason"]) == ("failed", "ValueError: no such tile")
+    assert (rows["quack"]["status"], rows["quack"]["reason"]) == ("unavailable", "not installed")
+
+
+def test_a_loss_that_is_not_finite_is_null(run_bench, monkeypatch):
+    method = Method(EAGER, lambda setting: lambda *inputs: peers.eager_losses(*inputs) * float("nan"))
+    monkeypatch.setitem(peers.LOSSES, EAGER, method)
+    _, document = run_bench(*LOSSES, "--valid", "1", "--peers", EAGER)
+    assert by_method(document)[EAGER]["loss"] is None
+    assert by_method(document)[EAGER]["errors"]["d_hidden"] is None
+
+
+def test_inputs_that_do_not_fit_are_named(run_bench, monkeypatch):
+    def refuse(case):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(LossCase, "inputs", refuse)
+    code, document = run_bench(*LOSSES, "--valid", "1", "--peers", EAGER)
+    assert code == 0
+    assert [row["reason"] for row in document["rows"]] == ["inputs: out of memory"] * 2
+
+
+def test_an_interrupted_run_keeps_what_it_has(run_bench, monkeypatch, capsys):
+    calls = []
+
+    def loss(*inputs):
+        calls.append(len(calls))
+        if len(calls) > 4:  # two rounds and warm-up, then the errors, are the first case's
+            raise KeyboardInterrupt
+        return peers.eager_losses(*inputs)
+
+    monkeypatch.setitem(peers.LOSSES, EAGER, Method(EAGER, lambda setting: loss))
+    code, document = run_bench(*LOSSES, "--valid", "1,0.5", "--peers", EAGER)
+    assert code == 130
+    assert document["complete"] is False
+    assert [row["status"] for row in document["rows"]] == ["ok", "ok", "pending", "pending"]
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("losses", "--shape", "1,2"), "--shape 1,2: must be N,H,V"),
+        (("losses", "--shape", "1,2,x"), "--shape 1,2,x"),
+        (("losses", "--shape", "1,2,0"), "--shape 1,2,0"),
+        (("losses", "--valid", "0.5,1.5"), "--valid 0.5,1.5"),
+        (("losses", "--peers", "eager,leger-kernel"), "leger-kernel is none of lcl_kernels, "),
+        (("losses", "--repeats", "0"), "--repeats 0"),
+        (("losses", "--workspace_mb", "-1"), "--workspace_mb -1"),
+        (("contrastive", "--shape", "1,2,3"), "--shape 1,2,3: must be M,D"),
+        (("contrastive", "--sweep", "8,a"), "--sweep 8,a"),
+        (("contrastive", "--json", "/proc/no/bench.json"), "--json: "),
+    ],
+)
+def test_mistakes_end_with_code_2(options, message, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "new_record", lambda *_: pytest.fail("it began to measure"))
+    assert bench.main(list(options)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_argparse_ends_with_code_2_too():
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["loss"])
+
+
+def allocate(megabytes):
+    torch.ones(2**18)  # starts the threads
+    return measure.cpu_peak_extra_bytes(lambda: torch.ones(megabytes * 2**18))
+
+
+def test_memory_sees_a_known_allocation():
+    assert measure.in_fresh_process(allocate, 96) / measure.MB == pytest.approx(96, abs=3)
+
+
+def test_memory_of_eager_is_its_logits():
+    case = LossCase((256, 16, 20_000), "fp32", "cpu")
+    logits = 256 * 20_000 * 4
+    # Backward holds the log-probabilities, their gradient and that of the logits.
+    assert 2 * logits <= measure.in_fresh_process(runner.peak_of_step, case, EAGER) <= 3.5 * logits
+
+
+def test_a_failure_in_the_fresh_process_is_reported():
+    with pytest.raises(RuntimeError, match="UnavailableError: needs a GPU"):
+        measure.in_fresh_process(runner.peak_of_step, LossCase((8, 8, 8), "fp32", "cpu"), "liger-kernel")
+
+
+def test_methods_take_turns_and_failures_drop_out():
+    order = []
+
+    def call(name):
+        order.append(name)
+        if name == "b" and len(order) > 2:
+            raise ValueError("second call")
+
+    calls = {name: (lambda name=name: call(name)) for name in "ab"}
+    times = measure.time_calls(calls, torch.device("cpu"), 2)
+    assert "".join(order) == "ababa"
+    assert len(times["a"]) == 2
+    assert isinstance(times["b"], ValueError)
+
+
+def test_slow_methods_are_timed_once_and_never_while_they_compile(monkeypatch):
+    monkeypatch.setattr(measure, "CPU_SLOW_S", 0.0)
+    calls = {"a": lambda: None, "b": lambda: None}
+    counted = []
+    monkeypatch.setattr(measure, "seconds_of", lambda call, device: counted.append(call) or float(len(counted)))
+    assert measure.time_calls(calls, torch.device("cpu"), 3, compiling=["b"]) == {"a": [1.0], "b": [3.0]}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        LossCase((512, 128, 4000), "fp32", "cpu", valid=0.5),
+        ContrastiveCase((512, 128), "fp32", "cpu", scale=14.3),
+        ContrastiveCase((512, 512), "fp32", "cpu", scale=100.0),
+    ],
+    ids=lambda case: case.title,
+)
+def test_the_data_gives_a_loss_near_three(case):
+    inputs = case.inputs()
+    assert float(case.truth(*inputs).detach()) == pytest.approx(3, abs=0.7)
+    for one, other in zip(inputs, case.inputs(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_adapters_refuse_shapes_that_a_peer_cannot_take(monkeypatch):
+    monkeypatch.setattr(peers, "_import", lambda *_: peers)
+    monkeypatch.setattr(peers, "chunked_linear_cross_entropy", None, raising=False)
+    monkeypatch.setattr(peers, "MemoryEfficientCLIPLoss", None, raising=False)
+    monkeypatch.setattr(peers, "cal_flash_loss", None, raising=False)
+    with pytest.raises(UnavailableError, match="multiples of 8"):
+        peers.LOSSES["quack"].function(peers.Setting((8192, 768, 49411), "bf16", "cuda"))
+    assert peers.LOSSES["quack"].function(peers.Setting((8192, 768, 49408), "bf16", "cuda"))
+    with pytest.raises(UnavailableError, match="power of two"):
+        peers.CONTRASTIVE["memeff"].function(peers.Setting((64, 48), "bf16", "cuda"))
+    with pytest.raises(UnavailableError, match="multiple of 16"):
+        peers.CONTRASTIVE["inf-cl"].function(peers.Setting((64, 100), "bf16", "cuda"))
