@@ -334,7 +334,7 @@ def _counted(labels: Tensor, ignore_index: int, counted_rows: int | None, vocab:
     elif counted_rows == len(labels):
         rows = torch.arange(counted_rows, device=labels.device)
     else:  # a stable sort keeps the order and, unlike nonzero, does not wait for the device
-        rows = torch.argsort(~counted, stable=True)[:counted_rows]
+        rows = torch.argsort((~counted).to(torch.uint8), stable=True)[:counted_rows]
     # The clamp keeps a bad label from reading outside the weight until the assertion is seen.
     return rows, labels.index_select(0, rows).long().clamp(0, vocab - 1)
 
