@@ -8,6 +8,7 @@ import yaml
 
 from launch.train import parse_arguments
 from lcl_ds import convert, report
+from lcl_ds.bench import __main__ as bench
 from lcl_ds.config import load_config, recipe_path
 from tests.distributed.ranks import ROOT
 
@@ -36,9 +37,25 @@ def test_make_targets_exist(target):
 @pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m lcl_ds\.(\w+)", README))))
 def test_module_commands_exist(module, capsys):
     with pytest.raises(SystemExit) as exit:
-        {"convert": convert, "report": report}[module].main(["--help"])
+        {"bench": bench, "convert": convert, "report": report}[module].main(["--help"])
     assert exit.value.code == 0
     assert f"lcl_ds.{module}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "lcl_ds.bench" in c])
+def test_benchmark_commands_are_valid(command):
+    arguments = bench.build_parser().parse_args(shlex.split(command)[3:])
+    assert bench.choose_cases(arguments, "cpu")
+    assert bench.choose_cases(arguments, "cuda")
+
+
+def test_the_example_of_the_kernels_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "kernels" / "README.md").read_text(), re.DOTALL)
+    variables: dict = {}
+    exec(example, variables)
+    assert variables["weight"].grad.isfinite().all()
+    assert variables["scale"].grad.isfinite()
+    assert 0 <= variables["accuracy"] <= 1
 
 
 def test_the_data_example_is_a_valid_recipe():
@@ -49,8 +66,9 @@ def test_the_data_example_is_a_valid_recipe():
 
 
 def test_linked_files_exist():
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).is_file(), target
+    for page in (ROOT / "README.md", ROOT / "kernels" / "README.md"):
+        for target in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+            assert (page.parent / target).is_file(), target
 
 
 def test_the_requirements_pin_everything():
