@@ -12,8 +12,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -44,7 +43,7 @@ from lcl_kernels.exchange import (
     send_rows_home,
     uses_ring,
 )
-from lcl_kernels.similarity import ExpSums, merge
+from lcl_kernels.similarity import BlockFunctions, ExpSums, merge
 
 Normalize = Literal["global", "per_rank"]
 
@@ -138,7 +137,8 @@ def _contrastive_op(
     want_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, d_x, d_y, d_scale), the gradients in the compute dtype and empty where not wanted."""
-    backend = importlib.import_module("lcl_kernels.triton_contrastive") if triton else torch_contrastive
+    module = importlib.import_module("lcl_kernels.triton_contrastive") if triton else torch_contrastive
+    backend = cast(BlockFunctions, module)
     wanted = _Wanted(want_x, want_y, want_scale)
     common = (x.shape[1], DTYPES.index(x.dtype), normalize == "global", detach_remote, ring)
     ranks = meet(x, group_name, any(wanted), common, counts)
@@ -203,7 +203,7 @@ class _Walk(NamedTuple):
     scale: Tensor
     ranks: Ranks
     blocks: FeatureBlocks
-    backend: ModuleType
+    backend: BlockFunctions
     workspace_mb: float
 
 

@@ -19,7 +19,9 @@ class ExpSums(NamedTuple):
     total: Tensor  # [k]
 
 
-class Backend(Protocol):
+class BlockFunctions(Protocol):
+    """The module of a backend."""
+
     def statistics(
         self, x: Tensor, y: Tensor, scale: Tensor, *, diagonal: bool, workspace_mb: float
     ) -> tuple[ExpSums, ExpSums]:

@@ -114,33 +114,36 @@ def tile_position(tile, row_tiles, column_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
+def load_operand(
+    matrix, stride, first, rows, k, depth,
+    DESCRIPTOR: tl.constexpr, SIZE: tl.constexpr, INNER: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """matrix[first : first + SIZE, k : k + INNER]; out of range counts as zero."""
+    if DESCRIPTOR:
+        values = matrix.load([first, k])
+    else:
+        r = first + tl.arange(0, SIZE)
+        c = k + tl.arange(0, INNER)
+        values = tl.load(
+            matrix + r[:, None].to(tl.int64) * stride + c[None, :],
+            mask=(r[:, None] < rows) & (c[None, :] < depth), other=0.0,
+        )  # fmt: skip
+    if UPCAST:  # the interpreter's bfloat16 product is wrong
+        values = values.to(tl.float32)
+    return values
+
+
+@triton.jit
 def tile_product(
     a, b, stride_a, stride_b, first_row, first_column, rows, columns, depth,
     A_DESCRIPTOR: tl.constexpr, B_DESCRIPTOR: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """a[first_row:, :] @ b[first_column:, :].T, one tile, summed in float32; out of range counts as zero."""
+    """a[first_row:, :] @ b[first_column:, :].T, one tile, summed in float32."""
     product = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    r = first_row + tl.arange(0, ROWS)
-    c = first_column + tl.arange(0, COLUMNS)
     for k in range(0, depth, INNER):
-        inner = k + tl.arange(0, INNER)
-        if A_DESCRIPTOR:
-            left = a.load([first_row, k])
-        else:
-            left = tl.load(
-                a + r[:, None].to(tl.int64) * stride_a + inner[None, :],
-                mask=(r[:, None] < rows) & (inner[None, :] < depth), other=0.0,
-            )  # fmt: skip
-        if B_DESCRIPTOR:
-            right = b.load([first_column, k])
-        else:
-            right = tl.load(
-                b + c[:, None].to(tl.int64) * stride_b + inner[None, :],
-                mask=(c[:, None] < columns) & (inner[None, :] < depth), other=0.0,
-            )  # fmt: skip
-        if UPCAST:  # the interpreter's bfloat16 product is wrong
-            left, right = left.to(tl.float32), right.to(tl.float32)
+        left = load_operand(a, stride_a, first_row, rows, k, depth, A_DESCRIPTOR, ROWS, INNER, UPCAST)
+        right = load_operand(b, stride_b, first_column, columns, k, depth, B_DESCRIPTOR, COLUMNS, INNER, UPCAST)
         product = tl.dot(left, right.T, product, input_precision=PRECISION)
     return product
 

@@ -10,7 +10,7 @@ from lcl_kernels.similarity import ExpSums, merge
 
 
 def statistics(x: Tensor, y: Tensor, scale: Tensor, *, diagonal: bool, workspace_mb: float) -> tuple[ExpSums, ExpSums]:
-    """See `similarity.Backend`."""
+    """See `similarity.BlockFunctions`."""
     row_top, row_total = scale.new_empty(len(x)), scale.new_empty(len(x))
     columns: list[ExpSums] = []
     limits = (2 * len(y) * scale.dtype.itemsize, workspace_mb)
@@ -44,7 +44,7 @@ def gradients(
     want_y: bool,
     workspace_mb: float,
 ) -> tuple[Tensor | None, Tensor]:
-    """See `similarity.Backend`."""
+    """See `similarity.BlockFunctions`."""
     d_y = scale.new_zeros(y.shape) if want_y else None
     d_scale = scale.new_zeros(())
     limits = (3 * len(y) * scale.dtype.itemsize, workspace_mb)

@@ -119,7 +119,7 @@ def similarity_gradient_kernel(
 
 
 def statistics(x: Tensor, y: Tensor, scale: Tensor, *, diagonal: bool, workspace_mb: float) -> tuple[ExpSums, ExpSums]:
-    """See `similarity.Backend`."""
+    """See `similarity.BlockFunctions`."""
     row_top, row_total = scale.new_full((len(x),), -torch.inf), scale.new_zeros(len(x))
     columns = ExpSums(scale.new_full((len(y),), -torch.inf), scale.new_zeros(len(y)))
     if not (len(x) and len(y)):
@@ -154,7 +154,7 @@ def gradients(
     want_y: bool,
     workspace_mb: float,
 ) -> tuple[Tensor | None, Tensor]:
-    """See `similarity.Backend`."""
+    """See `similarity.BlockFunctions`."""
     d_y = scale.new_zeros(y.shape) if want_y else None
     d_scale = scale.new_zeros(())
     if not (len(x) and len(y)):

@@ -8,6 +8,13 @@ from tests.kernels.checks import leaf, relative_error
 from tests.kernels.ranks import CASES, COUNTS, MISMATCHES, Case, features, own_slice, results_of_ranks
 
 
+@pytest.fixture(autouse=True)
+def _on_the_device():
+    """Gloo, and so these tests, use the CPU also where there is a GPU."""
+    with torch.device("cpu"):
+        yield
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     return results_of_ranks(tmp_path_factory.mktemp("ranks"))
