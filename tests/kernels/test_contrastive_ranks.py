@@ -48,12 +48,13 @@ def name(case):
 
 # Relative for the gradients of features; absolute for the loss and the gradient of the scale, because a float32 logit
 # near 100 resolves 8e-6 at best.
-BARS = {torch.float64: (1e-10, 1e-12), torch.float32: (1e-5, 1e-6), torch.bfloat16: (4e-3, 1e-6)}
+BARS = {torch.float64: (1e-10, 1e-12), torch.float32: (1e-6, 1e-6), torch.bfloat16: (4e-3, 1e-6)}
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_equals_one_process(ranks, case):
     gradient_bar, loss_bar = BARS[case.dtype]
+    gradient_bar *= 1 if case.scale < 100 else 10
     for rank, wanted in enumerate(expected_of(case)):
         first, *others = ranks[rank][case]
         assert all(torch.isfinite(tensor).all() for tensor in first)
