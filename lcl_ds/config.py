@@ -100,7 +100,9 @@ class TowerSettings(Settings):
 class PoolingSettings(Settings):
     """The attentive pooling and projection head (upstream ``attentive.py``)."""
 
-    num_attention_heads: int = Field(8, ge=1, description="Heads of the learned query; must divide both widths.")
+    num_attention_heads: int = Field(
+        8, ge=1, description="Heads of the learned query; must divide the decoder's width."
+    )
 
 
 class ModelSettings(Settings):
@@ -126,6 +128,10 @@ class ObjectiveSettings(Settings):
     )
     normalization: Literal["global", "reference"] = Field(
         "global", description="Divide by counts over all ranks and micro-steps, or by each rank's own as published."
+    )
+
+    gather_with_grad: bool = Field(
+        True, description="Whether features also learn as negatives of others (published scripts: yes)."
     )
 
     @model_validator(mode="after")

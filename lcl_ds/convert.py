@@ -1,12 +1,17 @@
 """Release a trained encoder: ``python -m lcl_ds.convert RUN|CHECKPOINT OUT [--part vision|full]``.
 
 ``vision`` (default) writes a folder that ``transformers`` loads by itself: config.json, model.safetensors,
-preprocessor_config.json and a model card. ``full`` writes all weights of the training model as one safetensors file.
+preprocessor_config.json and a model card. ``full`` writes all weights of the training model as one safetensors file;
+with ``--format reference`` in the layout of the published code. ``--from reference FILE --config JSON`` reads a
+checkpoint of the published code in place of a run.
 """
 
 import argparse
+import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +25,16 @@ from lcl_ds.data.documents import read_document
 from lcl_ds.data.images import decode_image
 from lcl_ds.data.shards import Source, expand_paths, index_shard
 from lcl_ds.errors import UserError
-from lcl_ds.models.build import image_size
 from lcl_ds.models.lcl import LCLModel
+from lcl_ds.models.reference import (
+    load_reference,
+    read_reference_config,
+    read_reference_json,
+    to_reference,
+    write_reference_config,
+)
 from lcl_ds.models.vision import IMAGE_MEAN, IMAGE_STD, normalize_images, patch_tokens
+from lcl_ds.tokens import CONTROL_TOKENS, Vocabulary
 from lcl_ds.training.checkpoint import load_config_of, load_model, read_state, resolve_checkpoint
 
 PARITY_IMAGES = 16
@@ -37,7 +49,7 @@ tags: [lcl, vision, {model_type}]
 # {name}
 
 A vision encoder pre-trained from scratch by Latent Compression Learning ([arXiv 2406.07543](https://arxiv.org/abs/2406.07543))
-with lcl_ds {version}: step {step} of {steps}, {parameters:,} parameters, {size} px images, patches of {patch} px.
+{history}: {parameters:,} parameters, {size} px images, patches of {patch} px.
 
 Training reads the **patch tokens after the final norm**; the class token takes part in attention but no loss reads it.
 
@@ -52,14 +64,27 @@ patches = {features}  # [images, {patches}, {width}]
 
 Checked at conversion: largest difference to the training model's patch tokens {difference:.1e} over {images} {kind}.
 
-Settings of the run:
+Settings:
 
 ```yaml
 {settings}```
 """
 
 
-def release_vision(model: LCLModel, config: Config, step: int, out: Path) -> str:
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from, for its card."""
+
+    name: str
+    history: str
+    """One clause: what was trained, with what, how long."""
+    settings: dict[str, Any]
+    pixels: np.ndarray
+    """uint8 [K, 3, H, W], what the release is compared on."""
+    pixels_kind: str
+
+
+def release_vision(model: LCLModel, origin: Origin, out: Path) -> str:
     """Write the encoder for ``transformers`` and compare it with the training model.
 
     Returns:
@@ -69,7 +94,7 @@ def release_vision(model: LCLModel, config: Config, step: int, out: Path) -> str
         RuntimeError: the release computes other features than the training model.
     """
     encoder = model.vision.model
-    size = image_size(config.model)
+    size = encoder.config.image_size
     encoder.save_pretrained(out, safe_serialization=True)
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": size},
@@ -78,10 +103,9 @@ def release_vision(model: LCLModel, config: Config, step: int, out: Path) -> str
         image_std=list(IMAGE_STD),
     )
     processor.save_pretrained(out)
-    pixels, kind = _parity_pixels(config, size)
     released = AutoModel.from_pretrained(out).eval()
     with torch.no_grad():
-        images = normalize_images(torch.from_numpy(pixels), torch.float32)
+        images = normalize_images(torch.from_numpy(origin.pixels), torch.float32)
         ours = model.vision(images)
         theirs = patch_tokens(released, images)[:, -model.vision.patch_tokens :]
     difference = float((ours - theirs).abs().max())
@@ -91,10 +115,8 @@ def release_vision(model: LCLModel, config: Config, step: int, out: Path) -> str
     tokens = "outputs.last_hidden_state[:, 1:]"
     card = MODEL_CARD.format(
         model_type=encoder.config.model_type,
-        name=f"{config.name}: LCL vision encoder",
-        version=__version__,
-        step=step,
-        steps=config.train.steps,
+        name=f"{origin.name}: LCL vision encoder",
+        history=origin.history,
         parameters=sum(weight.numel() for weight in encoder.parameters()),
         size=size,
         patch=encoder.config.patch_size,
@@ -105,23 +127,24 @@ def release_vision(model: LCLModel, config: Config, step: int, out: Path) -> str
         patches=model.vision.patch_tokens,
         width=encoder.config.hidden_size,
         difference=difference,
-        images=len(pixels),
-        kind=kind,
-        settings=yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
+        images=len(origin.pixels),
+        kind=origin.pixels_kind,
+        settings=yaml.safe_dump(origin.settings, sort_keys=False),
     )
     (out / "README.md").write_text(card, encoding="utf-8")
-    return f"parity with the training model: max abs difference {difference:.1e} over {len(pixels)} {kind}"
+    return (
+        f"parity with the training model: max abs difference {difference:.1e} over {len(origin.pixels)} "
+        f"{origin.pixels_kind}"
+    )
 
 
-def _parity_pixels(config: Config, size: int) -> tuple[np.ndarray, str]:
+def _pixels_of(config: Config, size: int) -> tuple[np.ndarray, str]:
     """Images of the run's own data; noise where its shards are no longer there."""
     paths = config.evaluation.shards or config.data.shards[0].paths
     try:
         source = Source("parity", [index_shard(expand_paths(paths)[0])])
     except UserError:
-        rng = np.random.default_rng(0)
-        noise = rng.integers(0, 256, (PARITY_IMAGES, 3, size, size), dtype=np.uint8)
-        return noise, "images of noise (the run's shards are not here)"
+        return _noise(size), "images of noise (the run's shards are not here)"
     pixels: list[np.ndarray] = []
     for number in range(len(source)):
         document = read_document(source, number)
@@ -131,29 +154,80 @@ def _parity_pixels(config: Config, size: int) -> tuple[np.ndarray, str]:
     return np.stack(pixels[:PARITY_IMAGES]), "real images"
 
 
+def _noise(size: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (PARITY_IMAGES, 3, size, size), dtype=np.uint8)
+
+
+def read_run(source: Path) -> tuple[LCLModel, Origin, Vocabulary]:
+    """The newest, or the named, checkpoint of a run."""
+    checkpoint = resolve_checkpoint(source)
+    config, state = load_config_of(checkpoint), read_state(checkpoint)
+    model = load_model(checkpoint)
+    step = state["progress"]["step"]
+    history = f"with lcl_ds {__version__}, step {step} of {config.train.steps}"
+    origin = Origin(
+        config.name, history, config.model_dump(mode="json"), *_pixels_of(config, model.vision.model.config.image_size)
+    )
+    return model, origin, Vocabulary(state["vocab_size"] - len(CONTROL_TOKENS))
+
+
+def read_reference(source: Path, config_file: Path | None) -> tuple[LCLModel, Origin, Vocabulary]:
+    """A checkpoint of the published code."""
+    if config_file is None:
+        raise UserError("--from reference needs --config, the JSON model configuration of the published code")
+    config = read_reference_json(config_file)
+    vocabulary = read_reference_config(config, str(config_file)).vocabulary
+    model = load_reference(source, config)
+    history = f"with the published code, imported by lcl_ds {__version__}"
+    size = model.vision.model.config.image_size
+    return model, Origin(config_file.stem, history, config, _noise(size), "images of noise"), vocabulary
+
+
+def write_all(model: LCLModel, origin: Origin, out: Path) -> None:
+    """All weights under our names, with the settings beside them."""
+    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.yaml").write_text(yaml.safe_dump(origin.settings, sort_keys=False), encoding="utf-8")
+
+
+def write_reference(model: LCLModel, vocabulary: Vocabulary, out: Path) -> None:
+    """All weights in the layout of the published code, with its model configuration."""
+    weights = to_reference(model.state_dict())
+    config = write_reference_config(model, vocabulary)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lcl_ds.convert", description=__doc__)
-    parser.add_argument("source", type=Path, metavar="RUN|CHECKPOINT")
+    parser.add_argument("source", type=Path, metavar="RUN|CHECKPOINT|FILE")
     parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("--part", choices=("vision", "full"), default="vision")
+    parser.add_argument("--part", choices=("vision", "full"), help="default: vision; with --format reference: full")
+    parser.add_argument("--format", choices=("hf", "reference"), default="hf", help="layout that is written")
+    parser.add_argument("--from", dest="origin", choices=("run", "reference"), default="run", help="what SOURCE is")
+    parser.add_argument("--config", type=Path, metavar="JSON", help="model configuration of --from reference")
     arguments = parser.parse_args(argv)
     try:
-        checkpoint = resolve_checkpoint(arguments.source)
         if arguments.out.exists() and any(arguments.out.iterdir()):
             raise UserError(f"{arguments.out}: is not empty; name a new folder")
-        config, step = load_config_of(checkpoint), read_state(checkpoint)["progress"]["step"]
-        model = load_model(checkpoint)
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        if arguments.part == "full":
-            weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-            save_file(weights, arguments.out / "model.safetensors", metadata={"format": "pt", "step": str(step)})
-            (arguments.out / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        if arguments.format == "reference" and arguments.part == "vision":
+            raise UserError("--format reference: the published layout holds the whole model; leave out --part vision")
+        if arguments.origin == "reference":
+            model, origin, vocabulary = read_reference(arguments.source, arguments.config)
         else:
-            print(release_vision(model, config, step, arguments.out))
+            model, origin, vocabulary = read_run(arguments.source)
+        if arguments.format == "reference":
+            write_reference(model, vocabulary, arguments.out)
+        elif arguments.part == "full":
+            write_all(model, origin, arguments.out)
+        else:
+            print(release_vision(model, origin, arguments.out))
     except UserError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return 2
-    print(f"{checkpoint} -> {arguments.out}")
+    print(f"{arguments.source} -> {arguments.out}")
     return 0
 
 

@@ -46,6 +46,7 @@ from lcl_kernels.exchange import (
 from lcl_kernels.similarity import BlockFunctions, ExpSums, merge
 
 Normalize = Literal["global", "per_rank"]
+DETACH = ["none", "remote", "keys"]
 
 
 def contrastive_loss(
@@ -56,6 +57,7 @@ def contrastive_loss(
     group: dist.ProcessGroup | None = None,
     normalize: Normalize = "global",
     detach_remote: bool = False,
+    detach_keys: bool = False,
     counts: Sequence[int] | None = None,
     exchange: Exchange = "auto",
     backend: Backend = "auto",
@@ -74,6 +76,9 @@ def contrastive_loss(
     - The gradient of logit_scale is a part of that of the sum: the sum over ranks is the whole.
     - detach_remote=True: features of other ranks are constants, so feature gradients are those of this rank's share.
 
+    - detach_keys=True: every feature is a constant where it stands in the softmax of others, on its own rank too, as in
+      OpenCLIP's loss without --gather-with-grad; x_i then learns from the loss of its row only, y_i from its column.
+
     The upstream gradient has to be the same number on all ranks. Data parallel wrappers that average parameter
     gradients over W ranks give 1/W of the gradient of the sum: scale the loss by W to undo it.
 
@@ -82,7 +87,7 @@ def contrastive_loss(
             m may differ between ranks and be 0.
         logit_scale: the multiplier itself (not its logarithm), a tensor of one element of any float dtype.
         group: process group; None is the default group, or this process alone when torch.distributed is not set up.
-        normalize, detach_remote: see above.
+        normalize, detach_remote, detach_keys: see above.
         counts: pairs of every rank of the group, when the caller knows them: then they are not exchanged and nothing
             waits for the device. All ranks then have to want gradients, or none.
         exchange: "gather" collects y of all ranks at once, "ring" passes it on block by block in less memory, "auto"
@@ -110,7 +115,7 @@ def contrastive_loss(
         logit_scale,
         name,
         normalize,
-        detach_remote,
+        "keys" if detach_keys else "remote" if detach_remote else "none",
         counts,
         uses_ring(exchange, name),
         use_triton(backend, x),
@@ -127,7 +132,7 @@ def _contrastive_op(
     logit_scale: Tensor,
     group_name: str,
     normalize: str,
-    detach_remote: bool,
+    detach: str,
     counts: Sequence[int] | None,
     ring: bool,
     triton: bool,
@@ -140,7 +145,7 @@ def _contrastive_op(
     module = importlib.import_module("lcl_kernels.triton_contrastive") if triton else torch_contrastive
     backend = cast(BlockFunctions, module)
     wanted = _Wanted(want_x, want_y, want_scale)
-    common = (x.shape[1], DTYPES.index(x.dtype), normalize == "global", detach_remote, ring)
+    common = (x.shape[1], DTYPES.index(x.dtype), normalize == "global", DETACH.index(detach), ring)
     ranks = meet(x, group_name, any(wanted), common, counts)
     with torch.autocast(x.device.type, enabled=False):
         scale = logit_scale.to(compute_dtype(x.dtype)).reshape(())
@@ -153,7 +158,7 @@ def _contrastive_op(
         loss = (unit * weight) * (losses.row.sum() + losses.column.sum())
         if not ranks.wants_gradients:
             return loss, *(scale.new_empty(0) for _ in range(3))  # type: ignore[return-value]
-        gradients = _gradients(walk, losses, cosine, weight, detach_remote, wanted)
+        gradients = _gradients(walk, losses, cosine, weight, detach, wanted)
     gradients = (gradients[0].mul_(unit * scale), gradients[1].mul_(unit * scale), gradients[2] * unit)
     kept = (d if want else scale.new_empty(0) for d, want in zip(gradients, wanted, strict=True))
     return (loss, *kept)  # type: ignore[return-value]
@@ -236,33 +241,34 @@ def _losses(walk: _Walk, positive: Tensor) -> _Losses:
 
 
 def _gradients(
-    walk: _Walk, losses: _Losses, cosine: Tensor, weight: float, detach_remote: bool, wanted: _Wanted
+    walk: _Walk, losses: _Losses, cosine: Tensor, weight: float, detach: str, wanted: _Wanted
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The second pass: d sum of shares / d (scale * x), d (scale * y), d scale, in units of 1 / (2 M)."""
     ranks, scale = walk.ranks, walk.scale
     # exp(S_ij - shift) is a softmax times the weight of its row or column, so weights need not travel apart.
     row_shift = losses.row_lse - math.log(weight)
     column_shifts = gather_rows(losses.column_lse - math.log(weight), ranks)
-    at_positive = weight * (torch.expm1(-losses.row) + torch.expm1(-losses.column))
+    of_row, of_column = weight * torch.expm1(-losses.row), weight * torch.expm1(-losses.column)
+    both = of_row + of_column
     # The positives, in full precision; everything else is added to them.
-    d_x = at_positive.unsqueeze(1) * walk.y
-    d_y = at_positive.unsqueeze(1) * walk.x
-    d_scale = (at_positive * cosine).sum()
+    d_x = (of_row if detach == "keys" else both).unsqueeze(1) * walk.y
+    d_y = (of_column if detach == "keys" else both).unsqueeze(1) * walk.x
+    d_scale = (both * cosine).sum()
     home = GradientReturn(ranks, d_y)
     common: dict[str, Any] = {"workspace_mb": walk.workspace_mb}
     for owner, block in walk.blocks:
         own = owner == ranks.rank
         arguments = (walk.x, block, scale, row_shift, column_shifts[ranks.slice_of(owner)])
-        if own or not detach_remote:
+        if detach == "none" or (detach == "remote" and own):
             want_y = wanted.y or ranks.world_size > 1
             d_block, d_part = walk.backend.gradients(*arguments, diagonal=own, d_x=d_x, want_y=want_y, **common)
-        else:  # own rows act on own x, and columns of others on the y of their owners
+        else:  # own rows act on own x alone, and columns on the y of their owners
             nowhere = [torch.full_like(shift, math.inf) for shift in arguments[3:]]
             _, d_rows = walk.backend.gradients(
-                *arguments[:4], nowhere[1], diagonal=False, d_x=d_x, want_y=False, **common
+                *arguments[:4], nowhere[1], diagonal=own, d_x=d_x, want_y=False, **common
             )
             d_block, d_columns = walk.backend.gradients(
-                *arguments[:3], nowhere[0], arguments[4], diagonal=False, d_x=None, want_y=True, **common
+                *arguments[:3], nowhere[0], arguments[4], diagonal=own, d_x=None, want_y=True, **common
             )
             d_part = d_rows + d_columns
         d_scale = d_scale + d_part

@@ -82,8 +82,8 @@ def meet(
     table = [row.tolist() for row in _all_gather(mine, group)]
     if any(row[2:] != table[0][2:] for row in table):
         listing = ", ".join(
-            f"rank {r}: D {d} {DTYPES[t]} normalize {'global' if g else 'per_rank'} detach_remote {bool(c)} "
-            f"exchange {'ring' if e else 'gather'}"
+            f"rank {r}: D {d} {DTYPES[t]} normalize {'global' if g else 'per_rank'} "
+            f"detach {('none', 'remote', 'keys')[c]} exchange {'ring' if e else 'gather'}"
             for r, (_, _, d, t, g, c, e) in enumerate(table)
         )
         raise ValueError(f"contrastive_loss was called differently by the ranks of the group: {listing}")

@@ -54,6 +54,7 @@ def reference_contrastive_loss(
     rank: int = 0,
     normalize: Literal["global", "per_rank"] = "global",
     detach_remote: bool = False,
+    detach_keys: bool = False,
 ) -> Tensor:
     """One rank's share of the symmetric InfoNCE loss, from the pairs of all ranks in one process.
 
@@ -62,7 +63,7 @@ def reference_contrastive_loss(
         logit_scale: the multiplier, one element.
         counts: pairs per rank; None: one rank has them all.
         rank: whose share to return. The sum of the shares is what training minimises.
-        normalize, detach_remote: as in `contrastive_loss`.
+        normalize, detach_remote, detach_keys: as in `contrastive_loss`.
 
     Returns:
         A scalar, 0 for a rank without pairs. The loss of LCL (arXiv 2406.07543) and CLIP (arXiv 2103.00020).
@@ -74,7 +75,10 @@ def reference_contrastive_loss(
         local = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)
         local[own] = True
         x, y = x.where(local, x.detach()), y.where(local, y.detach())
-    logits = logit_scale.reshape(()) * x @ y.T
-    both = F.cross_entropy(logits[own], own, reduction="sum") + F.cross_entropy(logits.T[own], own, reduction="sum")
+    scale = logit_scale.reshape(())
+    rows, columns = scale * x @ y.T, scale * y @ x.T
+    if detach_keys:
+        rows, columns = scale * x @ y.detach().T, scale * y @ x.detach().T
+    both = F.cross_entropy(rows[own], own, reduction="sum") + F.cross_entropy(columns[own], own, reduction="sum")
     pairs = len(x) if normalize == "global" else len(own)
     return both / (2 * max(pairs, 1))

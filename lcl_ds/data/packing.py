@@ -65,7 +65,7 @@ def collate(rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: V
 
     Args:
         context_rule: ``text_before``: an image counts when text of its sequence precedes it; ``reference``: when its
-            ``<soi>`` is not the first token of the row, as in the published code.
+            ``<soi>`` is not the first token of its sequence, as in the published code, where each has a row.
     """
     shape = len(rows), row_tokens
     input_ids = np.full(shape, vocabulary.eot, dtype=np.int64)
@@ -86,7 +86,7 @@ def collate(rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: V
             label_positions.append(positions + offset)
             labels.append(following)
             for slot in sequence.tokens.slots:
-                if slot.has_context if context_rule == "text_before" else start + slot.position > 1:
+                if slot.has_context if context_rule == "text_before" else slot.position > 1:
                     pair_images.append(len(image_positions))
                 image_positions.append(offset + slot.position)
             pixels.append(sequence.pixels)

@@ -14,23 +14,26 @@ class AttentivePooling(nn.Module):
     Args:
         input_dim: width of the vision tower.
         output_dim: width of the decoder.
-        num_heads: heads; must divide ``input_dim`` and ``output_dim`` is free.
+        num_heads: heads; must divide ``output_dim``, the width of the attention.
         eps: epsilon of the three norms.
+
+    Raises:
+        ValueError: the heads do not divide the width.
     """
 
     def __init__(self, input_dim: int, output_dim: int, num_heads: int, eps: float = 1e-5):
         super().__init__()
-        if input_dim % num_heads:
-            raise ValueError(f"pooling: {num_heads} heads do not divide the encoder's width {input_dim}")
+        if output_dim % num_heads:
+            raise ValueError(f"pooling: {num_heads} heads do not divide the decoder's width {output_dim}")
         self.num_heads = num_heads
         self.query = nn.Parameter(torch.randn(1, 1, input_dim))
         self.norm_q = nn.LayerNorm(input_dim, eps=eps)
         self.norm_k = nn.LayerNorm(input_dim, eps=eps)
         self.norm_v = nn.LayerNorm(input_dim, eps=eps)
-        self.q = nn.Linear(input_dim, input_dim)
-        self.k = nn.Linear(input_dim, input_dim)
-        self.v = nn.Linear(input_dim, input_dim)
-        self.proj = nn.Linear(input_dim, output_dim, bias=False)
+        self.q = nn.Linear(input_dim, output_dim)
+        self.k = nn.Linear(input_dim, output_dim)
+        self.v = nn.Linear(input_dim, output_dim)
+        self.proj = nn.Linear(output_dim, output_dim, bias=False)
 
     def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """[M, N, input_dim] -> pooled [M, output_dim], tokens [M, N, output_dim]."""

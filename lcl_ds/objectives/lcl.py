@@ -32,6 +32,8 @@ class LCLObjective(nn.Module):
         model: the network; submodule names of a saved state dict start with ``model.``.
         contrastive_weight, generation_weight: weights in the total (paper: 0.1 and 1).
         normalize: ``"global"``, or ``"per_rank"`` for the published code's per-rank means.
+        gather_with_grad: whether features also learn as negatives of others (upstream ``--gather-with-grad``, which the
+            published scripts set).
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class LCLObjective(nn.Module):
         contrastive_weight: float,
         generation_weight: float,
         normalize: Literal["global", "per_rank"] = "global",
+        gather_with_grad: bool = True,
     ):
         super().__init__()
         self.model = model
         self.contrastive_weight = contrastive_weight
         self.generation_weight = generation_weight
         self.normalize = normalize
+        self.gather_with_grad = gather_with_grad
 
     def forward(self, batch: Batch, counts: LossCounts) -> dict[str, Tensor]:
         """This rank's shares of ``loss`` (weighted total), ``contrastive_loss`` and ``generation_loss``, and the
@@ -56,7 +60,12 @@ class LCLObjective(nn.Module):
         image, context = self.model.pair_features(hidden_states, pooled, batch)
         scale = self.model.logit_scale()
         contrastive = counts.pair_share * contrastive_loss(
-            image, context, scale, normalize=self.normalize, counts=counts.pair_counts
+            image,
+            context,
+            scale,
+            normalize=self.normalize,
+            detach_keys=not self.gather_with_grad,
+            counts=counts.pair_counts,
         )
         total = self.generation_weight * generation + self.contrastive_weight * contrastive
         return {

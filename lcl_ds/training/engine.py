@@ -148,6 +148,7 @@ def build_objective(model: LCLModel, config: Config) -> LCLObjective:
         config.objective.contrastive_weight,
         config.objective.generation_weight,
         "global" if config.objective.normalization == "global" else "per_rank",
+        config.objective.gather_with_grad,
     )
 
 

@@ -70,6 +70,12 @@ def test_mistakes_are_sentences(whole_run, tmp_path, capsys, what):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
     source = tmp_path / "nothing" if what == "nothing" else whole_run
-    assert main([str(source), str(tmp_path / "used")]) == 2
+    assert main([str(source), str(tmp_path / ("new" if what == "nothing" else "used"))]) == 2
     expected = "neither a complete checkpoint nor a run" if what == "nothing" else "is not empty"
     assert expected in capsys.readouterr().err
+
+
+def test_a_model_that_the_published_format_cannot_hold_is_refused(whole_run, tmp_path, capsys):
+    assert main([str(whole_run), str(tmp_path / "out"), "--format", "reference"]) == 2
+    assert "the published format has a CLIP vision tower and a GPT-2 decoder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

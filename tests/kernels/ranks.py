@@ -26,6 +26,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float64
     exchange: str = "gather"
     backend: str = "torch"
+    detach_keys: bool = False
 
 
 CASES = [
@@ -51,6 +52,11 @@ CASES += [
     Case(counts, "global", detach_remote, 14.3, torch.float32, exchange, "triton")
     for counts in [(3, 4), (5, 0, 3, 1)]
     for detach_remote, exchange in ((False, "gather"), (True, "ring"))
+]
+CASES += [
+    Case(counts, "global", False, 14.3, dtype, exchange, detach_keys=True)
+    for counts in COUNTS
+    for dtype, exchange in ((torch.float64, "gather"), (torch.float32, "ring"))
 ]
 
 

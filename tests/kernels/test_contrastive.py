@@ -54,6 +54,18 @@ def test_equals_the_reference(dtype, scale, few):
     assert relative_error(gradients[2], expected_gradients[2]) < (1e-10 if dtype == torch.float64 else 2e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_keys_may_be_constants(dtype):
+    x, y = pairs(dtype=dtype)
+    results = []
+    for function, kind in ((contrastive_loss, dtype), (reference_contrastive_loss, torch.float64)):
+        leaves = [leaf(x, kind), leaf(y, kind), leaf(torch.tensor(14.3), kind)]
+        function(*leaves, detach_keys=True).backward()
+        results.append([t.grad for t in leaves])
+    for actual, wanted in zip(*results, strict=True):
+        assert relative_error(actual, wanted) < 2e-5
+
+
 def test_numerical_gradients():
     x, y = pairs(6, 4, dtype=torch.float64)
     scale = torch.tensor([5.0], dtype=torch.float64, requires_grad=True)

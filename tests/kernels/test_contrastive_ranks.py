@@ -32,6 +32,7 @@ def expected_of(case):
             rank=rank,
             normalize=case.normalize,
             detach_remote=case.detach_remote,
+            detach_keys=case.detach_keys,
         )
         for rank in world
     ]
@@ -41,7 +42,8 @@ def expected_of(case):
 
 
 def name(case):
-    counts, mode = "_".join(map(str, case.counts)), "detached" if case.detach_remote else "exact"
+    counts = "_".join(map(str, case.counts))
+    mode = "keys" if case.detach_keys else "detached" if case.detach_remote else "exact"
     dtype = str(case.dtype).removeprefix("torch.")
     return f"{counts}-{case.normalize}-{mode}-{case.scale:g}-{dtype}-{case.exchange}-{case.backend}"
 
