@@ -55,8 +55,7 @@ def test_labels_never_cross_documents():
     assert batch.labels.tolist() == [2, 2, VOCABULARY.eot, 3, 3, 3, VOCABULARY.eot]
 
 
-def test_b2_the_reference_rule_counts_images_that_no_text_precedes():
-    """As published, where only an image at the very start of a sequence, before any <sot>, is left out (bug B2)."""
+def test_the_reference_rule_counts_all_images_but_one_at_the_very_start_of_a_sequence():
     rows = [packed("a", [0, "x"]), packed("b", [0, "y"])]
     assert batch_of(rows).pair_images.tolist() == []
     assert batch_of(rows, rule="reference").pair_images.tolist() == [0, 1]
