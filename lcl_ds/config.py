@@ -141,6 +141,10 @@ class ObjectiveSettings(Settings):
         return self
 
 
+Part = Literal["vision", "pooling", "decoder", "heads"]
+"""Parts of the network; heads are those of the decoder and the temperature."""
+
+
 class TrainSettings(Settings):
     """Optimisation."""
 
@@ -159,6 +163,9 @@ class TrainSettings(Settings):
     learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate (paper: 5e-4 on LAION, 3e-4 on MMC4).")
     min_learning_rate: float = Field(0.0, ge=0, description="Learning rate at the end of the cosine.")
     warmup_steps: int = Field(2000, ge=0, description="Applied steps of linear warm-up.")
+    learning_rate_factors: dict[Part, float] = Field(
+        default_factory=dict, description="By part, what its learning rate is multiplied with; 0 freezes the part."
+    )
     weight_decay: float = Field(0.2, ge=0, description="Decay of matrices; none on norms, biases, positions, scale.")
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW betas.")
     eps: float = Field(1e-6, gt=0, description="AdamW epsilon.")
@@ -169,6 +176,10 @@ class TrainSettings(Settings):
     def _check(self) -> "TrainSettings":
         if self.global_batch_rows % self.accumulation_steps:
             raise ValueError("global_batch_rows must be a multiple of accumulation_steps")
+        if any(not factor >= 0 for factor in self.learning_rate_factors.values()):
+            raise ValueError("learning_rate_factors must not be negative")
+        if len(self.learning_rate_factors) == 4 and not any(self.learning_rate_factors.values()):
+            raise ValueError("learning_rate_factors are all 0: nothing would train")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError("min_learning_rate is larger than learning_rate")
         return self

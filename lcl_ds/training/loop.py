@@ -88,7 +88,7 @@ class Trainer:
         data_s = time.perf_counter() - started
         lr = learning_rate(self.progress.applied_steps, self.config.train)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["learning_rate_factor"]
         batches = [batch.to(self.place.device) for batch in batches]
         sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=self.place.device)
         for batch, counts in zip(batches, self._loss_counts(batches), strict=True):

@@ -1,12 +1,11 @@
 """AdamW and the groups of weights it treats alike."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lcl_ds.config import TrainSettings
+from lcl_ds.config import Part, TrainSettings
 from lcl_ds.models.heads import LogitScale
 
 NO_DECAY_NAMES = ("class_embedding", "position_embedding", "position_embeddings", "wpe", "query", "cls_token")
@@ -52,43 +51,62 @@ class BoundedAdamW(torch.optim.AdamW):
 
 
 def parameter_groups(model: nn.Module, settings: TrainSettings, log_scale_bounds: tuple[float, float]) -> list[dict]:
-    """Groups by module type and name, made before ZeRO flattens shapes.
+    """Groups by module type, name and learning-rate factor, made before ZeRO flattens shapes.
 
     Decay acts on matrices and token embeddings; not on norms, biases, position and class embeddings, the pooling
-    query and the temperature.
+    query and the temperature. Weights of a part whose factor is 0 stay out, and need no gradient any more.
 
     Raises:
-        AssertionError: a group is empty, which means that names no longer match.
+        AssertionError: no weight of a kind was found, which means that names no longer match.
     """
-    decay: list[tuple[str, Tensor]] = []
-    no_decay: list[tuple[str, Tensor]] = []
-    scale: list[tuple[str, Tensor]] = []
+    kinds: dict[tuple[str, float], list[tuple[str, Tensor]]] = {
+        (kind, 1.0): [] for kind in ("decay", "no_decay", "logit_scale")
+    }
     for module_name, module in model.named_modules():
         for name, weight in module.named_parameters(module_name, recurse=False):
-            if isinstance(module, LogitScale):
-                scale.append((name, weight))
+            factor = settings.learning_rate_factors.get(part_of(name), 1.0)
+            if factor == 0:
+                weight.requires_grad_(False)
+            elif isinstance(module, LogitScale):
+                kinds.setdefault(("logit_scale", factor), []).append((name, weight))
             elif _is_norm(module) or name.endswith("bias") or _is_position_or_class(name):
-                no_decay.append((name, weight))
+                kinds.setdefault(("no_decay", factor), []).append((name, weight))
             else:
-                decay.append((name, weight))
-    groups = [
-        _group("decay", decay, settings.weight_decay),
-        _group("no_decay", no_decay, 0.0),
-        _group("logit_scale", scale, 0.0, log_scale_bounds),
+                kinds.setdefault(("decay", factor), []).append((name, weight))
+    found = {kind for (kind, _), weights in kinds.items() if weights}
+    assert found == {"decay", "no_decay", "logit_scale"} or settings.learning_rate_factors, "names no longer match"
+    return [
+        _group(
+            kind,
+            factor,
+            weights,
+            settings.weight_decay if kind == "decay" else 0.0,
+            log_scale_bounds if kind == "logit_scale" else None,
+        )
+        for (kind, factor), weights in kinds.items()
+        if weights
     ]
-    assert all(group["params"] for group in groups), "a weight-decay group is empty"
-    return groups
+
+
+def part_of(name: str) -> Part:
+    """Which part of :class:`LCLModel` a weight belongs to."""
+    top = name.removeprefix("model.").split(".")[0]
+    return "heads" if top in ("lm_head", "context_head", "logit_scale") else top  # type: ignore[return-value]
 
 
 def _group(
-    name: str, weights: Iterable[tuple[str, Tensor]], weight_decay: float, bounds: tuple[float, float] | None = None
+    kind: str,
+    factor: float,
+    named: list[tuple[str, Tensor]],
+    weight_decay: float,
+    bounds: tuple[float, float] | None,
 ) -> dict[str, Any]:
-    named = list(weights)
     return {
-        "name": name,
+        "name": kind if factor == 1 else f"{kind} x{factor:g}",
         "params": [weight for _, weight in named],
         "param_names": [key for key, _ in named],
         "weight_decay": weight_decay,
+        "learning_rate_factor": factor,
         "bounds": bounds,
     }
 

@@ -11,7 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from lcl_ds.models.build import build_model
+from lcl_ds.training.checkpoint import load_config_of, load_model
+from lcl_ds.training.optimizer import part_of
 from tests.distributed.ranks import ROOT, Ranks, free_port, run_ranks, train_command
 
 TIMING = ("step_s", "data_s", "images_per_s", "tokens_per_s")
@@ -128,3 +132,24 @@ def test_the_deepspeed_launcher_starts_two_ranks(recipe, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "world size 2, ZeRO stage 2" in done.stdout + done.stderr
     assert len(metrics_of(tmp_path / "run")) == 2
+
+
+def test_frozen_and_slower_parts_at_stage_3_and_after_a_restart(recipe, tmp_path):
+    """Two ranks; the vision tower stays as it was made, the decoder learns at a tenth of the rate."""
+    overrides = ["train.steps=6", "checkpoint.every=3", "evaluation.shards=null"]
+    overrides += ["train.learning_rate_factors={vision: 0, decoder: 0.1}", "train.warmup_steps=0"]
+    command = train_command(recipe, tmp_path / "run", *overrides)
+    output = run_ranks(2, command, tmp_path / "log")
+    assert "decay x0.1" in output
+    whole = metrics_of(tmp_path / "run")
+    last = tmp_path / "run" / "checkpoints" / "step_00000006"
+    trained = load_model(last)
+    shutil.rmtree(last)
+    run_ranks(2, command, tmp_path / "log")
+    assert without_timing(metrics_of(tmp_path / "run")) == without_timing(whole)
+    resumed = load_model(last).state_dict()
+    config = load_config_of(last)
+    initial = build_model(config.model, trained.lm_head.weight.shape[0], config.data.row_tokens, config.seed("init"))
+    for name, weight in trained.named_parameters():
+        assert torch.equal(weight, resumed[name]), name
+        assert torch.equal(weight, initial.get_parameter(name)) == (part_of(name) == "vision"), name

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from lcl_ds.training.optimizer import BoundedAdamW, parameter_groups
+from lcl_ds.training.optimizer import BoundedAdamW, parameter_groups, part_of
 from lcl_ds.training.schedule import learning_rate
 from tests.small import DECODERS, small_config, small_model
 
@@ -27,6 +27,19 @@ def test_every_weight_is_in_one_group_and_only_matrices_decay(family):
     assert "vision.model.embeddings.class_embedding" in groups["no_decay"]["param_names"]
     assert groups["logit_scale"]["param_names"] == ["logit_scale.log_scale"]
     assert [groups[name]["weight_decay"] for name in ("decay", "no_decay", "logit_scale")] == [0.1, 0.0, 0.0]
+
+
+def test_parts_have_learning_rates_of_their_own_or_none():
+    config = small_config("train.learning_rate_factors={vision: 0, heads: 0.5}")
+    model = small_model(config)
+    groups = {group["name"]: group for group in parameter_groups(model, config.train, BOUNDS)}
+    assert set(groups) == {"decay", "no_decay", "decay x0.5", "no_decay x0.5", "logit_scale x0.5"}
+    assert {part_of(name) for name in groups["decay"]["param_names"]} == {"pooling", "decoder"}
+    assert "lm_head.weight" in groups["decay x0.5"]["param_names"]
+    assert groups["decay x0.5"]["learning_rate_factor"] == 0.5
+    assert groups["logit_scale x0.5"]["bounds"] == BOUNDS
+    for name, weight in model.named_parameters():
+        assert weight.requires_grad == (part_of(name) != "vision")
 
 
 @pytest.mark.parametrize(("gradient", "bound"), [(-1e3, BOUNDS[1]), (1e3, BOUNDS[0])])
