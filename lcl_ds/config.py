@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -74,7 +74,9 @@ class TowerSettings(Settings):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     model_type: str = Field(description="transformers model type: clip_vision_model, llama, gpt2, qwen3, ...")
-    activation_checkpointing: bool = Field(False, description="Recompute this tower's blocks in the backward pass.")
+    activation_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
+        False, description="Blocks whose activations are recomputed in backward: none, all (true), or every k-th (k)."
+    )
 
     @property
     def hf_keys(self) -> dict[str, Any]:

@@ -47,8 +47,8 @@ def build_model(settings: ModelSettings, vocab_size: int, row_tokens: int, seed:
                 decoder,
                 settings.pooling.num_attention_heads,
                 settings.logit_scale_init,
-                settings.vision.activation_checkpointing,
-                settings.decoder.activation_checkpointing,
+                int(settings.vision.activation_checkpointing),
+                int(settings.decoder.activation_checkpointing),
             )
     except ValueError as error:
         raise UserError(f"model: {error}") from error

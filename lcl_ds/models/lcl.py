@@ -6,12 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lcl_ds.batch import Batch
 from lcl_ds.models.decoder import build_decoder
 from lcl_ds.models.heads import ContextHead, LMHead, LogitScale
 from lcl_ds.models.pooling import AttentivePooling
 from lcl_ds.models.vision import VisionEncoder, normalize_images
+
+
+def recompute_blocks(tower: Any, every: int) -> None:
+    """Keep no activations of every `every`-th block of a transformers model, the first included; 0: keep all."""
+    if not every:
+        return
+    # transformers 5.17 knows only the older name, which later releases deprecate.
+    enable = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
+    enable()
+    blocks = [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for number, block in enumerate(blocks):
+        block.gradient_checkpointing = number % every == 0
 
 
 class LCLModel(nn.Module):
@@ -21,7 +34,7 @@ class LCLModel(nn.Module):
         vision_config, decoder_config: transformers configurations.
         pooling_heads: heads of the pooling query.
         logit_scale_init: first temperature multiplier.
-        checkpoint_vision, checkpoint_decoder: recompute that tower's blocks in the backward pass.
+        checkpoint_vision, checkpoint_decoder: recompute every k-th block of that tower in backward; 0: none.
     """
 
     def __init__(
@@ -30,8 +43,8 @@ class LCLModel(nn.Module):
         decoder_config: Any,
         pooling_heads: int,
         logit_scale_init: float = 1 / 0.07,
-        checkpoint_vision: bool = False,
-        checkpoint_decoder: bool = False,
+        checkpoint_vision: int = 0,
+        checkpoint_decoder: int = 0,
     ):
         super().__init__()
         width = decoder_config.hidden_size
@@ -41,11 +54,8 @@ class LCLModel(nn.Module):
         self.lm_head = LMHead(norm, width, decoder_config.vocab_size)
         self.context_head = ContextHead(copy.deepcopy(norm), width, width)
         self.logit_scale = LogitScale(logit_scale_init)
-        for tower, recompute in ((self.vision.model, checkpoint_vision), (self.decoder, checkpoint_decoder)):
-            if recompute:
-                # transformers 5.17 knows only the older name, which later releases deprecate.
-                enable = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
-                enable()
+        recompute_blocks(self.vision.model, checkpoint_vision)
+        recompute_blocks(self.decoder, checkpoint_decoder)
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 or normalised [M, 3, H, W] -> pooled [M, H], tokens for the decoder [M, N, H]."""

@@ -115,15 +115,39 @@ def test_losses_start_near_chance():
 
 
 @pytest.mark.parametrize("part", ["vision", "decoder"])
-def test_activation_checkpointing_changes_no_bit(part):
+def test_activation_checkpointing_changes_no_bit_and_keeps_less(part):
     batch = batch_with_images()
-    gradients = []
-    for enabled in ("false", "true"):
-        config = small_config(f"model.{part}.activation_checkpointing={enabled}")
+    gradients, kept = [], []
+    for setting in ("false", "2", "true"):
+        config = small_config(f"model.{part}.activation_checkpointing={setting}")
         objective = LCLObjective(small_model(config), 0.1, 1.0).train()
-        objective(batch, counts_of(batch))["loss"].backward()
+        saved = SavedBytes()
+        with saved:
+            loss = objective(batch, counts_of(batch))["loss"]
+        loss.backward()
         gradients.append([weight.grad for weight in objective.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+        kept.append(saved.total)
+    for others in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True))
+    none, every_second, all_blocks = kept
+    assert none > every_second > all_blocks
+
+
+class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
+    """Bytes of the storages that a forward pass keeps for backward."""
+
+    def __init__(self):
+        self._storages = {}
+        super().__init__(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor):
+        storage = tensor.untyped_storage()
+        self._storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def total(self):
+        return sum(self._storages.values())
 
 
 def test_the_same_seed_gives_the_same_weights_whatever_was_drawn_before():
