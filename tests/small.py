@@ -13,12 +13,16 @@ from lcl_ds.tokens import Vocabulary, encode_sequence
 VOCABULARY = Vocabulary(text_size=60)
 IMAGE_SIZE, IMAGE_TOKENS, ROW_TOKENS = 16, 4, 48
 
+SIZES = "hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 2"
 DECODERS = {
-    "llama": "{model_type: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, "
-    "num_attention_heads: 2, num_key_value_heads: 2}",
+    "llama": f"{{model_type: llama, {SIZES}}}",
     "gpt2": "{model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 2}",
-    "qwen3": "{model_type: qwen3, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, "
-    "num_attention_heads: 2, num_key_value_heads: 2, head_dim: 16}",
+    "mistral": f"{{model_type: mistral, {SIZES}}}",
+    "qwen2": f"{{model_type: qwen2, {SIZES}}}",
+    "qwen3": f"{{model_type: qwen3, {SIZES}, head_dim: 16}}",
+    "gemma": f"{{model_type: gemma, {SIZES}, head_dim: 16}}",
+    "gemma2": f"{{model_type: gemma2, {SIZES}, head_dim: 16}}",
+    "gemma3_text": f"{{model_type: gemma3_text, {SIZES}, head_dim: 16}}",
 }
 
 
