@@ -106,7 +106,7 @@ class _Block(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """What one or two launches of `exp_logits_kernel` made."""
+    """What the launches of `exp_logits_kernel` made."""
 
     exponentials: Tensor | None  # [C, V], operand dtype, rows at multiples of 128 bytes
     reference: Tensor  # [C], in units of log 2

@@ -190,9 +190,7 @@ def from_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ours[here] = _changed(state[there], change, back=False)
     for i in _layers(state, r"visual\.transformer\.resblocks\.(\d+)\."):
         source, target = f"visual.transformer.resblocks.{i}.", f"vision.model.encoder.layers.{i}."
-        for there, here in VISION_BLOCK.items():
-            for kind in ("weight", "bias"):
-                ours[f"{target}{here}.{kind}"] = state[f"{source}{there}.{kind}"]
+        ours |= {here: state[there] for there, here in _vision_pairs(i)}
         for kind in ("weight", "bias"):
             for x, part in zip("qkv", state[f"{source}attn.in_proj_{kind}"].chunk(3), strict=True):
                 ours[f"{target}self_attn.{x}_proj.{kind}"] = part.clone()
@@ -214,9 +212,7 @@ def to_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             theirs[there] = _changed(state[here], change, back=True)
         for i in _layers(state, r"vision\.model\.encoder\.layers\.(\d+)\."):
             target, source = f"visual.transformer.resblocks.{i}.", f"vision.model.encoder.layers.{i}."
-            for there, here in VISION_BLOCK.items():
-                for kind in ("weight", "bias"):
-                    theirs[f"{target}{there}.{kind}"] = state[f"{source}{here}.{kind}"]
+            theirs |= {there: state[here] for there, here in _vision_pairs(i)}
             for kind in ("weight", "bias"):
                 parts = [state[f"{source}self_attn.{x}_proj.{kind}"] for x in "qkv"]
                 theirs[f"{target}attn.in_proj_{kind}"] = torch.cat(parts)
@@ -274,8 +270,10 @@ def _activation(config: Any) -> str | None:
 
 
 def read_reference_json(path: Path) -> dict[str, Any]:
-    """Raises:
-    UserError: the file is not a JSON object.
+    """The published JSON model configuration in a file.
+
+    Raises:
+        UserError: the file is not a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -291,6 +289,16 @@ def _single_pairs() -> list[tuple[str, str, Change]]:
         (f"{there}.{kind}", f"{here}.{kind}", "same") for there, here in NORMS.items() for kind in ("weight", "bias")
     ]
     return HEADS + norms
+
+
+def _vision_pairs(layer: int) -> list[tuple[str, str]]:
+    """All but the projections of queries, keys and values, which are one matrix there."""
+    source, target = f"visual.transformer.resblocks.{layer}.", f"vision.model.encoder.layers.{layer}."
+    return [
+        (f"{source}{there}.{kind}", f"{target}{here}.{kind}")
+        for there, here in VISION_BLOCK.items()
+        for kind in ("weight", "bias")
+    ]
 
 
 def _text_pairs(layer: int) -> list[tuple[str, str, Change]]:

@@ -163,6 +163,9 @@ def start_engine(objective: LCLObjective, config: Config, ds_config: dict[str, A
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     max_norm = config.train.gradient_clipping if _guards_itself(stage, config) else None
     sizes = {group["name"]: sum(weight.numel() for weight in group["params"]) for group in groups}
+    total = sum(weight.numel() for weight in objective.parameters())
+    if frozen := total - sum(sizes.values()):
+        sizes["frozen"] = frozen
     optimizer = BoundedAdamW(groups, config.train, max_norm)
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)
     if place.is_first:
@@ -172,7 +175,7 @@ def start_engine(objective: LCLObjective, config: Config, ds_config: dict[str, A
             engine.zero_optimization_stage(),
             config.precision,
             place.device,
-            f"{sum(sizes.values()):,}",
+            f"{total:,}",
             f"{parameters_of_this_rank(engine):,}",
             ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
         )

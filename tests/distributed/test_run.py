@@ -141,6 +141,7 @@ def test_frozen_and_slower_parts_at_stage_3_and_after_a_restart(recipe, tmp_path
     command = train_command(recipe, tmp_path / "run", *overrides)
     output = run_ranks(2, command, tmp_path / "log")
     assert "decay x0.1" in output
+    assert ", frozen " in output
     whole = metrics_of(tmp_path / "run")
     last = tmp_path / "run" / "checkpoints" / "step_00000006"
     trained = load_model(last)
