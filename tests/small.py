@@ -25,6 +25,14 @@ DECODERS = {
     "gemma3_text": f"{{model_type: gemma3_text, {SIZES}, head_dim: 16}}",
 }
 
+TOWER = f"hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, image_size: {IMAGE_SIZE}, patch_size: 8"
+VISION_TOWERS = {
+    "clip_vision_model": f"{{model_type: clip_vision_model, intermediate_size: 64, {TOWER}}}",
+    "siglip_vision_model": f"{{model_type: siglip_vision_model, intermediate_size: 64, {TOWER}}}",
+    "siglip2_vision_model": f"{{model_type: siglip2_vision_model, intermediate_size: 64, {TOWER}}}",
+    "dinov2": f"{{model_type: dinov2, mlp_ratio: 2, {TOWER}}}",
+}
+
 
 def small_config(*overrides: str, decoder: str = "llama") -> Config:
     """The demo recipe with towers of two layers and width 32."""
@@ -33,8 +41,7 @@ def small_config(*overrides: str, decoder: str = "llama") -> Config:
         [
             "data.demo=null",
             f"data.row_tokens={ROW_TOKENS}",
-            "model.vision={model_type: clip_vision_model, hidden_size: 32, intermediate_size: 64, "
-            f"num_hidden_layers: 2, num_attention_heads: 2, image_size: {IMAGE_SIZE}, patch_size: 8}}",
+            f"model.vision={VISION_TOWERS['clip_vision_model']}",
             "model.pooling.num_attention_heads=2",
             f"model.decoder={DECODERS[decoder]}",
             "train.warmup_steps=2",

@@ -12,7 +12,7 @@ from lcl_ds.batch import Batch
 from lcl_ds.models.decoder import build_decoder
 from lcl_ds.models.heads import ContextHead, LMHead, LogitScale
 from lcl_ds.models.pooling import AttentivePooling
-from lcl_ds.models.vision import VisionEncoder, normalize_images
+from lcl_ds.models.vision import VisionEncoder
 
 
 def recompute_blocks(tower: Any, every: int) -> None:
@@ -59,8 +59,7 @@ class LCLModel(nn.Module):
 
     def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 or normalised [M, 3, H, W] -> pooled [M, H], tokens for the decoder [M, N, H]."""
-        dtype = self.vision.model.dtype
-        return self.pooling(self.vision(normalize_images(images, dtype)))
+        return self.pooling(self.vision(self.vision.normalize(images)))
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Decoder states before any final norm, rows laid end to end [R*L, H], and pooled features [M, H]."""

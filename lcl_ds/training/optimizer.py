@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from lcl_ds.config import Part, TrainSettings
 from lcl_ds.models.heads import LogitScale
 
-NO_DECAY_NAMES = ("class_embedding", "position_embedding", "position_embeddings", "wpe", "query", "cls_token")
-"""Weights of two or more dimensions that are no matrices: one vector per position or class."""
+NO_DECAY_NAMES = ("class_embedding", "position_embedding", "position_embeddings", "wpe", "query", "cls_token", "lambda1")
+"""Weights of no norm that are no matrices: one vector per position or class, or a scale per channel."""
 
 
 class BoundedAdamW(torch.optim.AdamW):
