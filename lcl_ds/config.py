@@ -1,27 +1,18 @@
 """The tree of settings of one run: YAML file plus ``key.sub=value`` overrides, validated at once."""
 
-import difflib
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from lcl_ds.errors import UserError
+from lcl_ds.models.settings import READ_FOLDERS, ModelSettings, Part
+from lcl_ds.objectives import NAMES, settings_classes
+from lcl_ds.objectives.common import ObjectiveSettings
+from lcl_ds.settings import Settings, suggest
 
 RECIPES = Path(__file__).resolve().parent.parent / "launch" / "recipes"
-
-
-Part = Literal["vision", "pooling", "decoder", "heads"]
-"""Parts of the network; heads are those of the decoder and the temperature."""
-READ_FOLDERS = object()
-"""Validation context in which the folders of pretrained towers are looked into."""
-
-
-class Settings(BaseModel):
-    """Base of all settings: unknown keys are errors, values do not change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class SourceSettings(Settings):
@@ -74,155 +65,10 @@ class DataSettings(Settings):
         return self
 
 
-class TowerSettings(Settings):
-    """A transformers model by configuration: ``model_type`` plus that family's own configuration keys."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    part: ClassVar[Literal["vision", "decoder"]]
-
-    model_type: str = Field(description="transformers model type: clip_vision_model, llama, gpt2, qwen3, ...")
-    activation_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
-        False, description="Blocks whose activations are recomputed in backward: none, all (true), or every k-th (k)."
-    )
-    pretrained: str | None = Field(
-        None,
-        description="Local Hugging Face folder (config.json, *.safetensors) to start from. It gives the architecture; "
-        "keys here may repeat it but not contradict it.",
-    )
-
-    @property
-    def hf_keys(self) -> dict[str, Any]:
-        """The keys that belong to the transformers configuration."""
-        return dict(self.model_extra or {})
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_folder(cls, values: Any, info: ValidationInfo) -> Any:
-        """Only where a recipe is read: settings saved with a checkpoint hold the folder's architecture already."""
-        if info.context is not READ_FOLDERS or not isinstance(values, dict) or not values.get("pretrained"):
-            return values
-        from lcl_ds.models.folder import with_architecture
-
-        return with_architecture(values, cls.part)
-
-    @model_validator(mode="after")
-    def _known_to_transformers(self) -> "TowerSettings":
-        from transformers import CONFIG_MAPPING
-
-        if self.model_type not in CONFIG_MAPPING:
-            hint = _suggest(self.model_type, CONFIG_MAPPING)
-            raise ValueError(f"model_type: transformers has no {self.model_type!r}{hint}")
-        defaults = CONFIG_MAPPING[self.model_type]()
-        known = {*defaults.to_dict(), *defaults.attribute_map, *(["image_size"] if self.part == "vision" else [])}
-        unknown = [key for key in self.hf_keys if key not in known]
-        if unknown:
-            hints = ", ".join(f"{key!r}{_suggest(key, known)}" for key in unknown)
-            raise ValueError(f"{hints}: no such key in the {self.model_type} configuration")
-        return self
-
-
-class VisionSettings(TowerSettings):
-    """The vision encoder."""
-
-    part = "vision"
-
-    shape: str | None = Field(
-        None, description="Named size (vit_b32, vit_b16, vit_l14, vit_h14, vit_g14, ...); keys given here override it."
-    )
-    image_mean: tuple[float, float, float] = Field(
-        (0.48145466, 0.4578275, 0.40821073), description="Per channel, of pixels in 0 to 1; a folder brings its own."
-    )
-    image_std: tuple[float, float, float] = Field(
-        (0.26862954, 0.26130258, 0.27577711), description="Standard deviation likewise."
-    )
-    patch_dropout: float = Field(0.0, ge=0, lt=1, description="Share of an image's patches left out in training.")
-    interpolate_positions: bool = Field(
-        False, description="Whether position embeddings of given weights may be resized to the patches of image_size."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_shape(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or values.get("shape") is None:
-            return values
-        from lcl_ds.models.vision import SHAPES
-
-        if values["shape"] not in SHAPES:
-            hint = _suggest(str(values["shape"]), SHAPES)
-            raise ValueError(f"shape: there is no {values['shape']!r}{hint}; known: {', '.join(SHAPES)}")
-        if values.get("pretrained"):
-            raise ValueError("shape: the folder in pretrained gives the architecture; leave shape out")
-        return {"model_type": "clip_vision_model", **SHAPES[values["shape"]], **values}
-
-
-class DecoderSettings(TowerSettings):
-    """The causal decoder."""
-
-    part = "decoder"
-
-
-class PoolingSettings(Settings):
-    """The attentive pooling and projection head (upstream ``attentive.py``)."""
-
-    num_attention_heads: int = Field(
-        8, ge=1, description="Heads of the learned query; must divide the decoder's width."
-    )
-
-
-class ModelSettings(Settings):
-    """The network."""
-
-    vision: VisionSettings = Field(description="Vision encoder; what is released.")
-    decoder: DecoderSettings = Field(description="Causal decoder; thrown away after training.")
-    pooling: PoolingSettings = Field(default_factory=PoolingSettings)
-    logit_scale_init: float = Field(1 / 0.07, gt=1, description="First temperature multiplier of the contrastive loss.")
-    logit_scale_max: float = Field(100.0, gt=1, description="Upper bound of the multiplier after each applied step.")
-    init_from: str | None = Field(
-        None, description="Folder that `python -m lcl_ds.convert --part full` wrote, to start parts from."
-    )
-    init_parts: list[Part] = Field(
-        ["vision", "pooling", "decoder", "heads"], description="Parts that init_from gives the weights of."
-    )
-    allow_missing: list[str] = Field(
-        default_factory=list, description="Patterns (* and ?) of weights that may be missing and so stay random."
-    )
-    allow_unexpected: list[str] = Field(
-        default_factory=list, description="Patterns of given weights that the model has no place for."
-    )
-
-    @model_validator(mode="after")
-    def _one_source_per_part(self) -> "ModelSettings":
-        taken = {"vision"} if self.vision.pretrained else set()
-        taken |= {"decoder", "heads"} if self.decoder.pretrained else set()
-        if twice := sorted(taken & set(self.init_parts if self.init_from else [])):
-            raise ValueError(f"init_parts: {', '.join(twice)} would come from init_from and from a pretrained folder")
-        return self
-
-
-class ObjectiveSettings(Settings):
-    """The loss."""
-
-    name: Literal["lcl"] = Field("lcl", description="Objective.")
-    contrastive_weight: float = Field(0.1, ge=0, description="Weight of the contrastive loss (paper: 0.1).")
-    generation_weight: float = Field(1.0, ge=0, description="Weight of the generation loss (paper: 1).")
-    context_rule: Literal["text_before", "reference"] = Field(
-        "text_before",
-        description="Which images count in the contrastive loss: those with text of their document before them, or, "
-        "as published, all that do not stand at the very start of a row.",
-    )
-    normalization: Literal["global", "reference"] = Field(
-        "global", description="Divide by counts over all ranks and micro-steps, or by each rank's own as published."
-    )
-
-    gather_with_grad: bool = Field(
-        True, description="Whether features also learn as negatives of others (published scripts: yes)."
-    )
-
-    @model_validator(mode="after")
-    def _some_weight(self) -> "ObjectiveSettings":
-        if self.contrastive_weight == 0 and self.generation_weight == 0:
-            raise ValueError("contrastive_weight and generation_weight are both 0: nothing would train")
-        return self
+if TYPE_CHECKING:
+    AnyObjective = ObjectiveSettings
+else:
+    AnyObjective = Annotated[Union[settings_classes()], Field(discriminator="name")]  # noqa: UP007
 
 
 class TrainSettings(Settings):
@@ -293,11 +139,16 @@ class Config(Settings):
     precision: Literal["fp32", "bf16"] = Field("bf16", description="Arithmetic of the towers; losses are fp32.")
     data: DataSettings
     model: ModelSettings
-    objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
+    objective: AnyObjective = Field(default_factory=lambda: {"name": "lcl"}, validate_default=True)
     train: TrainSettings
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     log: LogSettings = Field(default_factory=LogSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _lcl_unless_named(cls, value: Any) -> Any:
+        return {"name": "lcl", **value} if isinstance(value, dict) else value
 
     def seed(self, purpose: Literal["init", "data", "augmentation"]) -> int:
         """The seed of one purpose; ``train.seed`` where it has none of its own."""
@@ -376,30 +227,35 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any, whole: str) -> None:
 
 def _sentence(error: Any, origin: str, overrides: dict[str, Any]) -> str:
     keys = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "list[", "constrained-"))]
+    branch = keys.pop(1) if keys[:1] == ["objective"] and len(keys) > 1 else ""  # pydantic names the union's member
     key = ".".join(keys)
-    where = "command line" if any(key == k or key.startswith(f"{k}.") for k in overrides) else origin
+    given = any(key == k or key.startswith(f"{k}.") or k.startswith(f"{key}.") for k in overrides)
+    where = "command line" if given else origin
     match error["type"]:
         case "extra_forbidden":
-            return f"{where}: {key}: unknown setting{_suggest(keys[-1], _fields_at(keys[:-1]))}"
+            return f"{where}: {key}: unknown setting{suggest(keys[-1], _fields_at(keys[:-1], branch))}"
         case "missing":
             return f"{where}: {key}: missing"
         case "value_error":
             return f"{where}: {key}: {error['ctx']['error']}"
+        case "union_tag_invalid":
+            name = error["ctx"]["tag"]
+            return f"{where}: {key}.name: there is no {name!r}{suggest(name, NAMES)}; there are {', '.join(NAMES)}"
         case _:
             return f"{where}: {key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
 
 
-def _fields_at(keys: list[str]) -> list[str]:
-    """Names of the settings below ``keys``."""
+def _fields_at(keys: list[str], objective: str) -> list[str]:
+    """Names of the settings below ``keys``; those of ``objective`` below that key."""
     model: Any = Config
     for key in keys:
         if key.isdigit():
             continue
         annotation = model.model_fields[key].annotation
-        model = next(a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields"))
+        models = [a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")]
+        model = next((m for m in models if key == "objective" and _name_of(m) == objective), models[0])
     return list(model.model_fields)
 
 
-def _suggest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def _name_of(objective: Any) -> str:
+    return objective.model_fields["name"].default

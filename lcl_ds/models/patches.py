@@ -1,4 +1,4 @@
-"""Which patches of an image are kept or masked: random for every image, the same on any device and number of ranks."""
+"""Random draws for an image, such as which patches are kept: the same on any device and number of ranks."""
 
 import torch
 from torch import Tensor
@@ -21,8 +21,17 @@ def patch_order(seeds: Tensor, patches: int) -> Tensor:
     Returns:
         int64 [M, N].
     """
-    counters = torch.arange(1, patches + 1, device=seeds.device, dtype=torch.int64)
-    return _mixed(_mixed(seeds)[:, None] + counters * GOLDEN).argsort(dim=1, stable=True)
+    return _hashes(seeds, patches).argsort(dim=1, stable=True)
+
+
+def uniform(seeds: Tensor, count: int) -> Tensor:
+    """``count`` numbers for each of ``seeds`` [M], uniform in (0, 1), fp32 [M, count]."""
+    return (_shifted(_hashes(seeds, count), 41) + 0.5) * 2.0**-23
+
+
+def _hashes(seeds: Tensor, count: int) -> Tensor:
+    counters = torch.arange(1, count + 1, device=seeds.device, dtype=torch.int64)
+    return _mixed(_mixed(seeds)[:, None] + counters * GOLDEN)
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -9,14 +9,22 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, CLIPVisionModel, Dinov2Model, SiglipVisionModel
 from transformers import Siglip2VisionModel as Siglip2
 
-from lcl_ds.config import ModelSettings
 from lcl_ds.convert import Origin, release_vision
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.probe import encoder_features
 from lcl_ds.models.build import build_model, image_size, tokens_per_image
+from lcl_ds.models.settings import ModelSettings
 from lcl_ds.models.vision import SHAPES, build_vision_config, flat_patches
-from lcl_ds.objectives.lcl import LCLObjective, LossCounts
-from tests.small import IMAGE_SIZE, IMAGE_TOKENS, VISION_TOWERS, batch_with_images, small_config, small_model
+from lcl_ds.objectives.common import local_counts
+from tests.small import (
+    IMAGE_SIZE,
+    IMAGE_TOKENS,
+    VISION_TOWERS,
+    batch_with_images,
+    lcl_objective,
+    small_config,
+    small_model,
+)
 
 CLASSES = {
     "clip_vision_model": CLIPVisionModel,
@@ -37,9 +45,8 @@ def pictures(count=3):
 
 @pytest.mark.parametrize("family", VISION_TOWERS)
 def test_every_weight_has_a_gradient(family):
-    objective = LCLObjective(tower(family), 0.1, 1.0)
-    batch = batch_with_images()
-    counts = LossCounts(torch.tensor(float(len(batch.labels))), torch.tensor(1.0))
+    objective, batch = lcl_objective(tower(family)), batch_with_images()
+    (counts,) = local_counts(objective, batch)
     objective(batch, counts)["loss"].backward()
     assert [name for name, weight in objective.named_parameters() if weight.grad is None] == []
 
