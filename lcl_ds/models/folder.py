@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -58,7 +59,10 @@ def read_architecture(folder: Path, part: Literal["vision", "decoder"]) -> Archi
         raise ValueError(
             f"{folder}: {model_type} holds more than a decoder; a folder of its language model is expected"
         )
-    config = CONFIG_MAPPING[model_type].from_dict(tree)
+    try:
+        config = CONFIG_MAPPING[model_type].from_dict(tree)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
     keys = {k: v for k, v in config.to_dict().items() if k not in NOT_ARCHITECTURE and not k.endswith(DROPOUT_ENDINGS)}
     keys = {key: value for key, value in keys.items() if key not in PreTrainedConfig().to_dict()}
     if part == "vision":
@@ -66,7 +70,7 @@ def read_architecture(folder: Path, part: Literal["vision", "decoder"]) -> Archi
     elif "rope_parameters" not in keys:
         # Learned positions are cut to the length of a row.
         keys.pop(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"), None)
-    return Architecture(model_type, keys, dict(config.attribute_map), config.tie_word_embeddings)
+    return Architecture(model_type, keys, dict(config.attribute_map), getattr(config, "tie_word_embeddings", False))
 
 
 def _pixels(folder: Path, model_type: str, config: Any) -> dict[str, Any]:
@@ -112,6 +116,11 @@ class WeightFolder:
         """One weight, on the CPU, in the dtype of the file."""
         with safe_open(self.file_of[name], framework="pt") as file:
             return file.get_tensor(name)
+
+    def rows(self, name: str) -> int:
+        """Length of a weight's first dimension, without reading it."""
+        with safe_open(self.file_of[name], framework="pt") as file:
+            return file.get_slice(name).get_shape()[0]
 
 
 def open_weights(folder: Path) -> WeightFolder:

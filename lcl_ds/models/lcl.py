@@ -52,7 +52,9 @@ class LCLModel(nn.Module):
         self.vision = VisionEncoder(vision_config)
         self.pooling = AttentivePooling(vision_config.hidden_size, width, pooling_heads)
         self.decoder, norm = build_decoder(decoder_config)
-        self.lm_head = LMHead(norm, width, decoder_config.vocab_size)
+        self.lm_head = LMHead(
+            norm, width, decoder_config.vocab_size, softcap=getattr(decoder_config, "final_logit_softcapping", None)
+        )
         self.context_head = ContextHead(copy.deepcopy(norm), width, width)
         self.logit_scale = LogitScale(logit_scale_init)
         recompute_blocks(self.vision.model, checkpoint_vision)

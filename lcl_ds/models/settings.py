@@ -15,6 +15,13 @@ READ_FOLDERS = object()
 """Validation context in which the folders of pretrained towers are looked into."""
 
 
+def part_of(name: str) -> Part:
+    """Which part of :class:`lcl_ds.models.lcl.LCLModel` a weight belongs to; an
+    objective's own count as heads."""
+    top = name.removeprefix("model.").split(".")[0]
+    return top if top in ("vision", "pooling", "decoder") else "heads"  # type: ignore[return-value]
+
+
 class TowerSettings(Settings):
     """A transformers model by configuration: ``model_type`` plus that family's own configuration keys."""
 

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcl_ds.config import Part, TrainSettings
+from lcl_ds.config import TrainSettings
 from lcl_ds.models.heads import LogitScale
+from lcl_ds.models.settings import part_of
 
 NO_DECAY_NAMES = (
     "class_embedding",
@@ -95,12 +96,6 @@ def parameter_groups(model: nn.Module, settings: TrainSettings, log_scale_bounds
         for (kind, factor), weights in kinds.items()
         if weights
     ]
-
-
-def part_of(name: str) -> Part:
-    """Which part of :class:`LCLModel` a weight belongs to; an objective's own weights count as heads."""
-    top = name.removeprefix("model.").split(".")[0]
-    return top if top in ("vision", "pooling", "decoder") else "heads"  # type: ignore[return-value]
 
 
 def _group(
