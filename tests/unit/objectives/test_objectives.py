@@ -43,8 +43,8 @@ def test_every_weight_that_is_not_frozen_learns(name):
     for n, weight in objective.named_parameters():
         assert (n in learning) == weight.requires_grad, n
         # Shifting all keys of a softmax changes nothing: those gradients are rounding noise or 0.
-        if weight.requires_grad:
-            assert weight.grad is not None and (weight.grad.any() or n.endswith(("k.bias", "k_proj.bias"))), n
+        if weight.requires_grad and not n.endswith(("k.bias", "k_proj.bias")):
+            assert weight.grad.any(), n
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -101,7 +101,7 @@ def test_the_contrastive_loss_is_symmetric_cross_entropy_over_all_pairs(name):
 def test_captions_follow_their_image_and_text_features_do_not_see_it(name):
     objective, _, batch = prepared(name)
     with torch.no_grad():
-        before, pooled = objective.model(batch)
+        before, _ = objective.model(batch)
         batch.images.add_(31)
         after, _ = objective.model(batch)
         batch.images.sub_(31)
