@@ -7,11 +7,12 @@ import torch
 
 from lcl_ds.batch import Batch, Readings
 from lcl_ds.config import RECIPES, Config, load_config
+from lcl_ds.data.documents import Document
 from lcl_ds.data.packing import PackedSequence, Row, collate
-from lcl_ds.data.views import DocumentView
+from lcl_ds.data.views import DocumentView, Encoder
 from lcl_ds.models.build import build_model
 from lcl_ds.models.lcl import LCLModel
-from lcl_ds.objectives import lcl
+from lcl_ds.objectives import lcl, view_of
 from lcl_ds.tokens import Vocabulary, encode_sequence
 
 VOCABULARY = Vocabulary(text_size=60)
@@ -68,6 +69,33 @@ def sequence(segments: list[str | int], seed: int = 0) -> PackedSequence:
 
 def batch_of(*rows: list[PackedSequence]) -> Batch:
     return collate([Row(tuple(row)) for row in rows], ROW_TOKENS, IMAGE_SIZE, VOCABULARY, DocumentView())
+
+
+def objective_batch(config: Config, *rows: list[Document], seed: int = 0) -> Batch:
+    """Documents in rows, seen as the objective of ``config`` sees them; images are noise."""
+    rng = np.random.default_rng(seed)
+    view = view_of(config.objective, image_first_probability=0.5)
+    encoder = Encoder(lambda text: [ord(c) % 60 for c in text], VOCABULARY, IMAGE_TOKENS, ROW_TOKENS, 9)
+    packed = []
+    for row in rows:
+        sequences = []
+        for document in row:
+            for tokens in view.encode(document, encoder, rng):
+                pixels = rng.integers(0, 256, (len(tokens.images), 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
+                seeds = tuple(rng.integers(1 << 63, size=len(tokens.images)).tolist())
+                sequences.append(PackedSequence(document.key, tokens, pixels, seeds))
+        packed.append(Row(tuple(sequences)))
+    return collate(packed, ROW_TOKENS, IMAGE_SIZE, VOCABULARY, view)
+
+
+def three_documents(config: Config, seed: int = 0) -> Batch:
+    """Three rows of one document with one image each, for any objective."""
+    documents = [
+        Document("first", ("abc", 0, "d"), ("0.jpg",)),
+        Document("second", ("efg", 0), ("0.jpg",)),
+        Document("third", ("hi", 0), ("0.jpg",)),
+    ]
+    return objective_batch(config, *([document] for document in documents), seed=seed)
 
 
 def lcl_objective(model: LCLModel, contrastive_weight: float = 0.1, generation_weight: float = 1.0, **settings: Any):

@@ -72,10 +72,10 @@ class Objective(common.Objective):
         count = batch.image_count  # 0 where the only image is the constant one
         places = batch.slot_positions[:count, None] + hidden[:count]
         predicted = self.pixel_head(hidden_states.index_select(0, places.flatten())).float()
-        wanted = patches[:count].float()
+        wanted = patches.float()
         mean, variance = wanted.mean(-1, keepdim=True), wanted.var(-1, keepdim=True)
         wanted = (wanted - mean) * (variance + 1e-6).rsqrt()
-        wanted = wanted.gather(1, hidden[:count, :, None].expand(-1, -1, wanted.shape[2]))
+        wanted = wanted.gather(1, hidden[..., None].expand(-1, -1, wanted.shape[2]))[:count]
         return F.mse_loss(predicted, wanted.flatten(0, 1), reduction="sum") / (hidden.shape[1] * wanted.shape[2])
 
 
