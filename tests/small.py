@@ -10,7 +10,7 @@ from lcl_ds.config import RECIPES, Config, load_config
 from lcl_ds.data.documents import Document
 from lcl_ds.data.packing import PackedSequence, Row, collate
 from lcl_ds.data.views import DocumentView, Encoder
-from lcl_ds.models.build import build_model
+from lcl_ds.models.build import build_model, tokens_per_image
 from lcl_ds.models.lcl import LCLModel
 from lcl_ds.objectives import lcl, view_of
 from lcl_ds.tokens import Vocabulary, encode_sequence
@@ -75,7 +75,8 @@ def objective_batch(config: Config, *rows: list[Document], seed: int = 0) -> Bat
     """Documents in rows, seen as the objective of ``config`` sees them; images are noise."""
     rng = np.random.default_rng(seed)
     view = view_of(config.objective, image_first_probability=0.5)
-    encoder = Encoder(lambda text: [ord(c) % 60 for c in text], VOCABULARY, IMAGE_TOKENS, ROW_TOKENS, 9)
+    image_tokens = tokens_per_image(config.model, training=True)
+    encoder = Encoder(lambda text: [ord(c) % 60 for c in text], VOCABULARY, image_tokens, ROW_TOKENS, 9)
     packed = []
     for row in rows:
         sequences = []

@@ -8,6 +8,7 @@ from lcl_ds.config import ModelSettings
 from lcl_ds.errors import UserError
 from lcl_ds.models.decoder import build_decoder_config
 from lcl_ds.models.lcl import LCLModel
+from lcl_ds.models.patches import kept_count
 from lcl_ds.models.vision import build_vision_config, image_tokens
 
 
@@ -24,9 +25,9 @@ def vision_config(settings: ModelSettings) -> Any:
         raise UserError(f"model.{error}") from error
 
 
-def tokens_per_image(settings: ModelSettings) -> int:
-    """Image tokens N of the vision tower in ``settings``."""
-    return image_tokens(vision_config(settings))
+def tokens_per_image(settings: ModelSettings, training: bool = False) -> int:
+    """Image tokens N of the vision tower in ``settings``; in training those that patch dropout keeps."""
+    return kept_count(image_tokens(vision_config(settings)), settings.vision.patch_dropout if training else 0.0)
 
 
 def image_size(settings: ModelSettings) -> int:
@@ -55,6 +56,7 @@ def build_model(settings: ModelSettings, vocab_size: int, row_tokens: int, seed:
                 settings.logit_scale_init,
                 int(settings.vision.activation_checkpointing),
                 int(settings.decoder.activation_checkpointing),
+                patch_dropout=settings.vision.patch_dropout,
             )
     except ValueError as error:
         raise UserError(f"model: {error}") from error

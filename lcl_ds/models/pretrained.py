@@ -175,7 +175,7 @@ def decoder_transfer(model: LCLModel, path: Path, text_size: int, seed: int) -> 
     def rows(given: Tensor, here: Tensor) -> Tensor:
         return vocabulary_rows(given, text_size, len(here), torch.Generator().manual_seed(seed))
 
-    adapt = {name: _cut_positions for name in targets if name.endswith(DECODER_POSITIONS)}
+    adapt: dict[str, Adapt] = {name: _cut_positions for name in targets if name.endswith(DECODER_POSITIONS)}
     adapt |= {embedding: rows, "lm_head.weight": rows}
     unknown = text_size - folder.rows(names[embedding]) if embedding in names else 0
     note = f"; {unknown} tokens of the tokenizer are new to it" if unknown > 0 else ""

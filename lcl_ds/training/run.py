@@ -135,7 +135,7 @@ def give_weights(model: LCLModel, config: Config, data: OpenData) -> list[str]:
 def row_settings(config: Config) -> LaneSettings:
     """What rows are made of, for the objective and the image size of ``config``."""
     view = view_of(config.objective, config.data.image_first_probability)
-    return lane_settings(config, view, tokens_per_image(config.model), image_size(config.model))
+    return lane_settings(config, view, tokens_per_image(config.model, training=True), image_size(config.model))
 
 
 def open_checked_data(config: Config) -> OpenData:
