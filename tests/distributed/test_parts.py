@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from lcl_ds.convert import main
 from lcl_ds.data.loader import BatchLoader
 from lcl_ds.data.open_data import open_data
 from lcl_ds.models.build import build_model
@@ -75,6 +76,17 @@ def test_frozen_parts_stay_to_the_last_bit_and_all_others_move(runs, name):
     frozen = ["decoder"] if name == "pretrained" else frozen
     for n, weight in run["after"].items():
         assert torch.equal(weight, run["before"][n]) == (part_of(n) in frozen), n
+
+
+@pytest.mark.parametrize("family", [name for name in CASES if name.startswith("tower ")])
+def test_a_run_of_any_tower_is_released(runs, folder, tmp_path, family, capsys):
+    assert main([str(folder / family), str(tmp_path / "out")]) == 0
+    difference = float(capsys.readouterr().out.split("max abs difference ")[1].split()[0])
+    assert difference <= 1e-5
+    released = AutoModel.from_pretrained(tmp_path / "out")
+    assert released.config.model_type == family.removeprefix("tower ")
+    after = runs[family]["after"]
+    assert all(torch.equal(w, after[f"model.vision.model.{n}"]) for n, w in released.named_parameters())
 
 
 def overrides(folder, name):

@@ -1,5 +1,6 @@
 """What the ranks of the distributed tests do: ``python -m tests.distributed.workers FUNCTION FOLDER``."""
 
+import gc
 import json
 import shutil
 import sys
@@ -187,5 +188,6 @@ def stop_and_continue(place: Place, folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     name, folder = sys.argv[1], Path(sys.argv[2])
+    gc.freeze()  # DeepSpeed collects garbage for every engine: not among what was imported
     here = init_distributed()
     torch.save(globals()[name](here, folder), folder / f"{name}.{here.rank}.pt")
