@@ -1,17 +1,17 @@
 """The tree of settings of one run: YAML file plus ``key.sub=value`` overrides, validated at once."""
 
-import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from lcl_ds.data.mixing import weight_at
 from lcl_ds.errors import UserError
+from lcl_ds.models.settings import READ_FOLDERS, ModelSettings, Part
 from lcl_ds.objectives import NAMES, settings_classes
 from lcl_ds.objectives.common import ObjectiveSettings
-from lcl_ds.settings import Settings
+from lcl_ds.settings import Settings, suggest
 
 RECIPES = Path(__file__).resolve().parent.parent / "launch" / "recipes"
 
@@ -92,63 +92,10 @@ class DataSettings(Settings):
         return self
 
 
-class TowerSettings(Settings):
-    """A transformers model by configuration: ``model_type`` plus that family's own configuration keys."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    model_type: str = Field(description="transformers model type: clip_vision_model, llama, gpt2, qwen3, ...")
-    activation_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
-        False, description="Blocks whose activations are recomputed in backward: none, all (true), or every k-th (k)."
-    )
-
-    @property
-    def hf_keys(self) -> dict[str, Any]:
-        """The keys that belong to the transformers configuration."""
-        return dict(self.model_extra or {})
-
-    @model_validator(mode="after")
-    def _known_to_transformers(self) -> "TowerSettings":
-        from transformers import CONFIG_MAPPING
-
-        if self.model_type not in CONFIG_MAPPING:
-            hint = _suggest(self.model_type, CONFIG_MAPPING)
-            raise ValueError(f"model_type: transformers has no {self.model_type!r}{hint}")
-        defaults = CONFIG_MAPPING[self.model_type]()
-        known = {*defaults.to_dict(), *defaults.attribute_map}
-        unknown = [key for key in self.hf_keys if key not in known]
-        if unknown:
-            hints = ", ".join(f"{key!r}{_suggest(key, known)}" for key in unknown)
-            raise ValueError(f"{hints}: no such key in the {self.model_type} configuration")
-        return self
-
-
-class PoolingSettings(Settings):
-    """The attentive pooling and projection head (upstream ``attentive.py``)."""
-
-    num_attention_heads: int = Field(
-        8, ge=1, description="Heads of the learned query; must divide the decoder's width."
-    )
-
-
-class ModelSettings(Settings):
-    """The network."""
-
-    vision: TowerSettings = Field(description="Vision encoder trained from scratch; what is released.")
-    decoder: TowerSettings = Field(description="Causal decoder; thrown away after training.")
-    pooling: PoolingSettings = Field(default_factory=PoolingSettings)
-    logit_scale_init: float = Field(1 / 0.07, gt=1, description="First temperature multiplier of the contrastive loss.")
-    logit_scale_max: float = Field(100.0, gt=1, description="Upper bound of the multiplier after each applied step.")
-
-
 if TYPE_CHECKING:
     AnyObjective = ObjectiveSettings
 else:
     AnyObjective = Annotated[Union[settings_classes()], Field(discriminator="name")]  # noqa: UP007
-
-
-Part = Literal["vision", "pooling", "decoder", "heads"]
-"""Parts of the network; heads are those of the decoder and the temperature."""
 
 
 class TrainSettings(Settings):
@@ -270,17 +217,19 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     given = {key: value for key, value in map(_parse_override, overrides or [])}
     for key, value in given.items():
         _set(tree, key.split("."), value, key)
-    return validate_config(tree, str(path), given)
+    return validate_config(tree, str(path), given, READ_FOLDERS)
 
 
-def validate_config(tree: dict[str, Any], origin: str, overrides: dict[str, Any] | None = None) -> Config:
+def validate_config(
+    tree: dict[str, Any], origin: str, overrides: dict[str, Any] | None = None, context: Any = None
+) -> Config:
     """Validate a tree of plain values; ``origin`` names it in messages.
 
     Raises:
         UserError: with every problem found.
     """
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree, context=context)
     except ValidationError as error:
         raise UserError([_sentence(e, origin, overrides or {}) for e in error.errors()]) from None
 
@@ -311,14 +260,14 @@ def _sentence(error: Any, origin: str, overrides: dict[str, Any]) -> str:
     where = "command line" if given else origin
     match error["type"]:
         case "extra_forbidden":
-            return f"{where}: {key}: unknown setting{_suggest(keys[-1], _fields_at(keys[:-1], branch))}"
+            return f"{where}: {key}: unknown setting{suggest(keys[-1], _fields_at(keys[:-1], branch))}"
         case "missing":
             return f"{where}: {key}: missing"
         case "value_error":
             return f"{where}: {key}: {error['ctx']['error']}"
         case "union_tag_invalid":
             name = error["ctx"]["tag"]
-            return f"{where}: {key}.name: there is no {name!r}{_suggest(name, NAMES)}; there are {', '.join(NAMES)}"
+            return f"{where}: {key}.name: there is no {name!r}{suggest(name, NAMES)}; there are {', '.join(NAMES)}"
         case _:
             return f"{where}: {key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
 
@@ -337,8 +286,3 @@ def _fields_at(keys: list[str], objective: str) -> list[str]:
 
 def _name_of(objective: Any) -> str:
     return objective.model_fields["name"].default
-
-
-def _suggest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from lcl_ds.models.build import build_model
+from lcl_ds.models.settings import part_of
 from lcl_ds.training.checkpoint import load_config_of, load_model
-from lcl_ds.training.optimizer import part_of
 from tests.distributed.ranks import ROOT, Ranks, free_port, run_ranks, train_command
 
 TIMING = ("step_s", "data_s", "images_per_s", "tokens_per_s")

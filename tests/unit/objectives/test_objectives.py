@@ -119,7 +119,7 @@ def test_masked_text_is_predicted_from_both_sides_and_hidden_patches_are_never_s
     assert all(label < 60 for label in batch.labels.tolist())
     model = objective.model
     with torch.no_grad():
-        _, tokens = model.encode_images(batch.images)
+        _, tokens = model.encode_images(batch.images, batch.image_seeds)
         tokens = tokens[batch.slot_images]
         first = model.decode(batch, tokens, mode="bidirectional")
         changed = batch.input_ids.clone()
