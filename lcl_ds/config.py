@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from lcl_ds.data.mixing import weight_at
 from lcl_ds.errors import UserError
 from lcl_ds.models.settings import READ_FOLDERS, ModelSettings, Part
 from lcl_ds.objectives import NAMES, settings_classes
@@ -18,9 +19,21 @@ RECIPES = Path(__file__).resolve().parent.parent / "launch" / "recipes"
 class SourceSettings(Settings):
     """One source of documents or pairs."""
 
-    name: str = Field(min_length=1, description="Name in logs and in resume fingerprints.")
+    name: str = Field(min_length=1, pattern=r"^[^/]*$", description="Name in logs and in resume fingerprints.")
     paths: str | list[str] = Field(description="WebDataset tars: a path, a glob, braces {0000..0099}, or a list.")
-    weight: float = Field(1.0, gt=0, description="Share of samples drawn from this source, relative to the others.")
+    weight: float | dict[int, float] = Field(
+        1.0, description="Share of draws relative to the other sources; {0: 1, 5000: 0.5}: by step (a curriculum)."
+    )
+
+    @field_validator("weight")
+    @classmethod
+    def _from_the_start(cls, weight: float | dict[int, float]) -> float | dict[int, float]:
+        weights = weight if isinstance(weight, dict) else {0: weight}
+        if min(weights, default=-1) != 0:
+            raise ValueError("by step it must name steps from 0 on")
+        if not all(0 <= w < float("inf") for w in weights.values()) or not any(weights.values()):
+            raise ValueError("must not be negative, nor 0 throughout")
+        return weight
 
 
 class DataSettings(Settings):
@@ -36,6 +49,14 @@ class DataSettings(Settings):
     max_image_pixels: int = Field(89_000_000, gt=0, description="Larger images are skipped before decoding.")
     workers: int = Field(0, ge=0, description="Loader processes per rank; 0 decodes in the training process.")
     lanes: int = Field(64, gt=0, description="Independent streams; a multiple of ranks x workers. Fixed for a run.")
+    mix_by: Literal["samples", "images"] = Field("samples", description="What the sources' weights are shares of.")
+    group_rows: int = Field(
+        1,
+        ge=1,
+        description="Rows that go to one rank together, chosen so that every group has about as many images; "
+        "must divide the rows of a rank's micro-step. 1: rows as they come.",
+    )
+    row_pool: int = Field(64, ge=1, description="Packed rows a lane chooses its groups from.")
     pack_window: int = Field(128, ge=1, description="Documents a lane looks at when it packs rows.")
     block_samples: int = Field(16, ge=1, description="Neighbouring samples shuffled as one block.")
     shuffle_blocks: int = Field(4, ge=1, description="Blocks a lane mixes with each other.")
@@ -59,6 +80,12 @@ class DataSettings(Settings):
         names = [source.name for source in self.shards]
         if len(set(names)) != len(names):
             raise ValueError("shards: two sources have the same name")
+        steps = {step for source in self.shards if isinstance(source.weight, dict) for step in source.weight}
+        for step in sorted({0, *steps}):
+            if not any(weight_at(source.weight, step) for source in self.shards):
+                raise ValueError(f"shards: at step {step} all weights are 0")
+        if self.row_pool < self.group_rows:
+            raise ValueError("row_pool is smaller than group_rows")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError("crop_scale: needs 0 < low <= high <= 1")

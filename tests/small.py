@@ -153,4 +153,5 @@ def merged(*batches: Batch) -> Batch:
         token_count=sum(b.token_count for b in batches),
         skipped_samples=0,
         keys=tuple(key for b in batches for key in b.keys),
+        sources=batches[0].sources,
     )
