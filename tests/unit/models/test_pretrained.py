@@ -138,6 +138,7 @@ def test_the_architecture_comes_from_the_folder_and_is_saved_with_the_run(tmp_pa
     assert not any(key.endswith(("dropout", "pdrop")) for key in config.model.decoder.hf_keys)
     shutil.rmtree(tmp_path / "it")
     saved = type(config).model_validate(config.model_dump(mode="json"))  # a checkpoint's settings need no folder
+    assert saved.model_dump(mode="json") == config.model_dump(mode="json")
     assert build_model(saved.model, VOCABULARY.size, ROW_TOKENS, 0).decoder.config.hidden_size == 32
 
 
