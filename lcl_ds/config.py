@@ -78,6 +78,12 @@ class TowerSettings(Settings):
         False, description="Blocks whose activations are recomputed in backward: none, all (true), or every k-th (k)."
     )
 
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
+        "auto",
+        description="Attention implementation of transformers. auto: sdpa; in a decoder on a GPU variable-length flash "
+        "where its package is installed, else flex.",
+    )
+
     @property
     def hf_keys(self) -> dict[str, Any]:
         """The keys that belong to the transformers configuration."""
@@ -99,6 +105,14 @@ class TowerSettings(Settings):
         return self
 
 
+class DecoderSettings(TowerSettings):
+    """The decoder of packed rows."""
+
+    bidirectional_images: bool = Field(
+        False, description="Tokens of an image see each other, not only those before them (published: no)."
+    )
+
+
 class PoolingSettings(Settings):
     """The attentive pooling and projection head (upstream ``attentive.py``)."""
 
@@ -111,7 +125,7 @@ class ModelSettings(Settings):
     """The network."""
 
     vision: TowerSettings = Field(description="Vision encoder trained from scratch; what is released.")
-    decoder: TowerSettings = Field(description="Causal decoder; thrown away after training.")
+    decoder: DecoderSettings = Field(description="Causal decoder; thrown away after training.")
     pooling: PoolingSettings = Field(default_factory=PoolingSettings)
     logit_scale_init: float = Field(1 / 0.07, gt=1, description="First temperature multiplier of the contrastive loss.")
     logit_scale_max: float = Field(100.0, gt=1, description="Upper bound of the multiplier after each applied step.")

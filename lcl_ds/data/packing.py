@@ -99,9 +99,12 @@ def collate(rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: V
     sequences = [sequence for row in rows for sequence in row.sequences]
     positions_tensor = torch.tensor(image_positions, dtype=torch.int64)
     pair_tensor = torch.tensor(pair_images, dtype=torch.int64)
+    bounds = np.append(np.flatnonzero(position_ids == 0), position_ids.size).astype(np.int32)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
+        cu_seqlens=torch.from_numpy(bounds),
+        max_seqlen=int(np.diff(bounds).max()),
         images=torch.from_numpy(np.concatenate(pixels)),
         image_positions=positions_tensor,
         pair_images=pair_tensor,

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lcl_ds.batch import Batch
+from lcl_ds.models.attention import Mode, attention_arguments, image_blocks
 from lcl_ds.models.decoder import build_decoder
 from lcl_ds.models.heads import ContextHead, LMHead, LogitScale
 from lcl_ds.models.pooling import AttentivePooling
@@ -35,6 +36,8 @@ class LCLModel(nn.Module):
         pooling_heads: heads of the pooling query.
         logit_scale_init: first temperature multiplier.
         checkpoint_vision, checkpoint_decoder: recompute every k-th block of that tower in backward; 0: none.
+        vision_attention, decoder_attention: ``auto``, or an attention implementation of transformers.
+        bidirectional_images: whether tokens of an image see each other in the decoder, not only those before them.
     """
 
     def __init__(
@@ -45,10 +48,15 @@ class LCLModel(nn.Module):
         logit_scale_init: float = 1 / 0.07,
         checkpoint_vision: int = 0,
         checkpoint_decoder: int = 0,
+        vision_attention: str = "auto",
+        decoder_attention: str = "auto",
+        bidirectional_images: bool = False,
     ):
         super().__init__()
         width = decoder_config.hidden_size
-        self.vision = VisionEncoder(vision_config)
+        self.attention = decoder_attention
+        self.attention_mode: Mode = "images" if bidirectional_images else "causal"
+        self.vision = VisionEncoder(vision_config, vision_attention)
         self.pooling = AttentivePooling(vision_config.hidden_size, width, pooling_heads)
         self.decoder, norm = build_decoder(decoder_config)
         self.lm_head = LMHead(norm, width, decoder_config.vocab_size)
@@ -62,8 +70,12 @@ class LCLModel(nn.Module):
         dtype = self.vision.model.dtype
         return self.pooling(self.vision(normalize_images(images, dtype)))
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Decoder states before any final norm, rows laid end to end [R*L, H], and pooled features [M, H]."""
+    def forward(self, batch: Batch, mode: Mode | None = None) -> tuple[Tensor, Tensor]:
+        """Decoder states before any final norm, rows laid end to end [R*L, H], and pooled features [M, H].
+
+        Args:
+            mode: what tokens of a document may see of each other; None: what the settings say.
+        """
         pooled, tokens = self.encode_images(batch.images)
         embeddings = self.decoder.get_input_embeddings()(batch.input_ids)
         # One image's worth of slots beyond the rows: a rank without images writes its constant image there, so that
@@ -71,11 +83,18 @@ class LCLModel(nn.Module):
         flat = F.pad(embeddings.flatten(0, 1), (0, 0, 0, tokens.shape[1]))
         slots = batch.image_positions[:, None] + torch.arange(tokens.shape[1], device=flat.device)
         flat = flat.index_copy(0, slots.flatten(), tokens.flatten(0, 1).to(flat.dtype))
-        hidden_states = self.decoder(
-            inputs_embeds=flat[: batch.input_ids.numel()].view_as(embeddings),
-            position_ids=batch.position_ids,
-            use_cache=False,
-        ).last_hidden_state
+        embeddings = flat[: batch.input_ids.numel()].view_as(embeddings)
+        attention = attention_arguments(
+            self.decoder,
+            embeddings,
+            batch.position_ids,
+            implementation=self.attention,
+            mode=mode or self.attention_mode,
+            image_blocks=image_blocks(batch.position_ids, batch.image_positions, tokens.shape[1]),
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+        )
+        hidden_states = self.decoder(inputs_embeds=embeddings, use_cache=False, **attention).last_hidden_state
         return hidden_states.flatten(0, 1), pooled
 
     def pair_features(self, hidden_states: Tensor, pooled: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

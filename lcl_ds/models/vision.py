@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from lcl_ds.models.attention import choose_implementation, switch_implementation
+
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 """Per-channel statistics of CLIP's images, the convention of OpenCLIP and of the published LCL."""
@@ -33,16 +35,21 @@ def normalize_images(images: Tensor, dtype: torch.dtype) -> Tensor:
 class VisionEncoder(nn.Module):
     """Patch tokens after the final norm, from any transformers vision model with square patches.
 
-    CLIP's class token takes part in attention and is then dropped, as published (upstream ``lcl_model.py``).
+    CLIP's class token takes part in attention and is then dropped, as published (upstream ``lcl_model.py``). Images
+    have no masks, so ``auto`` is sdpa: torch takes its own flash kernel then.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, attention: str = "auto"):
         super().__init__()
+        self.attention = attention
         self.model: PreTrainedModel = AutoModel.from_config(config)
         self.patch_tokens = image_tokens(config)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """[M, 3, H, W] -> [M, N, width]."""
+        device, dtype = pixel_values.device.type, pixel_values.dtype
+        chosen = choose_implementation(self.model, self.attention, "causal", device, dtype, ("sdpa", "eager"))
+        switch_implementation(self.model, chosen)
         return patch_tokens(self.model, pixel_values)[:, -self.patch_tokens :]
 
 
