@@ -51,7 +51,7 @@ def attention_arguments(
         inputs_embeds: [R, L, H].
         position_ids: int64 [R, L], 0 where a document or the padding begins.
         implementation: see :func:`choose_implementation`.
-        image_blocks: int64 [R, L], number of the image that a token belongs to, -1 for none; for mode ``images``.
+        image_blocks: int64 [R, L], number of the image slot that a token is in, -1 for none; for mode ``images``.
         cu_seqlens: int32 [D + 1], where documents begin in the rows laid end to end, and their end; for flash.
         max_seqlen: tokens of the longest document; for flash.
     """
@@ -77,16 +77,16 @@ def attention_arguments(
     return {"position_ids": position_ids, "attention_mask": _per_layer_type(decoder.config, mask)}
 
 
-def image_blocks(position_ids: Tensor, image_positions: Tensor, tokens: int) -> Tensor:
-    """int64 [R, L]: the number of the image that a token belongs to, -1 for none.
+def image_blocks(position_ids: Tensor, slot_positions: Tensor, tokens: int) -> Tensor:
+    """int64 [R, L]: the number of the image slot that a token is in, -1 for none.
 
     Args:
-        image_positions: int64 [M], flat position of each image's first token; one beyond the rows stands nowhere.
+        slot_positions: int64 [S], flat position of each slot's first token; one beyond the rows stands nowhere.
         tokens: tokens of an image.
     """
     blocks = position_ids.new_full((position_ids.numel() + tokens,), -1)
-    slots = image_positions[:, None] + torch.arange(tokens, device=position_ids.device)
-    numbers = torch.arange(len(image_positions), device=position_ids.device)[:, None].expand_as(slots)
+    slots = slot_positions[:, None] + torch.arange(tokens, device=position_ids.device)
+    numbers = torch.arange(len(slot_positions), device=position_ids.device)[:, None].expand_as(slots)
     blocks = blocks.index_copy(0, slots.flatten(), numbers.flatten())
     return blocks[: position_ids.numel()].view_as(position_ids)
 

@@ -70,42 +70,54 @@ class LCLModel(nn.Module):
         dtype = self.vision.model.dtype
         return self.pooling(self.vision(normalize_images(images, dtype)))
 
-    def forward(self, batch: Batch, mode: Mode | None = None) -> tuple[Tensor, Tensor]:
-        """Decoder states before any final norm, rows laid end to end [R*L, H], and pooled features [M, H].
+    def decode(self, batch: Batch, image_tokens: Tensor, mode: Mode | None = None) -> Tensor:
+        """Decoder states before any final norm, rows laid end to end [R*L, H].
 
         Args:
-            mode: what tokens of a document may see of each other; None: what the settings say.
+            image_tokens: [S, N, H], what stands in each slot of ``batch``.
+            mode: what a token sees of its document; None: what the settings say.
         """
-        pooled, tokens = self.encode_images(batch.images)
         embeddings = self.decoder.get_input_embeddings()(batch.input_ids)
         # One image's worth of slots beyond the rows: a rank without images writes its constant image there, so that
         # every rank runs the same modules and the constant image's features reach nothing.
-        flat = F.pad(embeddings.flatten(0, 1), (0, 0, 0, tokens.shape[1]))
-        slots = batch.image_positions[:, None] + torch.arange(tokens.shape[1], device=flat.device)
-        flat = flat.index_copy(0, slots.flatten(), tokens.flatten(0, 1).to(flat.dtype))
-        embeddings = flat[: batch.input_ids.numel()].view_as(embeddings)
+        flat = F.pad(embeddings.flatten(0, 1), (0, 0, 0, image_tokens.shape[1]))
+        places = batch.slot_positions[:, None] + torch.arange(image_tokens.shape[1], device=flat.device)
+        flat = flat.index_copy(0, places.flatten(), image_tokens.flatten(0, 1).to(flat.dtype))
+        inputs_embeds = flat[: batch.input_ids.numel()].view_as(embeddings)
         attention = attention_arguments(
             self.decoder,
-            embeddings,
+            inputs_embeds,
             batch.position_ids,
             implementation=self.attention,
             mode=mode or self.attention_mode,
-            image_blocks=image_blocks(batch.position_ids, batch.image_positions, tokens.shape[1]),
+            image_blocks=image_blocks(batch.position_ids, batch.slot_positions, image_tokens.shape[1]),
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
         )
-        hidden_states = self.decoder(inputs_embeds=embeddings, use_cache=False, **attention).last_hidden_state
-        return hidden_states.flatten(0, 1), pooled
+        hidden_states = self.decoder(inputs_embeds=inputs_embeds, use_cache=False, **attention).last_hidden_state
+        return hidden_states.flatten(0, 1)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Decoder states [R*L, H] and pooled features [M, H] with every image in its own slots."""
+        pooled, tokens = self.encode_images(batch.images)
+        return self.decode(batch, tokens.index_select(0, batch.slot_images)), pooled
 
     def pair_features(self, hidden_states: Tensor, pooled: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """L2-normalised image and context features [P, H] of the pairs that count.
+        """L2-normalised image and context features [P, H] of the contrastive pairs.
 
         Normalised in fp32, then in the dtype of the towers: similarities of bf16 features are still summed in fp32, at
         many times the speed.
         """
-        image = pooled.index_select(0, batch.pair_images)
-        context = self.context_head(hidden_states.index_select(0, batch.pair_positions))
+        pairs = batch.readings["pairs"]
+        image = pooled.index_select(0, pairs.images)
+        context = self.context_head(hidden_states.index_select(0, pairs.positions))
         return (
             F.normalize(image.float(), dim=-1).to(image.dtype),
             F.normalize(context.float(), dim=-1).to(context.dtype),
         )
+
+    def contrastive_parts(self) -> tuple[nn.Module | nn.Parameter, ...]:
+        """What only features of contrastive pairs depend on: no loss on decoder states alone reaches it."""
+        pooling = self.pooling
+        attention = pooling.query, pooling.norm_q, pooling.norm_k, pooling.q, pooling.k
+        return self.context_head, self.logit_scale, *attention

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from lcl_ds.objectives.lcl import LCLObjective, LossCounts
+from lcl_ds.objectives.common import local_counts
 from lcl_ds.training.checkpoint import load_model, resolve_checkpoint
 from tests.distributed.ranks import on_ranks
 from tests.distributed.workers import STAGES, THREE_STEPS, batch_of_rank
-from tests.small import merged, small_model
+from tests.small import lcl_objective, merged, small_model
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,9 @@ def reference():
     """Loss and gradients of one process that sees both ranks' rows."""
     results = {}
     for case in ("both", "first", "none"):
-        objective = LCLObjective(small_model(), 0.1, 1.0)
+        objective = lcl_objective(small_model())
         batch = merged(batch_of_rank(case, 0), batch_of_rank(case, 1))
-        losses = objective(batch, LossCounts(torch.tensor(float(len(batch.labels))), torch.tensor(1.0)))
+        losses = objective(batch, *local_counts(objective, batch))
         losses["loss"].backward()
         results[case] = losses["loss"].detach(), {n: w.grad for n, w in objective.named_parameters()}
     return results

@@ -11,9 +11,10 @@ from deepspeed.utils import safe_get_full_grad
 
 from lcl_ds.batch import Batch
 from lcl_ds.config import Config
+from lcl_ds.objectives import build_objective
 from lcl_ds.training.checkpoint import Progress
 from lcl_ds.training.distributed import Place, all_reduce_sum, init_distributed
-from lcl_ds.training.engine import build_objective, complete_ds_config, start_engine
+from lcl_ds.training.engine import complete_ds_config, start_engine
 from lcl_ds.training.loop import Trainer
 from tests.small import VOCABULARY, batch_with_images, batch_without_images, small_config, small_model
 
@@ -41,7 +42,7 @@ def trainer_of(config: Config, stage: int, place: Place, batches: list[Batch], r
     # No parameter is small enough to stay whole: partitioning is what is tested.
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     ds_config = complete_ds_config({"zero_optimization": zero}, config, place.world_size)
-    engine = start_engine(build_objective(small_model(config), config), config, ds_config, place)
+    engine = start_engine(build_objective(small_model(config), config.objective, 0), config, ds_config, place)
     run_dir.mkdir(parents=True, exist_ok=True)
     return Trainer(engine, GivenBatches(batches), config, place, run_dir, VOCABULARY.size, Progress())
 

@@ -13,7 +13,7 @@ from lcl_ds.models import attention, decoder
 from lcl_ds.models.attention import attention_arguments, choose_implementation, image_blocks
 from lcl_ds.models.build import check_attention_here
 from lcl_ds.models.decoder import TESTED_FAMILIES, build_decoder, build_decoder_config, check_isolation
-from lcl_ds.objectives.lcl import LCLObjective, LossCounts
+from lcl_ds.objectives.common import local_counts
 from tests.attention_kernels import use_plain_kernels
 from tests.small import (
     DECODERS,
@@ -22,6 +22,7 @@ from tests.small import (
     batch_of,
     batch_with_images,
     batch_without_images,
+    lcl_objective,
     sequence,
     small_config,
     small_model,
@@ -67,9 +68,14 @@ def model_of(family, keys=(), implementation="auto", *more):
     return small_model(small_config(f"model.decoder.attention={implementation}", *keys, *more, decoder=family)).eval()
 
 
+def decode(model, batch, mode):
+    _, tokens = model.encode_images(batch.images)
+    return model.decode(batch, tokens.index_select(0, batch.slot_images), mode)
+
+
 def states(model, batch, mode=None):
     with torch.no_grad():
-        return model(batch, mode)[0].view(*batch.input_ids.shape, -1)
+        return decode(model, batch, mode).view(*batch.input_ids.shape, -1)
 
 
 # --- packed documents -------------------------------------------------------------------------------------------------
@@ -91,11 +97,11 @@ def test_a_document_does_not_change_a_bit_of_its_neighbour(family, keys, impleme
 @each_variant
 def test_the_loss_of_packed_rows_is_that_of_padded_ones(family, keys):
     documents = [sequence(["abc", 0, "de"], seed=1), sequence(["xyz", 0], seed=2), sequence([0, "fg", 1, "h"], seed=3)]
-    objective = LCLObjective(model_of(family, keys), 0.1, 1.0).double()
+    objective = lcl_objective(model_of(family, keys)).double()
 
     def losses(batch):
         with torch.no_grad():
-            return objective(batch, LossCounts(torch.tensor(float(len(batch.labels))), torch.tensor(1.0)))
+            return objective(batch, *local_counts(objective, batch))
 
     packed, padded = losses(batch_of(documents)), losses(batch_of(*([document] for document in documents)))
     for name in ("loss", "generation_loss", "contrastive_loss"):
@@ -111,7 +117,7 @@ def test_implementations_agree_in_states_and_gradients(family, keys, implementat
         results = []
         for each in (reference, model):
             each.zero_grad()
-            hidden, _ = each(batch, mode)
+            hidden = decode(each, batch, mode)
             hidden.square().mean().backward()
             results.append((hidden, each.pooling.proj.weight.grad))
         wanted = attention.choose_implementation(model.decoder, implementation, mode, "cpu", torch.float32)
@@ -198,12 +204,12 @@ def test_images_both_ways_is_a_setting():
 
 def test_blocks_number_the_images_and_leave_the_constant_one_out():
     batch = batch_with_images()
-    blocks = image_blocks(batch.position_ids, batch.image_positions, IMAGE_TOKENS)
-    for number, position in enumerate(batch.image_positions.tolist()):
+    blocks = image_blocks(batch.position_ids, batch.slot_positions, IMAGE_TOKENS)
+    for number, position in enumerate(batch.slot_positions.tolist()):
         assert (blocks.flatten() == number).nonzero().flatten().tolist() == [*range(position, position + IMAGE_TOKENS)]
     assert (blocks >= 0).sum() == batch.image_count * IMAGE_TOKENS
     without = batch_without_images()
-    assert (image_blocks(without.position_ids, without.image_positions, IMAGE_TOKENS) == -1).all()
+    assert (image_blocks(without.position_ids, without.slot_positions, IMAGE_TOKENS) == -1).all()
 
 
 # --- which implementation ---------------------------------------------------------------------------------------------
