@@ -7,11 +7,12 @@ import torch
 
 from lcl_ds.batch import Batch, Readings
 from lcl_ds.config import RECIPES, Config, load_config
+from lcl_ds.data.documents import Document
 from lcl_ds.data.packing import PackedSequence, Row, collate
-from lcl_ds.data.views import DocumentView
-from lcl_ds.models.build import build_model
+from lcl_ds.data.views import DocumentView, Encoder
+from lcl_ds.models.build import build_model, tokens_per_image
 from lcl_ds.models.lcl import LCLModel
-from lcl_ds.objectives import lcl
+from lcl_ds.objectives import lcl, view_of
 from lcl_ds.tokens import Vocabulary, encode_sequence
 
 VOCABULARY = Vocabulary(text_size=60)
@@ -30,6 +31,14 @@ DECODERS = {
     "opt": "{model_type: opt, hidden_size: 32, ffn_dim: 48, num_hidden_layers: 2, num_attention_heads: 2}",
 }
 
+TOWER = f"hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, image_size: {IMAGE_SIZE}, patch_size: 8"
+VISION_TOWERS = {
+    "clip_vision_model": f"{{model_type: clip_vision_model, intermediate_size: 64, {TOWER}}}",
+    "siglip_vision_model": f"{{model_type: siglip_vision_model, intermediate_size: 64, {TOWER}}}",
+    "siglip2_vision_model": f"{{model_type: siglip2_vision_model, intermediate_size: 64, {TOWER}}}",
+    "dinov2": f"{{model_type: dinov2, mlp_ratio: 2, {TOWER}}}",
+}
+
 
 def small_config(*overrides: str, decoder: str = "llama") -> Config:
     """The demo recipe with towers of two layers and width 32."""
@@ -38,8 +47,7 @@ def small_config(*overrides: str, decoder: str = "llama") -> Config:
         [
             "data.demo=null",
             f"data.row_tokens={ROW_TOKENS}",
-            "model.vision={model_type: clip_vision_model, hidden_size: 32, intermediate_size: 64, "
-            f"num_hidden_layers: 2, num_attention_heads: 2, image_size: {IMAGE_SIZE}, patch_size: 8}}",
+            f"model.vision={VISION_TOWERS['clip_vision_model']}",
             "model.pooling.num_attention_heads=2",
             f"model.decoder={DECODERS[decoder]}",
             "train.warmup_steps=2",
@@ -62,6 +70,34 @@ def sequence(segments: list[str | int], seed: int = 0) -> PackedSequence:
 
 def batch_of(*rows: list[PackedSequence]) -> Batch:
     return collate([Row(tuple(row)) for row in rows], ROW_TOKENS, IMAGE_SIZE, VOCABULARY, DocumentView())
+
+
+def objective_batch(config: Config, *rows: list[Document], seed: int = 0) -> Batch:
+    """Documents in rows, seen as the objective of ``config`` sees them; images are noise."""
+    rng = np.random.default_rng(seed)
+    view = view_of(config.objective, image_first_probability=0.5)
+    image_tokens = tokens_per_image(config.model, training=True)
+    encoder = Encoder(lambda text: [ord(c) % 60 for c in text], VOCABULARY, image_tokens, ROW_TOKENS, 9)
+    packed = []
+    for row in rows:
+        sequences = []
+        for document in row:
+            for tokens in view.encode(document, encoder, rng):
+                pixels = rng.integers(0, 256, (len(tokens.images), 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
+                seeds = tuple(rng.integers(1 << 63, size=len(tokens.images)).tolist())
+                sequences.append(PackedSequence(document.key, tokens, pixels, seeds))
+        packed.append(Row(tuple(sequences)))
+    return collate(packed, ROW_TOKENS, IMAGE_SIZE, VOCABULARY, view)
+
+
+def three_documents(config: Config, seed: int = 0) -> Batch:
+    """Three rows of one document with one image each, for any objective."""
+    documents = [
+        Document("first", ("abc", 0, "d"), ("0.jpg",)),
+        Document("second", ("efg", 0), ("0.jpg",)),
+        Document("third", ("hi", 0), ("0.jpg",)),
+    ]
+    return objective_batch(config, *([document] for document in documents), seed=seed)
 
 
 def lcl_objective(model: LCLModel, contrastive_weight: float = 0.1, generation_weight: float = 1.0, **settings: Any):
@@ -121,4 +157,5 @@ def merged(*batches: Batch) -> Batch:
         token_count=sum(b.token_count for b in batches),
         skipped_samples=0,
         keys=tuple(key for b in batches for key in b.keys),
+        sources=batches[0].sources,
     )

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from lcl_ds.batch import Batch
 from lcl_ds.bench.peers import DTYPES
-from lcl_ds.config import ModelSettings
 from lcl_ds.data.packing import PackedSequence, Row, collate, pack
 from lcl_ds.data.views import DocumentView
 from lcl_ds.errors import UserError
 from lcl_ds.models.build import build_model
 from lcl_ds.models.lcl import LCLModel
+from lcl_ds.models.settings import ModelSettings
 from lcl_ds.objectives import lcl
 from lcl_ds.objectives.common import local_counts
 from lcl_ds.tokens import CONTROL_TOKENS, IMAGE_OVERHEAD, TokenSequence, Vocabulary, encode_sequence
@@ -206,7 +206,7 @@ def published_loss(model: LCLModel, batch: Batch, mask: Tensor | None) -> Tensor
     Args:
         mask: additive [1, 1, L, L]; None: attention is told that it is causal.
     """
-    pooled, tokens = model.encode_images(batch.images)
+    pooled, tokens = model.encode_images(batch.images, batch.image_seeds)
     embeddings = model.decoder.get_input_embeddings()(batch.input_ids)
     places = batch.slot_positions[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
     flat = embeddings.flatten(0, 1).index_copy(0, places.flatten(), tokens.flatten(0, 1))

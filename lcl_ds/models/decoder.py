@@ -13,6 +13,8 @@ FINAL_NORMS = ("norm", "ln_f", "decoder.final_layer_norm")
 
 TESTED_FAMILIES = ("llama", "gpt2", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "opt")
 """Families that the tests hold to keeping packed documents apart; any other is tried out when it is built."""
+DROPOUT_ENDINGS = ("dropout", "pdrop", "layerdrop", "dropout_prob", "drop_path_rate")
+"""How transformers' configuration keys of dropout end."""
 
 
 def build_decoder_config(model_type: str, hf_keys: dict[str, Any], vocab_size: int, max_positions: int) -> Any:
@@ -25,7 +27,7 @@ def build_decoder_config(model_type: str, hf_keys: dict[str, Any], vocab_size: i
         ValueError: it has layers that mix packed documents, or is an OPT without a final norm of its own width.
     """
     defaults = AutoConfig.for_model(model_type, vocab_size=vocab_size, bos_token_id=None, eos_token_id=None)
-    quiet = {key: 0.0 for key in defaults.to_dict() if key.endswith(("dropout", "pdrop", "layerdrop"))}
+    quiet = {key: 0.0 for key in defaults.to_dict() if key.endswith(DROPOUT_ENDINGS)}
     positions = {"max_position_embeddings": max_positions}
     tokens = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     keys = {**quiet, **positions, **hf_keys, **tokens, "tie_word_embeddings": False}

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from lcl_ds.batch import Batch
 from lcl_ds.data.views import MaskedView
+from lcl_ds.errors import UserError
 from lcl_ds.models.lcl import LCLModel
 from lcl_ds.models.patches import patch_order
-from lcl_ds.models.vision import normalize_images
 from lcl_ds.objectives import common
 from lcl_ds.objectives.common import Counts, ObjectiveSettings
 
@@ -43,6 +43,8 @@ class Objective(common.Objective):
 
     def __init__(self, model: LCLModel, settings: Settings):
         super().__init__(model, unused=model.contrastive_parts())
+        if model.kept_tokens < model.vision.patch_tokens:
+            raise UserError("model.vision.patch_dropout: the masked objective predicts every patch; set it to 0")
         self.settings = settings
         width, self.patch_size = model.decoder.config.hidden_size, model.vision.model.config.patch_size
         self.hidden_patches = max(1, round(settings.image_share * model.vision.patch_tokens))
@@ -53,11 +55,11 @@ class Objective(common.Objective):
 
     def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         """Shares of the losses; that of images is the mean squared error over hidden patches and their pixels."""
-        pixels = normalize_images(batch.images, self.model.vision.model.dtype)
+        pixels = self.model.vision.normalize(batch.images)
         patches = patchify(pixels, self.patch_size)
         hidden = patch_order(batch.image_seeds, patches.shape[1])[:, : self.hidden_patches]
         shown = patches.scatter(1, hidden[..., None].expand(-1, -1, patches.shape[2]), 0.0)
-        _, tokens = self.model.encode_images(unpatchify(shown, self.patch_size))
+        _, tokens = self.model.encode_images(unpatchify(shown, self.patch_size), batch.image_seeds)
         hidden_states = self.model.decode(batch, tokens.index_select(0, batch.slot_images), mode="bidirectional")
         states = hidden_states.index_select(0, batch.label_positions)
         generation = self.model.lm_head(states, batch.labels, counts["labels"].divisor)
@@ -73,10 +75,10 @@ class Objective(common.Objective):
         count = batch.image_count  # 0 where the only image is the constant one
         places = batch.slot_positions[:count, None] + hidden[:count]
         predicted = self.pixel_head(hidden_states.index_select(0, places.flatten())).float()
-        wanted = patches[:count].float()
+        wanted = patches.float()
         mean, variance = wanted.mean(-1, keepdim=True), wanted.var(-1, keepdim=True)
         wanted = (wanted - mean) * (variance + 1e-6).rsqrt()
-        wanted = wanted.gather(1, hidden[:count, :, None].expand(-1, -1, wanted.shape[2]))
+        wanted = wanted.gather(1, hidden[..., None].expand(-1, -1, wanted.shape[2]))[:count]
         return F.mse_loss(predicted, wanted.flatten(0, 1), reduction="sum") / (hidden.shape[1] * wanted.shape[2])
 
 

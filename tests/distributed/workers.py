@@ -1,5 +1,8 @@
 """What the ranks of the distributed tests do: ``python -m tests.distributed.workers FUNCTION FOLDER``."""
 
+import gc
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,15 +11,24 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_grad
+from torch import distributed as dist
 
 from lcl_ds.batch import Batch
 from lcl_ds.config import Config
-from lcl_ds.objectives import build_objective
-from lcl_ds.training.checkpoint import Progress
+from lcl_ds.objectives import NAMES, build_objective
+from lcl_ds.training.checkpoint import Progress, newest_checkpoint
 from lcl_ds.training.distributed import Place, all_reduce_sum, init_distributed
 from lcl_ds.training.engine import complete_ds_config, start_engine
 from lcl_ds.training.loop import Trainer
-from tests.small import VOCABULARY, batch_with_images, batch_without_images, small_config, small_model
+from lcl_ds.training.run import open_checked_data, prepare
+from tests.small import (
+    VOCABULARY,
+    batch_with_images,
+    batch_without_images,
+    small_config,
+    small_model,
+    three_documents,
+)
 
 STAGES = (0, 1, 2, 3)
 THREE_STEPS = ((0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16"))
@@ -92,6 +104,32 @@ def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
         return {name: weight.detach().clone() for name, weight in named}
 
 
+def objectives(place: Place, folder: Path) -> dict[str, Any]:
+    """For each objective at stage 3: loss and full gradients of a first step, then weights before and after a few."""
+    results = {}
+    for name in NAMES:
+        config = small_config(
+            f"objective.name={name}", "train.global_batch_rows=6", "train.steps=3", "train.warmup_steps=0"
+        )
+        batches = [three_documents(config, seed=10 * step + place.rank) for step in range(3)]
+        trainer = trainer_of(config, 3, place, batches, folder / name)
+        first = three_documents(config, seed=place.rank)
+        losses = trainer.engine(first, *trainer._loss_counts([first]))
+        trainer.engine.backward(losses["loss"] * place.world_size, scale_wrt_gas=False)
+        learning = {n: w for n, w in trainer.engine.module.named_parameters() if w.requires_grad}
+        gradients = {n: safe_get_full_grad(weight).clone() for n, weight in learning.items()}
+        trainer.engine.zero_grad()
+        before = full_weights(trainer)
+        trainer.train()
+        results[name] = {
+            "loss": all_reduce_sum(losses["loss"].detach().clone()),
+            "gradients": gradients,
+            "before": before,
+            "after": full_weights(trainer),
+        }
+    return results
+
+
 def non_finite(place: Place, folder: Path) -> dict[str, Any]:
     """Steps of which the second and the last three are spoiled on rank 1 only."""
     results = {}
@@ -118,7 +156,38 @@ def non_finite(place: Place, folder: Path) -> dict[str, Any]:
     return results
 
 
+def stop_and_continue(place: Place, folder: Path) -> dict[str, Any]:
+    """Five steps of real data at stage 3 and the last two of them again from the checkpoint before, by case.
+
+    ``folder`` holds ``demo`` and ``cases.json``, the overrides of each case.
+    """
+    cases = json.loads((folder / "cases.json").read_text())
+    results = {}
+    for name, overrides in cases.items():
+        config, run_dir = small_config(*overrides), folder / name
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        ds_config = complete_ds_config({"zero_optimization": zero}, config, place.world_size)
+        data, result = open_checked_data(config), {}
+        run_dir.mkdir(exist_ok=True)
+        trainer = prepare(config, ds_config, run_dir, place, data)
+        result["before"] = full_weights(trainer)
+        trainer.train()
+        result["after"] = full_weights(trainer)
+        result["whole"] = (run_dir / "metrics.jsonl").read_text()
+        dist.barrier()
+        if place.is_first:
+            shutil.rmtree(run_dir / "checkpoints" / "step_00000005")
+        dist.barrier()
+        trainer = prepare(config, ds_config, run_dir, place, data, newest_checkpoint(run_dir, place))
+        trainer.train()
+        result["after_again"] = full_weights(trainer)
+        result["again"] = (run_dir / "metrics.jsonl").read_text()
+        results[name] = result
+    return results
+
+
 if __name__ == "__main__":
     name, folder = sys.argv[1], Path(sys.argv[2])
+    gc.freeze()  # DeepSpeed collects garbage for every engine: not among what was imported
     here = init_distributed()
     torch.save(globals()[name](here, folder), folder / f"{name}.{here.rank}.pt")

@@ -21,7 +21,7 @@ def model_of(family, implementation):
 
 
 def decode(model, batch, mode):
-    _, tokens = model.encode_images(batch.images)
+    _, tokens = model.encode_images(batch.images, batch.image_seeds)
     return model.decode(batch, tokens.index_select(0, batch.slot_images), mode)
 
 

@@ -290,7 +290,7 @@ def test_the_published_layout_holds_its_logits():
     ours, published = (
         measure.in_fresh_process(train_runner.peak_of_step, case, name) for name in (train.OURS, train.PUBLISHED)
     )
-    assert published > 2 * logits > 2 * ours
+    assert published - ours > logits
 
 
 def test_train_draws_full_rows_of_whole_documents():

@@ -69,7 +69,7 @@ def model_of(family, keys=(), implementation="auto", *more):
 
 
 def decode(model, batch, mode):
-    _, tokens = model.encode_images(batch.images)
+    _, tokens = model.encode_images(batch.images, batch.image_seeds)
     return model.decode(batch, tokens.index_select(0, batch.slot_images), mode)
 
 
