@@ -89,26 +89,45 @@ def check_image(data: bytes, max_pixels: int = MAX_PIXELS, decode: bool = True) 
     return facts
 
 
-def open_image(data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """An image of which only the header was read.
 
     Raises:
         BadSampleError: of another format, or of a size that no picture has.
     """
     try:
-        image = Image.open(io.BytesIO(data), formats=formats)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except UnidentifiedImageError:
         raise BadSampleError("an image in none of the accepted formats") from None
     except Image.DecompressionBombError:
         raise BadSampleError("an image with too many pixels") from None
     except DAMAGE:
         raise BadSampleError("a damaged image") from None
+    _check_size(image, max_pixels)
+    return image
+
+
+def page_of(data: bytes, number: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """One page of a multi-page TIFF as RGB.
+
+    Raises:
+        BadSampleError: there is no such page, it is damaged, or of a size that no picture has.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=("TIFF",))
+        image.seek(number)
+    except (*DAMAGE, Image.DecompressionBombError):
+        raise BadSampleError("a page that is not there or damaged") from None
+    _check_size(image, max_pixels)
+    return _decode(image, orientation=1, shrink=1)
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
     short, long = sorted(image.size)
     if short * long > max_pixels:
         raise BadSampleError("an image with too many pixels")
     if short < MIN_SIDE or long > MAX_ASPECT * short:
         raise BadSampleError("an image too small or too narrow")
-    return image
 
 
 def _decode(image: Image.Image, orientation: int, shrink: float) -> Image.Image:

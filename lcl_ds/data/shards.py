@@ -115,7 +115,7 @@ class Shard:
             raise UserError(f"shard {self.path}: its index {self.sidecar} is gone or damaged; start again") from error
 
 
-def index_shard(path: str | Path, cache: Path = DEFAULT_CACHE) -> Shard:
+def index_shard(path: str | Path, cache: Path = DEFAULT_CACHE, rescan: bool = False) -> Shard:
     """A shard with its index, taken from beside it or from the cache, or made by reading the tar's headers.
 
     Members of a sample are neighbours that share the name up to the first dot (the WebDataset convention). A kept index
@@ -125,6 +125,7 @@ def index_shard(path: str | Path, cache: Path = DEFAULT_CACHE) -> Shard:
     Args:
         path: a local path, a URL, or ``pipe:COMMAND``, whose output is kept in ``cache``.
         cache: folder for what cannot be kept beside the shard.
+        rescan: read all headers even if there is an index.
 
     Raises:
         UserError: not a readable, complete, plain tar; names the file and what is wrong.
@@ -135,7 +136,7 @@ def index_shard(path: str | Path, cache: Path = DEFAULT_CACHE) -> Shard:
     cached = str(cache.expanduser() / cached_name(path, INDEX_SUFFIX))
     try:
         size = size_of(path)
-        for sidecar in (path + INDEX_SUFFIX, cached):
+        for sidecar in () if rescan else (path + INDEX_SUFFIX, cached):
             found = _kept(path, size, sidecar)
             if found is not None:
                 return found
