@@ -13,7 +13,6 @@ from rich.table import Table
 from lcl_ds.data.build import build
 from lcl_ds.data.check import check_shards, show, total_of
 from lcl_ds.data.formats import READERS
-from lcl_ds.data.formats.local_images import open_images
 from lcl_ds.data.formats.record import ReadOptions
 from lcl_ds.data.storage import expand_paths
 from lcl_ds.errors import UserError
@@ -59,14 +58,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_build(arguments: argparse.Namespace, console: Console) -> int:
     sources = [Path(path) for path in expand_paths(arguments.sources)]
-    images = open_images(arguments.images, arguments.out.absolute().parent / ".lcl_ds-images")
     names = ("min_similarity", "images_per_sentence", "max_images", "min_images", "max_text_bytes", "max_image_pixels")
-    options = ReadOptions(images, seed=arguments.seed, **{name: getattr(arguments, name) for name in names})
+    options = ReadOptions(seed=arguments.seed, **{name: getattr(arguments, name) for name in names})
     manifest = build(
         sources,
         arguments.out,
         arguments.format,
         options,
+        arguments.images,
         workers=arguments.workers,
         shard_samples=arguments.shard_samples,
         deduplicate=arguments.deduplicate,

@@ -12,9 +12,9 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from webdataset import TarWriter
 
 from lcl_ds.data.formats import READERS
+from lcl_ds.data.formats.local_images import open_images
 from lcl_ds.data.formats.record import IMAGE_MEMBERS, ReadOptions, SourceDocument
 from lcl_ds.data.formats.tars import read_tar
 from lcl_ds.data.images import check_image
@@ -60,6 +61,7 @@ def build(
     out: Path,
     format: str,
     options: ReadOptions,
+    images: Sequence[Path] = (),
     *,
     workers: int = 1,
     shard_samples: int = 1000,
@@ -72,6 +74,7 @@ def build(
     Args:
         sources: files, in order.
         out: a folder; one that holds an unfinished build of the same is continued.
+        images: folders and tars of the images that the format names by file or URL.
         workers: processes.
         deduplicate: of documents with the same texts and images in the same order, keep the first.
         skip_unreadable: go on without source files that cannot be read, and name them in the manifest.
@@ -86,6 +89,7 @@ def build(
         "version": VERSION,
         "format": format,
         "sources": [[source.name, source.stat().st_size] for source in sources],
+        "images": [str(place) for place in images],
         "options": {k: v for k, v in asdict(options).items() if k != "images"},
         "shard_samples": shard_samples,
         "deduplicate": deduplicate,
@@ -97,6 +101,7 @@ def build(
         return finished
     _claim(out, settings)
     with only_one(work / "build"):
+        options = replace(options, images=open_images(images, work))
         jobs = [Job(i, source, format, options, shard_samples, work) for i, source in enumerate(sources)]
         _run([job for job in jobs if not job.folder.exists()], len(jobs), workers, console)
         units = [_read_json(job.folder / "unit.json") or {} for job in jobs]

@@ -51,7 +51,8 @@ def _records(path: Path) -> Iterator[Any]:
             return
         records = _load(path)
     except (OSError, ValueError, RuntimeError, EOFError, RecursionError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
+        first_line = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path}: cannot be read: {first_line}") from error
     if not isinstance(records, list):
         raise UserError(f"{path}: a list of documents is expected, found {type(records).__name__}")
     yield from records
