@@ -6,13 +6,15 @@ comes out depends on the sources and settings alone, to the byte: not on workers
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
+import tarfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -22,8 +24,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from webdataset import TarWriter
 
+from lcl_ds.data.documents import BadSampleError
 from lcl_ds.data.formats import READERS
 from lcl_ds.data.formats.local_images import open_images
 from lcl_ds.data.formats.record import IMAGE_MEMBERS, ReadOptions, SourceDocument
@@ -198,13 +200,16 @@ def _build_unit(job: Job) -> None:
             for number, document in enumerate(READERS[job.format](job.source, job.options)):
                 skips.update(document.skips)
                 if document.texts:
-                    files.write(to_sample(document, f"{job.number:06d}-{len(hashes):08d}"))
+                    key = f"{job.number:06d}-{len(hashes):08d}"
+                    files.write(key, to_members(document, key))
                     hashes.append(content_hash(document))
                     counts["pairs" if document.is_pair else "documents"] += 1
                     counts["images"] += sum(image is not None for image in document.images)
                 if number % REPORT_EVERY == 0:
                     with _counter.get_lock():
                         _counter.value += REPORT_EVERY
+            if not hashes and not skips:
+                raise UserError(f"{job.source}: it holds no records")
     except UserError as error:
         problem = str(error)
     unit = {
@@ -226,32 +231,35 @@ class _ShardFiles:
     def __init__(self, folder: Path, job: Job):
         self.folder, self.job = folder, job
         self.written = 0
-        self.writer: TarWriter | None = None
+        self.tar: tarfile.TarFile | None = None
 
     def __enter__(self) -> "_ShardFiles":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        if self.tar is not None:
+            self.tar.close()
 
-    def write(self, sample: dict[str, Any]) -> None:
+    def write(self, key: str, members: dict[str, bytes]) -> None:
         part, place = divmod(self.written, self.job.shard_samples)
         if place == 0:
             self.__exit__()
-            self.writer = open_writer(self.folder / f"{self.job.number:06d}-{part:05d}.tar")
-        assert self.writer is not None
-        self.writer.write(sample)
+            self.tar = tarfile.TarFile(self.folder / f"{self.job.number:06d}-{part:05d}.tar", "w")
+        assert self.tar is not None
+        add_sample(self.tar, key, members)
         self.written += 1
 
 
-def open_writer(path: Path) -> TarWriter:
-    """Writes samples of bytes; a fixed time and owner, or two builds would differ."""
-    return TarWriter(str(path), mtime=0, encoder=False)
+def add_sample(tar: tarfile.TarFile, key: str, members: dict[str, bytes]) -> None:
+    """Append a sample; without times and owners, or two builds would differ."""
+    for suffix, data in sorted(members.items()):
+        info = tarfile.TarInfo(f"{key}.{suffix}")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
 
 
-def to_sample(document: SourceDocument, key: str) -> dict[str, Any]:
-    """A document as a sample of a shard; a pair as img2dataset writes it."""
+def to_members(document: SourceDocument, key: str) -> dict[str, bytes]:
+    """A document as the members of a sample, by suffix; a pair as img2dataset writes it."""
     members: dict[str, bytes] = {}
     names: list[str | None] = []
     for image in document.images:
@@ -264,13 +272,13 @@ def to_sample(document: SourceDocument, key: str) -> dict[str, Any]:
     if document.is_pair:
         caption = next(text for text in document.texts if text is not None)
         record = {**about, "caption": caption, "key": key, "status": "success"}
-        return {"__key__": key, **members, "json": _dump(record), "txt": caption.encode()}
+        return {**members, "json": _dump(record), "txt": caption.encode()}
     record = {**about, "texts": document.texts, "images": names}
     if any(match is not None for match in document.matched_text_index):
         record["matched_text_index"] = document.matched_text_index
     if any(similarity is not None for similarity in document.matched_sim):
         record["matched_sim"] = document.matched_sim
-    return {"__key__": key, "json": _dump(record), **members}
+    return {**members, "json": _dump(record)}
 
 
 def _dump(record: dict[str, Any]) -> bytes:
@@ -336,16 +344,11 @@ def _put_in_place(staged: Path, final: Path, kept: np.ndarray) -> None:
         staged.replace(final)
         return
     partial = final.with_name(f".{final.name}.partial")
-    with open_writer(partial) as writer:
-        for sample in _samples_of(staged, kept):
-            writer.write(sample)
+    with tarfile.TarFile(partial, "w") as tar:
+        for wanted, (key, parts) in zip(kept, read_tar(staged), strict=True):
+            if isinstance(parts, BadSampleError):
+                raise UserError(f"{staged}: it was damaged since it was written; remove it and build again")
+            if wanted:
+                add_sample(tar, key, parts)
     partial.replace(final)
     staged.unlink()
-
-
-def _samples_of(path: Path, kept: np.ndarray) -> Iterator[dict[str, Any]]:
-    for wanted, (key, parts) in zip(kept, read_tar(path), strict=True):
-        if isinstance(parts, Exception):
-            raise UserError(f"{path}: it was damaged since it was written; remove it and build again")
-        if wanted:
-            yield {"__key__": key, **parts}
