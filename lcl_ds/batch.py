@@ -9,8 +9,21 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Readings:
+    """Places where an objective reads the decoder's state, each about one image."""
+
+    positions: Tensor
+    """int64 [P], flat."""
+    images: Tensor
+    """int64 [P], numbers of images of the batch."""
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+@dataclass(frozen=True)
 class Batch:
-    """Packed rows of interleaved documents; R rows of L tokens, M images, P contrastive pairs, T labels.
+    """Packed rows of interleaved documents; R rows of L tokens, M images in S slots, T labels.
 
     All index tensors are computed on the host when the batch is made, so that the step has neither boolean-mask
     gathers nor data-dependent shapes to wait for. "Flat" positions index the rows laid end to end (``row * L + t``).
@@ -23,12 +36,15 @@ class Batch:
     images: Tensor
     """uint8 [M, 3, H, W], or float already normalised. A rank without images holds one constant image in a slot
     beyond the rows: under ZeRO-3 every rank must run the encoder once, and its features reach no token."""
-    image_positions: Tensor
-    """int64 [M], flat position of each image's first token."""
-    pair_images: Tensor
-    """int64 [P], images that have context and so count in the contrastive loss."""
-    pair_positions: Tensor
-    """int64 [P], flat position of ``<soi>`` for each pair: what the preceding context expects is read there."""
+    image_seeds: Tensor
+    """int64 [M], what anything drawn for an image on the device depends on; the same on any number of ranks."""
+    slot_images: Tensor
+    """int64 [S], which image stands in each slot."""
+    slot_positions: Tensor
+    """int64 [S], flat position of each slot's first image token."""
+    readings: dict[str, Readings]
+    """By the names that the objective's view gives them; ``pairs`` are the contrastive ones: an image and the position
+    of what describes it, such as the ``<soi>`` before it."""
     label_positions: Tensor
     """int64 [T], flat positions that carry generation loss."""
     labels: Tensor
@@ -54,4 +70,5 @@ class Batch:
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, Tensor)}
-        return Batch(**(values | tensors))
+        readings = {k: Readings(function(v.positions), function(v.images)) for k, v in self.readings.items()}
+        return Batch(**(values | tensors | {"readings": readings}))

@@ -2,20 +2,17 @@
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lcl_ds.errors import UserError
+from lcl_ds.objectives import NAMES, settings_classes
+from lcl_ds.objectives.common import ObjectiveSettings
+from lcl_ds.settings import Settings
 
 RECIPES = Path(__file__).resolve().parent.parent / "launch" / "recipes"
-
-
-class Settings(BaseModel):
-    """Base of all settings: unknown keys are errors, values do not change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class SourceSettings(Settings):
@@ -117,30 +114,10 @@ class ModelSettings(Settings):
     logit_scale_max: float = Field(100.0, gt=1, description="Upper bound of the multiplier after each applied step.")
 
 
-class ObjectiveSettings(Settings):
-    """The loss."""
-
-    name: Literal["lcl"] = Field("lcl", description="Objective.")
-    contrastive_weight: float = Field(0.1, ge=0, description="Weight of the contrastive loss (paper: 0.1).")
-    generation_weight: float = Field(1.0, ge=0, description="Weight of the generation loss (paper: 1).")
-    context_rule: Literal["text_before", "reference"] = Field(
-        "text_before",
-        description="Which images count in the contrastive loss: those with text of their document before them, or, "
-        "as published, all that do not stand at the very start of a row.",
-    )
-    normalization: Literal["global", "reference"] = Field(
-        "global", description="Divide by counts over all ranks and micro-steps, or by each rank's own as published."
-    )
-
-    gather_with_grad: bool = Field(
-        True, description="Whether features also learn as negatives of others (published scripts: yes)."
-    )
-
-    @model_validator(mode="after")
-    def _some_weight(self) -> "ObjectiveSettings":
-        if self.contrastive_weight == 0 and self.generation_weight == 0:
-            raise ValueError("contrastive_weight and generation_weight are both 0: nothing would train")
-        return self
+if TYPE_CHECKING:
+    AnyObjective = ObjectiveSettings
+else:
+    AnyObjective = Annotated[Union[settings_classes()], Field(discriminator="name")]  # noqa: UP007
 
 
 Part = Literal["vision", "pooling", "decoder", "heads"]
@@ -215,11 +192,16 @@ class Config(Settings):
     precision: Literal["fp32", "bf16"] = Field("bf16", description="Arithmetic of the towers; losses are fp32.")
     data: DataSettings
     model: ModelSettings
-    objective: ObjectiveSettings = Field(default_factory=ObjectiveSettings)
+    objective: AnyObjective = Field(default_factory=lambda: {"name": "lcl"}, validate_default=True)
     train: TrainSettings
     checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     log: LogSettings = Field(default_factory=LogSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _lcl_unless_named(cls, value: Any) -> Any:
+        return {"name": "lcl", **value} if isinstance(value, dict) else value
 
     def seed(self, purpose: Literal["init", "data", "augmentation"]) -> int:
         """The seed of one purpose; ``train.seed`` where it has none of its own."""
@@ -296,28 +278,38 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any, whole: str) -> None:
 
 def _sentence(error: Any, origin: str, overrides: dict[str, Any]) -> str:
     keys = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "list[", "constrained-"))]
+    branch = keys.pop(1) if keys[:1] == ["objective"] and len(keys) > 1 else ""  # pydantic names the union's member
     key = ".".join(keys)
-    where = "command line" if any(key == k or key.startswith(f"{k}.") for k in overrides) else origin
+    given = any(key == k or key.startswith(f"{k}.") or k.startswith(f"{key}.") for k in overrides)
+    where = "command line" if given else origin
     match error["type"]:
         case "extra_forbidden":
-            return f"{where}: {key}: unknown setting{_suggest(keys[-1], _fields_at(keys[:-1]))}"
+            return f"{where}: {key}: unknown setting{_suggest(keys[-1], _fields_at(keys[:-1], branch))}"
         case "missing":
             return f"{where}: {key}: missing"
         case "value_error":
             return f"{where}: {key}: {error['ctx']['error']}"
+        case "union_tag_invalid":
+            name = error["ctx"]["tag"]
+            return f"{where}: {key}.name: there is no {name!r}{_suggest(name, NAMES)}; there are {', '.join(NAMES)}"
         case _:
             return f"{where}: {key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
 
 
-def _fields_at(keys: list[str]) -> list[str]:
-    """Names of the settings below ``keys``."""
+def _fields_at(keys: list[str], objective: str) -> list[str]:
+    """Names of the settings below ``keys``; those of ``objective`` below that key."""
     model: Any = Config
     for key in keys:
         if key.isdigit():
             continue
         annotation = model.model_fields[key].annotation
-        model = next(a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields"))
+        models = [a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")]
+        model = next((m for m in models if key == "objective" and _name_of(m) == objective), models[0])
     return list(model.model_fields)
+
+
+def _name_of(objective: Any) -> str:
+    return objective.model_fields["name"].default
 
 
 def _suggest(word: str, known: Any) -> str:

@@ -43,11 +43,17 @@ class RetrievalExample:
 
 
 def plot_losses(runs: Runs, path: Path) -> None:
-    """Contrastive and generation loss against the step, unweighted."""
-    figure, (left, right) = _figure(1, 2)
-    _draw(left, runs, "Contrastive loss", "contrastive_loss")
-    _draw(right, runs, "Generation loss", "generation_loss")
+    """Every loss of the runs' objectives against the step, unweighted."""
+    names = list(dict.fromkeys(name for rows in runs.values() for name in loss_names(rows)))
+    figure, axes = _figure(1, max(1, len(names)))
+    for axis, name in zip(axes, names, strict=False):
+        _draw(axis, runs, name.replace("_", " ").capitalize(), name)
     _save(figure, runs, path)
+
+
+def loss_names(rows: list[dict[str, Any]]) -> list[str]:
+    """Keys of a run's metrics that hold the losses of its objective, without their weighted total."""
+    return [key for key in (rows[-1] if rows else {}) if key.endswith("_loss")]
 
 
 def plot_schedule(runs: Runs, path: Path) -> None:

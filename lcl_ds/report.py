@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 
 from lcl_ds.errors import UserError
-from lcl_ds.plots import Runs, column, plot_losses, plot_schedule, plot_throughput
+from lcl_ds.plots import Runs, column, loss_names, plot_losses, plot_schedule, plot_throughput
 
 FIGURES = {
     "losses": (plot_losses, "Losses, unweighted. Faint: every step; strong: moving average."),
@@ -171,8 +171,7 @@ def key_figures(rows: list[dict[str, Any]]) -> dict[str, str]:
         "Padding": _percent(np.nanmean(padding) if np.isfinite(padding).any() else None),
         "Samples skipped": f"{total('skipped_samples'):,.0f}",
         "Steps not applied": f"{sum(row.get('applied') is False for row in rows):,}",
-        f"Contrastive loss, {last}": closing("contrastive_loss"),
-        f"Generation loss, {last}": closing("generation_loss"),
+        **{f"{name.replace('_', ' ').capitalize()}, {last}": closing(name) for name in loss_names(rows)},
     }
     utilisation, memory = column(rows, "mfu"), column(rows, "memory_gb")
     if np.isfinite(utilisation).any():

@@ -106,11 +106,18 @@ class ImageSlot:
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One document, or one piece of a document too long for a row."""
+    """One document, one piece of a document too long for a row, or one pair told in several ways."""
 
     input_ids: np.ndarray
     """int64 [T]."""
     slots: tuple[ImageSlot, ...]
+    """Where image tokens stand; an image may stand in several places or in none."""
+    images: tuple[int, ...]
+    """The document's images whose pixels are needed, each once."""
+    starts: tuple[int, ...] = (0,)
+    """Where a part begins that sees nothing of the parts before it."""
+    original_ids: np.ndarray | None = None
+    """int64 [T], what stood in ``input_ids`` before some of it was masked."""
 
 
 def encode_sequence(
@@ -147,7 +154,8 @@ def encode_sequence(
     def close() -> None:
         nonlocal ids, slots, has_text
         if len(ids) > 1:
-            pieces.append(TokenSequence(np.array([*ids, vocabulary.eot], dtype=np.int64), tuple(slots)))
+            images = tuple(slot.image for slot in slots)
+            pieces.append(TokenSequence(np.array([*ids, vocabulary.eot], dtype=np.int64), tuple(slots), images))
         ids, slots, has_text = [vocabulary.sot], [], False
 
     for segment in _join_neighbouring_text(segments):

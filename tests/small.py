@@ -1,13 +1,18 @@
 """A model and batches small enough for any test."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
-from lcl_ds.batch import Batch
+from lcl_ds.batch import Batch, Readings
 from lcl_ds.config import RECIPES, Config, load_config
+from lcl_ds.data.documents import Document
 from lcl_ds.data.packing import PackedSequence, Row, collate
+from lcl_ds.data.views import DocumentView, Encoder
 from lcl_ds.models.build import build_model
 from lcl_ds.models.lcl import LCLModel
+from lcl_ds.objectives import lcl, view_of
 from lcl_ds.tokens import Vocabulary, encode_sequence
 
 VOCABULARY = Vocabulary(text_size=60)
@@ -56,7 +61,39 @@ def sequence(segments: list[str | int], seed: int = 0) -> PackedSequence:
 
 
 def batch_of(*rows: list[PackedSequence]) -> Batch:
-    return collate([Row(tuple(row)) for row in rows], ROW_TOKENS, IMAGE_SIZE, VOCABULARY, "text_before")
+    return collate([Row(tuple(row)) for row in rows], ROW_TOKENS, IMAGE_SIZE, VOCABULARY, DocumentView())
+
+
+def objective_batch(config: Config, *rows: list[Document], seed: int = 0) -> Batch:
+    """Documents in rows, seen as the objective of ``config`` sees them; images are noise."""
+    rng = np.random.default_rng(seed)
+    view = view_of(config.objective, image_first_probability=0.5)
+    encoder = Encoder(lambda text: [ord(c) % 60 for c in text], VOCABULARY, IMAGE_TOKENS, ROW_TOKENS, 9)
+    packed = []
+    for row in rows:
+        sequences = []
+        for document in row:
+            for tokens in view.encode(document, encoder, rng):
+                pixels = rng.integers(0, 256, (len(tokens.images), 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
+                seeds = tuple(rng.integers(1 << 63, size=len(tokens.images)).tolist())
+                sequences.append(PackedSequence(document.key, tokens, pixels, seeds))
+        packed.append(Row(tuple(sequences)))
+    return collate(packed, ROW_TOKENS, IMAGE_SIZE, VOCABULARY, view)
+
+
+def three_documents(config: Config, seed: int = 0) -> Batch:
+    """Three rows of one document with one image each, for any objective."""
+    documents = [
+        Document("first", ("abc", 0, "d"), ("0.jpg",)),
+        Document("second", ("efg", 0), ("0.jpg",)),
+        Document("third", ("hi", 0), ("0.jpg",)),
+    ]
+    return objective_batch(config, *([document] for document in documents), seed=seed)
+
+
+def lcl_objective(model: LCLModel, contrastive_weight: float = 0.1, generation_weight: float = 1.0, **settings: Any):
+    weights = {"contrastive_weight": contrastive_weight, "generation_weight": generation_weight}
+    return lcl.Objective(model, lcl.Settings(**weights, **settings))
 
 
 def batch_with_images(seed: int = 0) -> Batch:
@@ -75,31 +112,33 @@ def batch_without_images(seed: int = 0) -> Batch:
 def merged(*batches: Batch) -> Batch:
     """Batches of several ranks as the one batch that a single process would see."""
     rows = sum(len(b.input_ids) for b in batches)
-    kept, row_offset, image_offset = [], 0, 0
+    slots, readings, labels_at = [], [], []
+    row_offset = image_offset = 0
     for b in batches:
         tokens = row_offset * ROW_TOKENS
-        kept.append(
-            (
-                b.images[: b.image_count],
-                b.image_positions[: b.image_count] + tokens,
-                b.pair_images + image_offset,
-                b.pair_positions + tokens,
-                b.label_positions + tokens,
-            )
-        )
+        if b.image_count:
+            slots.append((b.slot_positions + tokens, b.slot_images + image_offset))
+        readings.append({n: (r.positions + tokens, r.images + image_offset) for n, r in b.readings.items()})
+        labels_at.append(b.label_positions + tokens)
         row_offset += len(b.input_ids)
         image_offset += b.image_count
-    images, positions, pairs, pair_positions, labels_at = (torch.cat(parts) for parts in zip(*kept, strict=True))
+    images, seeds = (torch.cat([getattr(b, n)[: b.image_count] for b in batches]) for n in ("images", "image_seeds"))
     if image_offset == 0:
-        images, positions = batches[0].images, torch.tensor([rows * ROW_TOKENS])
+        images, seeds = batches[0].images, batches[0].image_seeds
+        slots = [(torch.tensor([rows * ROW_TOKENS]), torch.tensor([0]))]
+    slot_positions, slot_images = (torch.cat(parts) for parts in zip(*slots, strict=True))
     return Batch(
         input_ids=torch.cat([b.input_ids for b in batches]),
         position_ids=torch.cat([b.position_ids for b in batches]),
         images=images,
-        image_positions=positions,
-        pair_images=pairs,
-        pair_positions=pair_positions,
-        label_positions=labels_at,
+        image_seeds=seeds,
+        slot_images=slot_images,
+        slot_positions=slot_positions,
+        readings={
+            name: Readings(*(torch.cat(parts) for parts in zip(*(r[name] for r in readings), strict=True)))
+            for name in readings[0]
+        },
+        label_positions=torch.cat(labels_at),
         labels=torch.cat([b.labels for b in batches]),
         image_count=image_offset,
         document_count=sum(b.document_count for b in batches),

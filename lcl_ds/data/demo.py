@@ -35,7 +35,7 @@ from lcl_ds.data.demo_scenes import (
 )
 from lcl_ds.errors import UserError
 
-VERSION = 1
+VERSION = 2
 """Of the content; another version is another corpus and is built anew."""
 SPLITS = {"train-documents": 0, "train-pairs": 1, "heldout-documents": 2}
 DEFAULTS = {
@@ -97,15 +97,20 @@ def _told_after(scene: Scene, rng: Rng, was_described: bool) -> Iterator[str]:
         yield pick(rng, COUNTED).format(count=NUMBERS[len(scene.items)])
 
 
-def make_document(seed: int, split: str, index: int) -> tuple[list[str | None], list[Scene | None]]:
-    """Parallel lists of sentences and scenes, one of each pair being None, in reading order."""
+def make_document(seed: int, split: str, index: int) -> tuple[list[str | None], list[Scene | None], list[int | None]]:
+    """Parallel lists of sentences, of scenes and of the place of the sentence that describes each scene.
+
+    In reading order; one of a sentence and a scene is None.
+    """
     rng = _rng(seed, split, index)
     texts: list[str | None] = []
     scenes: list[Scene | None] = []
+    matched: list[int | None] = []
 
     def say(sentence: str) -> None:
         texts.append(sentence)
         scenes.append(None)
+        matched.append(None)
 
     for _ in range(int(rng.integers(2, 5))):
         scene = sample_scene(rng)
@@ -116,9 +121,10 @@ def make_document(seed: int, split: str, index: int) -> tuple[list[str | None], 
             say(pick(rng, BEFORE).format(scene=describe(scene, rng)))
         texts.append(None)
         scenes.append(scene)
+        matched.append(len(texts) - 2 if described else len(texts))
         for sentence in _told_after(scene, rng, described):
             say(sentence)
-    return texts, scenes
+    return texts, scenes, matched
 
 
 def make_pair(seed: int, index: int) -> tuple[str, Scene]:
@@ -218,7 +224,7 @@ def _sample(seed: int, split: str, index: int, image_size: int) -> dict[str, Any
     """One sample as webdataset's writer takes it: ``__key__`` and members by suffix."""
     if split == "train-pairs":
         return _pair_sample(seed, index, image_size)
-    texts, scenes = make_document(seed, split, index)
+    texts, scenes, matched = make_document(seed, split, index)
     pictures: dict[str, bytes] = {}
     names: list[str | None] = []
     for scene in scenes:
@@ -226,7 +232,7 @@ def _sample(seed: int, split: str, index: int, image_size: int) -> dict[str, Any
         if scene is not None:
             pictures[f"{len(pictures):03d}.jpg"] = _jpeg(scene, image_size)
     labels = [None if scene is None else scene.labels() for scene in scenes]
-    record = {"texts": texts, "images": names, "labels": labels}
+    record = {"texts": texts, "images": names, "matched_text_index": matched, "labels": labels}
     return {"__key__": f"{split}-{index:06d}", "json": json.dumps(record).encode(), **pictures}
 
 

@@ -28,12 +28,33 @@ class Document:
     key: str
     segments: tuple[str | int, ...]
     images: tuple[str, ...]
+    matches: tuple[int | None, ...] = ()
+    """Per image, the segment whose text describes it, where the source says so."""
     is_pair: bool = False
+
+    def pairs(self) -> list[tuple[str, int]]:
+        """Each image with one text: its matched one, else the nearest before it, else the nearest after it.
+
+        Images of a document without text are left out.
+        """
+        texts = [place for place, segment in enumerate(self.segments) if isinstance(segment, str)]
+        pairs = []
+        for place, image in enumerate(self.segments):
+            if isinstance(image, str) or not texts:
+                continue
+            match = self.matches[image] if self.matches else None
+            if match is None:
+                match = max((t for t in texts if t < place), default=texts[0])
+            pairs.append((str(self.segments[match]), image))
+        return pairs
 
 
 def read_document(source: Source, number: int) -> Document:
     """The document of one sample: an interleaved one (``.json`` with parallel ``texts`` and ``images`` lists, as in
     OBELICS, images naming member suffixes) or an image-text pair as img2dataset writes it (``.jpg`` and ``.txt``).
+
+    A document may hold a third parallel list, ``matched_text_index`` (the name is MMC4's): per image the index in
+    ``texts`` of the sentence that describes it.
 
     Raises:
         BadSampleError: neither, or damaged.
@@ -47,17 +68,25 @@ def read_document(source: Source, number: int) -> Document:
     texts, images = record.get("texts"), record.get("images")
     if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
         raise BadSampleError("json without parallel lists 'texts' and 'images'")
+    matched = record.get("matched_text_index", [None] * len(images))
+    if not isinstance(matched, list) or len(matched) != len(images):
+        raise BadSampleError("json with a list 'matched_text_index' that is not parallel to 'images'")
     segments: list[str | int] = []
     suffixes: list[str] = []
-    for text, image in zip(texts, images, strict=True):
+    places: dict[Any, int] = {}
+    wanted: list[Any] = []
+    for number, (text, image, match) in enumerate(zip(texts, images, matched, strict=True)):
         if isinstance(text, str) and text.strip():
+            places[number] = len(segments)
             segments.append(text)
         if isinstance(image, str) and image.lower() in sample.parts:
             segments.append(len(suffixes))
             suffixes.append(image.lower())
+            wanted.append(match if isinstance(match, int) else None)
     if not segments:
         raise BadSampleError("a document without text and images")
-    return Document(f"{source.name}/{sample.key}", tuple(segments), tuple(suffixes))
+    matches = tuple(places.get(match) for match in wanted)
+    return Document(f"{source.name}/{sample.key}", tuple(segments), tuple(suffixes), matches)
 
 
 def _read_pair(source: Source, number: int) -> Document:

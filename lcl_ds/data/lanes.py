@@ -9,7 +9,7 @@ of lanes.
 
 import logging
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,12 @@ from lcl_ds.data.documents import BadSampleError, Document, read_document
 from lcl_ds.data.images import decode_image
 from lcl_ds.data.packing import PackedSequence, Row, pack
 from lcl_ds.data.shards import Source
-from lcl_ds.tokens import ImageSlot, TextTokenizer, TokenSequence, encode_sequence
+from lcl_ds.data.views import DocumentView, Encoder, View
+from lcl_ds.tokens import TextTokenizer, TokenSequence
 
 logger = logging.getLogger(__name__)
 
-SOURCE, EPOCH, WINDOW, ROWS, ORDER, CROP = range(6)
+SOURCE, EPOCH, WINDOW, ROWS, SEQUENCES, CROP, IMAGE = range(7)
 """Purposes of keyed draws."""
 
 CARRIED_SHARE = 4
@@ -52,7 +53,7 @@ class LaneSettings:
     image_size: int
     pack_window: int = 128
     shuffle_blocks: int = 4
-    image_first_probability: float = 0.5
+    view: View = field(default_factory=DocumentView)
     crop_scale: tuple[float, float] = (0.9, 1.0)
     max_image_pixels: int = 89_000_000
 
@@ -93,7 +94,10 @@ class Lane:
         tokenizer: TextTokenizer,
         state: LaneState | None = None,
     ):
-        self.sources, self.settings, self.number, self.tokenizer = sources, settings, number, tokenizer
+        self.sources, self.settings, self.number = sources, settings, number
+        self._encoder = Encoder(
+            tokenizer.encode, tokenizer.vocabulary, settings.image_tokens, settings.row_tokens, settings.row_images
+        )
         weights = np.array([source.weight for source in sources])
         self._source_edges = np.cumsum(weights / weights.sum())
         state = state or {"draws": 0, "cursors": [[0, 0] for _ in sources], "carried": [], "emitted": 0}
@@ -153,7 +157,7 @@ class Lane:
             raise RuntimeError(f"lane {self.number}: all of {self.settings.pack_window} samples in a row were unusable")
         packed = pack(
             [len(piece.tokens.input_ids) for piece in pieces],
-            [len(piece.tokens.slots) for piece in pieces],
+            [len(piece.tokens.images) for piece in pieces],
             self.settings.row_tokens,
             self.settings.row_images,
         )
@@ -207,61 +211,37 @@ class Lane:
             document = read_document(self.sources[source], sample)
         except OSError as error:
             raise BadSampleError(f"a read error ({error.strerror or 'short read'})") from None
-        segments = document.segments
-        if document.is_pair:
-            rng = keyed_rng(self.settings.augmentation_seed, ORDER, self.number, draw)
-            segments = segments[::-1] if rng.random() < self.settings.image_first_probability else segments
-        sequences = self._encode(segments)
+        rng = keyed_rng(self.settings.augmentation_seed, SEQUENCES, self.number, draw)
+        sequences = self.settings.view.encode(document, self._encoder, rng)
+        if not sequences:
+            raise BadSampleError("a document without tokens")
         return [_Piece(source, sample, draw, i, 0, document, tokens) for i, tokens in enumerate(sequences)]
 
     def _piece_at(self, source: int, sample: int, draw: int, piece: int, carries: int) -> _Piece:
         return replace(self._pieces(source, sample, draw)[piece], carries=carries)
 
-    def _encode(self, segments: tuple[str | int, ...]) -> list[TokenSequence]:
-        settings = self.settings
-        return encode_sequence(
-            segments,
-            self.tokenizer.encode,
-            self.tokenizer.vocabulary,
-            settings.image_tokens,
-            settings.row_tokens,
-            settings.row_images,
-        )
-
     def _with_pixels(self, piece: _Piece) -> tuple[PackedSequence | None, int]:
         """The piece with its images decoded, and how many of them had to be left out."""
         settings, source = self.settings, self.sources[piece.source]
-        pixels, lost = [], []
-        for slot in piece.tokens.slots:
-            rng = keyed_rng(settings.augmentation_seed, CROP, self.number, piece.draw, slot.image)
+        pixels, seeds, lost = [], [], []
+        for image in piece.tokens.images:
+            key = settings.augmentation_seed, self.number, piece.draw, image
+            rng = keyed_rng(key[0], CROP, *key[1:])
             try:
-                data = source.read(piece.sample, piece.document.images[slot.image])
+                data = source.read(piece.sample, piece.document.images[image])
                 pixels.append(
                     decode_image(data, settings.image_size, settings.crop_scale, rng, settings.max_image_pixels)
                 )
+                seeds.append(int(keyed_rng(key[0], IMAGE, *key[1:]).integers(1 << 63)))
             except (BadSampleError, OSError) as problem:
-                lost.append(slot.image)
+                lost.append(image)
                 report_skip(source, piece.sample, problem)
-        tokens = without_images(piece.tokens, lost, settings.image_tokens) if lost else piece.tokens
+        tokens = settings.view.without_images(piece.tokens, lost, settings.image_tokens) if lost else piece.tokens
+        if tokens is None:
+            return None, len(lost)
         shape = (0, 3, settings.image_size, settings.image_size)
         stacked = np.stack(pixels) if pixels else np.zeros(shape, dtype=np.uint8)
-        if len(tokens.input_ids) <= 2:
-            return None, len(lost)
-        return PackedSequence(piece.document.key, tokens, stacked), len(lost)
-
-
-def without_images(tokens: TokenSequence, lost: list[int], image_tokens: int) -> TokenSequence:
-    """The sequence without the images in ``lost`` and the tokens around them; text stays."""
-    keep = np.ones(len(tokens.input_ids), dtype=bool)
-    slots = []
-    removed = 0
-    for slot in tokens.slots:
-        if slot.image in lost:
-            keep[slot.position - 1 : slot.position + image_tokens + 1] = False
-            removed += image_tokens + 2
-        else:
-            slots.append(ImageSlot(slot.image, slot.position - removed, slot.has_context))
-    return TokenSequence(tokens.input_ids[keep], tuple(slots))
+        return PackedSequence(piece.document.key, tokens, stacked, tuple(seeds)), len(lost)
 
 
 _skips: Counter[tuple[str, str]] = Counter()

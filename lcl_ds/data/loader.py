@@ -58,7 +58,6 @@ class BatchLoader:
     Args:
         sources, settings, tokenizer: what the stream is made of.
         rows_per_batch: rows of this rank in one micro-step.
-        context_rule: see :func:`lcl_ds.data.packing.collate`.
         rank, world_size: this process's place.
         workers: loader processes; 0 makes rows in this one.
         state: from :meth:`state`, with the lanes of all ranks.
@@ -74,7 +73,6 @@ class BatchLoader:
         settings: LaneSettings,
         tokenizer: TextTokenizer,
         rows_per_batch: int,
-        context_rule: str = "text_before",
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
@@ -87,7 +85,7 @@ class BatchLoader:
                 f"({world_size} x {max(1, workers)}); set data.lanes accordingly"
             )
         self.settings, self.tokenizer, self.rows_per_batch = settings, tokenizer, rows_per_batch
-        self.context_rule, self.world_size, self.pin_memory = context_rule, world_size, pin_memory
+        self.world_size, self.pin_memory = world_size, pin_memory
         self.fingerprint = {key: value for source in sources for key, value in source.fingerprint().items()}
         state = state or {"next_row": 0, "lanes": {}, "lane_count": settings.lanes, "fingerprint": self.fingerprint}
         check_same_data(state, settings.lanes, self.fingerprint)
@@ -115,9 +113,8 @@ class BatchLoader:
             self._lane_states[str(lane)] = state
             rows.append(row)
         self._next_row += self.rows_per_batch * self.world_size
-        batch = collate(
-            rows, self.settings.row_tokens, self.settings.image_size, self.tokenizer.vocabulary, self.context_rule
-        )
+        settings = self.settings
+        batch = collate(rows, settings.row_tokens, settings.image_size, self.tokenizer.vocabulary, settings.view)
         return batch.pin_memory() if self.pin_memory else batch
 
     def state(self) -> LoaderState:

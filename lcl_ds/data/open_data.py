@@ -7,6 +7,7 @@ from lcl_ds.config import Config, DataSettings
 from lcl_ds.data.demo import ensure_demo
 from lcl_ds.data.lanes import LaneSettings
 from lcl_ds.data.shards import Source, expand_paths, index_shard
+from lcl_ds.data.views import View
 from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer
 
@@ -44,7 +45,7 @@ def open_data(settings: DataSettings) -> OpenData:
     return OpenData(sources, tokenizer)
 
 
-def lane_settings(config: Config, image_tokens: int, image_size: int) -> LaneSettings:
+def lane_settings(config: Config, view: View, image_tokens: int, image_size: int) -> LaneSettings:
     """What the lanes need to know of a run's settings."""
     data = config.data
     if image_tokens + 4 > data.row_tokens:
@@ -59,7 +60,7 @@ def lane_settings(config: Config, image_tokens: int, image_size: int) -> LaneSet
         image_size=image_size,
         pack_window=data.pack_window,
         shuffle_blocks=data.shuffle_blocks,
-        image_first_probability=data.image_first_probability,
+        view=view,
         crop_scale=data.crop_scale,
         max_image_pixels=data.max_image_pixels,
     )

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lcl_ds.batch import Batch
-from lcl_ds.tokens import TokenSequence, Vocabulary, labels_of
+from lcl_ds.batch import Batch, Readings
+from lcl_ds.data.views import View
+from lcl_ds.tokens import TokenSequence, Vocabulary
 
 
 def pack(lengths: Sequence[int], images: Sequence[int], row_tokens: int, row_images: int) -> list[list[int]]:
@@ -47,7 +48,9 @@ class PackedSequence:
     key: str
     tokens: TokenSequence
     pixels: np.ndarray
-    """uint8 [images, 3, H, W], in the order of ``tokens.slots``."""
+    """uint8 [images, 3, H, W], in the order of ``tokens.images``."""
+    image_seeds: tuple[int, ...] = ()
+    """One per image; none where nothing is drawn for them."""
 
 
 @dataclass(frozen=True)
@@ -58,59 +61,71 @@ class Row:
     skipped_samples: int = 0
 
 
-def collate(rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: Vocabulary, context_rule: str) -> Batch:
+def collate(rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: Vocabulary, view: View) -> Batch:
     """Lay rows side by side; see :class:`lcl_ds.batch.Batch` for what comes out.
 
     Padding is a document of its own without labels.
 
     Args:
-        context_rule: ``text_before``: an image counts when text of its sequence precedes it; ``reference``: when its
-            ``<soi>`` is not the first token of its sequence, as in the published code, where each has a row.
+        view: what made the sequences; says where labels and readings are.
     """
     shape = len(rows), row_tokens
     input_ids = np.full(shape, vocabulary.eot, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
-    labels: list[np.ndarray] = []
-    label_positions: list[np.ndarray] = []
-    image_positions: list[int] = []
-    pair_images: list[int] = []
+    labels, label_positions = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    slots: list[tuple[int, int]] = []  # (flat position, image of the batch)
+    readings: dict[str, list[tuple[int, int]]] = {name: [] for name in view.reading_names}
     pixels: list[np.ndarray] = []
+    seeds: list[int] = []
     for r, row in enumerate(rows):
         start = 0
         for sequence in row.sequences:
-            ids = sequence.tokens.input_ids
-            end, offset = start + len(ids), r * row_tokens + start
-            input_ids[r, start:end] = ids
-            position_ids[r, start:end] = np.arange(len(ids))
-            positions, following = labels_of(ids, vocabulary)
+            tokens = sequence.tokens
+            end, offset = start + len(tokens.input_ids), r * row_tokens + start
+            input_ids[r, start:end] = tokens.input_ids
+            position_ids[r, start:end] = _positions(tokens)
+            positions, wanted = view.labels(tokens, vocabulary)
             label_positions.append(positions + offset)
-            labels.append(following)
-            for slot in sequence.tokens.slots:
-                if slot.has_context if context_rule == "text_before" else slot.position > 1:
-                    pair_images.append(len(image_positions))
-                image_positions.append(offset + slot.position)
+            labels.append(wanted)
+            number = {image: len(seeds) + i for i, image in enumerate(tokens.images)}
+            slots += [(offset + slot.position, number[slot.image]) for slot in tokens.slots]
+            for name, places in view.readings(tokens).items():
+                readings[name] += [(offset + position, number[image]) for position, image in places]
             pixels.append(sequence.pixels)
+            seeds += sequence.image_seeds or (0,) * len(tokens.images)
             start = end
         position_ids[r, start:] = np.arange(row_tokens - start)
-    image_count = len(image_positions)
+    image_count = len(seeds)
     if image_count == 0:
         pixels = [np.full((1, 3, image_size, image_size), 127, dtype=np.uint8)]
-        image_positions = [len(rows) * row_tokens]
+        slots, seeds = [(len(rows) * row_tokens, 0)], [0]
     sequences = [sequence for row in rows for sequence in row.sequences]
-    positions_tensor = torch.tensor(image_positions, dtype=torch.int64)
-    pair_tensor = torch.tensor(pair_images, dtype=torch.int64)
+    slot_positions, slot_images = _columns(slots)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         images=torch.from_numpy(np.concatenate(pixels)),
-        image_positions=positions_tensor,
-        pair_images=pair_tensor,
-        pair_positions=positions_tensor[pair_tensor] - 1,
-        label_positions=torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *label_positions])),
-        labels=torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *labels])),
+        image_seeds=torch.tensor(seeds, dtype=torch.int64),
+        slot_images=slot_images,
+        slot_positions=slot_positions,
+        readings={name: Readings(*_columns(places)) for name, places in readings.items()},
+        label_positions=torch.from_numpy(np.concatenate(label_positions)),
+        labels=torch.from_numpy(np.concatenate(labels)),
         image_count=image_count,
         document_count=len(sequences),
         token_count=sum(len(sequence.tokens.input_ids) for sequence in sequences),
         skipped_samples=sum(row.skipped_samples for row in rows),
         keys=tuple(sequence.key for sequence in sequences),
     )
+
+
+def _positions(tokens: TokenSequence) -> np.ndarray:
+    """Position of every token in its part."""
+    places = np.arange(len(tokens.input_ids))
+    starts = np.array(tokens.starts)
+    return places - starts[np.searchsorted(starts, places, side="right") - 1]
+
+
+def _columns(pairs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    first, second = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
+    return first.contiguous(), second.contiguous()

@@ -9,11 +9,13 @@ import torch
 from rich.table import Table
 
 from lcl_ds.config import Config
+from lcl_ds.data.views import Encoder
 from lcl_ds.evaluation.documents import HeldOut, read_held_out
 from lcl_ds.evaluation.probe import encoder_features, linear_probe, pixel_features
 from lcl_ds.evaluation.retrieval import PairFeatures, pair_features, retrieval_scores
 from lcl_ds.models.build import build_model, image_size, tokens_per_image
 from lcl_ds.models.lcl import LCLModel
+from lcl_ds.objectives import objective_module, view_of
 from lcl_ds.plots import RetrievalExample, plot_retrieval
 from lcl_ds.tokens import TextTokenizer
 
@@ -31,29 +33,27 @@ def evaluate_model(model: LCLModel, config: Config, picture: Path | None = None)
 
     Returns:
         ``documents``, ``images``, ``probe`` per label (accuracy ``trained``, ``untrained``, ``raw_pixels``,
-        ``chance``) and ``retrieval`` (see :func:`lcl_ds.evaluation.retrieval.retrieval_scores`).
+        ``chance``) and, where the objective has contrastive pairs, ``retrieval`` (see
+        :func:`lcl_ds.evaluation.retrieval.retrieval_scores`).
     """
     assert config.evaluation.shards is not None
     tokenizer = TextTokenizer(config.data.tokenizer)
-    held_out = read_held_out(
-        config.evaluation.shards,
-        tokenizer,
-        tokens_per_image(config.model),
-        image_size(config.model),
-        config.data.row_tokens,
-        config.data.row_images,
-        config.evaluation.max_documents,
-    )
-    vocabulary = tokenizer.vocabulary
-    pairs = pair_features(model, held_out.sequences, vocabulary, config.data.row_tokens, config.data.row_images)
-    if picture is not None:
-        plot_retrieval(_examples(pairs, tokenizer), picture)
-    return {
+    vocabulary, data = tokenizer.vocabulary, config.data
+    view = view_of(config.objective, data.image_first_probability)
+    encoder = Encoder(tokenizer.encode, vocabulary, tokens_per_image(config.model), data.row_tokens, data.row_images)
+    limit = config.evaluation.max_documents
+    held_out = read_held_out(config.evaluation.shards, view, encoder, image_size(config.model), limit)
+    results = {
         "documents": held_out.document_count,
         "images": len(held_out.pixels),
         "probe": _probes(model, config, held_out, vocabulary.size),
-        "retrieval": retrieval_scores(pairs.image, pairs.context),
     }
+    if "contrastive_loss" in objective_module(config.objective.name).Objective.losses:
+        pairs = pair_features(model, held_out.sequences, vocabulary, view, data.row_tokens, data.row_images)
+        results["retrieval"] = retrieval_scores(pairs.image, pairs.context)
+        if picture is not None:
+            plot_retrieval(_examples(pairs, tokenizer), picture)
+    return results
 
 
 def _probes(model: LCLModel, config: Config, held_out: HeldOut, vocab_size: int) -> dict[str, dict[str, float]]:
@@ -106,12 +106,12 @@ def closing_table(results: dict[str, Any]) -> Table:
     for label, scores in results["probe"].items():
         cells = [f"{scores[kind]:.1%}" for kind in ("trained", "untrained", "raw_pixels", "chance")]
         table.add_row(f"linear probe: {label}", *cells)
-    retrieval = results["retrieval"]
-    table.add_row(
-        f"image-to-context R@1 of {retrieval['pairs']}",
-        f"{retrieval['recall_at_1']:.1%}",
-        "",
-        "",
-        f"{retrieval['chance']:.2%}",
-    )
+    if retrieval := results.get("retrieval"):
+        table.add_row(
+            f"image-to-context R@1 of {retrieval['pairs']}",
+            f"{retrieval['recall_at_1']:.1%}",
+            "",
+            "",
+            f"{retrieval['chance']:.2%}",
+        )
     return table

@@ -9,7 +9,7 @@ from lcl_ds.data.documents import read_document, read_labels
 from lcl_ds.data.images import decode_image
 from lcl_ds.data.packing import PackedSequence
 from lcl_ds.data.shards import Source, expand_paths, index_shard
-from lcl_ds.tokens import TextTokenizer, encode_sequence
+from lcl_ds.data.views import Encoder, View
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,11 @@ class HeldOut:
     document_count: int
 
 
-def read_held_out(
-    paths: str | list[str],
-    tokenizer: TextTokenizer,
-    image_tokens: int,
-    image_size: int,
-    row_tokens: int,
-    row_images: int,
-    max_documents: int,
-) -> HeldOut:
+def read_held_out(paths: str | list[str], view: View, encoder: Encoder, image_size: int, max_documents: int) -> HeldOut:
     """Read evaluation shards; a damaged sample is an error here, for figures must not depend on what was skipped.
+
+    Args:
+        view: how documents become sequences; whatever it draws depends on the document's number alone.
 
     Raises:
         UserError: a shard is missing or unreadable.
@@ -47,11 +42,8 @@ def read_held_out(
     for number in range(count):
         document = read_document(source, number)
         decoded = [decode_image(source.read(number, suffix), image_size) for suffix in document.images]
-        pieces = encode_sequence(
-            document.segments, tokenizer.encode, tokenizer.vocabulary, image_tokens, row_tokens, row_images
-        )
-        for piece in pieces:
-            shown = np.stack([decoded[slot.image] for slot in piece.slots]) if piece.slots else None
+        for piece in view.encode(document, encoder, np.random.default_rng(number)):
+            shown = np.stack([decoded[image] for image in piece.images]) if piece.images else None
             empty = np.zeros((0, 3, image_size, image_size), np.uint8)
             sequences.append(PackedSequence(document.key, piece, empty if shown is None else shown))
         given = read_labels(source, number)

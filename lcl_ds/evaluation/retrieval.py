@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lcl_ds.data.packing import PackedSequence, Row, collate, pack
+from lcl_ds.data.views import View
 from lcl_ds.models.lcl import LCLModel
 from lcl_ds.tokens import Vocabulary
 
@@ -22,7 +23,7 @@ class PairFeatures:
     pixels: np.ndarray
     """uint8 [K, 3, H, W]."""
     context_ids: list[np.ndarray]
-    """Token ids that precede each image in its document."""
+    """Token ids before the place where each context is read, from the beginning of its part."""
 
 
 @torch.no_grad()
@@ -30,11 +31,16 @@ def pair_features(
     model: LCLModel,
     sequences: list[PackedSequence],
     vocabulary: Vocabulary,
+    view: View,
     row_tokens: int,
     row_images: int,
     rows_per_batch: int = 16,
 ) -> PairFeatures:
-    """Run held-out documents, packed as in training, and collect contrastive features."""
+    """Run held-out documents, packed as in training, and collect contrastive features.
+
+    Args:
+        view: what made ``sequences``.
+    """
     device = next(model.parameters()).device
     lengths = [len(sequence.tokens.input_ids) for sequence in sequences]
     images = [len(sequence.pixels) for sequence in sequences]
@@ -42,16 +48,17 @@ def pair_features(
     image_parts, context_parts, pixels, context_ids = [], [], [], []
     for start in range(0, len(packed), rows_per_batch):
         rows = [Row(tuple(sequences[i] for i in row)) for row in packed[start : start + rows_per_batch]]
-        batch = collate(rows, row_tokens, sequences[0].pixels.shape[-1], vocabulary, "text_before").to(device)
+        batch = collate(rows, row_tokens, sequences[0].pixels.shape[-1], vocabulary, view).to(device)
         hidden_states, pooled = model(batch)
         image, context = model.pair_features(hidden_states, pooled, batch)
         image_parts.append(image.cpu())
         context_parts.append(context.cpu())
         for sequence in (sequence for row in rows for sequence in row.sequences):
-            for slot, shown in zip(sequence.tokens.slots, sequence.pixels, strict=True):
-                if slot.has_context:
-                    pixels.append(shown)
-                    context_ids.append(sequence.tokens.input_ids[: slot.position - 1])
+            tokens = sequence.tokens
+            for position, number in view.readings(tokens)["pairs"]:
+                pixels.append(sequence.pixels[tokens.images.index(number)])
+                start = max(start for start in tokens.starts if start <= position)
+                context_ids.append(tokens.input_ids[start:position])
     return PairFeatures(torch.cat(image_parts), torch.cat(context_parts), np.stack(pixels), context_ids)
 
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lcl_ds.batch import Batch
+from lcl_ds.models.attention import Mode, attention_arguments
 from lcl_ds.models.decoder import build_decoder
 from lcl_ds.models.heads import ContextHead, LMHead, LogitScale
 from lcl_ds.models.pooling import AttentivePooling
@@ -62,31 +63,45 @@ class LCLModel(nn.Module):
         dtype = self.vision.model.dtype
         return self.pooling(self.vision(normalize_images(images, dtype)))
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Decoder states before any final norm, rows laid end to end [R*L, H], and pooled features [M, H]."""
-        pooled, tokens = self.encode_images(batch.images)
+    def decode(self, batch: Batch, image_tokens: Tensor, mode: Mode = "causal") -> Tensor:
+        """Decoder states before any final norm, rows laid end to end [R*L, H].
+
+        Args:
+            image_tokens: [S, N, H], what stands in each slot of ``batch``.
+            mode: what a token sees of its document.
+        """
         embeddings = self.decoder.get_input_embeddings()(batch.input_ids)
         # One image's worth of slots beyond the rows: a rank without images writes its constant image there, so that
         # every rank runs the same modules and the constant image's features reach nothing.
-        flat = F.pad(embeddings.flatten(0, 1), (0, 0, 0, tokens.shape[1]))
-        slots = batch.image_positions[:, None] + torch.arange(tokens.shape[1], device=flat.device)
-        flat = flat.index_copy(0, slots.flatten(), tokens.flatten(0, 1).to(flat.dtype))
-        hidden_states = self.decoder(
-            inputs_embeds=flat[: batch.input_ids.numel()].view_as(embeddings),
-            position_ids=batch.position_ids,
-            use_cache=False,
-        ).last_hidden_state
-        return hidden_states.flatten(0, 1), pooled
+        flat = F.pad(embeddings.flatten(0, 1), (0, 0, 0, image_tokens.shape[1]))
+        places = batch.slot_positions[:, None] + torch.arange(image_tokens.shape[1], device=flat.device)
+        flat = flat.index_copy(0, places.flatten(), image_tokens.flatten(0, 1).to(flat.dtype))
+        inputs_embeds = flat[: batch.input_ids.numel()].view_as(embeddings)
+        attention = attention_arguments(self.decoder, inputs_embeds, batch.position_ids, mode=mode)
+        hidden_states = self.decoder(inputs_embeds=inputs_embeds, use_cache=False, **attention).last_hidden_state
+        return hidden_states.flatten(0, 1)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Decoder states [R*L, H] and pooled features [M, H] with every image in its own slots."""
+        pooled, tokens = self.encode_images(batch.images)
+        return self.decode(batch, tokens.index_select(0, batch.slot_images)), pooled
 
     def pair_features(self, hidden_states: Tensor, pooled: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """L2-normalised image and context features [P, H] of the pairs that count.
+        """L2-normalised image and context features [P, H] of the contrastive pairs.
 
         Normalised in fp32, then in the dtype of the towers: similarities of bf16 features are still summed in fp32, at
         many times the speed.
         """
-        image = pooled.index_select(0, batch.pair_images)
-        context = self.context_head(hidden_states.index_select(0, batch.pair_positions))
+        pairs = batch.readings["pairs"]
+        image = pooled.index_select(0, pairs.images)
+        context = self.context_head(hidden_states.index_select(0, pairs.positions))
         return (
             F.normalize(image.float(), dim=-1).to(image.dtype),
             F.normalize(context.float(), dim=-1).to(context.dtype),
         )
+
+    def contrastive_parts(self) -> tuple[nn.Module | nn.Parameter, ...]:
+        """What only features of contrastive pairs depend on: no loss on decoder states alone reaches it."""
+        pooling = self.pooling
+        attention = pooling.query, pooling.norm_q, pooling.norm_k, pooling.q, pooling.k
+        return self.context_head, self.logit_scale, *attention

@@ -1,0 +1,39 @@
+"""What is trained for: one module per objective, found by its name.
+
+A module holds ``Settings`` (a subclass of :class:`lcl_ds.objectives.common.ObjectiveSettings` whose ``name`` is the
+module's), ``view(settings, image_first_probability)`` (how documents become sequences) and ``Objective(model,
+settings)``. A new objective is a new module here; no other file names it.
+"""
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+import torch
+
+from lcl_ds.data.views import View
+from lcl_ds.models.lcl import LCLModel
+from lcl_ds.objectives.common import Objective, ObjectiveSettings
+
+NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "common"))
+
+
+def objective_module(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def settings_classes() -> tuple[type[ObjectiveSettings], ...]:
+    """The settings of every objective."""
+    return tuple(objective_module(name).Settings for name in NAMES)
+
+
+def view_of(settings: ObjectiveSettings, image_first_probability: float) -> View:
+    """How documents become sequences for the objective that ``settings`` name."""
+    return objective_module(settings.name).view(settings, image_first_probability)
+
+
+def build_objective(model: LCLModel, settings: ObjectiveSettings, seed: int) -> Objective:
+    """The objective that ``settings`` name, around ``model``; its own heads are drawn from ``seed``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return objective_module(settings.name).Objective(model, settings)

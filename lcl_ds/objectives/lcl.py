@@ -1,75 +1,75 @@
 """Latent Compression Learning: contrastive plus generation loss from one causal pass (paper, equation for L)."""
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from lcl_kernels import contrastive_loss
-from torch import Tensor, nn
+from pydantic import Field, model_validator
+from torch import Tensor
 
 from lcl_ds.batch import Batch
+from lcl_ds.data.views import DocumentView
 from lcl_ds.models.lcl import LCLModel
+from lcl_ds.objectives import common
+from lcl_ds.objectives.common import Counts, ObjectiveSettings
 
 
-@dataclass(frozen=True)
-class LossCounts:
-    """What losses are divided by: fp32 scalars on the batch's device, over all ranks and micro-steps of one step."""
+class Settings(ObjectiveSettings):
+    """Latent Compression Learning."""
 
-    labels: Tensor
-    """Labels of the whole step."""
-    pair_share: Tensor
-    """Pairs of this micro-step over all ranks / pairs of the whole step."""
-    pair_counts: list[int] | None = None
-    """Pairs of this micro-step on each rank; None: the ranks ask each other when they need it."""
+    name: Literal["lcl"] = "lcl"
+    contrastive_weight: float = Field(0.1, ge=0, description="Weight of the contrastive loss (paper: 0.1).")
+    generation_weight: float = Field(1.0, ge=0, description="Weight of the generation loss (paper: 1).")
+    context_rule: Literal["text_before", "reference"] = Field(
+        "text_before",
+        description="Which images count in the contrastive loss: those with text of their document before them, or, "
+        "as published, all that do not stand at the very start of a row.",
+    )
+    gather_with_grad: bool = Field(
+        True, description="Whether features also learn as negatives of others (published scripts: yes)."
+    )
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> "Settings":
+        if self.contrastive_weight == 0 and self.generation_weight == 0:
+            raise ValueError("contrastive_weight and generation_weight are both 0: nothing would train")
+        return self
 
 
-class LCLObjective(nn.Module):
-    """``generation_weight * generation + contrastive_weight * contrastive``.
+def view(settings: Settings, image_first_probability: float) -> DocumentView:
+    """Whole documents."""
+    return DocumentView(settings.context_rule, image_first_probability)
 
-    Summed over ranks and micro-steps the returned losses are the means over all labels and all pairs of the step, so
-    they do not depend on how rows are spread.
 
-    Args:
-        model: the network; submodule names of a saved state dict start with ``model.``.
-        contrastive_weight, generation_weight: weights in the total (paper: 0.1 and 1).
-        normalize: ``"global"``, or ``"per_rank"`` for the published code's per-rank means.
-        gather_with_grad: whether features also learn as negatives of others (upstream ``--gather-with-grad``, which the
-            published scripts set).
-    """
+class Objective(common.Objective):
+    """``generation_weight * generation + contrastive_weight * contrastive``."""
 
-    def __init__(
-        self,
-        model: LCLModel,
-        contrastive_weight: float,
-        generation_weight: float,
-        normalize: Literal["global", "per_rank"] = "global",
-        gather_with_grad: bool = True,
-    ):
-        super().__init__()
-        self.model = model
-        self.contrastive_weight = contrastive_weight
-        self.generation_weight = generation_weight
-        self.normalize = normalize
-        self.gather_with_grad = gather_with_grad
+    losses: ClassVar[tuple[str, ...]] = ("contrastive_loss", "generation_loss")
 
-    def forward(self, batch: Batch, counts: LossCounts) -> dict[str, Tensor]:
-        """This rank's shares of ``loss`` (weighted total), ``contrastive_loss`` and ``generation_loss``, and the
-        ``logit_scale`` [1] that was used."""
+    def __init__(self, model: LCLModel, settings: Settings):
+        super().__init__(model)
+        self.settings = settings
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {"labels": len(batch.labels), "pairs": len(batch.readings["pairs"])}
+
+    def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+        """Shares of the losses, and the ``logit_scale`` [1] that was used."""
         hidden_states, pooled = self.model(batch)
         states = hidden_states.index_select(0, batch.label_positions)
-        generation = self.model.lm_head(states, batch.labels, counts.labels)
+        generation = self.model.lm_head(states, batch.labels, counts["labels"].divisor)
         image, context = self.model.pair_features(hidden_states, pooled, batch)
         scale = self.model.logit_scale()
-        contrastive = counts.pair_share * contrastive_loss(
+        contrastive = counts["pairs"].share * contrastive_loss(
             image,
             context,
             scale,
-            normalize=self.normalize,
-            detach_keys=not self.gather_with_grad,
-            counts=counts.pair_counts,
+            normalize=self.settings.normalize,
+            detach_keys=not self.settings.gather_with_grad,
+            counts=counts["pairs"].per_rank,
         )
-        total = self.generation_weight * generation + self.contrastive_weight * contrastive
+        settings = self.settings
         return {
-            "loss": total,
+            "loss": settings.generation_weight * generation + settings.contrastive_weight * contrastive,
             "contrastive_loss": contrastive,
             "generation_loss": generation,
             "logit_scale": scale.detach(),

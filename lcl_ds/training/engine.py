@@ -13,8 +13,7 @@ from pydantic import ValidationError
 
 from lcl_ds.config import Config
 from lcl_ds.errors import UserError
-from lcl_ds.models.lcl import LCLModel
-from lcl_ds.objectives.lcl import LCLObjective
+from lcl_ds.objectives.common import Objective
 from lcl_ds.training.distributed import Place
 from lcl_ds.training.optimizer import BoundedAdamW, parameter_groups
 
@@ -141,18 +140,7 @@ def _guards_itself(stage: int, config: Config) -> bool:
     return stage == 0 and config.precision == "fp32"
 
 
-def build_objective(model: LCLModel, config: Config) -> LCLObjective:
-    """The objective that the settings name, around ``model``."""
-    return LCLObjective(
-        model,
-        config.objective.contrastive_weight,
-        config.objective.generation_weight,
-        "global" if config.objective.normalization == "global" else "per_rank",
-        config.objective.gather_with_grad,
-    )
-
-
-def start_engine(objective: LCLObjective, config: Config, ds_config: dict[str, Any], place: Place) -> Any:
+def start_engine(objective: Objective, config: Config, ds_config: dict[str, Any], place: Place) -> Any:
     """Partition ``objective`` under DeepSpeed and log how.
 
     Args:
@@ -170,7 +158,10 @@ def start_engine(objective: LCLObjective, config: Config, ds_config: dict[str, A
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)
     if place.is_first:
         logger.info(
-            "world size %d, ZeRO stage %d, %s on %s; %s parameters, %s per rank; groups: %s",
+            "%s, decoder passes per sample %d; world size %d, ZeRO stage %d, %s on %s; %s parameters, %s per rank; "
+            "groups: %s",
+            config.objective.name,
+            objective.decoder_passes,
             place.world_size,
             engine.zero_optimization_stage(),
             config.precision,

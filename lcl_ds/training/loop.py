@@ -14,7 +14,7 @@ from torch import Tensor
 from lcl_ds.batch import Batch
 from lcl_ds.config import Config
 from lcl_ds.data.loader import BatchLoader
-from lcl_ds.objectives.lcl import LossCounts
+from lcl_ds.objectives.common import Count, Counts, Objective
 from lcl_ds.training.checkpoint import Progress, save_checkpoint
 from lcl_ds.training.distributed import Place, all_reduce_sum, gather_integers, gather_objects
 from lcl_ds.training.monitor import Monitor
@@ -24,7 +24,6 @@ from lcl_ds.training.throughput import flops_per_token, peak_flops
 
 logger = logging.getLogger(__name__)
 
-LOSSES = ("loss", "contrastive_loss", "generation_loss")
 COUNTS = ("images", "documents", "tokens", "text_tokens", "skipped_samples")
 
 
@@ -39,6 +38,15 @@ class Trainer:
     run_dir: Path
     vocab_size: int
     progress: Progress
+
+    @property
+    def objective(self) -> Objective:
+        return self.engine.module
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """What is logged, the weighted total first."""
+        return "loss", *self.objective.losses
 
     def train(self) -> int | None:
         """Run to the last step.
@@ -90,39 +98,44 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group["learning_rate_factor"]
         batches = [batch.to(self.place.device) for batch in batches]
-        sums = torch.zeros(len(LOSSES), dtype=torch.float64, device=self.place.device)
+        sums = torch.zeros(len(self.losses), dtype=torch.float64, device=self.place.device)
         for batch, counts in zip(batches, self._loss_counts(batches), strict=True):
             outputs = self.engine(batch, counts)
             # DeepSpeed averages gradients over ranks; the losses are shares of a sum over ranks.
             self.engine.backward(outputs["loss"] * self.place.world_size, scale_wrt_gas=False)
-            sums += torch.stack([outputs[name].detach() for name in LOSSES])
+            sums += torch.stack([outputs[name].detach() for name in self.losses])
             self.engine.step()
         applied = self.engine.was_step_applied()
         self._advance(applied, batches)
         mine = sums.new_tensor([*self._counts(batches), float(stop_signal > 0)])
         totals = all_reduce_sum(torch.cat([sums, mine])).tolist()
         step_s = time.perf_counter() - started
-        metrics = self._metrics(totals, float(outputs["logit_scale"]), lr, applied, step_s, data_s)
+        metrics = self._metrics(totals, outputs.get("logit_scale"), lr, applied, step_s, data_s)
         return metrics, (stop_signal or signal.SIGTERM) if totals[-1] else 0
 
-    def _loss_counts(self, batches: list[Batch]) -> list[LossCounts]:
+    def _loss_counts(self, batches: list[Batch]) -> list[Counts]:
         """What each micro-step's losses are divided by.
 
         The ranks tell each other before the step, when nothing runs yet, so that no loss has to wait for the device.
         """
-        mine = [sum(len(batch.labels) for batch in batches), *(len(batch.pair_images) for batch in batches)]
-        labels, *pairs = (list(column) for column in zip(*gather_integers(mine, self.place.device), strict=True))
+        mine = [self.objective.counts(batch) for batch in batches]
+        names = list(mine[0])
+        flat = gather_integers([table[name] for table in mine for name in names], self.place.device)
+        table = torch.tensor(flat).view(self.place.world_size, len(batches), len(names))
+        as_published = self.config.objective.normalization == "reference"
+        parts = self.place.world_size * len(batches)
 
-        def scalar(value: float) -> Tensor:
-            return torch.tensor(value, dtype=torch.float32).to(self.place.device, non_blocking=True)
+        def count(step: int, number: int) -> Count:
+            everywhere = max(1, int(table[:, :, number].sum()))
+            per_rank = table[:, step, number].tolist()
+            if as_published:  # every rank's own mean, averaged over ranks and micro-steps
+                divisor, share = max(1, per_rank[self.place.rank]) * parts, 1 / parts
+            else:
+                divisor, share = everywhere, sum(per_rank) / everywhere
+            both = torch.tensor([divisor, share], dtype=torch.float32).to(self.place.device, non_blocking=True)
+            return Count(both[0], both[1], per_rank)
 
-        if self.config.objective.normalization == "reference":
-            # As published: every rank's own mean, averaged over ranks and micro-steps.
-            parts = self.place.world_size * len(batches)
-            divisors = [scalar(max(1, len(batch.labels)) * parts) for batch in batches]
-            return [LossCounts(d, scalar(1 / parts), counts) for d, counts in zip(divisors, pairs, strict=True)]
-        all_labels, all_pairs = scalar(max(1, sum(labels))), max(1, sum(map(sum, pairs)))
-        return [LossCounts(all_labels, scalar(sum(counts) / all_pairs), counts) for counts in pairs]
+        return [{name: count(step, n) for n, name in enumerate(names)} for step in range(len(batches))]
 
     def _advance(self, applied: bool, batches: list[Batch]) -> None:
         self.progress.step += 1
@@ -148,16 +161,16 @@ class Trainer:
         return [float(sum(column)) for column in zip(*rows, strict=True)]
 
     def _metrics(
-        self, totals: list[float], logit_scale: float, lr: float, applied: bool, step_s: float, data_s: float
+        self, totals: list[float], logit_scale: Tensor | None, lr: float, applied: bool, step_s: float, data_s: float
     ) -> dict[str, Any]:
-        losses = dict(zip(LOSSES, totals, strict=False))
-        counts = {name: int(n) for name, n in zip(COUNTS, totals[len(LOSSES) :], strict=False)}
+        losses = dict(zip(self.losses, totals, strict=False))
+        counts = {name: int(n) for name, n in zip(COUNTS, totals[len(losses) :], strict=False)}
         skipped = counts.pop("skipped_samples")
         slots = self.config.train.global_batch_rows * self.config.data.row_tokens
         metrics = {
             "step": self.progress.step,
             **losses,
-            "logit_scale": logit_scale,
+            **({} if logit_scale is None else {"logit_scale": float(logit_scale)}),
             "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
             "lr": lr,
             **counts,

@@ -84,9 +84,10 @@ class Monitor:
         average = self._seconds_per_step or metrics["step_s"]
         self._seconds_per_step = 0.95 * average + 0.05 * metrics["step_s"]
         left = int((self.total_steps - metrics["step"]) * self._seconds_per_step)
+        losses = "  ".join(f"{k.removesuffix('_loss')} {v:.3f}" for k, v in metrics.items() if k.endswith("_loss"))
         text = (
             f"step {metrics['step']}/{self.total_steps}  ETA {left // 60}:{left % 60:02d}  "
-            f"contrastive {metrics['contrastive_loss']:.3f}  generation {metrics['generation_loss']:.3f}  "
+            f"{losses}  "
             f"{metrics['images_per_s']:.0f} images/s  {metrics['tokens_per_s']:.0f} tokens/s"
         )
         if self._progress is not None:

@@ -54,7 +54,8 @@ def parameter_groups(model: nn.Module, settings: TrainSettings, log_scale_bounds
     """Groups by module type, name and learning-rate factor, made before ZeRO flattens shapes.
 
     Decay acts on matrices and token embeddings; not on norms, biases, position and class embeddings, the pooling
-    query and the temperature. Weights of a part whose factor is 0 stay out, and need no gradient any more.
+    query and the temperature. Weights that the objective froze stay out, and so do those of a part whose factor is 0,
+    which need no gradient any more.
 
     Raises:
         AssertionError: no weight of a kind was found, which means that names no longer match.
@@ -65,7 +66,7 @@ def parameter_groups(model: nn.Module, settings: TrainSettings, log_scale_bounds
     for module_name, module in model.named_modules():
         for name, weight in module.named_parameters(module_name, recurse=False):
             factor = settings.learning_rate_factors.get(part_of(name), 1.0)
-            if factor == 0:
+            if factor == 0 or not weight.requires_grad:
                 weight.requires_grad_(False)
             elif isinstance(module, LogitScale):
                 kinds.setdefault(("logit_scale", factor), []).append((name, weight))
@@ -74,7 +75,7 @@ def parameter_groups(model: nn.Module, settings: TrainSettings, log_scale_bounds
             else:
                 kinds.setdefault(("decay", factor), []).append((name, weight))
     found = {kind for (kind, _), weights in kinds.items() if weights}
-    assert found == {"decay", "no_decay", "logit_scale"} or settings.learning_rate_factors, "names no longer match"
+    assert found >= {"decay", "no_decay"} or settings.learning_rate_factors, "names no longer match"
     return [
         _group(
             kind,
@@ -89,9 +90,9 @@ def parameter_groups(model: nn.Module, settings: TrainSettings, log_scale_bounds
 
 
 def part_of(name: str) -> Part:
-    """Which part of :class:`LCLModel` a weight belongs to."""
+    """Which part of :class:`LCLModel` a weight belongs to; an objective's own weights count as heads."""
     top = name.removeprefix("model.").split(".")[0]
-    return "heads" if top in ("lm_head", "context_head", "logit_scale") else top  # type: ignore[return-value]
+    return top if top in ("vision", "pooling", "decoder") else "heads"  # type: ignore[return-value]
 
 
 def _group(

@@ -11,12 +11,14 @@ from rich.console import Console
 from torch import distributed as dist
 
 from lcl_ds.config import Config
+from lcl_ds.data.lanes import LaneSettings
 from lcl_ds.data.loader import BatchLoader
 from lcl_ds.data.open_data import OpenData, lane_settings, open_data
 from lcl_ds.data.shards import expand_paths, index_shard
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.closing import closing_table, evaluate_model
 from lcl_ds.models.build import build_model, image_size, tokens_per_image
+from lcl_ds.objectives import build_objective, view_of
 from lcl_ds.report import write_report
 from lcl_ds.training.checkpoint import (
     Progress,
@@ -29,7 +31,7 @@ from lcl_ds.training.checkpoint import (
     resolve_checkpoint,
 )
 from lcl_ds.training.distributed import Place, init_distributed
-from lcl_ds.training.engine import build_objective, complete_ds_config, rows_per_micro_step, start_engine
+from lcl_ds.training.engine import complete_ds_config, rows_per_micro_step, start_engine
 from lcl_ds.training.loop import Trainer
 from lcl_ds.training.monitor import write_run_files
 
@@ -89,10 +91,9 @@ def prepare(
     state = read_state(checkpoint) if checkpoint else None
     loader = BatchLoader(
         data.sources,
-        lane_settings(config, tokens_per_image(config.model), image_size(config.model)),
+        row_settings(config),
         data.tokenizer,
         rows_per_micro_step(config, place.world_size),
-        config.objective.context_rule,
         place.rank,
         place.world_size,
         config.data.workers,
@@ -104,15 +105,22 @@ def prepare(
         check_resumable(checkpoint, state, place.world_size, stage)
     vocab_size = data.tokenizer.vocabulary.size
     model = build_model(config.model, vocab_size, config.data.row_tokens, config.seed("init"))
+    objective = build_objective(model, config.objective, config.seed("init"))
     # A model with dropout draws from torch's generator: apart on every rank, the same in every run.
     torch.manual_seed(config.train.seed + place.rank)
-    engine = start_engine(build_objective(model, config), config, ds_config, place)
+    engine = start_engine(objective, config, ds_config, place)
     progress = Progress(**state["progress"]) if state else Progress()
     if checkpoint:
         load_engine(engine, checkpoint)
         if place.is_first:
             logger.info("continuing %s at step %d", checkpoint, progress.step)
     return Trainer(engine, loader, config, place, run_dir, vocab_size, progress)
+
+
+def row_settings(config: Config) -> LaneSettings:
+    """What rows are made of, for the objective and the image size of ``config``."""
+    view = view_of(config.objective, config.data.image_first_probability)
+    return lane_settings(config, view, tokens_per_image(config.model), image_size(config.model))
 
 
 def open_checked_data(config: Config) -> OpenData:
@@ -198,22 +206,22 @@ def dry_run(config: Config, ds_config: dict[str, Any]) -> str:
         YAML with sample counts, parameters by part and one batch.
     """
     data = open_checked_data(config)
-    settings = lane_settings(config, tokens_per_image(config.model), image_size(config.model))
     complete = complete_ds_config(ds_config, config, 1)
     rows = rows_per_micro_step(config, 1)
     model = build_model(config.model, data.tokenizer.vocabulary.size, config.data.row_tokens, config.seed("init"))
-    batch = next(BatchLoader(data.sources, settings, data.tokenizer, rows, config.objective.context_rule))
+    objective = build_objective(model, config.objective, config.seed("init"))
+    batch = next(BatchLoader(data.sources, row_settings(config), data.tokenizer, rows))
     return yaml.safe_dump(
         {
             "samples": {source.name: len(source) for source in data.sources},
             "vocabulary": data.tokenizer.vocabulary.size,
             "parameters": {n: sum(w.numel() for w in part.parameters()) for n, part in model.named_children()},
+            "objective": {"name": config.objective.name, "decoder_passes_per_sample": objective.decoder_passes},
             "first_micro_batch_of_one_rank": {
                 "rows": rows,
                 "tokens": batch.token_count,
                 "images": batch.image_count,
-                "pairs": len(batch.pair_images),
-                "labels": len(batch.labels),
+                **objective.counts(batch),
                 "padding_fraction": 1 - batch.token_count / batch.input_ids.numel(),
             },
             "ds_config": complete,

@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
-from lcl_ds.objectives.lcl import LCLObjective, LossCounts
+from lcl_ds.objectives import NAMES, build_objective
+from lcl_ds.objectives.common import local_counts
 from lcl_ds.training.checkpoint import load_model, resolve_checkpoint
 from tests.distributed.ranks import on_ranks
 from tests.distributed.workers import STAGES, THREE_STEPS, batch_of_rank
-from tests.small import merged, small_model
+from tests.small import lcl_objective, merged, small_config, small_model, three_documents
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +23,9 @@ def reference():
     """Loss and gradients of one process that sees both ranks' rows."""
     results = {}
     for case in ("both", "first", "none"):
-        objective = LCLObjective(small_model(), 0.1, 1.0)
+        objective = lcl_objective(small_model())
         batch = merged(batch_of_rank(case, 0), batch_of_rank(case, 1))
-        losses = objective(batch, LossCounts(torch.tensor(float(len(batch.labels))), torch.tensor(1.0)))
+        losses = objective(batch, *local_counts(objective, batch))
         losses["loss"].backward()
         results[case] = losses["loss"].detach(), {n: w.grad for n, w in objective.named_parameters()}
     return results
@@ -47,6 +48,38 @@ def test_gradients_equal_one_process_also_where_ranks_have_no_images(gradients, 
 def test_the_first_loss_is_the_same_at_every_stage(gradients):
     losses = [gradients[0][f"{stage} both"]["loss"].item() for stage in STAGES]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def objectives(tmp_path_factory):
+    return on_ranks(2, "objectives", tmp_path_factory.mktemp("objectives"), timeout=240)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_objective_at_stage_3_computes_what_one_process_computes(objectives, name):
+    config = small_config(f"objective.name={name}")
+    objective = build_objective(small_model(config), config.objective, seed=0)
+    batch = merged(three_documents(config, seed=0), three_documents(config, seed=1))
+    losses = objective(batch, *local_counts(objective, batch))
+    losses["loss"].backward()
+    for rank in objectives:
+        found = rank[name]
+        if name == "blip2":  # a rank draws mismatched images among its own
+            assert found["loss"] == pytest.approx(losses["loss"].item(), rel=0.2)
+            continue
+        torch.testing.assert_close(found["loss"], losses["loss"].detach(), rtol=1e-5, atol=0)
+        for n, gradient in found["gradients"].items():
+            expected = objective.get_parameter(n).grad
+            assert (gradient - expected).norm() <= 1e-5 * expected.norm() + 1e-7, n
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_weight_that_an_objective_trains_moves_and_no_other(objectives, name):
+    config = small_config(f"objective.name={name}")
+    objective = build_objective(small_model(config), config.objective, seed=0)
+    before, after = objectives[0][name]["before"], objectives[0][name]["after"]
+    for n, weight in objective.named_parameters():
+        assert torch.equal(before[n], after[n]) != weight.requires_grad, n
 
 
 @pytest.fixture(scope="module")

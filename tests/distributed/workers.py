@@ -11,11 +11,19 @@ from deepspeed.utils import safe_get_full_grad
 
 from lcl_ds.batch import Batch
 from lcl_ds.config import Config
+from lcl_ds.objectives import NAMES, build_objective
 from lcl_ds.training.checkpoint import Progress
 from lcl_ds.training.distributed import Place, all_reduce_sum, init_distributed
-from lcl_ds.training.engine import build_objective, complete_ds_config, start_engine
+from lcl_ds.training.engine import complete_ds_config, start_engine
 from lcl_ds.training.loop import Trainer
-from tests.small import VOCABULARY, batch_with_images, batch_without_images, small_config, small_model
+from tests.small import (
+    VOCABULARY,
+    batch_with_images,
+    batch_without_images,
+    small_config,
+    small_model,
+    three_documents,
+)
 
 STAGES = (0, 1, 2, 3)
 THREE_STEPS = ((0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16"))
@@ -41,7 +49,7 @@ def trainer_of(config: Config, stage: int, place: Place, batches: list[Batch], r
     # No parameter is small enough to stay whole: partitioning is what is tested.
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     ds_config = complete_ds_config({"zero_optimization": zero}, config, place.world_size)
-    engine = start_engine(build_objective(small_model(config), config), config, ds_config, place)
+    engine = start_engine(build_objective(small_model(config), config.objective, 0), config, ds_config, place)
     run_dir.mkdir(parents=True, exist_ok=True)
     return Trainer(engine, GivenBatches(batches), config, place, run_dir, VOCABULARY.size, Progress())
 
@@ -89,6 +97,32 @@ def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     named = list(trainer.engine.module.named_parameters())
     with deepspeed.zero.GatheredParameters([weight for _, weight in named]):
         return {name: weight.detach().clone() for name, weight in named}
+
+
+def objectives(place: Place, folder: Path) -> dict[str, Any]:
+    """For each objective at stage 3: loss and full gradients of a first step, then weights before and after a few."""
+    results = {}
+    for name in NAMES:
+        config = small_config(
+            f"objective.name={name}", "train.global_batch_rows=6", "train.steps=3", "train.warmup_steps=0"
+        )
+        batches = [three_documents(config, seed=10 * step + place.rank) for step in range(3)]
+        trainer = trainer_of(config, 3, place, batches, folder / name)
+        first = three_documents(config, seed=place.rank)
+        losses = trainer.engine(first, *trainer._loss_counts([first]))
+        trainer.engine.backward(losses["loss"] * place.world_size, scale_wrt_gas=False)
+        learning = {n: w for n, w in trainer.engine.module.named_parameters() if w.requires_grad}
+        gradients = {n: safe_get_full_grad(weight).clone() for n, weight in learning.items()}
+        trainer.engine.zero_grad()
+        before = full_weights(trainer)
+        trainer.train()
+        results[name] = {
+            "loss": all_reduce_sum(losses["loss"].detach().clone()),
+            "gradients": gradients,
+            "before": before,
+            "after": full_weights(trainer),
+        }
+    return results
 
 
 def non_finite(place: Place, folder: Path) -> dict[str, Any]:

@@ -16,10 +16,12 @@ from safetensors import safe_open
 from torch.nn import functional as F
 
 from lcl_ds.data.packing import PackedSequence, Row, collate, pack
+from lcl_ds.data.views import DocumentView
 from lcl_ds.models.lcl import LCLModel
 from lcl_ds.models.reference import PAD, Reference, load_reference, read_reference_config, to_reference
-from lcl_ds.objectives.lcl import LCLObjective, LossCounts
+from lcl_ds.objectives.common import local_counts
 from lcl_ds.tokens import ImageSlot, TokenSequence
+from tests.small import lcl_objective
 
 FOLDERS = [Path(__file__).parents[1] / "data" / "golden"]
 if extra := os.environ.get("LCL_GOLDEN_DIR"):
@@ -53,9 +55,9 @@ def sequences_of(golden: Golden, reference: Reference) -> list[PackedSequence]:
         ids = padded[: len(np.trim_zeros(padded, "b"))] if PAD == 0 else padded
         starts = np.nonzero(ids == reference.vocabulary.soi)[0] + 1
         slots = tuple(ImageSlot(i, int(start), has_context=True) for i, start in enumerate(starts))
-        pixels = images[used : used + len(slots)]
+        numbers, pixels = tuple(range(len(slots))), images[used : used + len(slots)]
         used += len(slots)
-        sequences.append(PackedSequence(f"golden/{number}", TokenSequence(ids, slots), pixels))
+        sequences.append(PackedSequence(f"golden/{number}", TokenSequence(ids, slots, numbers), pixels))
     assert used == len(images)
     return sequences
 
@@ -74,10 +76,12 @@ def run(golden: Golden, layout: str) -> tuple[dict[str, torch.Tensor], LCLModel]
         packed = pack(lengths, [len(s.tokens.slots) for s in sequences], length, 10**6)
         order = sorted(packed, key=min)
         rows = [Row(tuple(sequences[i] for i in sorted(row))) for row in order]
-    batch = collate(rows, length, reference.model.vision.hf_keys["image_size"], reference.vocabulary, "reference")
+    batch = collate(
+        rows, length, reference.model.vision.hf_keys["image_size"], reference.vocabulary, DocumentView("reference")
+    )
     # The files were computed without --gather-with-grad: keys are constants, also in one process.
-    objective = LCLObjective(model, *golden.weighting, gather_with_grad=False)
-    losses = objective(batch, LossCounts(torch.tensor(float(len(batch.labels))), torch.tensor(1.0)))
+    objective = lcl_objective(model, *golden.weighting, gather_with_grad=False)
+    losses = objective(batch, *local_counts(objective, batch))
     losses["loss"].backward()
     with torch.no_grad():
         hidden, pooled = model(batch)
@@ -93,7 +97,7 @@ def run(golden: Golden, layout: str) -> tuple[dict[str, torch.Tensor], LCLModel]
     }
     if layout == "packed":  # packing changes the order of the images; bring them back
         where = [i for row in rows for s in row.sequences for i in image_numbers(s, sequences)]
-        pairs = [where[i] for i in batch.pair_images.tolist()]
+        pairs = [where[i] for i in batch.readings["pairs"].images.tolist()]
         actual["encode_image"] = actual["encode_image"][np.argsort(where)]
         for name in ("image_features", "text_features"):
             actual[name] = actual[name][np.argsort(pairs)]

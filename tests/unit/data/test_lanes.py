@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from lcl_ds.data.lanes import Lane, LaneSettings, without_images
+from lcl_ds.data.lanes import Lane, LaneSettings
 from lcl_ds.data.loader import BatchLoader, merge_states
 from lcl_ds.data.shards import Source, expand_paths, index_shard
+from lcl_ds.data.views import without_images
 from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer, Vocabulary, encode_sequence
 from tests.unit.data.test_shards import write_tar
@@ -95,7 +96,7 @@ def test_each_seed_changes_its_own_part(sources, tokenizer, seed):
 def batches_of(sources, tokenizer, world_size, workers, count, rows=8, state=None):
     """The first global micro-batches as sets of rows, whatever the split."""
     loaders = [
-        BatchLoader(sources, SETTINGS, tokenizer, rows // world_size, "text_before", rank, world_size, workers, state)
+        BatchLoader(sources, SETTINGS, tokenizer, rows // world_size, rank, world_size, workers, state)
         for rank in range(world_size)
     ]
     steps = []

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from lcl_ds.data.packing import PackedSequence, Row, collate, pack
+from lcl_ds.data.views import DocumentView
 from lcl_ds.tokens import Vocabulary, encode_sequence
 
 VOCABULARY = Vocabulary(text_size=50)
@@ -17,7 +18,7 @@ def packed(key, segments, value=0):
 
 
 def batch_of(*rows, rule="text_before"):
-    return collate([Row(tuple(row)) for row in rows], ROW, SIZE, VOCABULARY, rule)
+    return collate([Row(tuple(row)) for row in rows], ROW, SIZE, VOCABULARY, DocumentView(rule))
 
 
 def test_pack_uses_every_sequence_once_within_both_budgets():
@@ -41,12 +42,13 @@ def test_positions_restart_in_every_document_and_in_padding():
 def test_flat_positions_point_at_placeholders_and_soi():
     batch = batch_of([packed("a", ["xx", 0])], [packed("b", [0, "y"]), packed("c", ["z", 0, 1])])
     flat = batch.input_ids.flatten()
-    for position in batch.image_positions.tolist():
+    for position in batch.slot_positions.tolist():
         assert (flat[position : position + N] == VOCABULARY.image).all()
         assert flat[position - 1] == VOCABULARY.soi
         assert flat[position + N] == VOCABULARY.eoi
-    assert batch.pair_images.tolist() == [0, 2, 3]
-    assert torch.equal(batch.pair_positions, batch.image_positions[batch.pair_images] - 1)
+    assert batch.readings["pairs"].images.tolist() == [0, 2, 3]
+    pairs = batch.readings["pairs"]
+    assert torch.equal(pairs.positions, batch.slot_positions[pairs.images] - 1)
 
 
 def test_labels_never_cross_documents():
@@ -57,16 +59,16 @@ def test_labels_never_cross_documents():
 
 def test_the_reference_rule_counts_all_images_but_one_at_the_very_start_of_a_sequence():
     rows = [packed("a", [0, "x"]), packed("b", [0, "y"])]
-    assert batch_of(rows).pair_images.tolist() == []
-    assert batch_of(rows, rule="reference").pair_images.tolist() == [0, 1]
+    assert batch_of(rows).readings["pairs"].images.tolist() == []
+    assert batch_of(rows, rule="reference").readings["pairs"].images.tolist() == [0, 1]
 
 
 def test_without_images_one_constant_image_stands_beyond_the_rows():
     batch = batch_of([packed("a", ["xx"])])
     assert batch.image_count == 0
     assert batch.images.shape == (1, 3, SIZE, SIZE)
-    assert batch.image_positions.tolist() == [ROW]
-    assert len(batch.pair_images) == 0
+    assert batch.slot_positions.tolist() == [ROW]
+    assert len(batch.readings["pairs"]) == 0
 
 
 def test_counts_and_keys():

@@ -1,0 +1,129 @@
+"""Train each objective on the same images and compare the encoders: ``python launch/compare_objectives.py``.
+
+Every run is ``launch/train.py`` with one setting changed. Rows per step are chosen so that a step holds about as many
+images as the recipe's own objective sees, and steps so that every run sees ``--images`` of them. A run that is finished
+is not repeated, so the comparison can be stopped and continued.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from lcl_ds.config import Config, load_config, recipe_path
+from lcl_ds.data.loader import BatchLoader
+from lcl_ds.data.open_data import open_data
+from lcl_ds.objectives import NAMES, objective_module
+from lcl_ds.training.run import row_settings
+
+HERE = Path(__file__).resolve().parent
+SAMPLED_ROWS = 128
+"""Rows that images per row are measured on."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", default="demo")
+    parser.add_argument("--ds_config", type=Path, default=HERE.parent / "ds_configs" / "zero3.json")
+    parser.add_argument("--objectives", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--images", type=int, default=20_000, help="images that every run sees")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/objectives"))
+    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    arguments = parser.parse_intermixed_args(argv)
+    recipe = recipe_path(arguments.recipe)
+    wanted = images_per_row(load_config(recipe, arguments.overrides))
+    results = {}
+    for name in arguments.objectives:
+        overrides = [*arguments.overrides, f"objective.name={name}"]
+        config = load_config(recipe, overrides)
+        per_row = images_per_row(config)
+        rows = max(1, round(config.train.global_batch_rows * wanted / per_row))
+        steps = max(1, round(arguments.images / (rows * per_row)))
+        overrides += [f"train.global_batch_rows={rows}", f"train.steps={steps}", "checkpoint.keep=1"]
+        folders = []
+        for seed in arguments.seeds:
+            folders.append(arguments.out / f"{name}-{seed}")
+            command = [sys.executable, str(HERE / "train.py"), "--ds_config", str(arguments.ds_config)]
+            command += ["--recipe", str(recipe), "--run_dir", str(folders[-1]), *overrides, f"train.seed={seed}"]
+            subprocess.run(command, check=True)
+        results[name] = {"rows_per_step": rows, "steps": steps, **summary(name, folders)}
+    Console().print(table_of(results))
+    if arguments.json:
+        versions = {name: metadata.version(name) for name in ("torch", "transformers", "deepspeed")}
+        record = {
+            "command": "python launch/compare_objectives.py " + " ".join(argv or sys.argv[1:]),
+            "date": date.today().isoformat(),
+            "machine": f"CPU, {platform.machine()}",
+            "versions": versions,
+            "results": results,
+        }
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def images_per_row(config: Config) -> float:
+    """Mean over the first rows of the stream."""
+    data = open_data(config.data)
+    batch = next(BatchLoader(data.sources, row_settings(config), data.tokenizer, SAMPLED_ROWS))
+    return batch.image_count / SAMPLED_ROWS
+
+
+def summary(name: str, folders: list[Path]) -> dict[str, Any]:
+    """Figures of the runs of one objective, lists over seeds."""
+    metrics = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+    evaluations = [json.loads((folder / "evaluation.json").read_text()) for folder in folders]
+    losses = objective_module(name).Objective.losses
+    return {
+        "decoder_passes_per_sample": objective_module(name).Objective.decoder_passes,
+        "images": [sum(row["images"] for row in rows) for rows in metrics],
+        "decoder_tokens_per_image": [
+            sum(row["tokens"] for row in rows) / sum(row["images"] for row in rows) for rows in metrics
+        ],
+        "losses": {
+            loss: {
+                "first": [float(np.mean([row[loss] for row in rows[:10]])) for rows in metrics],
+                "last": [float(np.mean([row[loss] for row in rows[-10:]])) for rows in metrics],
+            }
+            for loss in losses
+        },
+        "probe": {
+            label: {kind: [e["probe"][label][kind] for e in evaluations] for kind in evaluations[0]["probe"][label]}
+            for label in evaluations[0]["probe"]
+        },
+    }
+
+
+def table_of(results: dict[str, Any]) -> Table:
+    """Probe accuracies as mean and range over seeds, with what they cost."""
+    labels = list(next(iter(results.values()))["probe"])
+    table = Table(title="Linear probe after equal images seen: mean (lowest to highest seed)")
+    table.add_column("objective")
+    for column in ("images", "decoder passes", "decoder tokens/image", *labels):
+        table.add_column(column, justify="right")
+    for name, result in results.items():
+        cells = [f"{np.mean(result['images']):,.0f}", str(result["decoder_passes_per_sample"])]
+        cells.append(f"{np.mean(result['decoder_tokens_per_image']):.1f}")
+        table.add_row(name, *cells, *(spread(result["probe"][label]["trained"]) for label in labels))
+    for kind in ("untrained", "raw_pixels", "chance"):
+        cells = [spread([v for r in results.values() for v in r["probe"][label][kind]]) for label in labels]
+        table.add_row(kind.replace("_", " "), "", "", "", *cells, style="dim")
+    return table
+
+
+def spread(values: list[float]) -> str:
+    return f"{np.mean(values):.1%} ({min(values):.1%} to {max(values):.1%})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

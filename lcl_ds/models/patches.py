@@ -1,0 +1,46 @@
+"""Random draws for an image, such as which patches are kept: the same on any device and number of ranks."""
+
+import torch
+from torch import Tensor
+
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+FIRST, SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
+"""Increment and multipliers of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) as signed 64-bit integers."""
+
+
+def patch_order(seeds: Tensor, patches: int) -> Tensor:
+    """A random permutation of each image's patches.
+
+    The permutation sorts a counter-based hash of (seed, patch), made of integer operations alone, so a seed gives the
+    same one on the CPU and on any GPU.
+
+    Args:
+        seeds: int64 [M], one per image.
+        patches: N.
+
+    Returns:
+        int64 [M, N].
+    """
+    return _hashes(seeds, patches).argsort(dim=1, stable=True)
+
+
+def uniform(seeds: Tensor, count: int) -> Tensor:
+    """``count`` numbers for each of ``seeds`` [M], uniform in (0, 1), fp32 [M, count]."""
+    return (_shifted(_hashes(seeds, count), 41) + 0.5) * 2.0**-23
+
+
+def _hashes(seeds: Tensor, count: int) -> Tensor:
+    counters = torch.arange(1, count + 1, device=seeds.device, dtype=torch.int64)
+    return _mixed(_mixed(seeds)[:, None] + counters * GOLDEN)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser; products wrap around."""
+    x = (x ^ _shifted(x, 30)) * FIRST
+    x = (x ^ _shifted(x, 27)) * SECOND
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift: torch's own copies the sign."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)

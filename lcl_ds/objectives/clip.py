@@ -1,0 +1,52 @@
+"""Contrastive loss between images and whole texts, on pairs (Table 1: "Con", CLIP on MMC4-Pair).
+
+Follows CLIP (Radford et al. 2021, section 2.3): symmetric InfoNCE between an image's pooled feature and its text's
+feature, read at the end of the text by a causal text tower. Ours: the text tower is the decoder and the feature goes
+through the context head, so that nothing but the loss differs from LCL.
+"""
+
+from typing import ClassVar, Literal
+
+from lcl_kernels import contrastive_loss
+from torch import Tensor
+
+from lcl_ds.batch import Batch
+from lcl_ds.data.views import PairView
+from lcl_ds.models.lcl import LCLModel
+from lcl_ds.objectives import common
+from lcl_ds.objectives.common import Counts, ObjectiveSettings
+
+
+class Settings(ObjectiveSettings):
+    """CLIP."""
+
+    name: Literal["clip"] = "clip"
+
+
+def view(settings: Settings, image_first_probability: float) -> PairView:
+    """The text alone."""
+    return PairView(("text",))
+
+
+class Objective(common.Objective):
+    """The contrastive loss alone."""
+
+    losses: ClassVar[tuple[str, ...]] = ("contrastive_loss",)
+
+    def __init__(self, model: LCLModel, settings: Settings):
+        super().__init__(model, unused=(model.lm_head,))
+        self.settings = settings
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {"pairs": len(batch.readings["pairs"])}
+
+    def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+        """Shares of the loss, and the ``logit_scale`` [1] that was used."""
+        hidden_states, pooled = self.model(batch)
+        image, text = self.model.pair_features(hidden_states, pooled, batch)
+        scale = self.model.logit_scale()
+        pairs = counts["pairs"]
+        loss = pairs.share * contrastive_loss(
+            image, text, scale, normalize=self.settings.normalize, counts=pairs.per_rank
+        )
+        return {"loss": loss, "contrastive_loss": loss, "logit_scale": scale.detach()}

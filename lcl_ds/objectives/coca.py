@@ -1,0 +1,63 @@
+"""Contrastive and captioning loss on pairs (Table 1: "Con+Cap", CoCa on MMC4-Pair).
+
+Follows CoCa (Yu et al. 2022, section 3.2): the text is read once without the image for the contrastive loss and once
+after the image for the captioning loss, weights 1 and 2. Ours: one decoder of the same size as LCL's does both, in two
+passes, where CoCa adds cross-attention layers to the second; the image is a prefix, as in LCL.
+"""
+
+from typing import ClassVar, Literal
+
+from lcl_kernels import contrastive_loss
+from pydantic import Field
+from torch import Tensor
+
+from lcl_ds.batch import Batch
+from lcl_ds.data.views import PairView
+from lcl_ds.models.lcl import LCLModel
+from lcl_ds.objectives import common
+from lcl_ds.objectives.common import Counts, ObjectiveSettings
+
+
+class Settings(ObjectiveSettings):
+    """CoCa."""
+
+    name: Literal["coca"] = "coca"
+    contrastive_weight: float = Field(1.0, gt=0, description="Weight of the contrastive loss (CoCa: 1).")
+    generation_weight: float = Field(2.0, gt=0, description="Weight of the captioning loss (CoCa: 2).")
+
+
+def view(settings: Settings, image_first_probability: float) -> PairView:
+    """The text alone, and after its image."""
+    return PairView(("text", "caption"))
+
+
+class Objective(common.Objective):
+    """``contrastive_weight * contrastive + generation_weight * captioning``."""
+
+    losses: ClassVar[tuple[str, ...]] = ("contrastive_loss", "generation_loss")
+    decoder_passes: ClassVar[int] = 2
+
+    def __init__(self, model: LCLModel, settings: Settings):
+        super().__init__(model)
+        self.settings = settings
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {"labels": len(batch.labels), "pairs": len(batch.readings["pairs"])}
+
+    def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+        """Shares of the losses, and the ``logit_scale`` [1] that was used."""
+        hidden_states, pooled = self.model(batch)
+        states = hidden_states.index_select(0, batch.label_positions)
+        generation = self.model.lm_head(states, batch.labels, counts["labels"].divisor)
+        image, text = self.model.pair_features(hidden_states, pooled, batch)
+        scale, pairs = self.model.logit_scale(), counts["pairs"]
+        contrastive = pairs.share * contrastive_loss(
+            image, text, scale, normalize=self.settings.normalize, counts=pairs.per_rank
+        )
+        settings = self.settings
+        return {
+            "loss": settings.contrastive_weight * contrastive + settings.generation_weight * generation,
+            "contrastive_loss": contrastive,
+            "generation_loss": generation,
+            "logit_scale": scale.detach(),
+        }

@@ -1,0 +1,45 @@
+"""Next-token loss alone on interleaved documents (Table 1: "Gen", as Flamingo on MMC4).
+
+LCL without its contrastive term (paper, section 3; Flamingo, Alayrac et al. 2022, section 2.4, trains on the same
+loss). Ours: the image is a prefix in the sequence as in LCL, where Flamingo adds cross-attention layers.
+"""
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from lcl_ds.batch import Batch
+from lcl_ds.data.views import DocumentView
+from lcl_ds.models.lcl import LCLModel
+from lcl_ds.objectives import common
+from lcl_ds.objectives.common import Counts, ObjectiveSettings
+
+
+class Settings(ObjectiveSettings):
+    """Generation."""
+
+    name: Literal["generation"] = "generation"
+
+
+def view(settings: Settings, image_first_probability: float) -> DocumentView:
+    """Whole documents."""
+    return DocumentView(image_first_probability=image_first_probability)
+
+
+class Objective(common.Objective):
+    """The generation loss alone."""
+
+    losses: ClassVar[tuple[str, ...]] = ("generation_loss",)
+
+    def __init__(self, model: LCLModel, settings: Settings):
+        super().__init__(model, unused=model.contrastive_parts())
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {"labels": len(batch.labels)}
+
+    def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+        """Shares of the loss."""
+        hidden_states, _ = self.model(batch)
+        states = hidden_states.index_select(0, batch.label_positions)
+        loss = self.model.lm_head(states, batch.labels, counts["labels"].divisor)
+        return {"loss": loss, "generation_loss": loss}

@@ -1,0 +1,93 @@
+"""Masked text and masked patches on interleaved documents (Table 1: "Mask", as BEiT-3 on MMC4).
+
+Follows BEiT-3 (Wang et al. 2022, section 2.2): half of the text tokens of a document with images and two fifths of each
+image's patches are hidden, and a network that sees in both directions predicts them. Ours: the decoder of LCL is that
+network, without its causal mask; hidden patches are grey before they reach the encoder, and what is predicted of them
+is their pixels, each patch normalised by its own mean and deviation (He et al. 2022, MAE, section 3), because BEiT's
+visual tokens come from a pre-trained tokenizer.
+"""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lcl_ds.batch import Batch
+from lcl_ds.data.views import MaskedView
+from lcl_ds.models.lcl import LCLModel
+from lcl_ds.models.patches import patch_order
+from lcl_ds.models.vision import normalize_images
+from lcl_ds.objectives import common
+from lcl_ds.objectives.common import Counts, ObjectiveSettings
+
+
+class Settings(ObjectiveSettings):
+    """Masked modelling."""
+
+    name: Literal["masked"] = "masked"
+    text_share: float = Field(0.5, gt=0, lt=1, description="Share of text tokens that are hidden (BEiT-3: 0.5).")
+    image_share: float = Field(0.4, gt=0, lt=1, description="Share of patches that are hidden (BEiT-3: 0.4).")
+    image_weight: float = Field(1.0, gt=0, description="Weight of the loss on patches.")
+
+
+def view(settings: Settings, image_first_probability: float) -> MaskedView:
+    """Whole documents with hidden text."""
+    return MaskedView(image_first_probability=image_first_probability, text_share=settings.text_share)
+
+
+class Objective(common.Objective):
+    """``generation + image_weight * image``; the generation loss is that of the hidden text tokens."""
+
+    losses: ClassVar[tuple[str, ...]] = ("generation_loss", "image_loss")
+
+    def __init__(self, model: LCLModel, settings: Settings):
+        super().__init__(model, unused=model.contrastive_parts())
+        self.settings = settings
+        width, self.patch_size = model.decoder.config.hidden_size, model.vision.model.config.patch_size
+        self.hidden_patches = max(1, round(settings.image_share * model.vision.patch_tokens))
+        self.pixel_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * self.patch_size**2))
+
+    def counts(self, batch: Batch) -> dict[str, int]:
+        return {"labels": len(batch.labels), "images": batch.image_count}
+
+    def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+        """Shares of the losses; that of images is the mean squared error over hidden patches and their pixels."""
+        pixels = normalize_images(batch.images, self.model.vision.model.dtype)
+        patches = patchify(pixels, self.patch_size)
+        hidden = patch_order(batch.image_seeds, patches.shape[1])[:, : self.hidden_patches]
+        shown = patches.scatter(1, hidden[..., None].expand(-1, -1, patches.shape[2]), 0.0)
+        _, tokens = self.model.encode_images(unpatchify(shown, self.patch_size))
+        hidden_states = self.model.decode(batch, tokens.index_select(0, batch.slot_images), mode="bidirectional")
+        states = hidden_states.index_select(0, batch.label_positions)
+        generation = self.model.lm_head(states, batch.labels, counts["labels"].divisor)
+        image = self._image_loss(hidden_states, patches, hidden, batch) / counts["images"].divisor
+        return {
+            "loss": generation + self.settings.image_weight * image,
+            "generation_loss": generation,
+            "image_loss": image,
+        }
+
+    def _image_loss(self, hidden_states: Tensor, patches: Tensor, hidden: Tensor, batch: Batch) -> Tensor:
+        """Sum over images of the mean over their hidden patches; every image has one slot."""
+        count = batch.image_count  # 0 where the only image is the constant one
+        places = batch.slot_positions[:count, None] + hidden[:count]
+        predicted = self.pixel_head(hidden_states.index_select(0, places.flatten())).float()
+        wanted = patches.float()
+        mean, variance = wanted.mean(-1, keepdim=True), wanted.var(-1, keepdim=True)
+        wanted = (wanted - mean) * (variance + 1e-6).rsqrt()
+        wanted = wanted.gather(1, hidden[..., None].expand(-1, -1, wanted.shape[2]))[:count]
+        return F.mse_loss(predicted, wanted.flatten(0, 1), reduction="sum") / (hidden.shape[1] * wanted.shape[2])
+
+
+def patchify(images: Tensor, size: int) -> Tensor:
+    """[M, C, H, W] -> [M, patches, C * size * size], patches in raster order."""
+    blocks = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [M, C, rows, size, columns, size]
+    return blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, size: int) -> Tensor:
+    """The inverse of :func:`patchify` for square images."""
+    side = round(patches.shape[1] ** 0.5)
+    blocks = patches.unflatten(2, (-1, size, size)).unflatten(1, (side, side))  # [M, rows, columns, C, size, size]
+    return blocks.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
