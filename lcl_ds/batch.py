@@ -58,6 +58,8 @@ class Batch:
     """Samples and images left out since the last batch because they were damaged."""
     keys: tuple[str, ...]
     """``source/key`` of every document, to name them in reports."""
+    sources: dict[str, tuple[int, int]]
+    """Documents and images of each source."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on ``device``; copies do not block the host when the memory is pinned."""

@@ -1,16 +1,17 @@
 """The tree of settings of one run: YAML file plus ``key.sub=value`` overrides, validated at once."""
 
-import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 import yaml
-from pydantic import ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
+from lcl_ds.data.mixing import weight_at
 from lcl_ds.errors import UserError
+from lcl_ds.models.settings import READ_FOLDERS, ModelSettings, Part
 from lcl_ds.objectives import NAMES, settings_classes
 from lcl_ds.objectives.common import ObjectiveSettings
-from lcl_ds.settings import Settings
+from lcl_ds.settings import Settings, suggest
 
 RECIPES = Path(__file__).resolve().parent.parent / "launch" / "recipes"
 
@@ -18,11 +19,23 @@ RECIPES = Path(__file__).resolve().parent.parent / "launch" / "recipes"
 class SourceSettings(Settings):
     """One source of documents or pairs."""
 
-    name: str = Field(min_length=1, description="Name in logs and in resume fingerprints.")
+    name: str = Field(min_length=1, pattern=r"^[^/]*$", description="Name in logs and in resume fingerprints.")
     paths: str | list[str] = Field(
         description="WebDataset tars: path, glob, braces {0000..0099}, URL, pipe:COMMAND, .txt list of them, or a list."
     )
-    weight: float = Field(1.0, gt=0, description="Share of samples drawn from this source, relative to the others.")
+    weight: float | dict[int, float] = Field(
+        1.0, description="Share of draws relative to the other sources; {0: 1, 5000: 0.5}: by step (a curriculum)."
+    )
+
+    @field_validator("weight")
+    @classmethod
+    def _from_the_start(cls, weight: float | dict[int, float]) -> float | dict[int, float]:
+        weights = weight if isinstance(weight, dict) else {0: weight}
+        if min(weights, default=-1) != 0:
+            raise ValueError("by step it must name steps from 0 on")
+        if not all(0 <= w < float("inf") for w in weights.values()) or not any(weights.values()):
+            raise ValueError("must not be negative, nor 0 throughout")
+        return weight
 
 
 class DataSettings(Settings):
@@ -43,6 +56,14 @@ class DataSettings(Settings):
     cache: str = Field("~/.cache/lcl_ds", description="Folder for pipe: streams and indices of remote shards.")
     workers: int = Field(0, ge=0, description="Loader processes per rank; 0 decodes in the training process.")
     lanes: int = Field(64, gt=0, description="Independent streams; a multiple of ranks x workers. Fixed for a run.")
+    mix_by: Literal["samples", "images"] = Field("samples", description="What the sources' weights are shares of.")
+    group_rows: int = Field(
+        1,
+        ge=1,
+        description="Rows that go to one rank together, chosen so that every group has about as many images; "
+        "must divide the rows of a rank's micro-step. 1: rows as they come.",
+    )
+    row_pool: int = Field(64, ge=1, description="Packed rows a lane chooses its groups from.")
     pack_window: int = Field(128, ge=1, description="Documents a lane looks at when it packs rows.")
     block_samples: int = Field(16, ge=1, description="Neighbouring samples shuffled as one block.")
     shuffle_blocks: int = Field(4, ge=1, description="Blocks a lane mixes with each other.")
@@ -66,69 +87,22 @@ class DataSettings(Settings):
         names = [source.name for source in self.shards]
         if len(set(names)) != len(names):
             raise ValueError("shards: two sources have the same name")
+        steps = {step for source in self.shards if isinstance(source.weight, dict) for step in source.weight}
+        for step in sorted({0, *steps}):
+            if not any(weight_at(source.weight, step) for source in self.shards):
+                raise ValueError(f"shards: at step {step} all weights are 0")
+        if self.row_pool < self.group_rows:
+            raise ValueError("row_pool is smaller than group_rows")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError("crop_scale: needs 0 < low <= high <= 1")
         return self
 
 
-class TowerSettings(Settings):
-    """A transformers model by configuration: ``model_type`` plus that family's own configuration keys."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    model_type: str = Field(description="transformers model type: clip_vision_model, llama, gpt2, qwen3, ...")
-    activation_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
-        False, description="Blocks whose activations are recomputed in backward: none, all (true), or every k-th (k)."
-    )
-
-    @property
-    def hf_keys(self) -> dict[str, Any]:
-        """The keys that belong to the transformers configuration."""
-        return dict(self.model_extra or {})
-
-    @model_validator(mode="after")
-    def _known_to_transformers(self) -> "TowerSettings":
-        from transformers import CONFIG_MAPPING
-
-        if self.model_type not in CONFIG_MAPPING:
-            hint = _suggest(self.model_type, CONFIG_MAPPING)
-            raise ValueError(f"model_type: transformers has no {self.model_type!r}{hint}")
-        defaults = CONFIG_MAPPING[self.model_type]()
-        known = {*defaults.to_dict(), *defaults.attribute_map}
-        unknown = [key for key in self.hf_keys if key not in known]
-        if unknown:
-            hints = ", ".join(f"{key!r}{_suggest(key, known)}" for key in unknown)
-            raise ValueError(f"{hints}: no such key in the {self.model_type} configuration")
-        return self
-
-
-class PoolingSettings(Settings):
-    """The attentive pooling and projection head (upstream ``attentive.py``)."""
-
-    num_attention_heads: int = Field(
-        8, ge=1, description="Heads of the learned query; must divide the decoder's width."
-    )
-
-
-class ModelSettings(Settings):
-    """The network."""
-
-    vision: TowerSettings = Field(description="Vision encoder trained from scratch; what is released.")
-    decoder: TowerSettings = Field(description="Causal decoder; thrown away after training.")
-    pooling: PoolingSettings = Field(default_factory=PoolingSettings)
-    logit_scale_init: float = Field(1 / 0.07, gt=1, description="First temperature multiplier of the contrastive loss.")
-    logit_scale_max: float = Field(100.0, gt=1, description="Upper bound of the multiplier after each applied step.")
-
-
 if TYPE_CHECKING:
     AnyObjective = ObjectiveSettings
 else:
     AnyObjective = Annotated[Union[settings_classes()], Field(discriminator="name")]  # noqa: UP007
-
-
-Part = Literal["vision", "pooling", "decoder", "heads"]
-"""Parts of the network; heads are those of the decoder and the temperature."""
 
 
 class TrainSettings(Settings):
@@ -250,17 +224,19 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     given = {key: value for key, value in map(_parse_override, overrides or [])}
     for key, value in given.items():
         _set(tree, key.split("."), value, key)
-    return validate_config(tree, str(path), given)
+    return validate_config(tree, str(path), given, READ_FOLDERS)
 
 
-def validate_config(tree: dict[str, Any], origin: str, overrides: dict[str, Any] | None = None) -> Config:
+def validate_config(
+    tree: dict[str, Any], origin: str, overrides: dict[str, Any] | None = None, context: Any = None
+) -> Config:
     """Validate a tree of plain values; ``origin`` names it in messages.
 
     Raises:
         UserError: with every problem found.
     """
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree, context=context)
     except ValidationError as error:
         raise UserError([_sentence(e, origin, overrides or {}) for e in error.errors()]) from None
 
@@ -291,14 +267,14 @@ def _sentence(error: Any, origin: str, overrides: dict[str, Any]) -> str:
     where = "command line" if given else origin
     match error["type"]:
         case "extra_forbidden":
-            return f"{where}: {key}: unknown setting{_suggest(keys[-1], _fields_at(keys[:-1], branch))}"
+            return f"{where}: {key}: unknown setting{suggest(keys[-1], _fields_at(keys[:-1], branch))}"
         case "missing":
             return f"{where}: {key}: missing"
         case "value_error":
             return f"{where}: {key}: {error['ctx']['error']}"
         case "union_tag_invalid":
             name = error["ctx"]["tag"]
-            return f"{where}: {key}.name: there is no {name!r}{_suggest(name, NAMES)}; there are {', '.join(NAMES)}"
+            return f"{where}: {key}.name: there is no {name!r}{suggest(name, NAMES)}; there are {', '.join(NAMES)}"
         case _:
             return f"{where}: {key}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
 
@@ -317,8 +293,3 @@ def _fields_at(keys: list[str], objective: str) -> list[str]:
 
 def _name_of(objective: Any) -> str:
     return objective.model_fields["name"].default
-
-
-def _suggest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import yaml
 from safetensors.torch import save_file
-from transformers import AutoModel, CLIPImageProcessorPil
+from transformers import AutoModel, CLIPImageProcessorPil, Siglip2ImageProcessorPil
 
 from lcl_ds import __version__
 from lcl_ds.config import Config
@@ -33,7 +33,7 @@ from lcl_ds.models.reference import (
     to_reference,
     write_reference_config,
 )
-from lcl_ds.models.vision import IMAGE_MEAN, IMAGE_STD, normalize_images, patch_tokens
+from lcl_ds.models.vision import image_tokens, released_patch_tokens
 from lcl_ds.tokens import CONTROL_TOKENS, Vocabulary
 from lcl_ds.training.checkpoint import load_config_of, load_model, read_state, resolve_checkpoint
 
@@ -48,10 +48,10 @@ tags: [lcl, vision, {model_type}]
 ---
 # {name}
 
-A vision encoder pre-trained from scratch by Latent Compression Learning ([arXiv 2406.07543](https://arxiv.org/abs/2406.07543))
+A vision encoder pre-trained by Latent Compression Learning ([arXiv 2406.07543](https://arxiv.org/abs/2406.07543))
 {history}: {parameters:,} parameters, {size} px images, patches of {patch} px.
 
-Training reads the **patch tokens after the final norm**; the class token takes part in attention but no loss reads it.
+Training reads the **patch tokens after the final norm**; where there is a class token, no loss reads it.
 
 ```python
 from transformers import {model_class}, {processor_class}
@@ -94,36 +94,30 @@ def release_vision(model: LCLModel, origin: Origin, out: Path) -> str:
         RuntimeError: the release computes other features than the training model.
     """
     encoder = model.vision.model
-    size = encoder.config.image_size
     encoder.save_pretrained(out, safe_serialization=True)
-    processor = CLIPImageProcessorPil(
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=list(IMAGE_MEAN),
-        image_std=list(IMAGE_STD),
-    )
+    processor = image_processor(encoder.config)
     processor.save_pretrained(out)
     released = AutoModel.from_pretrained(out).eval()
     with torch.no_grad():
-        images = normalize_images(torch.from_numpy(origin.pixels), torch.float32)
+        images = model.vision.normalize(torch.from_numpy(origin.pixels))
         ours = model.vision(images)
-        theirs = patch_tokens(released, images)[:, -model.vision.patch_tokens :]
+        theirs = released_patch_tokens(released, images)
     difference = float((ours - theirs).abs().max())
     if not difference <= PARITY_TOLERANCE:
         raise RuntimeError(f"{out}: the released encoder differs from the training model by {difference:.1e}")
-    is_clip = encoder.config.model_type == "clip_vision_model"
-    tokens = "outputs.last_hidden_state[:, 1:]"
+    family = encoder.config.model_type
+    tokens = "outputs.last_hidden_state" + ("" if family.startswith("siglip") else "[:, 1:]")
     card = MODEL_CARD.format(
-        model_type=encoder.config.model_type,
+        model_type=family,
         name=f"{origin.name}: LCL vision encoder",
         history=origin.history,
         parameters=sum(weight.numel() for weight in encoder.parameters()),
-        size=size,
+        size=encoder.config.image_size,
         patch=encoder.config.patch_size,
         model_class=type(encoder).__name__,
         processor_class=type(processor).__name__,
         folder=out.name,
-        features=f"model.post_layernorm({tokens})" if is_clip else tokens,
+        features=f"model.post_layernorm({tokens})" if family == "clip_vision_model" else tokens,
         patches=model.vision.patch_tokens,
         width=encoder.config.hidden_size,
         difference=difference,
@@ -136,6 +130,18 @@ def release_vision(model: LCLModel, origin: Origin, out: Path) -> str:
         f"parity with the training model: max abs difference {difference:.1e} over {len(origin.pixels)} "
         f"{origin.pixels_kind}"
     )
+
+
+def image_processor(config: Any) -> Any:
+    """What makes the tower's inputs from pictures of any size: for SigLIP 2 flattened patches that keep their aspect,
+    for the others a square in the middle."""
+    statistics: dict[str, Any] = {"image_mean": list(config.image_mean), "image_std": list(config.image_std)}
+    if config.model_type == "siglip2_vision_model":
+        return Siglip2ImageProcessorPil(
+            patch_size=config.patch_size, max_num_patches=image_tokens(config), **statistics
+        )
+    size = config.image_size
+    return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}, **statistics)
 
 
 def _pixels_of(config: Config, size: int) -> tuple[np.ndarray, str]:

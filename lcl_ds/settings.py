@@ -1,5 +1,8 @@
 """What every tree of settings is made of."""
 
+import difflib
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -7,3 +10,9 @@ class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, values do not change after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def suggest(word: str, known: Any) -> str:
+    """A hint at the known word that is most like ``word``; empty where none is."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
 
 CONTROL_TOKENS = ("<start_of_text>", "<end_of_text>", "<image>", "<start_of_image>", "<end_of_image>")
 IMAGE_OVERHEAD = 2
@@ -76,6 +77,14 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of ``text`` without any special token."""
         return self._backend.encode(text, add_special_tokens=False).ids
+
+    def difference_to(self, tokenizer_json: Path) -> str | None:
+        """A token to which another tokenizer gives another id, in words; None where there is none, or no such file."""
+        if not tokenizer_json.is_file():
+            return None
+        ours, theirs = self._backend.get_vocab(), Tokenizer.from_file(str(tokenizer_json)).get_vocab()
+        other = [(number, token) for token, number in ours.items() if theirs.get(token, number) != number]
+        return f"{min(other)[1]!r} is {min(other)[0]} here and {theirs[min(other)[1]]} there" if other else None
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``; control tokens are written by name."""

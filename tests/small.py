@@ -10,7 +10,7 @@ from lcl_ds.config import RECIPES, Config, load_config
 from lcl_ds.data.documents import Document
 from lcl_ds.data.packing import PackedSequence, Row, collate
 from lcl_ds.data.views import DocumentView, Encoder
-from lcl_ds.models.build import build_model
+from lcl_ds.models.build import build_model, tokens_per_image
 from lcl_ds.models.lcl import LCLModel
 from lcl_ds.objectives import lcl, view_of
 from lcl_ds.tokens import Vocabulary, encode_sequence
@@ -30,6 +30,14 @@ DECODERS = {
     "gemma3_text": f"{{model_type: gemma3_text, {SIZES}, head_dim: 16}}",
 }
 
+TOWER = f"hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, image_size: {IMAGE_SIZE}, patch_size: 8"
+VISION_TOWERS = {
+    "clip_vision_model": f"{{model_type: clip_vision_model, intermediate_size: 64, {TOWER}}}",
+    "siglip_vision_model": f"{{model_type: siglip_vision_model, intermediate_size: 64, {TOWER}}}",
+    "siglip2_vision_model": f"{{model_type: siglip2_vision_model, intermediate_size: 64, {TOWER}}}",
+    "dinov2": f"{{model_type: dinov2, mlp_ratio: 2, {TOWER}}}",
+}
+
 
 def small_config(*overrides: str, decoder: str = "llama") -> Config:
     """The demo recipe with towers of two layers and width 32."""
@@ -38,8 +46,7 @@ def small_config(*overrides: str, decoder: str = "llama") -> Config:
         [
             "data.demo=null",
             f"data.row_tokens={ROW_TOKENS}",
-            "model.vision={model_type: clip_vision_model, hidden_size: 32, intermediate_size: 64, "
-            f"num_hidden_layers: 2, num_attention_heads: 2, image_size: {IMAGE_SIZE}, patch_size: 8}}",
+            f"model.vision={VISION_TOWERS['clip_vision_model']}",
             "model.pooling.num_attention_heads=2",
             f"model.decoder={DECODERS[decoder]}",
             "train.warmup_steps=2",
@@ -68,7 +75,8 @@ def objective_batch(config: Config, *rows: list[Document], seed: int = 0) -> Bat
     """Documents in rows, seen as the objective of ``config`` sees them; images are noise."""
     rng = np.random.default_rng(seed)
     view = view_of(config.objective, image_first_probability=0.5)
-    encoder = Encoder(lambda text: [ord(c) % 60 for c in text], VOCABULARY, IMAGE_TOKENS, ROW_TOKENS, 9)
+    image_tokens = tokens_per_image(config.model, training=True)
+    encoder = Encoder(lambda text: [ord(c) % 60 for c in text], VOCABULARY, image_tokens, ROW_TOKENS, 9)
     packed = []
     for row in rows:
         sequences = []
@@ -145,4 +153,5 @@ def merged(*batches: Batch) -> Batch:
         token_count=sum(b.token_count for b in batches),
         skipped_samples=0,
         keys=tuple(key for b in batches for key in b.keys),
+        sources=batches[0].sources,
     )

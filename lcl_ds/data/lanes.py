@@ -1,10 +1,10 @@
 """The endless deterministic stream of rows, in independent lanes.
 
-The global stream's row n comes from lane ``n % lanes``. A lane owns every ``lanes``-th block of a permutation drawn
-anew each epoch, shuffles samples inside a window of blocks and packs a window of documents into rows. Nothing random
-is stored: every draw is a function of (seed, purpose, lane, counter), so a lane's position is a few integers plus the
-documents carried over from the last window, and the stream is the same for any ranks x workers that divide the number
-of lanes.
+The global stream's n-th group of rows comes from lane ``n % lanes``. A lane owns every ``lanes``-th block of a
+permutation drawn anew each epoch, shuffles samples inside a window of blocks, packs a window of documents into rows and
+gathers rows into groups of about as many images each. Nothing random is stored: every draw is a function of (seed,
+purpose, lane, counter), so a lane's position is a few integers plus the addresses of documents that wait for a row and
+of rows that wait for a group, and the stream is the same for any ranks x workers that divide the number of lanes.
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,8 @@ import numpy as np
 
 from lcl_ds.data.documents import MAX_TEXT_BYTES, BadSampleError, Document, read_document
 from lcl_ds.data.images import decode_image
-from lcl_ds.data.packing import PackedSequence, Row, pack
+from lcl_ds.data.mixing import Mixture
+from lcl_ds.data.packing import PackedSequence, Row, choose_group, pack
 from lcl_ds.data.shards import Source
 from lcl_ds.data.skips import Skips
 from lcl_ds.data.views import DocumentView, Encoder, View
@@ -29,7 +30,9 @@ MAX_CARRIES = 2
 """... so often at most for any piece."""
 
 LaneState = dict[str, Any]
-"""JSON: ``draws``, ``cursors`` per source, ``carried`` documents, ``emitted`` rows of the current window."""
+"""JSON, as of the last time a window was packed: samples drawn (``draws``), ``cursors`` per source, ``carried``
+documents, the ``pool`` of waiting rows, ``packed`` rows and images and ``rows`` returned so far; and, since then, the
+rows returned (``emitted``)."""
 
 
 def keyed_rng(*key: int) -> np.random.Generator:
@@ -48,6 +51,11 @@ class LaneSettings:
     row_images: int
     image_tokens: int
     image_size: int
+    rows_per_step: int = 1
+    """Rows of one optimizer step: what turns a row's number into the step that weights of sources depend on."""
+    mix_by: str = "samples"
+    group_rows: int = 1
+    row_pool: int = 64
     pack_window: int = 128
     shuffle_blocks: int = 4
     view: View = field(default_factory=DocumentView)
@@ -83,7 +91,7 @@ class Lane:
         number: this lane, ``0 .. settings.lanes - 1``.
         tokenizer: text to ids.
         state: from an earlier :meth:`state`, to continue exactly there.
-        skips: where to count what is left out, for the lanes of one process.
+        skips: where to count what is left out, for all lanes of a process.
     """
 
     def __init__(
@@ -101,20 +109,24 @@ class Lane:
         self._encoder = Encoder(
             tokenizer.encode, tokenizer.vocabulary, settings.image_tokens, settings.row_tokens, settings.row_images
         )
-        weights = np.array([source.weight for source in sources])
-        self._source_edges = np.cumsum(weights / weights.sum())
-        state = state or {"draws": 0, "cursors": [[0, 0] for _ in sources], "carried": [], "emitted": 0}
+        self._mixture = Mixture(sources, settings.mix_by)
+        self._windows: dict[int, tuple[int, np.ndarray]] = {}
+        self._permutations: dict[int, tuple[int, np.ndarray]] = {}
+        new = {"draws": 0, "cursors": [[0, 0] for _ in sources], "carried": [], "pool": [], "packed": [0, 0], "rows": 0}
+        state = state or {**new, "emitted": 0}
         self._draws: int = state["draws"]
         self._cursors: list[list[int]] = [list(cursor) for cursor in state["cursors"]]
         self._carried = [self._piece_at(*address) for address in state["carried"]]
-        self._windows: dict[int, tuple[int, np.ndarray]] = {}
-        self._permutations: dict[int, tuple[int, np.ndarray]] = {}
-        self._rows: list[list[_Piece]] = []
+        self._pool = [[self._piece_at(*address) for address in row] for row in state["pool"]]
+        self._packed: list[int] = list(state["packed"])
+        self._rows_returned: int = state["rows"]
+        self._group: list[list[_Piece]] = []
         self._emitted = 0
         self._window_state = state
         if state["emitted"]:
             self._fill_window()
-            self._emitted = state["emitted"]
+            for _ in range(state["emitted"]):
+                self._next_pieces()
         self._pending_skips = 0
 
     def state(self) -> LaneState:
@@ -123,10 +135,7 @@ class Lane:
 
     def next_row(self) -> Row:
         """The lane's next row, pixels decoded."""
-        while self._emitted >= len(self._rows):
-            self._fill_window()
-        pieces = self._rows[self._emitted]
-        self._emitted += 1
+        pieces = self._next_pieces()
         sequences = []
         for piece in pieces:
             sequence = self._with_pixels(piece)
@@ -135,23 +144,34 @@ class Lane:
         self._pending_skips = 0
         return row
 
+    def _next_pieces(self) -> list[_Piece]:
+        """The next row of the current group, or the first of the next one."""
+        size = self.settings.group_rows
+        if not self._group:
+            # A group is chosen from a full pool; rows that go alone need none.
+            while len(self._pool) < (self.settings.row_pool if size > 1 else 1):
+                self._fill_window()
+            images = [sum(len(piece.tokens.images) for piece in row) for row in self._pool]
+            chosen = choose_group(images, size, self._packed[1] / self._packed[0])
+            self._group = [self._pool[i] for i in chosen]
+            self._pool = [row for i, row in enumerate(self._pool) if i not in chosen]
+        self._emitted += 1
+        self._rows_returned += 1
+        return self._group.pop(0)
+
     def _fill_window(self) -> None:
+        """Draw and pack a window of documents; its rows join the pool."""
         self._window_state = {
             "draws": self._draws,
             "cursors": [list(cursor) for cursor in self._cursors],
             "carried": [piece.address() for piece in self._carried],
+            "pool": [[piece.address() for piece in row] for row in self._pool],
+            "packed": list(self._packed),
+            "rows": self._rows_returned,
             "emitted": 0,
         }
-        pieces = list(self._carried)
-        for _ in range(self.settings.pack_window):
-            source, draw = self._draw_source(), self._draws
-            sample = self._next_sample(source)
-            self._draws += 1
-            try:
-                pieces += self._pieces(source, sample, draw)
-                self._skips.good()
-            except (BadSampleError, OSError) as problem:
-                self._leave_out(self.sources[source], sample, problem)
+        self._emitted = 0
+        pieces = [*self._carried, *self._draw_window()]
         packed = pack(
             [len(piece.tokens.input_ids) for piece in pieces],
             [len(piece.tokens.images) for piece in pieces],
@@ -164,14 +184,30 @@ class Lane:
         kept = [row for row in packed if row not in dissolved]
         self._carried = [replace(pieces[i], carries=pieces[i].carries + 1) for row in dissolved for i in row]
         order = keyed_rng(self.settings.data_seed, ROWS, self.number, self._draws).permutation(len(kept))
-        self._rows = [[pieces[i] for i in kept[row]] for row in order]
-        self._emitted = 0
+        self._pool += [[pieces[i] for i in kept[row]] for row in order]
+        self._packed[0] += len(kept)
+        self._packed[1] += sum(len(pieces[i].tokens.images) for row in kept for i in row)
 
-    def _draw_source(self) -> int:
+    def _draw_window(self) -> list[_Piece]:
+        """Pieces of the next ``pack_window`` samples."""
+        step = self._rows_returned * self.settings.lanes // self.settings.rows_per_step
+        pieces: list[_Piece] = []
+        for _ in range(self.settings.pack_window):
+            source, draw = self._draw_source(step), self._draws
+            sample = self._next_sample(source)
+            self._draws += 1
+            try:
+                pieces += self._pieces(source, sample, draw)
+                self._skips.good()
+            except (BadSampleError, OSError) as problem:
+                self._leave_out(self.sources[source], sample, problem)
+        return pieces
+
+    def _draw_source(self, step: int) -> int:
         if len(self.sources) == 1:
             return 0
         draw = keyed_rng(self.settings.data_seed, SOURCE, self.number, self._draws).random()
-        return min(int(np.searchsorted(self._source_edges, draw, side="right")), len(self.sources) - 1)
+        return self._mixture.choose(step, draw)
 
     def _next_sample(self, source: int) -> int:
         window, offset = self._cursors[source]

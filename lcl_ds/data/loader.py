@@ -23,10 +23,10 @@ LoaderState = dict[str, Any]
 """JSON: ``next_row`` of the global stream, ``lanes`` by number, ``lane_count``, ``fingerprint`` of the shards."""
 
 
-class RowStream(IterableDataset[tuple[int, Row | UserError, LaneState]]):
-    """This rank's rows of the global stream, ``rank, rank + world_size, ...``, from ``first_row`` on.
+class GroupStream(IterableDataset[tuple[int, list[Row] | UserError, LaneState]]):
+    """This rank's groups of rows of the global stream, ``rank, rank + world_size, ...``, from ``first_group`` on.
 
-    With several loader processes they take this rank's rows in turn; as ``lanes`` is a multiple of
+    With several loader processes they take this rank's groups in turn; as ``lanes`` is a multiple of
     ranks x workers, each lane lives in one process. A UserError is handed on as an item: one that is raised in a loader
     process would arrive as a traceback.
     """
@@ -38,31 +38,31 @@ class RowStream(IterableDataset[tuple[int, Row | UserError, LaneState]]):
         tokenizer: TextTokenizer,
         rank: int,
         world_size: int,
-        first_row: int,
+        first_group: int,
         lane_states: dict[str, LaneState],
     ):
         self.sources, self.settings, self.tokenizer = sources, settings, tokenizer
-        self.rank, self.world_size, self.first_row = rank, world_size, first_row
+        self.rank, self.world_size, self.first_group = rank, world_size, first_group
         self.lane_states = lane_states
 
-    def __iter__(self) -> Iterator[tuple[int, Row | UserError, LaneState]]:
+    def __iter__(self) -> Iterator[tuple[int, list[Row] | UserError, LaneState]]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         lanes: dict[int, Lane] = {}
         skips = Skips(self.settings.max_bad_share)
-        row = self.first_row + self.rank + number * self.world_size
+        group = self.first_group + self.rank + number * self.world_size
         while True:
-            n = row % self.settings.lanes
+            n = group % self.settings.lanes
             try:
                 if n not in lanes:
                     state = self.lane_states.get(str(n))
                     lanes[n] = Lane(self.sources, self.settings, n, self.tokenizer, state, skips)
-                made = lanes[n].next_row()
+                rows = [lanes[n].next_row() for _ in range(self.settings.group_rows)]
             except UserError as error:
                 yield n, error, {}
                 return
-            yield n, made, lanes[n].state()
-            row += self.world_size * workers
+            yield n, rows, lanes[n].state()
+            group += self.world_size * workers
 
 
 class BatchLoader:
@@ -97,6 +97,11 @@ class BatchLoader:
                 f"data.lanes: {settings.lanes} is not a multiple of ranks x data.workers "
                 f"({world_size} x {max(1, workers)}); set data.lanes accordingly"
             )
+        if rows_per_batch % settings.group_rows:
+            raise UserError(
+                f"data.group_rows: {settings.group_rows} does not divide the {rows_per_batch} rows of a rank's "
+                "micro-step (train.global_batch_rows / train.accumulation_steps / ranks)"
+            )
         self.settings, self.tokenizer, self.rows_per_batch = settings, tokenizer, rows_per_batch
         self.world_size, self.pin_memory = world_size, pin_memory
         self.fingerprint = {key: value for source in sources for key, value in source.fingerprint().items()}
@@ -104,9 +109,10 @@ class BatchLoader:
         check_same_data(state, settings.lanes, self.fingerprint)
         self._next_row: int = state["next_row"]
         self._lane_states: dict[str, LaneState] = {}
-        stream = RowStream(sources, settings, tokenizer, rank, world_size, self._next_row, state["lanes"])
+        first_group = self._next_row // settings.group_rows
+        stream = GroupStream(sources, settings, tokenizer, rank, world_size, first_group, state["lanes"])
         self._lane_states.update({n: s for n, s in state["lanes"].items() if int(n) % world_size == rank})
-        self._rows = iter(
+        self._groups = iter(
             DataLoader(
                 stream,
                 batch_size=None,
@@ -120,13 +126,13 @@ class BatchLoader:
         return self
 
     def __next__(self) -> Batch:
-        rows = []
-        for _ in range(self.rows_per_batch):
-            lane, row, state = next(self._rows)
-            if isinstance(row, UserError):
-                raise row
+        rows: list[Row] = []
+        while len(rows) < self.rows_per_batch:
+            lane, group, state = next(self._groups)
+            if isinstance(group, UserError):
+                raise group
             self._lane_states[str(lane)] = state
-            rows.append(row)
+            rows += group
         self._next_row += self.rows_per_batch * self.world_size
         settings = self.settings
         batch = collate(rows, settings.row_tokens, settings.image_size, self.tokenizer.vocabulary, settings.view)

@@ -11,6 +11,11 @@ from lcl_ds.batch import Batch, Readings
 from lcl_ds.data.views import View
 from lcl_ds.tokens import TokenSequence, Vocabulary
 
+LOOK_AHEAD = 8
+"""Oldest rows among which a group's middle ones are chosen."""
+PREFER_OLDER = 0.01
+"""Images by which a pair of rows may miss the wanted sum for each place that it is older."""
+
 
 def pack(lengths: Sequence[int], images: Sequence[int], row_tokens: int, row_images: int) -> list[list[int]]:
     """Best fit by decreasing length under two budgets.
@@ -39,6 +44,40 @@ def pack(lengths: Sequence[int], images: Sequence[int], row_tokens: int, row_ima
         row_image_count[row] += images[number]
         bisect.insort(free, (room - lengths[number], row))
     return [rows[row] for _, row in free]
+
+
+def choose_group(images: Sequence[int], size: int, mean: float) -> list[int]:
+    """Rows whose images sum to about ``size * mean``.
+
+    The oldest row is always among them, so none waits for ever; the next ones are those of the oldest few that leave
+    the rest nearest to the mean, and the last two the pair that comes closest.
+
+    Args:
+        images: of the waiting rows, oldest first; at least ``size``.
+        size: rows to choose.
+        mean: images of a row in the long run.
+
+    Returns:
+        Their numbers, in the order of choice.
+    """
+    waiting = list(range(len(images)))
+    chosen = [waiting.pop(0)]
+    while len(chosen) < size:
+        missing = size * mean - sum(images[i] for i in chosen)
+        left = size - len(chosen)
+        if left == 2:
+            counts = np.array([images[i] for i in waiting])
+            distance = np.abs(counts[:, None] + counts - missing)
+            distance[np.tril_indices(len(counts))] = np.inf
+            age = np.arange(len(counts))
+            first, second = divmod(int((distance + PREFER_OLDER * (age[:, None] + age)).argmin()), len(counts))
+            chosen += [waiting[first], waiting[second]]
+        else:
+            near = waiting[:LOOK_AHEAD] if left > 2 else waiting
+            best = min(near, key=lambda i: abs(missing - images[i] - (left - 1) * mean))
+            waiting.remove(best)
+            chosen.append(best)
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -116,6 +155,7 @@ def collate(rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: V
         token_count=sum(len(sequence.tokens.input_ids) for sequence in sequences),
         skipped_samples=sum(row.skipped_samples for row in rows),
         keys=tuple(sequence.key for sequence in sequences),
+        sources=_sources(sequences),
     )
 
 
@@ -124,6 +164,16 @@ def _positions(tokens: TokenSequence) -> np.ndarray:
     places = np.arange(len(tokens.input_ids))
     starts = np.array(tokens.starts)
     return places - starts[np.searchsorted(starts, places, side="right") - 1]
+
+
+def _sources(sequences: Sequence[PackedSequence]) -> dict[str, tuple[int, int]]:
+    """Documents and images by source."""
+    counts: dict[str, tuple[int, int]] = {}
+    for sequence in sequences:
+        name = sequence.key.split("/", 1)[0]
+        documents, images = counts.get(name, (0, 0))
+        counts[name] = documents + 1, images + len(sequence.tokens.images)
+    return counts
 
 
 def _columns(pairs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ import struct
 import tarfile
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, overload
@@ -333,11 +333,13 @@ class Source:
     Args:
         name: in logs, keys and fingerprints.
         shards: indexed tars.
-        weight: share of draws.
+        weight: share of draws, constant or by the step from which on it holds.
         block_samples: neighbours that are shuffled together.
     """
 
-    def __init__(self, name: str, shards: Sequence[Shard], weight: float = 1.0, block_samples: int = 16):
+    def __init__(
+        self, name: str, shards: Sequence[Shard], weight: float | Mapping[int, float] = 1.0, block_samples: int = 16
+    ):
         self.name = name
         self.weight = weight
         self.shards = list(shards)

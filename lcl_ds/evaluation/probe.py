@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lcl_ds.models.vision import VisionEncoder, normalize_images
+from lcl_ds.models.vision import VisionEncoder
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Weights of the L2 penalty that are tried on a validation part of the training images."""
@@ -14,11 +14,11 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 @torch.no_grad()
 def encoder_features(encoder: VisionEncoder, pixels: np.ndarray, batch_size: int = 256) -> Tensor:
     """uint8 [M, 3, H, W] -> mean patch token, fp32 [M, width] on the CPU."""
-    device, dtype = next(encoder.parameters()).device, encoder.model.dtype
+    device = next(encoder.parameters()).device
     parts = []
     for start in range(0, len(pixels), batch_size):
         images = torch.from_numpy(pixels[start : start + batch_size]).to(device)
-        parts.append(encoder(normalize_images(images, dtype)).float().mean(1).cpu())
+        parts.append(encoder(encoder.normalize(images)).float().mean(1).cpu())
     return torch.cat(parts)
 
 

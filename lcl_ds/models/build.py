@@ -1,31 +1,38 @@
 """From settings to a model with reproducible initial weights."""
 
+from typing import Any
+
 import torch
 
 from lcl_ds.config import ModelSettings
 from lcl_ds.errors import UserError
 from lcl_ds.models.decoder import build_decoder_config
 from lcl_ds.models.lcl import LCLModel
+from lcl_ds.models.patches import kept_count
 from lcl_ds.models.vision import build_vision_config, image_tokens
 
 
-def tokens_per_image(settings: ModelSettings) -> int:
-    """Image tokens N of the vision tower in ``settings``.
+def vision_config(settings: ModelSettings) -> Any:
+    """The transformers configuration of the vision tower in ``settings``.
 
     Raises:
-        UserError: the image size is not a multiple of the patch size.
+        UserError: the family is not supported, or the image size is not a multiple of the patch size.
     """
-    config = build_vision_config(settings.vision.model_type, settings.vision.hf_keys)
-    if config.image_size % config.patch_size:
-        raise UserError(
-            f"model.vision: image_size {config.image_size} is not a multiple of patch_size {config.patch_size}"
-        )
-    return image_tokens(config)
+    vision = settings.vision
+    try:
+        return build_vision_config(vision.model_type, vision.hf_keys, vision.image_mean, vision.image_std)
+    except ValueError as error:
+        raise UserError(f"model.{error}") from error
+
+
+def tokens_per_image(settings: ModelSettings, training: bool = False) -> int:
+    """Image tokens N of the vision tower in ``settings``; in training those that patch dropout keeps."""
+    return kept_count(image_tokens(vision_config(settings)), settings.vision.patch_dropout if training else 0.0)
 
 
 def image_size(settings: ModelSettings) -> int:
     """Side of the vision tower's square images in pixels."""
-    return build_vision_config(settings.vision.model_type, settings.vision.hf_keys).image_size
+    return vision_config(settings).image_size
 
 
 def build_model(settings: ModelSettings, vocab_size: int, row_tokens: int, seed: int) -> LCLModel:
@@ -39,7 +46,7 @@ def build_model(settings: ModelSettings, vocab_size: int, row_tokens: int, seed:
     """
     try:
         decoder = build_decoder_config(settings.decoder.model_type, settings.decoder.hf_keys, vocab_size, row_tokens)
-        vision = build_vision_config(settings.vision.model_type, settings.vision.hf_keys)
+        vision = vision_config(settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return LCLModel(
@@ -49,6 +56,7 @@ def build_model(settings: ModelSettings, vocab_size: int, row_tokens: int, seed:
                 settings.logit_scale_init,
                 int(settings.vision.activation_checkpointing),
                 int(settings.decoder.activation_checkpointing),
+                patch_dropout=settings.vision.patch_dropout,
             )
     except ValueError as error:
         raise UserError(f"model: {error}") from error

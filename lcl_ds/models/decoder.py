@@ -8,6 +8,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 FINAL_NORMS = ("norm", "ln_f")
 """Where the supported families keep the norm after their last block."""
 
+DROPOUT_ENDINGS = ("dropout", "pdrop", "layerdrop", "dropout_prob", "drop_path_rate")
+"""How transformers' configuration keys of dropout end."""
+
 LEAKING_FAMILIES = {
     "opt": "OPT takes positions from the attention mask, so packed documents would see each other",
 }
@@ -25,7 +28,7 @@ def build_decoder_config(model_type: str, hf_keys: dict[str, Any], vocab_size: i
     if model_type in LEAKING_FAMILIES:
         raise ValueError(f"decoder {model_type}: {LEAKING_FAMILIES[model_type]}; use llama, gpt2 or qwen3")
     defaults = AutoConfig.for_model(model_type, vocab_size=vocab_size, bos_token_id=None, eos_token_id=None)
-    quiet = {key: 0.0 for key in defaults.to_dict() if key.endswith(("dropout", "pdrop", "layerdrop"))}
+    quiet = {key: 0.0 for key in defaults.to_dict() if key.endswith(DROPOUT_ENDINGS)}
     positions = {"max_position_embeddings": max_positions}
     tokens = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     return AutoConfig.for_model(model_type, **{**quiet, **positions, **hf_keys, **tokens, "tie_word_embeddings": False})

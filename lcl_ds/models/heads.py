@@ -11,18 +11,26 @@ class LMHead(nn.Module):
     """Norm and vocabulary projection, fused with the loss so that logits never exist as a whole.
 
     The module owns the weight and runs the loss in its forward, so ZeRO-3's hooks gather the weight for it.
+
+    Args:
+        softcap: bound of the logits, in families like Gemma 2; None: unbounded.
     """
 
-    def __init__(self, norm: nn.Module, hidden_size: int, vocab_size: int, std: float = 0.02):
+    def __init__(
+        self, norm: nn.Module, hidden_size: int, vocab_size: int, std: float = 0.02, softcap: float | None = None
+    ):
         super().__init__()
         self.norm = norm
+        self.softcap = softcap
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         nn.init.normal_(self.weight, std=std)
 
     def forward(self, hidden_states: Tensor, labels: Tensor, normalizer: Tensor | float) -> Tensor:
         """[T, H], [T] -> sum of next-token losses / ``normalizer``, fp32 scalar; 0 and connected for T = 0."""
         states = self.norm(hidden_states)
-        return linear_cross_entropy(states, self.weight, labels, normalizer=normalizer, counted_rows=len(labels))
+        return linear_cross_entropy(
+            states, self.weight, labels, softcap=self.softcap, normalizer=normalizer, counted_rows=len(labels)
+        )
 
 
 class ContextHead(nn.Module):

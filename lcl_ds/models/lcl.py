@@ -12,8 +12,9 @@ from lcl_ds.batch import Batch
 from lcl_ds.models.attention import Mode, attention_arguments
 from lcl_ds.models.decoder import build_decoder
 from lcl_ds.models.heads import ContextHead, LMHead, LogitScale
+from lcl_ds.models.patches import kept_count, kept_patches
 from lcl_ds.models.pooling import AttentivePooling
-from lcl_ds.models.vision import VisionEncoder, normalize_images
+from lcl_ds.models.vision import VisionEncoder
 
 
 def recompute_blocks(tower: Any, every: int) -> None:
@@ -36,6 +37,7 @@ class LCLModel(nn.Module):
         pooling_heads: heads of the pooling query.
         logit_scale_init: first temperature multiplier.
         checkpoint_vision, checkpoint_decoder: recompute every k-th block of that tower in backward; 0: none.
+        patch_dropout: share of an image's patches that training leaves out before the first block.
     """
 
     def __init__(
@@ -46,22 +48,31 @@ class LCLModel(nn.Module):
         logit_scale_init: float = 1 / 0.07,
         checkpoint_vision: int = 0,
         checkpoint_decoder: int = 0,
+        patch_dropout: float = 0.0,
     ):
         super().__init__()
         width = decoder_config.hidden_size
         self.vision = VisionEncoder(vision_config)
+        self.kept_tokens = kept_count(self.vision.patch_tokens, patch_dropout)
         self.pooling = AttentivePooling(vision_config.hidden_size, width, pooling_heads)
         self.decoder, norm = build_decoder(decoder_config)
-        self.lm_head = LMHead(norm, width, decoder_config.vocab_size)
+        self.lm_head = LMHead(
+            norm, width, decoder_config.vocab_size, softcap=getattr(decoder_config, "final_logit_softcapping", None)
+        )
         self.context_head = ContextHead(copy.deepcopy(norm), width, width)
         self.logit_scale = LogitScale(logit_scale_init)
         recompute_blocks(self.vision.model, checkpoint_vision)
         recompute_blocks(self.decoder, checkpoint_decoder)
 
-    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 or normalised [M, 3, H, W] -> pooled [M, H], tokens for the decoder [M, N, H]."""
-        dtype = self.vision.model.dtype
-        return self.pooling(self.vision(normalize_images(images, dtype)))
+    def encode_images(self, images: Tensor, image_seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 or normalised [M, 3, H, W] -> pooled [M, H], tokens for the decoder [M, N, H].
+
+        In training N are the patches that patch dropout keeps, drawn from ``image_seeds`` [M].
+        """
+        every, kept = self.vision.patch_tokens, None
+        if self.training and self.kept_tokens < every:
+            kept = kept_patches(image_seeds, every, self.kept_tokens)
+        return self.pooling(self.vision(self.vision.normalize(images), kept))
 
     def decode(self, batch: Batch, image_tokens: Tensor, mode: Mode = "causal") -> Tensor:
         """Decoder states before any final norm, rows laid end to end [R*L, H].
@@ -83,7 +94,7 @@ class LCLModel(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Decoder states [R*L, H] and pooled features [M, H] with every image in its own slots."""
-        pooled, tokens = self.encode_images(batch.images)
+        pooled, tokens = self.encode_images(batch.images, batch.image_seeds)
         return self.decode(batch, tokens.index_select(0, batch.slot_images)), pooled
 
     def pair_features(self, hidden_states: Tensor, pooled: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

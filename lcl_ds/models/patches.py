@@ -34,6 +34,16 @@ def _hashes(seeds: Tensor, count: int) -> Tensor:
     return _mixed(_mixed(seeds)[:, None] + counters * GOLDEN)
 
 
+def kept_count(patches: int, dropout: float) -> int:
+    """How many of an image's patches training keeps; at least one."""
+    return max(1, round(patches * (1 - dropout)))
+
+
+def kept_patches(seeds: Tensor, patches: int, count: int) -> Tensor:
+    """int64 [M, count], different patches of each image in raster order, so that positions keep their meaning."""
+    return patch_order(seeds, patches)[:, :count].sort(dim=1).values
+
+
 def _mixed(x: Tensor) -> Tensor:
     """SplitMix64's finaliser; products wrap around."""
     x = (x ^ _shifted(x, 30)) * FIRST

@@ -1,5 +1,6 @@
 """The vision tower: a transformers encoder whose patch tokens are what the decoder sees."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,10 +11,60 @@ IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 """Per-channel statistics of CLIP's images, the convention of OpenCLIP and of the published LCL."""
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "clip_vision_model": {},
+    "siglip_vision_model": {"vision_use_head": False},
+    "siglip2_vision_model": {"vision_use_head": False},
+    "dinov2": {"use_mask_token": False},
+}
+"""Supported encoders, and the keys that leave out weights which no patch token depends on: they would never train."""
 
-def build_vision_config(model_type: str, hf_keys: dict[str, Any]) -> Any:
-    """A transformers configuration of the encoder; ``hf_keys`` are that family's own keys."""
-    return AutoConfig.for_model(model_type, **hf_keys)
+
+def _shape(patch: int, width: int, depth: int, heads: int, mlp: int) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": heads, "intermediate_size": mlp}
+    return {"image_size": 224, "patch_size": patch, "hidden_act": "gelu", **sizes}
+
+
+SHAPES = {
+    "vit_b32": _shape(32, 768, 12, 12, 3072),
+    "vit_b16": _shape(16, 768, 12, 12, 3072),
+    "vit_l14": _shape(14, 1024, 24, 16, 4096),
+    "vit_h14": _shape(14, 1280, 32, 16, 5120),
+    "vit_g14": _shape(14, 1408, 40, 16, 6144),
+    "vit_1b14": _shape(14, 1536, 40, 24, 6144),
+    "vit_bigg14": _shape(14, 1664, 48, 16, 8192),
+    "vit_6b14": _shape(14, 3200, 48, 25, 12800),
+}
+"""Sizes by name: OpenCLIP's ViT-B/32 to bigG/14; 1b has those of DINOv2's ViT-g, 6b those of InternViT-6B. Blocks are
+those of the chosen family."""
+
+
+def build_vision_config(
+    model_type: str,
+    hf_keys: dict[str, Any],
+    image_mean: Sequence[float] = IMAGE_MEAN,
+    image_std: Sequence[float] = IMAGE_STD,
+) -> Any:
+    """A transformers configuration of the encoder; ``hf_keys`` are that family's own keys.
+
+    It also carries the size and the statistics of images, which make no part of some families' own configuration:
+    SigLIP 2 counts positions instead of pixels.
+
+    Raises:
+        ValueError: the family is not supported, or images do not divide into square patches.
+    """
+    if model_type not in FAMILIES:
+        raise ValueError(f"vision {model_type}: not supported; use {', '.join(FAMILIES)}")
+    config = AutoConfig.for_model(model_type, **{**hf_keys, **FAMILIES[model_type]})
+    if model_type == "siglip2_vision_model":
+        config.image_size = hf_keys.get("image_size") or round(config.num_patches**0.5) * config.patch_size
+        if hf_keys.get("num_patches", image_tokens(config)) != image_tokens(config):
+            raise ValueError(f"vision: num_patches {config.num_patches} does not follow from image_size and patch_size")
+        config.num_patches = image_tokens(config)
+    if config.image_size % config.patch_size:
+        raise ValueError(f"vision: image_size {config.image_size} is not a multiple of patch_size {config.patch_size}")
+    config.image_mean, config.image_std = list(image_mean), list(image_std)
+    return config
 
 
 def image_tokens(config: Any) -> int:
@@ -21,19 +72,24 @@ def image_tokens(config: Any) -> int:
     return (config.image_size // config.patch_size) ** 2
 
 
-def normalize_images(images: Tensor, dtype: torch.dtype) -> Tensor:
+def normalize_images(
+    images: Tensor,
+    dtype: torch.dtype,
+    image_mean: Sequence[float] = IMAGE_MEAN,
+    image_std: Sequence[float] = IMAGE_STD,
+) -> Tensor:
     """uint8 [M, 3, H, W] to normalised ``dtype``; floating images are taken as normalised already."""
     if images.is_floating_point():
         return images.to(dtype)
-    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(3, 1, 1) * 255
-    std = torch.tensor(IMAGE_STD, device=images.device).view(3, 1, 1) * 255
+    mean = torch.tensor(image_mean, device=images.device).view(3, 1, 1) * 255
+    std = torch.tensor(image_std, device=images.device).view(3, 1, 1) * 255
     return ((images - mean) / std).to(dtype)
 
 
 class VisionEncoder(nn.Module):
-    """Patch tokens after the final norm, from any transformers vision model with square patches.
+    """Patch tokens after the final norm, from any of :data:`FAMILIES`.
 
-    CLIP's class token takes part in attention and is then dropped, as published (upstream ``lcl_model.py``).
+    A class token takes part in attention and is then dropped, as published (upstream ``lcl_model.py``).
     """
 
     def __init__(self, config: Any):
@@ -41,14 +97,56 @@ class VisionEncoder(nn.Module):
         self.model: PreTrainedModel = AutoModel.from_config(config)
         self.patch_tokens = image_tokens(config)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """[M, 3, H, W] -> [M, N, width]."""
-        return patch_tokens(self.model, pixel_values)[:, -self.patch_tokens :]
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 [M, 3, H, W] to what the tower expects, in its dtype; floating images are normalised already."""
+        config = self.model.config
+        return normalize_images(images, self.model.dtype, config.image_mean, config.image_std)
+
+    def forward(self, pixel_values: Tensor, kept: Tensor | None = None) -> Tensor:
+        """[M, 3, H, W] -> [M, N, width].
+
+        Args:
+            kept: int64 [M, K], patches to go on with after positions are added; the blocks then run on these alone and
+                [M, K, width] comes out.
+        """
+        tokens = _embed(self.model, pixel_values)
+        prefix = tokens.shape[1] - self.patch_tokens
+        if kept is not None:
+            patches = tokens[:, prefix:].gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
+            tokens = torch.cat([tokens[:, :prefix], patches], dim=1)
+        model: Any = self.model
+        if hasattr(model, "pre_layrnorm"):
+            tokens = model.pre_layrnorm(tokens)
+        hidden_states = model.encoder(tokens).last_hidden_state
+        norm = model.layernorm if hasattr(model, "layernorm") else model.post_layernorm
+        return norm(hidden_states[:, prefix:])
 
 
-def patch_tokens(model: Any, pixel_values: Tensor) -> Tensor:
-    """Final-norm tokens [M, T, width] of a transformers vision model, prefix tokens (class, registers) included."""
-    hidden_states = model(pixel_values=pixel_values).last_hidden_state
+def _embed(model: Any, pixel_values: Tensor) -> Tensor:
+    """Patch embeddings with positions, class token first where the family has one."""
+    if model.config.model_type != "siglip2_vision_model":
+        return model.embeddings(pixel_values)
+    # Its own forward resizes the positions for every image by itself. All images here have the size of the positions.
+    patches = model.embeddings.patch_embedding(flat_patches(pixel_values, model.config.patch_size))
+    return patches + model.embeddings.position_embedding(torch.arange(patches.shape[1], device=patches.device))
+
+
+def flat_patches(images: Tensor, patch_size: int) -> Tensor:
+    """[M, 3, H, W] -> [M, N, patch_size * patch_size * 3], patches in raster order, channels last in each."""
+    tiles = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+    return tiles.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def released_patch_tokens(model: Any, pixel_values: Tensor) -> Tensor:
+    """Patch tokens [M, N, width] of a released folder's model, through the forward of its transformers class."""
+    inputs: dict[str, Tensor] = {"pixel_values": pixel_values}
+    if model.config.model_type == "siglip2_vision_model":
+        patches = flat_patches(pixel_values, model.config.patch_size)
+        side = model.config.image_size // model.config.patch_size
+        shapes = torch.tensor([[side, side]]).expand(len(patches), -1)
+        mask = torch.ones(patches.shape[:2], dtype=torch.int64)
+        inputs = {"pixel_values": patches, "spatial_shapes": shapes, "pixel_attention_mask": mask}
+    hidden_states = model(**inputs).last_hidden_state[:, -image_tokens(model.config) :]
     if model.config.model_type == "clip_vision_model":
         # CLIPVisionModel applies its final norm to the class token only.
         hidden_states = model.post_layernorm(hidden_states)

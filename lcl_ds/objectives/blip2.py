@@ -56,7 +56,7 @@ class Objective(common.Objective):
 
     def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         """Shares of the losses, and the ``logit_scale`` [1] that was used."""
-        pooled, tokens = self.model.encode_images(batch.images)
+        pooled, tokens = self.model.encode_images(batch.images, batch.image_seeds)
         scale, pairs, settings = self.model.logit_scale(), counts["pairs"], self.settings
         slot_images = with_mismatched_images(batch, mismatched_images(pooled, scale, batch.image_seeds))
         hidden_states = self.model.decode(batch, tokens.index_select(0, slot_images))

@@ -49,7 +49,7 @@ class Objective(common.Objective):
 
     def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         """Shares of the losses; regression is the mean squared error over an image's tokens and channels."""
-        _, tokens = self.model.encode_images(batch.images)
+        _, tokens = self.model.encode_images(batch.images, batch.image_seeds)
         tokens = tokens.index_select(0, batch.slot_images)
         hidden_states = self.model.decode(batch, tokens)
         states = hidden_states.index_select(0, batch.label_positions)

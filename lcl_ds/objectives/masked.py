@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from lcl_ds.batch import Batch
 from lcl_ds.data.views import MaskedView
+from lcl_ds.errors import UserError
 from lcl_ds.models.lcl import LCLModel
 from lcl_ds.models.patches import patch_order
-from lcl_ds.models.vision import normalize_images
+from lcl_ds.models.vision import flat_patches
 from lcl_ds.objectives import common
 from lcl_ds.objectives.common import Counts, ObjectiveSettings
 
@@ -43,6 +44,8 @@ class Objective(common.Objective):
 
     def __init__(self, model: LCLModel, settings: Settings):
         super().__init__(model, unused=model.contrastive_parts())
+        if model.kept_tokens < model.vision.patch_tokens:
+            raise UserError("model.vision.patch_dropout: the masked objective predicts every patch; set it to 0")
         self.settings = settings
         width, self.patch_size = model.decoder.config.hidden_size, model.vision.model.config.patch_size
         self.hidden_patches = max(1, round(settings.image_share * model.vision.patch_tokens))
@@ -53,14 +56,13 @@ class Objective(common.Objective):
 
     def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         """Shares of the losses; that of images is the mean squared error over hidden patches and their pixels."""
-        pixels = normalize_images(batch.images, self.model.vision.model.dtype)
-        patches = patchify(pixels, self.patch_size)
-        hidden = patch_order(batch.image_seeds, patches.shape[1])[:, : self.hidden_patches]
-        shown = patches.scatter(1, hidden[..., None].expand(-1, -1, patches.shape[2]), 0.0)
-        _, tokens = self.model.encode_images(unpatchify(shown, self.patch_size))
+        pixels = self.model.vision.normalize(batch.images)
+        hidden = patch_order(batch.image_seeds, self.model.vision.patch_tokens)[:, : self.hidden_patches]
+        _, tokens = self.model.encode_images(without_patches(pixels, hidden, self.patch_size), batch.image_seeds)
         hidden_states = self.model.decode(batch, tokens.index_select(0, batch.slot_images), mode="bidirectional")
         states = hidden_states.index_select(0, batch.label_positions)
         generation = self.model.lm_head(states, batch.labels, counts["labels"].divisor)
+        patches = flat_patches(pixels, self.patch_size)
         image = self._image_loss(hidden_states, patches, hidden, batch) / counts["images"].divisor
         return {
             "loss": generation + self.settings.image_weight * image,
@@ -80,14 +82,8 @@ class Objective(common.Objective):
         return F.mse_loss(predicted, wanted.flatten(0, 1), reduction="sum") / (hidden.shape[1] * wanted.shape[2])
 
 
-def patchify(images: Tensor, size: int) -> Tensor:
-    """[M, C, H, W] -> [M, patches, C * size * size], patches in raster order."""
-    blocks = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [M, C, rows, size, columns, size]
-    return blocks.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def unpatchify(patches: Tensor, size: int) -> Tensor:
-    """The inverse of :func:`patchify` for square images."""
-    side = round(patches.shape[1] ** 0.5)
-    blocks = patches.unflatten(2, (-1, size, size)).unflatten(1, (side, side))  # [M, rows, columns, C, size, size]
-    return blocks.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+def without_patches(images: Tensor, hidden: Tensor, size: int) -> Tensor:
+    """Square images [M, C, H, W] with 0, the mean colour, in the patches that ``hidden`` [M, K] numbers."""
+    side = images.shape[2] // size
+    shown = images.new_ones(len(images), side * side).scatter(1, hidden, 0.0)
+    return images * shown.view(-1, 1, side, side).repeat_interleave(size, 2).repeat_interleave(size, 3)

@@ -107,7 +107,7 @@ class Trainer:
             self.engine.step()
         applied = self.engine.was_step_applied()
         self._advance(applied, batches)
-        mine = sums.new_tensor([*self._counts(batches), float(stop_signal > 0)])
+        mine = sums.new_tensor([*self._counts(batches), *self._source_counts(batches), float(stop_signal > 0)])
         totals = all_reduce_sum(torch.cat([sums, mine])).tolist()
         step_s = time.perf_counter() - started
         metrics = self._metrics(totals, outputs.get("logit_scale"), lr, applied, step_s, data_s)
@@ -160,11 +160,20 @@ class Trainer:
         rows = [(b.image_count, b.document_count, b.token_count, len(b.labels), b.skipped_samples) for b in batches]
         return [float(sum(column)) for column in zip(*rows, strict=True)]
 
+    def _source_counts(self, batches: list[Batch]) -> list[float]:
+        """This rank's documents and images of each source, in the order of the settings."""
+        seen = [batch.sources.get(source.name, (0, 0)) for source in self.config.data.shards for batch in batches]
+        pairs = torch.tensor(seen).view(-1, len(batches), 2).sum(1)
+        return [float(count) for count in pairs.flatten()]
+
     def _metrics(
         self, totals: list[float], logit_scale: Tensor | None, lr: float, applied: bool, step_s: float, data_s: float
     ) -> dict[str, Any]:
         losses = dict(zip(self.losses, totals, strict=False))
         counts = {name: int(n) for name, n in zip(COUNTS, totals[len(losses) :], strict=False)}
+        by_source = iter(int(n) for n in totals[len(losses) + len(COUNTS) : -1])
+        names = [source.name for source in self.config.data.shards]
+        sources = {name: {"documents": next(by_source), "images": next(by_source)} for name in names}
         skipped = counts.pop("skipped_samples")
         slots = self.config.train.global_batch_rows * self.config.data.row_tokens
         metrics = {
@@ -180,6 +189,7 @@ class Trainer:
             "step_s": step_s,
             "data_s": data_s,
             "skipped_samples": skipped,
+            "sources": sources,
             "applied": applied,
         }
         if self.place.device.type == "cuda":

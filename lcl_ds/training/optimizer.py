@@ -5,11 +5,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lcl_ds.config import Part, TrainSettings
+from lcl_ds.config import TrainSettings
 from lcl_ds.models.heads import LogitScale
+from lcl_ds.models.settings import part_of
 
-NO_DECAY_NAMES = ("class_embedding", "position_embedding", "position_embeddings", "wpe", "query", "cls_token")
-"""Weights of two or more dimensions that are no matrices: one vector per position or class."""
+NO_DECAY_NAMES = (
+    "class_embedding",
+    "position_embedding",
+    "position_embeddings",
+    "wpe",
+    "query",
+    "cls_token",
+    "lambda1",
+)
+"""Weights of no norm that are no matrices: one vector per position or class, or a scale per channel."""
 
 
 class BoundedAdamW(torch.optim.AdamW):
@@ -87,12 +96,6 @@ def parameter_groups(model: nn.Module, settings: TrainSettings, log_scale_bounds
         for (kind, factor), weights in kinds.items()
         if weights
     ]
-
-
-def part_of(name: str) -> Part:
-    """Which part of :class:`LCLModel` a weight belongs to; an objective's own weights count as heads."""
-    top = name.removeprefix("model.").split(".")[0]
-    return top if top in ("vision", "pooling", "decoder") else "heads"  # type: ignore[return-value]
 
 
 def _group(

@@ -18,6 +18,8 @@ from lcl_ds.data.shards import expand_paths, index_shard
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.closing import closing_table, evaluate_model
 from lcl_ds.models.build import build_model, image_size, tokens_per_image
+from lcl_ds.models.lcl import LCLModel
+from lcl_ds.models.pretrained import initialize_parts
 from lcl_ds.objectives import build_objective, view_of
 from lcl_ds.report import write_report
 from lcl_ds.training.checkpoint import (
@@ -105,6 +107,10 @@ def prepare(
         check_resumable(checkpoint, state, place.world_size, stage)
     vocab_size = data.tokenizer.vocabulary.size
     model = build_model(config.model, vocab_size, config.data.row_tokens, config.seed("init"))
+    if not checkpoint:
+        for sentence in give_weights(model, config, data):
+            if place.is_first:
+                logger.info("%s", sentence)
     objective = build_objective(model, config.objective, config.seed("init"))
     # A model with dropout draws from torch's generator: apart on every rank, the same in every run.
     torch.manual_seed(config.train.seed + place.rank)
@@ -117,10 +123,19 @@ def prepare(
     return Trainer(engine, loader, config, place, run_dir, vocab_size, progress)
 
 
+def give_weights(model: LCLModel, config: Config, data: OpenData) -> list[str]:
+    """Weights for the parts of which ``config`` names a source; a sentence about each.
+
+    Raises:
+        UserError: names every weight that does not fit.
+    """
+    return initialize_parts(model, config.model, data.tokenizer.vocabulary.text_size, config.seed("init"))
+
+
 def row_settings(config: Config) -> LaneSettings:
     """What rows are made of, for the objective and the image size of ``config``."""
     view = view_of(config.objective, config.data.image_first_probability)
-    return lane_settings(config, view, tokens_per_image(config.model), image_size(config.model))
+    return lane_settings(config, view, tokens_per_image(config.model, training=True), image_size(config.model))
 
 
 def open_checked_data(config: Config) -> OpenData:
@@ -136,7 +151,14 @@ def open_checked_data(config: Config) -> OpenData:
 
 
 def check_vocabulary(config: Config, data: OpenData) -> None:
-    """Raises: UserError when the decoder's vocabulary is set and is not the tokenizer's plus the control tokens."""
+    """Raises: UserError when the decoder's vocabulary is set and is not the tokenizer's plus the control tokens, or
+    when its weights belong to another tokenizer."""
+    folder = config.model.decoder.pretrained
+    if folder and (difference := data.tokenizer.difference_to(Path(folder) / "tokenizer.json")):
+        raise UserError(
+            f"data.tokenizer: {config.data.tokenizer} is not the tokenizer of model.decoder.pretrained: {difference}; "
+            f"set data.tokenizer={folder}"
+        )
     wanted = config.model.decoder.hf_keys.get("vocab_size")
     size = data.tokenizer.vocabulary.size
     if wanted is not None and wanted != size:
@@ -209,6 +231,7 @@ def dry_run(config: Config, ds_config: dict[str, Any]) -> str:
     complete = complete_ds_config(ds_config, config, 1)
     rows = rows_per_micro_step(config, 1)
     model = build_model(config.model, data.tokenizer.vocabulary.size, config.data.row_tokens, config.seed("init"))
+    given = give_weights(model, config, data)
     objective = build_objective(model, config.objective, config.seed("init"))
     batch = next(BatchLoader(data.sources, row_settings(config), data.tokenizer, rows))
     return yaml.safe_dump(
@@ -216,6 +239,7 @@ def dry_run(config: Config, ds_config: dict[str, Any]) -> str:
             "samples": {source.name: len(source) for source in data.sources},
             "vocabulary": data.tokenizer.vocabulary.size,
             "parameters": {n: sum(w.numel() for w in part.parameters()) for n, part in model.named_children()},
+            **({"given_weights": given} if given else {}),
             "objective": {"name": config.objective.name, "decoder_passes_per_sample": objective.decoder_passes},
             "first_micro_batch_of_one_rank": {
                 "rows": rows,

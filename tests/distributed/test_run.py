@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from lcl_ds.models.build import build_model
+from lcl_ds.models.settings import part_of
 from lcl_ds.training.checkpoint import load_config_of, load_model
-from lcl_ds.training.optimizer import part_of
 from tests.distributed.ranks import ROOT, Ranks, free_port, run_ranks, train_command
 
 TIMING = ("step_s", "data_s", "images_per_s", "tokens_per_s")
@@ -45,7 +45,7 @@ def test_the_run_folder_holds_what_the_contract_names(whole_run):
     assert set(first) == {
         *("step", "loss", "contrastive_loss", "generation_loss", "logit_scale", "grad_norm", "lr", "images"),
         *("documents", "tokens", "text_tokens", "padding_fraction", "images_per_s", "tokens_per_s", "step_s"),
-        *("data_s", "skipped_samples", "applied"),
+        *("data_s", "skipped_samples", "sources", "applied"),
     }
     assert first["loss"] == pytest.approx(first["generation_loss"] + 0.1 * first["contrastive_loss"], rel=1e-6)
     for name in ("config.yaml", "ds_config.json", "environment.json", "report.html", "plots/losses.png"):

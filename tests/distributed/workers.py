@@ -1,5 +1,8 @@
 """What the ranks of the distributed tests do: ``python -m tests.distributed.workers FUNCTION FOLDER``."""
 
+import gc
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,14 +11,16 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_grad
+from torch import distributed as dist
 
 from lcl_ds.batch import Batch
 from lcl_ds.config import Config
 from lcl_ds.objectives import NAMES, build_objective
-from lcl_ds.training.checkpoint import Progress
+from lcl_ds.training.checkpoint import Progress, newest_checkpoint
 from lcl_ds.training.distributed import Place, all_reduce_sum, init_distributed
 from lcl_ds.training.engine import complete_ds_config, start_engine
 from lcl_ds.training.loop import Trainer
+from lcl_ds.training.run import open_checked_data, prepare
 from tests.small import (
     VOCABULARY,
     batch_with_images,
@@ -151,7 +156,38 @@ def non_finite(place: Place, folder: Path) -> dict[str, Any]:
     return results
 
 
+def stop_and_continue(place: Place, folder: Path) -> dict[str, Any]:
+    """Five steps of real data at stage 3 and the last two of them again from the checkpoint before, by case.
+
+    ``folder`` holds ``demo`` and ``cases.json``, the overrides of each case.
+    """
+    cases = json.loads((folder / "cases.json").read_text())
+    results = {}
+    for name, overrides in cases.items():
+        config, run_dir = small_config(*overrides), folder / name
+        zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        ds_config = complete_ds_config({"zero_optimization": zero}, config, place.world_size)
+        data, result = open_checked_data(config), {}
+        run_dir.mkdir(exist_ok=True)
+        trainer = prepare(config, ds_config, run_dir, place, data)
+        result["before"] = full_weights(trainer)
+        trainer.train()
+        result["after"] = full_weights(trainer)
+        result["whole"] = (run_dir / "metrics.jsonl").read_text()
+        dist.barrier()
+        if place.is_first:
+            shutil.rmtree(run_dir / "checkpoints" / "step_00000005")
+        dist.barrier()
+        trainer = prepare(config, ds_config, run_dir, place, data, newest_checkpoint(run_dir, place))
+        trainer.train()
+        result["after_again"] = full_weights(trainer)
+        result["again"] = (run_dir / "metrics.jsonl").read_text()
+        results[name] = result
+    return results
+
+
 if __name__ == "__main__":
     name, folder = sys.argv[1], Path(sys.argv[2])
+    gc.freeze()  # DeepSpeed collects garbage for every engine: not among what was imported
     here = init_distributed()
     torch.save(globals()[name](here, folder), folder / f"{name}.{here.rank}.pt")

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from launch.train import main
 from lcl_ds.models import build
@@ -110,6 +111,30 @@ def test_print_config_shows_the_resolved_settings_and_dry_run_one_batch(tmp_path
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["samples"] == {"data": 160}
     assert shown["first_micro_batch_of_one_rank"]["padding_fraction"] < 0.05
+
+
+def test_a_pretrained_decoder_brings_its_tokenizer(tmp_path, demo_folder, capsys):
+    tokenizer = json.loads((demo_folder / "tokenizer" / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    keys = {"model_type": "gpt2", "n_embd": 128, "n_layer": 1, "n_head": 2, "vocab_size": len(ids)}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**keys)).save_pretrained(tmp_path)
+    data = [f"data.shards={demo_folder}/train-documents-*.tar", f"data.tokenizer={demo_folder}/tokenizer"]
+    command = ["--dry_run", "data.demo=null", "evaluation.shards=null", *data]
+    command.append(f"model.decoder={{pretrained: {tmp_path}}}")
+
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert main(command) == 0
+    shown = capsys.readouterr().out  # DeepSpeed may have said something on being imported
+    (sentence,) = yaml.safe_load(shown[shown.index("samples:") :])["given_weights"]
+    assert sentence == f"model.decoder.pretrained: {tmp_path}: 17 weights"
+
+    first, second = list(ids)[:2]
+    ids[first], ids[second] = ids[second], ids[first]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert main(command) == 2
+    assert (
+        f"is not the tokenizer of model.decoder.pretrained: {first!r} is 0 here and 1 there" in capsys.readouterr().err
+    )
 
 
 def test_a_mistake_shows_no_traceback_in_a_process_of_its_own(tmp_path):

@@ -93,10 +93,10 @@ def test_each_seed_changes_its_own_part(sources, tokenizer, seed):
     assert not all(len(a.sequences) == len(b.sequences) and same(a, b) for a, b in zip(before, after, strict=True))
 
 
-def batches_of(sources, tokenizer, world_size, workers, count, rows=8, state=None):
+def batches_of(sources, tokenizer, world_size, workers, count, rows=8, state=None, settings=SETTINGS):
     """The first global micro-batches as sets of rows, whatever the split."""
     loaders = [
-        BatchLoader(sources, SETTINGS, tokenizer, rows // world_size, rank, world_size, workers, state)
+        BatchLoader(sources, settings, tokenizer, rows // world_size, rank, world_size, workers, state)
         for rank in range(world_size)
     ]
     steps = []

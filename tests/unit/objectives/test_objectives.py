@@ -7,10 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from lcl_ds.data.documents import Document
+from lcl_ds.models.vision import flat_patches
 from lcl_ds.objectives import NAMES, build_objective, objective_module
 from lcl_ds.objectives.blip2 import mismatched_images, with_mismatched_images
 from lcl_ds.objectives.common import local_counts
-from lcl_ds.objectives.masked import patchify, unpatchify
+from lcl_ds.objectives.masked import without_patches
 from lcl_ds.training.optimizer import parameter_groups
 from tests.distributed.ranks import ROOT
 from tests.small import IMAGE_TOKENS, merged, objective_batch, small_config, small_model, three_documents
@@ -119,7 +120,7 @@ def test_masked_text_is_predicted_from_both_sides_and_hidden_patches_are_never_s
     assert all(label < 60 for label in batch.labels.tolist())
     model = objective.model
     with torch.no_grad():
-        _, tokens = model.encode_images(batch.images)
+        _, tokens = model.encode_images(batch.images, batch.image_seeds)
         tokens = tokens[batch.slot_images]
         first = model.decode(batch, tokens, mode="bidirectional")
         changed = batch.input_ids.clone()
@@ -133,15 +134,16 @@ def test_masked_text_is_predicted_from_both_sides_and_hidden_patches_are_never_s
     seen = []
     model.vision.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     losses_of(objective, batch)
-    hidden = (patchify(seen[0], objective.patch_size) == 0).all(dim=2)
+    hidden = (flat_patches(seen[0], objective.patch_size) == 0).all(dim=2)
     assert hidden.sum(dim=1).tolist() == [objective.hidden_patches] * 3 == [round(0.4 * IMAGE_TOKENS)] * 3
 
 
-def test_patches_there_and_back():
+def test_hidden_patches_are_grey_and_all_others_as_they_were():
     images = torch.randn(2, 3, 8, 8)
-    patches = patchify(images, 4)
-    assert torch.equal(patches[1, 1], images[1, :, :4, 4:].flatten())
-    assert torch.equal(unpatchify(patches, 4), images)
+    shown = without_patches(images, torch.tensor([[1], [2]]), 4)
+    assert not shown[0, :, :4, 4:].any()
+    assert not shown[1, :, 4:, :4].any()
+    assert (shown == images).float().mean() == 0.75
 
 
 def test_a_mismatched_image_is_another_one_and_more_often_a_similar_one():

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from lcl_ds.training.optimizer import BoundedAdamW, parameter_groups, part_of
+from lcl_ds.models.settings import part_of
+from lcl_ds.training.optimizer import BoundedAdamW, parameter_groups
 from lcl_ds.training.schedule import learning_rate
 from tests.small import DECODERS, small_config, small_model
 

@@ -1,0 +1,279 @@
+"""The data side measured: decoding and loading against other pipelines, packing against other layouts."""
+
+import io
+import json
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from lcl_ds.config import Config, load_config, recipe_path
+from lcl_ds.data.images import random_box
+from lcl_ds.data.lanes import Lane, LaneSettings
+from lcl_ds.data.loader import BatchLoader
+from lcl_ds.data.open_data import lane_settings, open_data
+from lcl_ds.data.shards import Source, index_shard
+from lcl_ds.models.build import build_model, image_size, tokens_per_image
+from lcl_ds.models.vision import IMAGE_MEAN, IMAGE_STD
+from lcl_ds.objectives import build_objective, view_of
+from lcl_ds.objectives.common import local_counts
+from lcl_ds.tokens import TextTokenizer, Vocabulary
+
+SIZE = 224
+CROP_SCALE = 0.9, 1.0
+CONTEXT, IMAGE_TOKENS, RANKS, ROWS_PER_RANK = 2048, 49, 8, 4
+
+
+class Words:
+    """A tokenizer of one token per word."""
+
+    vocabulary = Vocabulary(text_size=1000)
+
+    def encode(self, text: str) -> list[int]:
+        return [1] * len(text.split())
+
+
+def measure_data(folder: Path, images: int, documents: int, repeats: int, seed: int) -> dict[str, Any]:
+    """All figures; shards are made in ``folder``."""
+    shard = photo_shard(folder / "photos.tar", images, seed)
+    return {
+        "loading": compare_loading(shard, images, repeats),
+        "demo": compare_with_training(repeats),
+        "packing": [compare_packing(folder, name, documents, seed) for name in LENGTHS],
+    }
+
+
+def photo_shard(path: Path, count: int, seed: int) -> Path:
+    """Pairs as img2dataset writes them, JPEGs of 512 to 1024 pixels a side with detail at all scales."""
+    rng = np.random.default_rng(seed)
+    with tarfile.open(path, "w") as tar:
+        for number in range(count):
+            width, height = (int(side) for side in rng.integers(512, 1025, size=2))
+            picture = np.zeros((height, width, 3), dtype=np.float32)
+            for cells in (4, 16, 64, 256):
+                noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+                picture += np.asarray(noise.resize((width, height), Image.Resampling.BICUBIC), np.float32) / cells**0.5
+            picture *= 255 / picture.max()
+            buffer = io.BytesIO()
+            Image.fromarray(picture.astype(np.uint8)).save(buffer, "JPEG", quality=90)
+            _add(tar, f"{number:09d}.jpg", buffer.getvalue())
+            _add(tar, f"{number:09d}.txt", b"a photo of something with a caption of ordinary length")
+    return path
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def compare_loading(shard: Path, images: int, repeats: int) -> dict[str, Any]:
+    """Images per second of one process, decoded, cropped and batched; the best of ``repeats`` passes each."""
+    torch.set_num_threads(1)
+    methods: dict[str, Callable[[], Iterator[int]]] = {
+        "lcl_ds": lambda: _ours(shard),
+        "webdataset + Pillow": lambda: _webdataset(shard, normalise=False),
+        "webdataset + Pillow + normalise (open_clip's steps)": lambda: _webdataset(shard, normalise=True),
+    }
+    seconds = {name: float("inf") for name in methods}
+    for _ in range(repeats):
+        for name, method in methods.items():
+            started, done = time.perf_counter(), 0
+            for count in method():
+                done += count
+                if done >= images:
+                    break
+            seconds[name] = min(seconds[name], (time.perf_counter() - started) * images / done)
+    return {
+        name: {"images_per_s": images / s, "ours_is_faster_by": s / seconds["lcl_ds"]} for name, s in seconds.items()
+    }
+
+
+def _ours(shard: Path) -> Iterator[int]:
+    settings = LaneSettings(
+        lanes=1,
+        data_seed=0,
+        augmentation_seed=0,
+        row_tokens=512,
+        row_images=8,
+        image_tokens=IMAGE_TOKENS,
+        image_size=SIZE,
+        pack_window=32,
+    )
+    for batch in BatchLoader([Source("photos", [index_shard(shard)])], settings, Words(), 4):  # type: ignore[arg-type]
+        yield batch.image_count
+
+
+def _webdataset(shard: Path, normalise: bool) -> Iterator[int]:
+    """RandomResizedCrop with Pillow as torchvision does it, text tokenised, batches of 32."""
+    rng, words = np.random.default_rng(0), Words()
+    mean, std = (np.array(values, np.float32)[:, None, None] for values in (IMAGE_MEAN, IMAGE_STD))
+
+    def picture(image: Image.Image) -> torch.Tensor:
+        box = random_box(*image.size, CROP_SCALE, rng)
+        cropped = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
+        pixels = np.asarray(cropped).transpose(2, 0, 1)
+        return torch.from_numpy((pixels / np.float32(255) - mean) / std if normalise else pixels.copy())
+
+    dataset = (
+        webdataset.WebDataset(str(shard), shardshuffle=False)
+        .shuffle(64)
+        .decode("pil")
+        .to_tuple("jpg", "txt")
+        .map_tuple(picture, words.encode)
+        .batched(32, partial=True)
+    )
+    for pictures, _ in dataset:
+        yield len(pictures)
+
+
+def compare_with_training(repeats: int) -> dict[str, float]:
+    """Images per second of the demo's loader alone and of its training step, one process each."""
+    config = load_config(recipe_path("demo"))
+    data = open_data(config.data)
+    view = view_of(config.objective, config.data.image_first_probability)
+    settings = lane_settings(config, view, tokens_per_image(config.model), image_size(config.model))
+    loader = BatchLoader(data.sources, settings, data.tokenizer, config.train.global_batch_rows)
+    batches = [next(loader) for _ in range(8)]  # the first ones open every lane
+    started = time.perf_counter()
+    loaded = sum(next(loader).image_count for _ in range(20 * repeats))
+    loading = loaded / (time.perf_counter() - started)
+    return {"loader_images_per_s": loading, "training_images_per_s": _training_speed(config, data.tokenizer, batches)}
+
+
+def _training_speed(config: Config, tokenizer: TextTokenizer, batches: list[Any]) -> float:
+    torch.set_num_threads(1)
+    model = build_model(config.model, tokenizer.vocabulary.size, config.data.row_tokens, seed=0)
+    objective = build_objective(model, config.objective, seed=0)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4)
+    started = done = 0.0
+    for number, batch in enumerate(batches):
+        if number == 2:  # warm
+            started, done = time.perf_counter(), 0.0
+        objective(batch, *local_counts(objective, batch))["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        done += batch.image_count
+    return done / (time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Text tokens (a log-normal) and images of documents."""
+
+    text_log_mean: float
+    text_log_std: float
+    images: Callable[[np.random.Generator], int]
+
+
+LENGTHS = {
+    "MMC4-like": Lengths(5.8, 0.9, lambda rng: min(6, 1 + int(rng.poisson(3.2)))),
+    "OBELICS-like": Lengths(6.3, 1.1, lambda rng: min(30, int(rng.geometric(0.4)))),
+}
+
+
+def length_shard(path: Path, lengths: Lengths, count: int, seed: int) -> Path:
+    """Documents of these lengths, images spread evenly over the text; the images' bytes are never decoded."""
+    rng = np.random.default_rng(seed)
+    with tarfile.open(path, "w") as tar:
+        for number in range(count):
+            words = int(np.clip(rng.lognormal(lengths.text_log_mean, lengths.text_log_std), 20, 20_000))
+            pictures = lengths.images(rng)
+            parts = np.array_split(np.arange(words), pictures + 1)
+            texts: list[str | None] = []
+            images: list[str | None] = []
+            for picture, part in enumerate(parts):
+                texts += [" ".join("w" * len(part)), None]
+                images += [None, f"{picture:03d}.jpg" if picture < pictures else None]
+            _add(tar, f"{number:06d}.json", json.dumps({"texts": texts, "images": images}).encode())
+            for picture in range(pictures):
+                _add(tar, f"{number:06d}.{picture:03d}.jpg", b"x")
+    return path
+
+
+def compare_packing(folder: Path, name: str, documents: int, seed: int) -> dict[str, Any]:
+    """Padding, and the images of the fullest of eight ranks over their mean, of three layouts of one corpus."""
+    shard = index_shard(length_shard(folder / f"{name}.tar", LENGTHS[name], documents, seed))
+    settings = LaneSettings(
+        lanes=1,
+        data_seed=seed,
+        augmentation_seed=seed,
+        row_tokens=CONTEXT,
+        row_images=24,
+        image_tokens=IMAGE_TOKENS,
+        image_size=8,
+        group_rows=ROWS_PER_RANK,
+    )
+
+    def lane(settings: LaneSettings) -> Lane:
+        return Lane([Source(name, [shard])], settings, 0, Words())  # type: ignore[arg-type]
+
+    ours, ungrouped = lane(settings), lane(replace(settings, group_rows=1))
+    rows = documents // 4 // ROWS_PER_RANK * ROWS_PER_RANK
+    pieces = [piece for _ in range(rows) for piece in ungrouped._next_pieces()]
+    sizes = [(len(piece.tokens.input_ids), len(piece.tokens.images)) for piece in pieces]
+    np.random.default_rng(seed).shuffle(sizes)
+    layouts = {
+        "ours": [_size(ours._next_pieces()) for _ in range(rows)],
+        "greedy, in the order of the stream": _greedy(sizes, settings),
+        f"one document a row, padded to {CONTEXT}": sizes,
+    }
+    return {"lengths": name, "layouts": {layout: _figures(found) for layout, found in layouts.items()}}
+
+
+def _size(pieces: Any) -> tuple[int, int]:
+    return sum(len(p.tokens.input_ids) for p in pieces), sum(len(p.tokens.images) for p in pieces)
+
+
+def _greedy(sizes: list[tuple[int, int]], settings: LaneSettings) -> list[tuple[int, int]]:
+    """Rows filled until the next piece does not fit."""
+    rows = [(0, 0)]
+    for tokens, images in sizes:
+        full = rows[-1][0] + tokens > settings.row_tokens or rows[-1][1] + images > settings.row_images
+        before = (0, 0) if full else rows.pop()
+        rows.append((before[0] + tokens, before[1] + images))
+    return rows
+
+
+def _figures(rows: list[tuple[int, int]]) -> dict[str, float]:
+    tokens, images = np.array(rows).T
+    whole = len(images) // (RANKS * ROWS_PER_RANK) * RANKS * ROWS_PER_RANK
+    ranks = images[:whole].reshape(-1, RANKS, ROWS_PER_RANK).sum(2)
+    return {
+        "padding": 1 - tokens.mean() / CONTEXT,
+        "images_max_over_mean": float((ranks.max(1) / ranks.mean(1)).mean()),
+    }
+
+
+def show_data(console: Console, figures: dict[str, Any]) -> None:
+    """The figures as tables."""
+    table = Table(title=f"JPEGs of 512 to 1024 px to {SIZE} px, one process", title_justify="left")
+    for column in ("pipeline", "images/s", "ours is faster by"):
+        table.add_column(column, justify="left" if column == "pipeline" else "right")
+    for name, row in figures["loading"].items():
+        table.add_row(name, f"{row['images_per_s']:.0f}", f"{row['ours_is_faster_by']:.2f}")
+    console.print(table)
+    demo = figures["demo"]
+    ratio = demo["loader_images_per_s"] / demo["training_images_per_s"]
+    console.print(
+        f"demo: the loader makes {demo['loader_images_per_s']:.0f} images/s, a training process takes "
+        f"{demo['training_images_per_s']:.0f}: {ratio:.1f} times",
+        highlight=False,
+    )
+    title = f"rows of {CONTEXT} tokens, {ROWS_PER_RANK} to each of {RANKS} ranks"
+    table = Table(title=title, title_justify="left")
+    for column in ("lengths", "layout", "padding", "images, max/mean over ranks"):
+        table.add_column(column, justify="right" if column[0] in "pi" else "left")
+    for corpus in figures["packing"]:
+        for layout, row in corpus["layouts"].items():
+            table.add_row(corpus["lengths"], layout, f"{row['padding']:.2%}", f"{row['images_max_over_mean']:.3f}")
+    console.print(table)

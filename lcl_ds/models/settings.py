@@ -1,0 +1,139 @@
+"""Settings of the network: the ``model`` part of a recipe."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, ValidationInfo, model_validator
+from transformers import CONFIG_MAPPING
+
+from lcl_ds.models.folder import with_architecture
+from lcl_ds.models.vision import IMAGE_MEAN, IMAGE_STD, SHAPES
+from lcl_ds.settings import Settings, suggest
+
+Part = Literal["vision", "pooling", "decoder", "heads"]
+"""Parts of the network; heads are those of the decoder and the temperature."""
+READ_FOLDERS = object()
+"""Validation context in which the folders of pretrained towers are looked into."""
+
+
+def part_of(name: str) -> Part:
+    """Which part of :class:`lcl_ds.models.lcl.LCLModel` a weight belongs to; an
+    objective's own count as heads."""
+    top = name.removeprefix("model.").split(".")[0]
+    return top if top in ("vision", "pooling", "decoder") else "heads"  # type: ignore[return-value]
+
+
+class TowerSettings(Settings):
+    """A transformers model by configuration: ``model_type`` plus that family's own configuration keys."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    part: ClassVar[Literal["vision", "decoder"]]
+
+    model_type: str = Field(description="transformers model type: clip_vision_model, llama, gpt2, qwen3, ...")
+    activation_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
+        False, description="Blocks whose activations are recomputed in backward: none, all (true), or every k-th (k)."
+    )
+    pretrained: str | None = Field(
+        None,
+        description="Local Hugging Face folder (config.json, *.safetensors) to start from. It gives the architecture; "
+        "keys here may repeat it but not contradict it.",
+    )
+
+    @property
+    def hf_keys(self) -> dict[str, Any]:
+        """The keys that belong to the transformers configuration."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_folder(cls, values: Any, info: ValidationInfo) -> Any:
+        """Only where a recipe is read: settings saved with a checkpoint hold the folder's architecture already."""
+        if info.context is not READ_FOLDERS or not isinstance(values, dict) or not values.get("pretrained"):
+            return values
+        return with_architecture(values, cls.part)
+
+    @model_validator(mode="after")
+    def _known_to_transformers(self) -> "TowerSettings":
+        if self.model_type not in CONFIG_MAPPING:
+            hint = suggest(self.model_type, CONFIG_MAPPING)
+            raise ValueError(f"model_type: transformers has no {self.model_type!r}{hint}")
+        defaults = CONFIG_MAPPING[self.model_type]()
+        known = {*defaults.to_dict(), *defaults.attribute_map, *(["image_size"] if self.part == "vision" else [])}
+        unknown = [key for key in self.hf_keys if key not in known]
+        if unknown:
+            hints = ", ".join(f"{key!r}{suggest(key, known)}" for key in unknown)
+            raise ValueError(f"{hints}: no such key in the {self.model_type} configuration")
+        return self
+
+
+class VisionSettings(TowerSettings):
+    """The vision encoder."""
+
+    part = "vision"
+
+    shape: str | None = Field(
+        None, description="Named size (vit_b32, vit_b16, vit_l14, vit_h14, vit_g14, ...); keys given here override it."
+    )
+    image_mean: tuple[float, float, float] = Field(
+        IMAGE_MEAN, description="Per channel, of pixels in 0 to 1; a folder brings its own."
+    )
+    image_std: tuple[float, float, float] = Field(IMAGE_STD, description="Standard deviation likewise.")
+    patch_dropout: float = Field(0.0, ge=0, lt=1, description="Share of an image's patches left out in training.")
+    interpolate_positions: bool = Field(
+        False, description="Whether position embeddings of given weights may be resized to the patches of image_size."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_shape(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("shape") is None:
+            return values
+        if values["shape"] not in SHAPES:
+            hint = suggest(str(values["shape"]), SHAPES)
+            raise ValueError(f"shape: there is no {values['shape']!r}{hint}; known: {', '.join(SHAPES)}")
+        if values.get("pretrained"):
+            raise ValueError("shape: the folder in pretrained gives the architecture; leave shape out")
+        return {"model_type": "clip_vision_model", **SHAPES[values["shape"]], **values}
+
+
+class DecoderSettings(TowerSettings):
+    """The causal decoder."""
+
+    part = "decoder"
+
+
+class PoolingSettings(Settings):
+    """The attentive pooling and projection head (upstream ``attentive.py``)."""
+
+    num_attention_heads: int = Field(
+        8, ge=1, description="Heads of the learned query; must divide the decoder's width."
+    )
+
+
+class ModelSettings(Settings):
+    """The network."""
+
+    vision: VisionSettings = Field(description="Vision encoder; what is released.")
+    decoder: DecoderSettings = Field(description="Causal decoder; thrown away after training.")
+    pooling: PoolingSettings = Field(default_factory=PoolingSettings)
+    logit_scale_init: float = Field(1 / 0.07, gt=1, description="First temperature multiplier of the contrastive loss.")
+    logit_scale_max: float = Field(100.0, gt=1, description="Upper bound of the multiplier after each applied step.")
+    init_from: str | None = Field(
+        None, description="Folder that `python -m lcl_ds.convert --part full` wrote, to start parts from."
+    )
+    init_parts: list[Part] = Field(
+        ["vision", "pooling", "decoder", "heads"], description="Parts that init_from gives the weights of."
+    )
+    allow_missing: list[str] = Field(
+        default_factory=list, description="Patterns (* and ?) of weights that may be missing and so stay random."
+    )
+    allow_unexpected: list[str] = Field(
+        default_factory=list, description="Patterns of given weights that the model has no place for."
+    )
+
+    @model_validator(mode="after")
+    def _one_source_per_part(self) -> "ModelSettings":
+        taken = {"vision"} if self.vision.pretrained else set()
+        taken |= {"decoder", "heads"} if self.decoder.pretrained else set()
+        if twice := sorted(taken & set(self.init_parts if self.init_from else [])):
+            raise ValueError(f"init_parts: {', '.join(twice)} would come from init_from and from a pretrained folder")
+        return self
