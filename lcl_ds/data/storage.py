@@ -7,6 +7,7 @@ shard ever becomes a location.
 import fcntl
 import glob
 import hashlib
+import io
 import os
 import posixpath
 import subprocess
@@ -28,6 +29,8 @@ LIST_SUFFIX = ".txt"
 INDEX_SUFFIX = ".index"
 TRIES = 4
 FIRST_PAUSE_S = 0.5
+REMOTE_BLOCK = 1 << 18
+"""Bytes fetched at a time while headers are read."""
 
 
 def expand_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
@@ -116,9 +119,31 @@ def open_file(location: str) -> IO[bytes]:
     """For reading front to back with seeks. Raises: OSError."""
     if not is_remote(location):
         return open(location, "rb")
-    filesystem, path = _resolve(location)
-    opened: IO[bytes] = _retried(location, lambda: filesystem.open(path, "rb"))
-    return opened
+    return io.BufferedReader(_RemoteFile(location), REMOTE_BLOCK)
+
+
+class _RemoteFile(io.RawIOBase):
+    """A remote file read in ranges, each tried again when it fails."""
+
+    def __init__(self, location: str):
+        self.location, self.size, self.position = location, size_of(location), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.size}[whence]
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self.position + len(buffer), self.size)
+        data = read_range(self.location, self.position, end) if end > self.position else b""
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
 
 
 def write_whole(path: Path, data: bytes) -> None:
