@@ -136,7 +136,7 @@ if [ -n "$dry" ]; then
 else
   # Most of the time goes into compiling kernels for their first use, which files can do side by side.
   side_by_side=$("$python" -c "import xdist" 2> /dev/null && echo "-n 8 --dist loadfile")
-  step tests 240 "$python" -c "$pytest" tests/kernels -q -p no:cacheprovider -rs $side_by_side
+  step tests 240 "$python" -c "$pytest" tests/kernels tests/gpu -q -p no:cacheprovider -rs $side_by_side
 fi
 step ceilings 30 "$python" launch/gpu_ceilings.py $dry && cp "$work/ceilings.out" "$work/ceilings.json"
 # The benchmarks draw more; what comes back is the JSON, from which all can be drawn, and one picture each.

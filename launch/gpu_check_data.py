@@ -45,7 +45,7 @@ def write_shard(path: Path, documents: int, image_size: int) -> None:
 
 
 def _sample(index: int, image_size: int) -> dict[str, Any]:
-    texts, scenes = make_document(0, "train-documents", index)
+    texts, scenes, _ = make_document(0, "train-documents", index)
     rng = np.random.default_rng(index)
     record: dict[str, list[str | None]] = {"texts": [], "images": []}
     pictures: dict[str, bytes] = {}

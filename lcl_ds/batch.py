@@ -33,6 +33,10 @@ class Batch:
     """int64 [R, L]."""
     position_ids: Tensor
     """int64 [R, L]; restart at 0 in every document, which is what keeps packed documents apart in attention."""
+    cu_seqlens: Tensor
+    """int32 [D + 1], flat positions where documents and paddings begin, and the end of the rows."""
+    max_seqlen: int
+    """Length of the longest of them in tokens."""
     images: Tensor
     """uint8 [M, 3, H, W], or float already normalised. A rank without images holds one constant image in a slot
     beyond the rows: under ZeRO-3 every rank must run the encoder once, and its features reach no token."""

@@ -28,6 +28,7 @@ DECODERS = {
     "gemma": f"{{model_type: gemma, {SIZES}, head_dim: 16}}",
     "gemma2": f"{{model_type: gemma2, {SIZES}, head_dim: 16}}",
     "gemma3_text": f"{{model_type: gemma3_text, {SIZES}, head_dim: 16}}",
+    "opt": "{model_type: opt, hidden_size: 32, ffn_dim: 48, num_hidden_layers: 2, num_attention_heads: 2}",
 }
 
 TOWER = f"hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, image_size: {IMAGE_SIZE}, patch_size: 8"
@@ -120,10 +121,11 @@ def batch_without_images(seed: int = 0) -> Batch:
 def merged(*batches: Batch) -> Batch:
     """Batches of several ranks as the one batch that a single process would see."""
     rows = sum(len(b.input_ids) for b in batches)
-    slots, readings, labels_at = [], [], []
+    slots, readings, labels_at, bounds = [], [], [], []
     row_offset = image_offset = 0
     for b in batches:
         tokens = row_offset * ROW_TOKENS
+        bounds.append(b.cu_seqlens[:-1] + tokens)
         if b.image_count:
             slots.append((b.slot_positions + tokens, b.slot_images + image_offset))
         readings.append({n: (r.positions + tokens, r.images + image_offset) for n, r in b.readings.items()})
@@ -138,6 +140,8 @@ def merged(*batches: Batch) -> Batch:
     return Batch(
         input_ids=torch.cat([b.input_ids for b in batches]),
         position_ids=torch.cat([b.position_ids for b in batches]),
+        cu_seqlens=torch.cat([*bounds, torch.tensor([rows * ROW_TOKENS], dtype=torch.int32)]),
+        max_seqlen=max(b.max_seqlen for b in batches),
         images=images,
         image_seeds=seeds,
         slot_images=slot_images,

@@ -1,4 +1,7 @@
-"""``python -m lcl_ds.bench losses|contrastive``: compare the losses of lcl_kernels with those of other projects.
+"""``python -m lcl_ds.bench losses|contrastive|train``: compare our work with that of other projects.
+
+losses and contrastive compare the losses of lcl_kernels; train compares a whole training step with the published
+layout of padded rows, dense masks and full logits, and shows tokens per second too.
 
 Prints a table per shape: median time of forward and backward, useful TFLOP/s, their share of what a matrix product
 reaches in the same run, peak memory without the inputs, and errors against float64. A method that cannot run is named
@@ -11,6 +14,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,18 @@ FIGURES: dict[str, Callable[[dict[str, Any], Path], list[Path]]] = {
 }
 LETTERS = {"losses": "N,H,V", "contrastive": "M,D"}
 REPEATS = {"cuda": 20, "cpu": 3}
+SIZES = {
+    "rows": "packed rows in a step",
+    "context": "tokens of a padded row",
+    "row_tokens": "tokens of a packed row",
+    "width": "of the decoder, a multiple of 64",
+    "layers": "of the decoder",
+    "vision_width": "of the vision tower, a multiple of 64",
+    "vision_layers": "of the vision tower",
+    "image_size": "in pixels, a multiple of 32",
+    "vocab_size": "of the decoder",
+}
+"""Options of ``train``."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     command = "python -m lcl_ds.bench " + shlex.join(sys.argv[1:] if argv is None else argv)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends a run like Ctrl-C
     try:
-        return run(arguments, command)
+        return run_train(arguments, command) if arguments.job == "train" else run(arguments, command)
     except UserError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return 2
@@ -76,37 +92,93 @@ def build_parser() -> argparse.ArgumentParser:
         else:
             sub.add_argument("--sweep", metavar="M,M", help="measure memory alone at these M too (default: by device)")
             sub.add_argument("--scale", type=float, default=14.3, help="logit scale (default: 14.3)")
+    add_train_parser(jobs)
     return parser
 
 
+def add_train_parser(jobs: Any) -> None:
+    what = "a whole training step"
+    sub = jobs.add_parser("train", help=what, description=what)
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    sub.add_argument("--kind", choices=["documents", "pairs"], help="MMC4-like or LAION-like samples (default: both)")
+    sub.add_argument("--dtype", choices=list(DTYPES), help="of the weights (default: bf16 on a GPU, fp32 on a CPU)")
+    sub.add_argument("--repeats", type=int, help="timed steps per method (default: 20 on a GPU, 3 on a CPU)")
+    sub.add_argument("--seed", type=int, default=0, help="of the data and the weights (default: 0)")
+    sub.add_argument("--no_memory", action="store_true", help="do not measure memory")
+    for name, help_text in SIZES.items():
+        sub.add_argument(f"--{name}", type=int, metavar="N", help=f"{help_text} (default: by device)")
+    sub.set_defaults(plots=None)
+
+
 def run(arguments: argparse.Namespace, command: str) -> int:
-    """Measure, print, write.
+    """Compare losses.
 
     Raises:
         UserError: an option that cannot be used.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = this_device()
     names, cases = choose_methods(arguments), choose_cases(arguments, device)
-    repeats = REPEATS[device] if arguments.repeats is None else arguments.repeats
+    if arguments.no_memory:
+        cases = [case for case in cases if case.timed]
+
+    def measure(console: Console, record: Record, options: dict[str, Any]) -> None:
+        run_cases(cases, names, record, show=lambda case, rows: show_rows(console, case, rows), **options)
+
+    return measure_and_write(arguments, command, cases[0].device, cases[0].dtype, measure)
+
+
+def run_train(arguments: argparse.Namespace, command: str) -> int:
+    """Compare training steps.
+
+    Raises:
+        UserError: an option that cannot be used.
+    """
+    # Only here, because they import transformers, which takes seconds.
+    from lcl_ds.bench.train import METHODS as names
+    from lcl_ds.bench.train import train_cases
+    from lcl_ds.bench.train_runner import run_train_cases, show_train_rows
+
+    device = this_device()
+    sizes = {name: getattr(arguments, name) for name in SIZES}
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise UserError(f"--{name} {size}: must be 1 or more")
+    dtype = arguments.dtype or ("bf16" if device == "cuda" else "fp32")
+    kinds = [arguments.kind] if arguments.kind else []
+    cases = train_cases(device, dtype, kinds=kinds, seed=arguments.seed, **sizes)
+    for case in cases:
+        case.packed_rows()  # an error before minutes of work
+
+    def measure(console: Console, record: Record, options: dict[str, Any]) -> None:
+        show = partial(show_train_rows, console)
+        run_train_cases(cases, names, record, show=show, **options)
+
+    return measure_and_write(arguments, command, cases[0].device, cases[0].dtype, measure)
+
+
+def this_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def measure_and_write(
+    arguments: argparse.Namespace,
+    command: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    measure: Callable[[Console, Record, dict[str, Any]], None],
+) -> int:
+    """Name the machine, call ``measure`` and write what it found, be it interrupted."""
+    repeats = REPEATS[device.type] if arguments.repeats is None else arguments.repeats
     if repeats < 1:
         raise UserError(f"--repeats {repeats}: must be 1 or more")
     check_writable(arguments.json, arguments.plots)
-    if arguments.no_memory:
-        cases = [case for case in cases if case.timed]
     console = open_console()
-    if device == "cpu":
+    if device.type == "cpu":
         console.print("no GPU: torch paths at small shapes; these are not GPU figures")
-    record = new_record(command, arguments.json, cases[0].device, cases[0].dtype)
+    record = new_record(command, arguments.json, device, dtype)
     show_machine(console, record)
     try:
-        run_cases(
-            cases,
-            names,
-            record,
-            repeats=repeats,
-            memory=not arguments.no_memory,
-            show=lambda case, rows: show_rows(console, case, rows),
-        )
+        measure(console, record, {"repeats": repeats, "memory": not arguments.no_memory})
     except KeyboardInterrupt:
         print("interrupted: what is measured so far is kept", file=sys.stderr)
         return 130

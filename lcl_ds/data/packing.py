@@ -140,9 +140,12 @@ def collate(rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: V
         slots, seeds = [(len(rows) * row_tokens, 0)], [0]
     sequences = [sequence for row in rows for sequence in row.sequences]
     slot_positions, slot_images = _columns(slots)
+    bounds = np.append(np.flatnonzero(position_ids == 0), position_ids.size).astype(np.int32)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
+        cu_seqlens=torch.from_numpy(bounds),
+        max_seqlen=int(np.diff(bounds).max(initial=0)),
         images=torch.from_numpy(np.concatenate(pixels)),
         image_seeds=torch.tensor(seeds, dtype=torch.int64),
         slot_images=slot_images,

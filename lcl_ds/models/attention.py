@@ -23,14 +23,13 @@ from transformers.masking_utils import (
 )
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from lcl_ds.errors import UserError
-
 Mode = Literal["causal", "images", "bidirectional"]
 """Within a document: only what came before; that and the rest of one's own image; everything."""
 
 FLASH = ("flash_attention_3", "flash_attention_2")
+PREFERRED = (*FLASH, "flex_attention", "sdpa", "eager")
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-"""Kinds of layers whose masks are known here; state-space, chunked and other kinds would mix packed documents."""
+"""Kinds of layers whose masks are made here; chunked, recurrent and other kinds would mix packed documents."""
 
 
 def attention_arguments(
@@ -46,37 +45,25 @@ def attention_arguments(
 ) -> dict[str, Any]:
     """Arguments that keep the documents of each row apart, ``position_ids`` among them.
 
-    The decoder is switched to the implementation in use, which costs nothing when it is so already.
+    The decoder is switched to the attention implementation that the device, the dtype and the mode allow.
 
     Args:
-        inputs_embeds: [R, L, H]; its device and dtype decide what ``auto`` means.
+        inputs_embeds: [R, L, H].
         position_ids: int64 [R, L], 0 where a document or the padding begins.
-        implementation: an attention implementation of transformers, or ``auto``.
-        image_blocks: int64 [R, L], number of the image that a token belongs to, -1 for none; for mode ``images``.
+        implementation: see :func:`choose_implementation`.
+        image_blocks: int64 [R, L], number of the image slot that a token is in, -1 for none; for mode ``images``.
         cu_seqlens: int32 [D + 1], where documents begin in the rows laid end to end, and their end; for flash.
         max_seqlen: tokens of the longest document; for flash.
-
-    Raises:
-        UserError: the implementation cannot do what is asked; says which can.
     """
-    if implementation == "auto":
-        varlen = cu_seqlens is not None
-        implementation = choose_implementation(decoder, inputs_embeds.device.type, inputs_embeds.dtype, mode, varlen)
-    elif implementation in FLASH:
-        _check_flash(implementation, inputs_embeds, mode)
-    if decoder.config._attn_implementation != implementation:
-        decoder.set_attn_implementation(implementation)
-    if implementation in FLASH:
-        lengths = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
-        longest = {"max_length_q": max_seqlen, "max_length_k": max_seqlen}
-        masks = _per_layer_type(decoder.config, lambda window: None)
-        causal = {"is_causal": mode != "bidirectional"}
-        return {"attention_mask": masks, "position_ids": position_ids, **lengths, **longest, **causal}
+    chosen = choose_implementation(decoder, implementation, mode, inputs_embeds.device.type, inputs_embeds.dtype)
+    switch_implementation(decoder, chosen)
+    if chosen in FLASH:
+        return {"position_ids": position_ids, **_flash_arguments(decoder.config, mode, cu_seqlens, max_seqlen)}
     documents = (position_ids == 0).cumsum(-1)
 
     def mask(window: int | None) -> Any:
         rows, length = position_ids.shape
-        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
+        return ALL_MASK_ATTENTION_FUNCTIONS[chosen](
             batch_size=rows,
             q_length=length,
             kv_length=length,
@@ -87,89 +74,93 @@ def attention_arguments(
             config=decoder.config,
         )
 
-    return {"attention_mask": _per_layer_type(decoder.config, mask), "position_ids": position_ids}
+    return {"position_ids": position_ids, "attention_mask": _per_layer_type(decoder.config, mask)}
 
 
-def image_blocks(position_ids: Tensor, image_positions: Tensor, tokens: int) -> Tensor:
-    """int64 [R, L]: the number of the image that a token belongs to, -1 for none.
+def image_blocks(position_ids: Tensor, slot_positions: Tensor, tokens: int) -> Tensor:
+    """int64 [R, L]: the number of the image slot that a token is in, -1 for none.
 
     Args:
-        image_positions: int64 [M], flat position of each image's first token; one beyond the rows stands nowhere.
+        slot_positions: int64 [S], flat position of each slot's first token; one beyond the rows stands nowhere.
         tokens: tokens of an image.
     """
     blocks = position_ids.new_full((position_ids.numel() + tokens,), -1)
-    slots = image_positions[:, None] + torch.arange(tokens, device=position_ids.device)
-    numbers = torch.arange(len(image_positions), device=position_ids.device)[:, None].expand_as(slots)
+    slots = slot_positions[:, None] + torch.arange(tokens, device=position_ids.device)
+    numbers = torch.arange(len(slot_positions), device=position_ids.device)[:, None].expand_as(slots)
     blocks = blocks.index_copy(0, slots.flatten(), numbers.flatten())
     return blocks[: position_ids.numel()].view_as(position_ids)
 
 
 def choose_implementation(
-    decoder: PreTrainedModel, device_type: str, dtype: torch.dtype, mode: Mode, varlen: bool
+    tower: PreTrainedModel,
+    wanted: str,
+    mode: Mode,
+    device_type: str,
+    dtype: torch.dtype,
+    preferred: tuple[str, ...] = PREFERRED,
 ) -> str:
-    """What ``auto`` means: on a GPU variable-length flash, else flex; sdpa elsewhere; eager where nothing else works.
+    """The wanted implementation where it can run, as off the GPU flash cannot; else the best that can.
 
     Args:
-        varlen: the lengths of the documents are known.
+        wanted: ``auto``, or an attention implementation of transformers.
+        preferred: best first; the last always runs.
     """
-    if device_type == "cuda":
-        if varlen and mode != "images" and dtype in (torch.bfloat16, torch.float16):
-            for flash in FLASH:
-                if why_not(decoder, flash) is None:
-                    return flash
-        if why_not(decoder, "flex_attention") is None:
-            return "flex_attention"
-    return "sdpa" if why_not(decoder, "sdpa") is None else "eager"
+    candidates = preferred if wanted == "auto" else (wanted, *preferred)
+    for name in candidates:
+        if not (unsupported(tower, name, mode) or unavailable(name, device_type, dtype)):
+            return name
+    return preferred[-1]
 
 
-def why_not(decoder: PreTrainedModel, implementation: str) -> str | None:
-    """Why this decoder cannot use the implementation on this machine; None when it can."""
-    config, family = decoder.config, decoder.config.model_type
-    match implementation:
-        case "flash_attention_2" | "flash_attention_3":
-            if not decoder._supports_flash_attn:
-                return f"{family} does not support flash attention"
-            two = implementation == "flash_attention_2"
-            # Where the package is missing transformers would fetch a kernel from the Hub instead.
-            if not (is_flash_attn_2_available() if two else is_flash_attn_3_available()):
-                return "its package is not installed, or there is no GPU for it"
-        case "flex_attention":
-            if not decoder._supports_flex_attn:
-                return f"{family} does not support it"
-            if getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0):
-                return "it has no attention dropout"
-        case "sdpa":
-            if not decoder._supports_sdpa or getattr(config, "attn_logit_softcapping", None):
-                return f"{family} caps its attention logits, which it cannot do"
+def switch_implementation(tower: PreTrainedModel, implementation: str) -> None:
+    """Make ``tower`` use an implementation; does nothing when it does already."""
+    if tower.config._attn_implementation != implementation:
+        tower.set_attn_implementation(implementation)
+
+
+def unsupported(tower: PreTrainedModel, implementation: str, mode: Mode = "causal") -> str | None:
+    """Why this family cannot use the implementation on any machine; None when it can."""
+    config, family = tower.config, tower.config.model_type
+    dropout = getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0)
+    if implementation in FLASH:
+        if not tower._supports_flash_attn:
+            return f"transformers does not support it for {family}"
+        return "it cannot let tokens of an image see each other (bidirectional_images)" if mode == "images" else None
+    if implementation == "flex_attention":
+        if not tower._supports_flex_attn:
+            return f"transformers does not support it for {family}"
+        return "it has no attention dropout" if dropout else None
+    if implementation == "sdpa" and (not tower._supports_sdpa or getattr(config, "attn_logit_softcapping", None)):
+        return f"it cannot cap attention logits as {family} does"
     return None
 
 
-def check_attention(decoder: PreTrainedModel, implementation: str) -> None:
-    """Refuse what will not work before anything is trained.
-
-    Raises:
-        ValueError: the implementation does not fit the family or the machine, or the family has layers that would mix
-            packed documents.
-    """
-    config = decoder.config
-    kinds = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
-    if kinds or getattr(config, "attention_chunk_size", None):
-        raise ValueError(
-            f"decoder {config.model_type}: packed documents would see each other in layers of type "
-            f"{', '.join(sorted(kinds)) or 'chunked_attention'}; use llama, gpt2 or qwen3"
-        )
-    if implementation != "auto" and (reason := why_not(decoder, implementation)):
-        fits = [name for name in ("sdpa", "eager") if why_not(decoder, name) is None]
-        raise ValueError(f"decoder.attention: {implementation}: {reason}; use auto or {' or '.join(fits)}")
+def unavailable(implementation: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the implementation cannot run here; None when it can."""
+    if implementation in FLASH:
+        if dtype not in (torch.bfloat16, torch.float16):
+            return "it needs precision bf16"
+        # Where the package is missing transformers would fetch a kernel from the Hub instead.
+        two = implementation == "flash_attention_2"
+        installed = is_flash_attn_2_available() if two else is_flash_attn_3_available()
+        return None if installed and device_type == "cuda" else "it needs a GPU and the flash-attn package"
+    if implementation == "flex_attention" and device_type != "cuda":
+        return "it needs a GPU to train"
+    return None
 
 
-def _check_flash(implementation: str, inputs_embeds: Tensor, mode: Mode) -> None:
-    if mode == "images":
-        raise UserError(
-            f"model.decoder.attention: {implementation} cannot see images both ways; use auto, flex_attention or sdpa"
-        )
-    if inputs_embeds.dtype not in (torch.bfloat16, torch.float16):
-        raise UserError(f"model.decoder.attention: {implementation} needs precision: bf16; use it, or auto")
+def _flash_arguments(config: Any, mode: Mode, cu_seqlens: Tensor | None, max_seqlen: int | None) -> dict[str, Any]:
+    """Documents as sequences of their own, whatever row they lie in."""
+    assert cu_seqlens is not None
+    assert max_seqlen is not None
+    return {
+        "attention_mask": _per_layer_type(config, lambda window: None),
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": max_seqlen,
+        "max_length_k": max_seqlen,
+        "is_causal": mode != "bidirectional",
+    }
 
 
 def _per_layer_type(config: Any, mask: Callable[[int | None], Any]) -> Any:

@@ -6,7 +6,8 @@ import torch
 
 from lcl_ds.config import ModelSettings
 from lcl_ds.errors import UserError
-from lcl_ds.models.decoder import build_decoder_config
+from lcl_ds.models.attention import Mode, unavailable, unsupported
+from lcl_ds.models.decoder import build_decoder_config, check_isolation
 from lcl_ds.models.lcl import LCLModel
 from lcl_ds.models.patches import kept_count
 from lcl_ds.models.vision import build_vision_config, image_tokens
@@ -49,14 +50,47 @@ def build_model(settings: ModelSettings, vocab_size: int, row_tokens: int, seed:
         vision = vision_config(settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return LCLModel(
+            model = LCLModel(
                 vision,
                 decoder,
                 settings.pooling.num_attention_heads,
                 settings.logit_scale_init,
                 int(settings.vision.activation_checkpointing),
                 int(settings.decoder.activation_checkpointing),
+                settings.vision.attention,
+                settings.decoder.attention,
+                settings.decoder.bidirectional_images,
                 patch_dropout=settings.vision.patch_dropout,
             )
+        check_isolation(model.decoder)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
+    _check_attention(model)
+    return model
+
+
+def _check_attention(model: LCLModel) -> None:
+    mode: Mode = model.attention_mode
+    problems = []
+    for name, tower, wanted in (
+        ("vision", model.vision.model, model.vision.attention),
+        ("decoder", model.decoder, model.attention),
+    ):
+        reason = None if wanted == "auto" else unsupported(tower, wanted, mode if name == "decoder" else "causal")
+        if reason:
+            problems.append(f"model.{name}.attention: {wanted}: {reason}; use auto or eager")
+    if problems:
+        raise UserError(problems)
+
+
+def check_attention_here(settings: ModelSettings, device_type: str, precision: str) -> None:
+    """Refuse to train with an attention implementation that this machine lacks; what only reads a model takes another.
+
+    Raises:
+        UserError: names the key.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    wanted = {"vision": settings.vision.attention, "decoder": settings.decoder.attention}
+    reasons = {name: unavailable(attention, device_type, dtype) for name, attention in wanted.items()}
+    if problems := [f"model.{n}.attention: {wanted[n]}: {reason}; use auto" for n, reason in reasons.items() if reason]:
+        raise UserError(problems)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lcl_ds.batch import Batch
-from lcl_ds.models.attention import Mode, attention_arguments
+from lcl_ds.models.attention import Mode, attention_arguments, image_blocks
 from lcl_ds.models.decoder import build_decoder
 from lcl_ds.models.heads import ContextHead, LMHead, LogitScale
 from lcl_ds.models.patches import kept_count, kept_patches
@@ -37,6 +37,8 @@ class LCLModel(nn.Module):
         pooling_heads: heads of the pooling query.
         logit_scale_init: first temperature multiplier.
         checkpoint_vision, checkpoint_decoder: recompute every k-th block of that tower in backward; 0: none.
+        vision_attention, decoder_attention: ``auto``, or an attention implementation of transformers.
+        bidirectional_images: whether tokens of an image see each other in the decoder, not only those before them.
         patch_dropout: share of an image's patches that training leaves out before the first block.
     """
 
@@ -48,11 +50,16 @@ class LCLModel(nn.Module):
         logit_scale_init: float = 1 / 0.07,
         checkpoint_vision: int = 0,
         checkpoint_decoder: int = 0,
+        vision_attention: str = "auto",
+        decoder_attention: str = "auto",
+        bidirectional_images: bool = False,
         patch_dropout: float = 0.0,
     ):
         super().__init__()
         width = decoder_config.hidden_size
-        self.vision = VisionEncoder(vision_config)
+        self.attention = decoder_attention
+        self.attention_mode: Mode = "images" if bidirectional_images else "causal"
+        self.vision = VisionEncoder(vision_config, vision_attention)
         self.kept_tokens = kept_count(self.vision.patch_tokens, patch_dropout)
         self.pooling = AttentivePooling(vision_config.hidden_size, width, pooling_heads)
         self.decoder, norm = build_decoder(decoder_config)
@@ -74,12 +81,12 @@ class LCLModel(nn.Module):
             kept = kept_patches(image_seeds, every, self.kept_tokens)
         return self.pooling(self.vision(self.vision.normalize(images), kept))
 
-    def decode(self, batch: Batch, image_tokens: Tensor, mode: Mode = "causal") -> Tensor:
+    def decode(self, batch: Batch, image_tokens: Tensor, mode: Mode | None = None) -> Tensor:
         """Decoder states before any final norm, rows laid end to end [R*L, H].
 
         Args:
             image_tokens: [S, N, H], what stands in each slot of ``batch``.
-            mode: what a token sees of its document.
+            mode: what a token sees of its document; None: what the settings say.
         """
         embeddings = self.decoder.get_input_embeddings()(batch.input_ids)
         # One image's worth of slots beyond the rows: a rank without images writes its constant image there, so that
@@ -88,7 +95,16 @@ class LCLModel(nn.Module):
         places = batch.slot_positions[:, None] + torch.arange(image_tokens.shape[1], device=flat.device)
         flat = flat.index_copy(0, places.flatten(), image_tokens.flatten(0, 1).to(flat.dtype))
         inputs_embeds = flat[: batch.input_ids.numel()].view_as(embeddings)
-        attention = attention_arguments(self.decoder, inputs_embeds, batch.position_ids, mode=mode)
+        attention = attention_arguments(
+            self.decoder,
+            inputs_embeds,
+            batch.position_ids,
+            implementation=self.attention,
+            mode=mode or self.attention_mode,
+            image_blocks=image_blocks(batch.position_ids, batch.slot_positions, image_tokens.shape[1]),
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+        )
         hidden_states = self.decoder(inputs_embeds=inputs_embeds, use_cache=False, **attention).last_hidden_state
         return hidden_states.flatten(0, 1)
 

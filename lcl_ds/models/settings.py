@@ -32,6 +32,11 @@ class TowerSettings(Settings):
     activation_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
         False, description="Blocks whose activations are recomputed in backward: none, all (true), or every k-th (k)."
     )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
+        "auto",
+        description="Attention implementation of transformers. auto: sdpa; in a decoder on a GPU variable-length flash "
+        "where its package is installed, else flex.",
+    )
     pretrained: str | None = Field(
         None,
         description="Local Hugging Face folder (config.json, *.safetensors) to start from. It gives the architecture; "
@@ -99,6 +104,10 @@ class DecoderSettings(TowerSettings):
     """The causal decoder."""
 
     part = "decoder"
+
+    bidirectional_images: bool = Field(
+        False, description="Tokens of an image see each other, not only those before them (published: no)."
+    )
 
 
 class PoolingSettings(Settings):

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from lcl_ds.models.attention import choose_implementation, switch_implementation
+
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 """Per-channel statistics of CLIP's images, the convention of OpenCLIP and of the published LCL."""
@@ -89,11 +91,13 @@ def normalize_images(
 class VisionEncoder(nn.Module):
     """Patch tokens after the final norm, from any of :data:`FAMILIES`.
 
-    A class token takes part in attention and is then dropped, as published (upstream ``lcl_model.py``).
+    A class token takes part in attention and is then dropped, as published (upstream ``lcl_model.py``). Images have no
+    masks, so ``auto`` is sdpa: torch takes its own flash kernel then.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, attention: str = "auto"):
         super().__init__()
+        self.attention = attention
         self.model: PreTrainedModel = AutoModel.from_config(config)
         self.patch_tokens = image_tokens(config)
 
@@ -109,6 +113,9 @@ class VisionEncoder(nn.Module):
             kept: int64 [M, K], patches to go on with after positions are added; the blocks then run on these alone and
                 [M, K, width] comes out.
         """
+        device, dtype = pixel_values.device.type, pixel_values.dtype
+        chosen = choose_implementation(self.model, self.attention, "causal", device, dtype, ("sdpa", "eager"))
+        switch_implementation(self.model, chosen)
         tokens = _embed(self.model, pixel_values)
         prefix = tokens.shape[1] - self.patch_tokens
         if kept is not None:

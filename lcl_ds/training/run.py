@@ -17,7 +17,7 @@ from lcl_ds.data.open_data import OpenData, lane_settings, open_data
 from lcl_ds.data.shards import expand_paths, index_shard
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.closing import closing_table, evaluate_model
-from lcl_ds.models.build import build_model, image_size, tokens_per_image
+from lcl_ds.models.build import build_model, check_attention_here, image_size, tokens_per_image
 from lcl_ds.models.lcl import LCLModel
 from lcl_ds.models.pretrained import initialize_parts
 from lcl_ds.objectives import build_objective, view_of
@@ -59,6 +59,7 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
     """
     data = open_checked_data(config)
     place = init_distributed()
+    check_attention_here(config.model, place.device.type, config.precision)
     full_ds_config = complete_ds_config(ds_config, config, place.world_size)
     checkpoint = newest_checkpoint(run_dir, place)
     if checkpoint is not None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lcl_ds.bench import __main__ as bench
-from lcl_ds.bench import measure, peers, runner
+from lcl_ds.bench import measure, peers, runner, train, train_runner
 from lcl_ds.bench.contrastive import ContrastiveCase
 from lcl_ds.bench.losses import LossCase
 from lcl_ds.bench.peers import EAGER, OURS, Method, UnavailableError
@@ -250,3 +250,70 @@ def test_adapters_refuse_shapes_that_a_peer_cannot_take(monkeypatch):
         peers.CONTRASTIVE["memeff"].function(peers.Setting((64, 48), "bf16", "cuda"))
     with pytest.raises(UnavailableError, match="multiple of 16"):
         peers.CONTRASTIVE["inf-cl"].function(peers.Setting((64, 100), "bf16", "cuda"))
+
+
+TINY = ("--rows", "2", "--context", "128", "--row_tokens", "128", "--vocab_size", "301", "--image_size", "64")
+TINY_TOWERS = ("--width", "64", "--layers", "1", "--vision_width", "64", "--vision_layers", "1")
+
+
+def test_train_compares_equal_steps_and_writes_every_figure(run_bench, capsys):
+    code, document = run_bench("train", *TINY, *TINY_TOWERS, "--repeats", "2")
+    assert code == 0
+    assert document["complete"] is True
+    rows = document["rows"]
+    names = ["lcl_ds", "lcl_ds, padded", "published", "published, is_causal"]
+    assert [(row["kind"], row["method"]) for row in rows] == [(k, n) for k in ("documents", "pairs") for n in names]
+    for row in rows:
+        assert (row["status"], len(row["times_ms"])) == ("ok", 2)
+        assert row["shape"] | {"width": 64, "context": 128, "rows": 2} == row["shape"]
+        assert row["tokens"] == row["rows"] * 128
+        assert row["padding_fraction"] == pytest.approx(1 - row["useful_tokens"] / row["tokens"])
+        assert row["useful_tokens_per_s"] == pytest.approx(1e3 * row["useful_tokens"] / row["median_ms"])
+        assert row["errors"]["loss"] < 1e-6
+        assert row["errors"]["gradient"] < 1e-5
+    for ours, *others in (rows[:4], rows[4:]):
+        assert ours["rows"] == 2
+        for other in others:
+            assert other["rows"] == other["documents"] == ours["documents"]
+            assert other["useful_tokens"] == ours["useful_tokens"]
+            assert other["loss"] == pytest.approx(ours["loss"], rel=1e-6)
+            assert other["ratio_to_ours"] == pytest.approx(other["median_ms"] / ours["median_ms"])
+    assert rows[6]["padding_fraction"] > 0.5 > 0.05 >= rows[4]["padding_fraction"]
+    assert "published, is_causal" in capsys.readouterr().out
+
+
+def test_the_published_layout_holds_its_logits():
+    towers = {"width": 64, "layers": 1, "vision_width": 64, "vision_layers": 1}
+    case = train.TrainCase("documents", 1, "fp32", "cpu", context=512, row_tokens=512, **towers)
+    labels = len(case.batch(packed=False).labels)
+    logits = 4 * labels * case.vocab_size
+    ours, published = (
+        measure.in_fresh_process(train_runner.peak_of_step, case, name) for name in (train.OURS, train.PUBLISHED)
+    )
+    assert published - ours > logits
+
+
+def test_train_draws_full_rows_of_whole_documents():
+    for case in train.train_cases("cpu", "fp32"):
+        rows = case.packed_rows()
+        assert len(rows) == case.rows
+        for row in rows:
+            lengths = [len(sequence.tokens.input_ids) for sequence in row.sequences]
+            assert train.FULL * case.row_tokens <= sum(lengths) <= case.row_tokens
+            assert max(lengths) <= case.context
+        again = [sequence.tokens.input_ids for row in case.packed_rows() for sequence in row.sequences]
+        ids = [sequence.tokens.input_ids for row in rows for sequence in row.sequences]
+        assert all((one == other).all() for one, other in zip(ids, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--width", "0"), "--width 0: must be 1 or more"),
+        (("--repeats", "0"), "--repeats 0"),
+        (("--rows", "1", "--row_tokens", "100000"), "--rows 1: 0 rows of 100000 tokens became full"),
+    ],
+)
+def test_mistakes_in_train_end_with_code_2(options, message, capsys):
+    assert bench.main(["train", "--kind", "pairs", "--no_memory", *options]) == 2
+    assert message in capsys.readouterr().err

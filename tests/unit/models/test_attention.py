@@ -1,0 +1,303 @@
+"""Who sees whom in a packed row, for every decoder family and every attention implementation.
+
+Flash and flex run as transformers calls them, but for their kernels: see tests/attention_kernels.py.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from lcl_ds.errors import UserError
+from lcl_ds.models import attention, decoder
+from lcl_ds.models.attention import attention_arguments, choose_implementation, image_blocks
+from lcl_ds.models.build import check_attention_here
+from lcl_ds.models.decoder import TESTED_FAMILIES, build_decoder, build_decoder_config, check_isolation
+from lcl_ds.objectives.common import local_counts
+from tests.attention_kernels import use_plain_kernels
+from tests.small import (
+    DECODERS,
+    IMAGE_TOKENS,
+    ROW_TOKENS,
+    batch_of,
+    batch_with_images,
+    batch_without_images,
+    lcl_objective,
+    sequence,
+    small_config,
+    small_model,
+)
+
+WINDOW = 5
+WINDOWED = {  # families whose layers look back a limited way, here a short one
+    "mistral": [f"model.decoder.sliding_window={WINDOW}"],
+    "qwen2": [
+        f"model.decoder.sliding_window={WINDOW}",
+        "model.decoder.use_sliding_window=true",
+        "model.decoder.max_window_layers=1",
+    ],
+    "gemma2": [f"model.decoder.sliding_window={WINDOW}"],
+    "gemma3_text": [
+        f"model.decoder.sliding_window={WINDOW}",
+        "model.decoder.layer_types=[sliding_attention, full_attention]",
+    ],
+}
+VARIANTS = [*((family, ()) for family in DECODERS), *((family, keys) for family, keys in WINDOWED.items())]
+IMPLEMENTATIONS = ["eager", "sdpa", "flash_attention_2", "flex_attention"]
+CANNOT = {("gemma2", "sdpa"), ("gpt2", "flex_attention")}
+
+
+def name_of(value):
+    return value if isinstance(value, str) else "window" if value else "plain"
+
+
+each_variant = pytest.mark.parametrize(("family", "keys"), VARIANTS, ids=name_of)
+each_implementation = pytest.mark.parametrize(
+    ("family", "keys", "implementation"),
+    [(*variant, name) for variant in VARIANTS for name in IMPLEMENTATIONS if (variant[0], name) not in CANNOT],
+    ids=name_of,
+)
+
+
+@pytest.fixture
+def plain_kernels(monkeypatch):
+    use_plain_kernels(monkeypatch)
+
+
+def model_of(family, keys=(), implementation="auto", *more):
+    return small_model(small_config(f"model.decoder.attention={implementation}", *keys, *more, decoder=family)).eval()
+
+
+def decode(model, batch, mode):
+    _, tokens = model.encode_images(batch.images, batch.image_seeds)
+    return model.decode(batch, tokens.index_select(0, batch.slot_images), mode)
+
+
+def states(model, batch, mode=None):
+    with torch.no_grad():
+        return decode(model, batch, mode).view(*batch.input_ids.shape, -1)
+
+
+# --- packed documents -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("plain_kernels")
+@each_implementation
+def test_a_document_does_not_change_a_bit_of_its_neighbour(family, keys, implementation):
+    second = sequence(["xyz", 0, "w"], seed=9)
+    first, other = sequence(["abc", 0, "de"], seed=1), sequence(["qrs", 0, "tu"], seed=2)
+    length = len(first.tokens.input_ids)
+    model = model_of(family, keys, implementation)
+    for mode in ("causal", "images", "bidirectional"):
+        ours, theirs = (states(model, batch_of([document, second]), mode)[0] for document in (first, other))
+        assert not torch.equal(ours[:length], theirs[:length])
+        assert torch.equal(ours[length:], theirs[length:])
+
+
+@each_variant
+def test_the_loss_of_packed_rows_is_that_of_padded_ones(family, keys):
+    documents = [sequence(["abc", 0, "de"], seed=1), sequence(["xyz", 0], seed=2), sequence([0, "fg", 1, "h"], seed=3)]
+    objective = lcl_objective(model_of(family, keys)).double()
+
+    def losses(batch):
+        with torch.no_grad():
+            return objective(batch, *local_counts(objective, batch))
+
+    packed, padded = losses(batch_of(documents)), losses(batch_of(*([document] for document in documents)))
+    for name in ("loss", "generation_loss", "contrastive_loss"):
+        assert packed[name].item() == pytest.approx(padded[name].item(), rel=1e-6), name
+
+
+@pytest.mark.usefixtures("plain_kernels")
+@each_implementation
+def test_implementations_agree_in_states_and_gradients(family, keys, implementation):
+    batch = batch_with_images()
+    reference, model = model_of(family, keys, "eager"), model_of(family, keys, implementation)
+    for mode in ("causal", "images", "bidirectional"):
+        results = []
+        for each in (reference, model):
+            each.zero_grad()
+            hidden = decode(each, batch, mode)
+            hidden.square().mean().backward()
+            results.append((hidden, each.pooling.proj.weight.grad))
+        wanted = attention.choose_implementation(model.decoder, implementation, mode, "cpu", torch.float32)
+        assert model.decoder.config._attn_implementation == wanted
+        for expected, actual in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bounds_of_documents_are_those_of_rows_laid_end_to_end():
+    long, short = sequence(["abc", 0, "de"], seed=1), sequence(["xyz"], seed=2)
+    batch = batch_of([long, short], [short])
+    first, second = len(long.tokens.input_ids), len(short.tokens.input_ids)
+    starts = [0, first, first + second, ROW_TOKENS, ROW_TOKENS + second, 2 * ROW_TOKENS]
+    assert batch.cu_seqlens.tolist() == starts
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.max_seqlen == ROW_TOKENS - second  # padding is a document too
+
+
+# --- what a token sees ------------------------------------------------------------------------------------------------
+
+LENGTHS = (13, 11)
+BLOCKS = [-1] * 3 + [0] * 4 + [-1] * 9 + [1] * 4 + [2] * 3 + [-1]
+ONE_LAYER = {
+    **{family: ([], None) for family in ("llama", "gpt2", "opt", "qwen3", "gemma")},
+    "mistral": (WINDOWED["mistral"], WINDOW),
+    "qwen2": ([*WINDOWED["qwen2"][:2], "model.decoder.max_window_layers=0"], WINDOW),
+    "gemma2": (WINDOWED["gemma2"], WINDOW),
+    "gemma3_text": ([*WINDOWED["gemma3_text"][:1], "model.decoder.layer_types=[sliding_attention]"], WINDOW),
+}
+
+
+def sees(query, key, mode, window):
+    """The rule, token by token."""
+    document = [0] * LENGTHS[0] + [1] * LENGTHS[1]
+    if document[query] != document[key]:
+        return False
+    if mode == "images" and BLOCKS[query] == BLOCKS[key] >= 0:
+        return True
+    if mode != "bidirectional" and key > query:
+        return False
+    return window is None or abs(query - key) < window
+
+
+@pytest.mark.usefixtures("plain_kernels")
+@pytest.mark.parametrize("mode", ["causal", "images", "bidirectional"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("family", ONE_LAYER)
+def test_a_layer_reads_exactly_what_its_tokens_may_see(family, implementation, mode):
+    if (family, implementation) in CANNOT:
+        pytest.skip("refused, see below")
+    keys, window = ONE_LAYER[family]
+    layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    model = model_of(family, keys, implementation, f"model.decoder.{layers}=1").decoder
+    total = sum(LENGTHS)
+    embeddings = torch.randn(1, total, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    arguments = attention_arguments(
+        model,
+        embeddings,
+        torch.cat([torch.arange(length) for length in LENGTHS])[None],
+        implementation=implementation,
+        mode=mode,
+        image_blocks=torch.tensor([BLOCKS]),
+        cu_seqlens=torch.tensor([0, LENGTHS[0], total], dtype=torch.int32),
+        max_seqlen=max(LENGTHS),
+    )
+    output = model(inputs_embeds=embeddings, use_cache=False, **arguments).last_hidden_state[0]
+    weights = torch.randn(32, generator=torch.Generator().manual_seed(1))
+    read = [torch.autograd.grad(state @ weights, embeddings, retain_graph=True)[0][0].any(-1) for state in output]
+    expected = [[sees(query, key, mode, window) for key in range(total)] for query in range(total)]
+    assert torch.stack(read).tolist() == expected
+
+
+def test_images_both_ways_is_a_setting():
+    document = sequence(["abc", 0, "de"])
+    start = document.tokens.slots[0].position
+    as_published, both_ways = (
+        states(model_of("llama", (), "auto", f"model.decoder.bidirectional_images={value}"), batch_of([document]))[0]
+        for value in ("false", "true")
+    )
+    assert torch.equal(as_published[:start], both_ways[:start])
+    changed = (as_published != both_ways).any(-1)
+    assert changed[start : start + IMAGE_TOKENS - 1].all()
+
+
+def test_blocks_number_the_images_and_leave_the_constant_one_out():
+    batch = batch_with_images()
+    blocks = image_blocks(batch.position_ids, batch.slot_positions, IMAGE_TOKENS)
+    for number, position in enumerate(batch.slot_positions.tolist()):
+        assert (blocks.flatten() == number).nonzero().flatten().tolist() == [*range(position, position + IMAGE_TOKENS)]
+    assert (blocks >= 0).sum() == batch.image_count * IMAGE_TOKENS
+    without = batch_without_images()
+    assert (image_blocks(without.position_ids, without.slot_positions, IMAGE_TOKENS) == -1).all()
+
+
+# --- which implementation ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("installed", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_auto_takes_the_best_that_can_run(family, installed, monkeypatch):
+    for version in (2, 3):
+        name = f"is_flash_attn_{version}_available"
+        monkeypatch.setattr(attention, name, lambda version=version: version in installed)
+    tower = small_model(small_config(decoder=family)).decoder
+
+    def choice(device, dtype, mode="causal"):
+        return choose_implementation(tower, "auto", mode, device, dtype)
+
+    on_cpu = "eager" if family == "gemma2" else "sdpa"
+    without_flash = "sdpa" if family == "gpt2" else "flex_attention"
+    assert choice("cpu", torch.float32) == choice("cpu", torch.bfloat16) == on_cpu
+    assert choice("cuda", torch.bfloat16) == (f"flash_attention_{max(installed)}" if installed else without_flash)
+    assert choice("cuda", torch.float32) == without_flash
+    assert choice("cuda", torch.bfloat16, "images") == without_flash
+
+
+def test_a_model_trained_with_flash_is_read_without_a_gpu():
+    model = model_of("llama", (), "flash_attention_2", "model.vision.attention=flash_attention_2")
+    states(model, batch_with_images())
+    assert (model.decoder.config._attn_implementation, model.vision.model.config._attn_implementation) == ("sdpa",) * 2
+
+
+def test_the_vision_tower_follows_its_setting():
+    states_of = [
+        states(model_of("llama", (), "auto", f"model.vision.attention={name}"), batch_with_images())
+        for name in ("eager", "auto")
+    ]
+    torch.testing.assert_close(*states_of, rtol=1e-5, atol=1e-6)
+    model = model_of("llama", (), "auto", "model.vision.attention=eager")
+    states(model, batch_with_images())
+    assert model.vision.model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "message"),
+    [
+        ("gemma2", ["attention=sdpa"], "model.decoder.attention: sdpa: it cannot cap attention logits as gemma2 does"),
+        ("gpt2", ["attention=flex_attention"], "flex_attention: transformers does not support it for gpt2"),
+        ("llama", ["attention=flex_attention", "attention_dropout=0.1"], "flex_attention: it has no attention dropout"),
+        ("llama", ["attention=flash_attention_2", "bidirectional_images=true"], "see each other"),
+        ("opt", ["do_layer_norm_before=false"], r"do_layer_norm_before: false \(OPT-350m\) leaves no final norm"),
+        ("opt", ["word_embed_proj_dim=16"], "word_embed_proj_dim must be hidden_size"),
+        ("qwen3", ["layer_types=[full_attention, linear_attention]"], "linear_attention layers"),
+    ],
+)
+def test_what_cannot_work_is_refused_when_the_model_is_built(family, overrides, message):
+    config = small_config(*(f"model.decoder.{override}" for override in overrides), decoder=family)
+    with pytest.raises(UserError, match=message):
+        small_model(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "precision", "message"),
+    [
+        ("decoder.attention=flash_attention_2", "bf16", "it needs a GPU and the flash-attn package; use auto"),
+        ("decoder.attention=flash_attention_3", "fp32", "it needs precision bf16"),
+        ("vision.attention=flash_attention_2", "fp32", "model.vision.attention: flash_attention_2: it needs precision"),
+        ("decoder.attention=flex_attention", "fp32", "it needs a GPU to train"),
+    ],
+)
+def test_what_this_machine_lacks_is_refused_before_training(override, precision, message):
+    settings = small_config(f"model.{override}").model
+    with pytest.raises(UserError, match=message):
+        check_attention_here(settings, "cpu", precision)
+    check_attention_here(small_config().model, "cpu", precision)
+
+
+def test_an_unknown_family_is_tried_out(monkeypatch):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    olmo, _ = build_decoder(build_decoder_config("olmo2", sizes, 100, 64))
+    assert "olmo2" not in TESTED_FAMILIES
+    check_isolation(olmo)
+    bloom, _ = build_decoder(build_decoder_config("bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 2}, 100, 64))
+    with pytest.raises(ValueError, match="decoder bloom: cannot read packed rows"):
+        check_isolation(bloom)
+    monkeypatch.setattr(decoder, "attention_arguments", lambda *args: {})
+    with pytest.raises(ValueError, match="decoder olmo2: packed documents would see each other"):
+        check_isolation(olmo)
+
+
+def test_every_family_that_is_taken_for_tested_is_tested():
+    assert set(TESTED_FAMILIES) == set(DECODERS)
+    assert {family for family, _ in itertools.chain(VARIANTS)} == set(DECODERS) == set(ONE_LAYER)
