@@ -7,22 +7,19 @@ purpose, lane, counter), so a lane's position is a few integers plus the address
 of rows that wait for a group, and the stream is the same for any ranks x workers that divide the number of lanes.
 """
 
-import logging
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from lcl_ds.data.documents import BadSampleError, Document, read_document
+from lcl_ds.data.documents import MAX_TEXT_BYTES, BadSampleError, Document, read_document
 from lcl_ds.data.images import decode_image
 from lcl_ds.data.mixing import Mixture
 from lcl_ds.data.packing import PackedSequence, Row, choose_group, pack
 from lcl_ds.data.shards import Source
+from lcl_ds.data.skips import Skips
 from lcl_ds.data.views import DocumentView, Encoder, View
 from lcl_ds.tokens import TextTokenizer, TokenSequence
-
-logger = logging.getLogger(__name__)
 
 SOURCE, EPOCH, WINDOW, ROWS, SEQUENCES, CROP, IMAGE = range(7)
 """Purposes of keyed draws."""
@@ -64,6 +61,8 @@ class LaneSettings:
     view: View = field(default_factory=DocumentView)
     crop_scale: tuple[float, float] = (0.9, 1.0)
     max_image_pixels: int = 89_000_000
+    max_text_bytes: int = MAX_TEXT_BYTES
+    max_bad_share: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -92,6 +91,7 @@ class Lane:
         number: this lane, ``0 .. settings.lanes - 1``.
         tokenizer: text to ids.
         state: from an earlier :meth:`state`, to continue exactly there.
+        skips: where to count what is left out, for all lanes of a process.
     """
 
     def __init__(
@@ -101,7 +101,10 @@ class Lane:
         number: int,
         tokenizer: TextTokenizer,
         state: LaneState | None = None,
+        skips: Skips | None = None,
     ):
+        self._skips = skips or Skips(settings.max_bad_share)
+        self._pending_skips = 0
         self.sources, self.settings, self.number = sources, settings, number
         self._encoder = Encoder(
             tokenizer.encode, tokenizer.vocabulary, settings.image_tokens, settings.row_tokens, settings.row_images
@@ -119,13 +122,12 @@ class Lane:
         self._rows_returned: int = state["rows"]
         self._group: list[list[_Piece]] = []
         self._emitted = 0
-        self._pending_skips = 0
         self._window_state = state
         if state["emitted"]:
             self._fill_window()
-            self._pending_skips = 0
             for _ in range(state["emitted"]):
                 self._next_pieces()
+        self._pending_skips = 0
 
     def state(self) -> LaneState:
         """Position after the last row returned."""
@@ -136,8 +138,7 @@ class Lane:
         pieces = self._next_pieces()
         sequences = []
         for piece in pieces:
-            sequence, skipped = self._with_pixels(piece)
-            self._pending_skips += skipped
+            sequence = self._with_pixels(piece)
             sequences += [sequence] if sequence is not None else []
         row = Row(tuple(sequences), self._pending_skips)
         self._pending_skips = 0
@@ -191,19 +192,15 @@ class Lane:
         """Pieces of the next ``pack_window`` samples."""
         step = self._rows_returned * self.settings.lanes // self.settings.rows_per_step
         pieces: list[_Piece] = []
-        good = 0
         for _ in range(self.settings.pack_window):
             source, draw = self._draw_source(step), self._draws
             sample = self._next_sample(source)
             self._draws += 1
             try:
                 pieces += self._pieces(source, sample, draw)
-                good += 1
-            except BadSampleError as problem:
-                self._pending_skips += 1
-                report_skip(self.sources[source], sample, problem)
-        if good == 0:
-            raise RuntimeError(f"lane {self.number}: all of {self.settings.pack_window} samples in a row were unusable")
+                self._skips.good()
+            except (BadSampleError, OSError) as problem:
+                self._leave_out(self.sources[source], sample, problem)
         return pieces
 
     def _draw_source(self, step: int) -> int:
@@ -243,10 +240,9 @@ class Lane:
         return blocks[cached[1][place]]
 
     def _pieces(self, source: int, sample: int, draw: int) -> list[_Piece]:
-        try:
-            document = read_document(self.sources[source], sample)
-        except OSError as error:
-            raise BadSampleError(f"a read error ({error.strerror or 'short read'})") from None
+        document = read_document(self.sources[source], sample, self.settings.max_text_bytes)
+        for _ in range(document.missing_images):
+            self._leave_out(self.sources[source], sample, BadSampleError("an image that is not there"))
         rng = keyed_rng(self.settings.augmentation_seed, SEQUENCES, self.number, draw)
         sequences = self.settings.view.encode(document, self._encoder, rng)
         if not sequences:
@@ -256,8 +252,8 @@ class Lane:
     def _piece_at(self, source: int, sample: int, draw: int, piece: int, carries: int) -> _Piece:
         return replace(self._pieces(source, sample, draw)[piece], carries=carries)
 
-    def _with_pixels(self, piece: _Piece) -> tuple[PackedSequence | None, int]:
-        """The piece with its images decoded, and how many of them had to be left out."""
+    def _with_pixels(self, piece: _Piece) -> PackedSequence | None:
+        """The piece with its images decoded, as far as they can be; None when nothing is left."""
         settings, source = self.settings, self.sources[piece.source]
         pixels, seeds, lost = [], [], []
         for image in piece.tokens.images:
@@ -271,21 +267,16 @@ class Lane:
                 seeds.append(int(keyed_rng(key[0], IMAGE, *key[1:]).integers(1 << 63)))
             except (BadSampleError, OSError) as problem:
                 lost.append(image)
-                report_skip(source, piece.sample, problem)
+                self._leave_out(source, piece.sample, problem)
+            else:
+                self._skips.good()
         tokens = settings.view.without_images(piece.tokens, lost, settings.image_tokens) if lost else piece.tokens
         if tokens is None:
-            return None, len(lost)
+            return None
         shape = (0, 3, settings.image_size, settings.image_size)
         stacked = np.stack(pixels) if pixels else np.zeros(shape, dtype=np.uint8)
-        return PackedSequence(piece.document.key, tokens, stacked, tuple(seeds)), len(lost)
+        return PackedSequence(piece.document.key, tokens, stacked, tuple(seeds))
 
-
-_skips: Counter[tuple[str, str]] = Counter()
-
-
-def report_skip(source: Source, sample: int, problem: Exception) -> None:
-    """Name a sample that was left out: the first of each (source, reason), then every 1,000th."""
-    key = source.name, str(problem)
-    _skips[key] += 1
-    if _skips[key] == 1 or _skips[key] % 1000 == 0:
-        logger.warning("left out %s: %s (%d so far)", source.where(sample), problem, _skips[key])
+    def _leave_out(self, source: Source, sample: int, problem: BadSampleError | OSError) -> None:
+        self._pending_skips += 1
+        self._skips.bad(source, sample, problem)
