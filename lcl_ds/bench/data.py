@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lcl_ds.config import Config, load_config, recipe_path
-from lcl_ds.data.images import _random_box as random_box
+from lcl_ds.data.images import random_box
 from lcl_ds.data.lanes import Lane, LaneSettings
 from lcl_ds.data.loader import BatchLoader
 from lcl_ds.data.open_data import lane_settings, open_data
