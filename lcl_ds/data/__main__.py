@@ -53,6 +53,15 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--json", type=Path, metavar="F", help="write the report there")
     check.add_argument("--workers", type=int, default=CPUS, help=f"processes (default {CPUS})")
     check.set_defaults(run=run_check)
+
+    look = commands.add_parser("inspect", help="show rows as the model gets them")
+    look.add_argument("shards", nargs="+", metavar="SHARDS", help="as in data.shards: paths, globs, braces, URLs")
+    look.add_argument("--html", type=Path, metavar="F", help="write a page with the images; else to the terminal")
+    look.add_argument("--recipe", default="demo", help="whose sizes, objective and tokenizer are used (default demo)")
+    look.add_argument("--tokenizer", help="another one than the recipe's")
+    look.add_argument("--rows", type=int, default=4, help="how many (default 4)")
+    look.add_argument("--set", nargs="+", default=[], metavar="key.sub=value", help="other settings of the recipe")
+    look.set_defaults(run=run_inspect)
     return parser
 
 
@@ -95,6 +104,33 @@ def run_check(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps({"total": total, "shards": reports}, indent=1) + "\n")
     return 1 if total["problem_count"] else 0
+
+
+def run_inspect(arguments: argparse.Namespace, console: Console) -> int:
+    # Sizes and the objective's view are the recipe's; the data package itself knows neither models nor objectives.
+    from lcl_ds.config import load_config, recipe_path
+    from lcl_ds.data.inspection import page
+    from lcl_ds.data.inspection import show as show_rows
+    from lcl_ds.data.loader import BatchLoader
+    from lcl_ds.data.open_data import lane_settings, open_data
+    from lcl_ds.models.build import image_size, tokens_per_image
+    from lcl_ds.objectives import view_of
+
+    shards = json.dumps([{"name": "inspected", "paths": arguments.shards}])
+    tokenizer = [f"data.tokenizer={arguments.tokenizer}"] if arguments.tokenizer else []
+    overrides = [f"data.shards={shards}", "data.demo=null", "data.group_rows=1", *tokenizer, *arguments.set]
+    config = load_config(recipe_path(arguments.recipe), overrides)
+    data = open_data(config.data)
+    view = view_of(config.objective, config.data.image_first_probability)
+    settings = lane_settings(config, view, tokens_per_image(config.model, training=True), image_size(config.model))
+    batch = next(BatchLoader(data.sources, settings, data.tokenizer, arguments.rows))
+    if arguments.html is None:
+        show_rows(batch, data.tokenizer, console)
+    else:
+        title = f"{', '.join(arguments.shards)}, as {config.objective.name} sees it"
+        arguments.html.write_text(page(batch, data.tokenizer, title), encoding="utf-8")
+        console.print(f"{arguments.html}", highlight=False)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:

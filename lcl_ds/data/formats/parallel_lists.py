@@ -35,12 +35,15 @@ def read_parallel_lists(path: Path, options: ReadOptions) -> Iterator[SourceDocu
     for number, record in enumerate(_rows(path)):
         key = f"{path.name}:{number}"
         try:
+            if record is None:
+                raise BadSampleError("text that is not UTF-8")
             yield _read_record(key, record, options)
         except BadSampleError as problem:
             yield left_out(key, problem.reason)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
+def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Records; None where one has text that is not UTF-8."""
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
@@ -49,7 +52,12 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         with parquet.ParquetFile(path) as file:
             columns = [name for name in COLUMNS if name in file.schema_arrow.names]
             for batch in file.iter_batches(batch_size=ROWS, columns=columns):
-                yield from batch.to_pylist()
+                for row in range(batch.num_rows):
+                    try:
+                        (record,) = batch.slice(row, 1).to_pylist()
+                    except UnicodeDecodeError:
+                        record = None
+                    yield record
     except (ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read as parquet: {error}") from error
 
