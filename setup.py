@@ -27,6 +27,8 @@ setup(
         "transformers>=5.17",
         "accelerate",
         "webdataset",
+        "braceexpand",
+        "fsspec",
         "triton; platform_system == 'Linux'",
         "safetensors",
         "pyyaml",
@@ -37,4 +39,5 @@ setup(
         "pydantic>=2",
         "tokenizers",
     ],
+    extras_require={"parquet": ["pyarrow"]},
 )

@@ -7,9 +7,11 @@ is not repeated, so the comparison can be stopped and continued.
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from importlib import metadata
 from pathlib import Path
@@ -37,27 +39,40 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--objectives", nargs="+", default=list(NAMES), choices=NAMES)
     parser.add_argument("--images", type=int, default=20_000, help="images that every run sees")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with several, each uses one core")
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"))
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     arguments = parser.parse_intermixed_args(argv)
     recipe = recipe_path(arguments.recipe)
     wanted = images_per_row(load_config(recipe, arguments.overrides))
-    results = {}
+    settings = {}
     for name in arguments.objectives:
         overrides = [*arguments.overrides, f"objective.name={name}"]
         config = load_config(recipe, overrides)
         per_row = images_per_row(config)
         rows = max(1, round(config.train.global_batch_rows * wanted / per_row))
         steps = max(1, round(arguments.images / (rows * per_row)))
-        overrides += [f"train.global_batch_rows={rows}", f"train.steps={steps}", "checkpoint.keep=1"]
-        folders = []
-        for seed in arguments.seeds:
-            folders.append(arguments.out / f"{name}-{seed}")
-            command = [sys.executable, str(HERE / "train.py"), "--ds_config", str(arguments.ds_config)]
-            command += ["--recipe", str(recipe), "--run_dir", str(folders[-1]), *overrides, f"train.seed={seed}"]
-            subprocess.run(command, check=True)
-        results[name] = {"rows_per_step": rows, "steps": steps, **summary(name, folders)}
+        sizes = [f"train.global_batch_rows={rows}", f"train.steps={steps}", "checkpoint.keep=1"]
+        settings[name] = [*overrides, *sizes]
+
+    def train(name: str, seed: int) -> None:
+        command = [sys.executable, str(HERE / "train.py"), "--ds_config", str(arguments.ds_config)]
+        command += ["--recipe", str(recipe), "--run_dir", str(arguments.out / f"{name}-{seed}")]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"} if arguments.jobs > 1 else None
+        subprocess.run([*command, *settings[name], f"train.seed={seed}"], check=True, env=environment)
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        runs = [pool.submit(train, name, seed) for seed in arguments.seeds for name in settings]
+        for run in runs:
+            run.result()
+    results = {
+        name: {
+            "settings": settings[name],
+            **summary(name, [arguments.out / f"{name}-{seed}" for seed in arguments.seeds]),
+        }
+        for name in settings
+    }
     Console().print(table_of(results))
     if arguments.json:
         versions = {name: metadata.version(name) for name in ("torch", "transformers", "deepspeed")}

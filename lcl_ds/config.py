@@ -20,7 +20,9 @@ class SourceSettings(Settings):
     """One source of documents or pairs."""
 
     name: str = Field(min_length=1, pattern=r"^[^/]*$", description="Name in logs and in resume fingerprints.")
-    paths: str | list[str] = Field(description="WebDataset tars: a path, a glob, braces {0000..0099}, or a list.")
+    paths: str | list[str] = Field(
+        description="WebDataset tars: path, glob, braces {0000..0099}, URL, pipe:COMMAND, .txt list of them, or a list."
+    )
     weight: float | dict[int, float] = Field(
         1.0, description="Share of draws relative to the other sources; {0: 1, 5000: 0.5}: by step (a curriculum)."
     )
@@ -47,6 +49,11 @@ class DataSettings(Settings):
     image_first_probability: float = Field(0.5, ge=0, le=1, description="Share of pairs whose image precedes its text.")
     crop_scale: tuple[float, float] = Field((0.9, 1.0), description="Area range of the random crop; (1, 1): none.")
     max_image_pixels: int = Field(89_000_000, gt=0, description="Larger images are skipped before decoding.")
+    max_text_bytes: int = Field(1 << 20, gt=0, description="Documents with a larger .json or .txt are skipped.")
+    max_bad_share: float = Field(
+        0.5, ge=0, lt=1, description="Largest share of bad ones among the last 1000 documents and images."
+    )
+    cache: str = Field("~/.cache/lcl_ds", description="Folder for pipe: streams and indices of remote shards.")
     workers: int = Field(0, ge=0, description="Loader processes per rank; 0 decodes in the training process.")
     lanes: int = Field(64, gt=0, description="Independent streams; a multiple of ranks x workers. Fixed for a run.")
     mix_by: Literal["samples", "images"] = Field("samples", description="What the sources' weights are shares of.")

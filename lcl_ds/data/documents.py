@@ -7,6 +7,8 @@ from typing import Any
 from lcl_ds.data.shards import Source
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+MAX_TEXT_BYTES = 1 << 20
+"""Of a ``.json`` or ``.txt`` member; a longer one is no document but a dump."""
 
 
 class BadSampleError(Exception):
@@ -31,6 +33,8 @@ class Document:
     matches: tuple[int | None, ...] = ()
     """Per image, the segment whose text describes it, where the source says so."""
     is_pair: bool = False
+    missing_images: int = 0
+    """Images that the record names and the sample lacks."""
 
     def pairs(self) -> list[tuple[str, int]]:
         """Each image with one text: its matched one, else the nearest before it, else the nearest after it.
@@ -49,7 +53,7 @@ class Document:
         return pairs
 
 
-def read_document(source: Source, number: int) -> Document:
+def read_document(source: Source, number: int, max_text_bytes: int = MAX_TEXT_BYTES) -> Document:
     """The document of one sample: an interleaved one (``.json`` with parallel ``texts`` and ``images`` lists, as in
     OBELICS, images naming member suffixes) or an image-text pair as img2dataset writes it (``.jpg`` and ``.txt``).
 
@@ -60,6 +64,8 @@ def read_document(source: Source, number: int) -> Document:
         BadSampleError: neither, or damaged.
     """
     sample = source.sample(number)
+    if any(sample.parts[suffix][1] > max_text_bytes for suffix in ("txt", "json") if suffix in sample.parts):
+        raise BadSampleError("a document with too much text")
     if "txt" in sample.parts:
         return _read_pair(source, number)
     if "json" not in sample.parts:
@@ -75,18 +81,21 @@ def read_document(source: Source, number: int) -> Document:
     suffixes: list[str] = []
     places: dict[Any, int] = {}
     wanted: list[Any] = []
+    missing = 0
     for number, (text, image, match) in enumerate(zip(texts, images, matched, strict=True)):
         if isinstance(text, str) and text.strip():
             places[number] = len(segments)
-            segments.append(text)
+            segments.append(_valid(text))
         if isinstance(image, str) and image.lower() in sample.parts:
             segments.append(len(suffixes))
             suffixes.append(image.lower())
             wanted.append(match if isinstance(match, int) else None)
+        elif image is not None:
+            missing += 1
     if not segments:
         raise BadSampleError("a document without text and images")
     matches = tuple(places.get(match) for match in wanted)
-    return Document(f"{source.name}/{sample.key}", tuple(segments), tuple(suffixes), matches)
+    return Document(f"{source.name}/{sample.key}", tuple(segments), tuple(suffixes), matches, missing_images=missing)
 
 
 def _read_pair(source: Source, number: int) -> Document:
@@ -110,11 +119,20 @@ def read_labels(source: Source, number: int) -> list[dict[str, Any] | None]:
 def _load_json(data: bytes) -> dict[str, Any]:
     try:
         record = json.loads(_decode_text(data))
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         raise BadSampleError("json that cannot be parsed") from None
     if not isinstance(record, dict):
         raise BadSampleError("json that is not an object")
     return record
+
+
+def _valid(text: str) -> str:
+    """JSON may hold halves of surrogate pairs, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadSampleError("text that is not valid Unicode") from None
+    return text
 
 
 def _decode_text(data: bytes) -> str:

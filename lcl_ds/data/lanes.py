@@ -7,22 +7,19 @@ purpose, lane, counter), so a lane's position is a few integers plus the address
 of rows that wait for a group, and the stream is the same for any ranks x workers that divide the number of lanes.
 """
 
-import logging
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from lcl_ds.data.documents import BadSampleError, Document, read_document
+from lcl_ds.data.documents import MAX_TEXT_BYTES, BadSampleError, Document, read_document
 from lcl_ds.data.images import decode_image
-from lcl_ds.data.mixing import Mixture
+from lcl_ds.data.mixing import Mixture, spread_samples
 from lcl_ds.data.packing import PackedSequence, Row, choose_group, pack
 from lcl_ds.data.shards import Source
+from lcl_ds.data.skips import Skips
 from lcl_ds.data.views import DocumentView, Encoder, View
 from lcl_ds.tokens import TextTokenizer, TokenSequence
-
-logger = logging.getLogger(__name__)
 
 SOURCE, EPOCH, WINDOW, ROWS, SEQUENCES, CROP, IMAGE = range(7)
 """Purposes of keyed draws."""
@@ -32,10 +29,39 @@ CARRIED_SHARE = 4
 MAX_CARRIES = 2
 """... so often at most for any piece."""
 
+MEASURED_SAMPLES = 500
+"""Samples of a source, spread over it, whose tokens and images are counted ..."""
+PRIOR_ROWS = 2000
+"""... and how many rows of a lane weigh as much as that count."""
+
 LaneState = dict[str, Any]
 """JSON, as of the last time a window was packed: samples drawn (``draws``), ``cursors`` per source, ``carried``
 documents, the ``pool`` of waiting rows, ``packed`` rows and images and ``rows`` returned so far; and, since then, the
 rows returned (``emitted``)."""
+
+
+def measure_sizes(sources: list[Source], settings: "LaneSettings", tokenizer: TextTokenizer) -> np.ndarray:
+    """Mean tokens and images of a sample of each source, float64 [sources, 2]; bad samples are passed over."""
+    encoder = encoder_of(settings, tokenizer)
+    sizes = []
+    for source in sources:
+        total, numbers = np.zeros(2), spread_samples(source, MEASURED_SAMPLES)
+        for number in numbers:
+            try:
+                document = read_document(source, number, settings.max_text_bytes)
+                sequences = settings.view.encode(document, encoder, keyed_rng(number))
+            except (BadSampleError, OSError):
+                continue
+            total += sum((np.array([len(s.input_ids), len(s.images)]) for s in sequences), np.zeros(2))
+        sizes.append(total / len(numbers))
+    return np.stack(sizes) + np.array([1e-9, 0.0])  # of nothing but bad samples: no division by 0
+
+
+def encoder_of(settings: "LaneSettings", tokenizer: TextTokenizer) -> Encoder:
+    """Text to ids within the budgets of ``settings``."""
+    return Encoder(
+        tokenizer.encode, tokenizer.vocabulary, settings.image_tokens, settings.row_tokens, settings.row_images
+    )
 
 
 def keyed_rng(*key: int) -> np.random.Generator:
@@ -64,6 +90,8 @@ class LaneSettings:
     view: View = field(default_factory=DocumentView)
     crop_scale: tuple[float, float] = (0.9, 1.0)
     max_image_pixels: int = 89_000_000
+    max_text_bytes: int = MAX_TEXT_BYTES
+    max_bad_share: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -92,6 +120,7 @@ class Lane:
         number: this lane, ``0 .. settings.lanes - 1``.
         tokenizer: text to ids.
         state: from an earlier :meth:`state`, to continue exactly there.
+        skips: where to count what is left out, for all lanes of a process.
     """
 
     def __init__(
@@ -101,11 +130,16 @@ class Lane:
         number: int,
         tokenizer: TextTokenizer,
         state: LaneState | None = None,
+        skips: Skips | None = None,
+        sizes: np.ndarray | None = None,
     ):
+        if settings.group_rows > 1 and sizes is None:
+            sizes = measure_sizes(sources, settings, tokenizer)
+        self._sizes = sizes
+        self._skips = skips or Skips(settings.max_bad_share)
+        self._pending_skips = 0
         self.sources, self.settings, self.number = sources, settings, number
-        self._encoder = Encoder(
-            tokenizer.encode, tokenizer.vocabulary, settings.image_tokens, settings.row_tokens, settings.row_images
-        )
+        self._encoder = encoder_of(settings, tokenizer)
         self._mixture = Mixture(sources, settings.mix_by)
         self._windows: dict[int, tuple[int, np.ndarray]] = {}
         self._permutations: dict[int, tuple[int, np.ndarray]] = {}
@@ -119,13 +153,12 @@ class Lane:
         self._rows_returned: int = state["rows"]
         self._group: list[list[_Piece]] = []
         self._emitted = 0
-        self._pending_skips = 0
         self._window_state = state
         if state["emitted"]:
             self._fill_window()
-            self._pending_skips = 0
             for _ in range(state["emitted"]):
                 self._next_pieces()
+        self._pending_skips = 0
 
     def state(self) -> LaneState:
         """Position after the last row returned."""
@@ -136,8 +169,7 @@ class Lane:
         pieces = self._next_pieces()
         sequences = []
         for piece in pieces:
-            sequence, skipped = self._with_pixels(piece)
-            self._pending_skips += skipped
+            sequence = self._with_pixels(piece)
             sequences += [sequence] if sequence is not None else []
         row = Row(tuple(sequences), self._pending_skips)
         self._pending_skips = 0
@@ -151,12 +183,29 @@ class Lane:
             while len(self._pool) < (self.settings.row_pool if size > 1 else 1):
                 self._fill_window()
             images = [sum(len(piece.tokens.images) for piece in row) for row in self._pool]
-            chosen = choose_group(images, size, self._packed[1] / self._packed[0])
+            chosen = choose_group(images, size, self._images_per_row())
             self._group = [self._pool[i] for i in chosen]
             self._pool = [row for i, row in enumerate(self._pool) if i not in chosen]
         self._emitted += 1
         self._rows_returned += 1
         return self._group.pop(0)
+
+    def _images_per_row(self) -> float:
+        """In the long run: what the sources promise, and more and more what this lane has seen.
+
+        Lanes must agree from the start, or ranks would differ by what each lane happened to see first.
+        """
+        rows, images = self._packed
+        if self._sizes is None:
+            return images / rows
+        tokens, pictures = self._mixture.shares(self._step) @ self._sizes
+        expected = self.settings.row_tokens * pictures / tokens
+        return (expected * PRIOR_ROWS + images) / (PRIOR_ROWS + rows)
+
+    @property
+    def _step(self) -> int:
+        """The optimizer step that the next row belongs to."""
+        return self._rows_returned * self.settings.lanes // self.settings.rows_per_step
 
     def _fill_window(self) -> None:
         """Draw and pack a window of documents; its rows join the pool."""
@@ -189,21 +238,17 @@ class Lane:
 
     def _draw_window(self) -> list[_Piece]:
         """Pieces of the next ``pack_window`` samples."""
-        step = self._rows_returned * self.settings.lanes // self.settings.rows_per_step
+        step = self._step
         pieces: list[_Piece] = []
-        good = 0
         for _ in range(self.settings.pack_window):
             source, draw = self._draw_source(step), self._draws
             sample = self._next_sample(source)
             self._draws += 1
             try:
                 pieces += self._pieces(source, sample, draw)
-                good += 1
-            except BadSampleError as problem:
-                self._pending_skips += 1
-                report_skip(self.sources[source], sample, problem)
-        if good == 0:
-            raise RuntimeError(f"lane {self.number}: all of {self.settings.pack_window} samples in a row were unusable")
+                self._skips.good()
+            except (BadSampleError, OSError) as problem:
+                self._leave_out(self.sources[source], sample, problem)
         return pieces
 
     def _draw_source(self, step: int) -> int:
@@ -243,10 +288,9 @@ class Lane:
         return blocks[cached[1][place]]
 
     def _pieces(self, source: int, sample: int, draw: int) -> list[_Piece]:
-        try:
-            document = read_document(self.sources[source], sample)
-        except OSError as error:
-            raise BadSampleError(f"a read error ({error.strerror or 'short read'})") from None
+        document = read_document(self.sources[source], sample, self.settings.max_text_bytes)
+        for _ in range(document.missing_images):
+            self._leave_out(self.sources[source], sample, BadSampleError("an image that is not there"))
         rng = keyed_rng(self.settings.augmentation_seed, SEQUENCES, self.number, draw)
         sequences = self.settings.view.encode(document, self._encoder, rng)
         if not sequences:
@@ -256,8 +300,8 @@ class Lane:
     def _piece_at(self, source: int, sample: int, draw: int, piece: int, carries: int) -> _Piece:
         return replace(self._pieces(source, sample, draw)[piece], carries=carries)
 
-    def _with_pixels(self, piece: _Piece) -> tuple[PackedSequence | None, int]:
-        """The piece with its images decoded, and how many of them had to be left out."""
+    def _with_pixels(self, piece: _Piece) -> PackedSequence | None:
+        """The piece with its images decoded, as far as they can be; None when nothing is left."""
         settings, source = self.settings, self.sources[piece.source]
         pixels, seeds, lost = [], [], []
         for image in piece.tokens.images:
@@ -271,21 +315,16 @@ class Lane:
                 seeds.append(int(keyed_rng(key[0], IMAGE, *key[1:]).integers(1 << 63)))
             except (BadSampleError, OSError) as problem:
                 lost.append(image)
-                report_skip(source, piece.sample, problem)
+                self._leave_out(source, piece.sample, problem)
+            else:
+                self._skips.good()
         tokens = settings.view.without_images(piece.tokens, lost, settings.image_tokens) if lost else piece.tokens
         if tokens is None:
-            return None, len(lost)
+            return None
         shape = (0, 3, settings.image_size, settings.image_size)
         stacked = np.stack(pixels) if pixels else np.zeros(shape, dtype=np.uint8)
-        return PackedSequence(piece.document.key, tokens, stacked, tuple(seeds)), len(lost)
+        return PackedSequence(piece.document.key, tokens, stacked, tuple(seeds))
 
-
-_skips: Counter[tuple[str, str]] = Counter()
-
-
-def report_skip(source: Source, sample: int, problem: Exception) -> None:
-    """Name a sample that was left out: the first of each (source, reason), then every 1,000th."""
-    key = source.name, str(problem)
-    _skips[key] += 1
-    if _skips[key] == 1 or _skips[key] % 1000 == 0:
-        logger.warning("left out %s: %s (%d so far)", source.where(sample), problem, _skips[key])
+    def _leave_out(self, source: Source, sample: int, problem: BadSampleError | OSError) -> None:
+        self._pending_skips += 1
+        self._skips.bad(source, sample, problem)

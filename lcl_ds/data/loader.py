@@ -1,15 +1,21 @@
 """Rows from lanes to ranks: which rank gets which row, in which process, and where to continue."""
 
+import atexit
+import multiprocessing
+import os
 import signal
 from collections.abc import Iterator
+from functools import partial
+from multiprocessing.synchronize import Event
 from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lcl_ds.batch import Batch
-from lcl_ds.data.lanes import Lane, LaneSettings, LaneState
+from lcl_ds.data.lanes import Lane, LaneSettings, LaneState, measure_sizes
 from lcl_ds.data.packing import Row, collate
 from lcl_ds.data.shards import Source
+from lcl_ds.data.skips import Skips
 from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer
 
@@ -17,11 +23,12 @@ LoaderState = dict[str, Any]
 """JSON: ``next_row`` of the global stream, ``lanes`` by number, ``lane_count``, ``fingerprint`` of the shards."""
 
 
-class GroupStream(IterableDataset[tuple[int, list[Row], LaneState]]):
+class GroupStream(IterableDataset[tuple[int, list[Row] | UserError, LaneState]]):
     """This rank's groups of rows of the global stream, ``rank, rank + world_size, ...``, from ``first_group`` on.
 
     With several loader processes they take this rank's groups in turn; as ``lanes`` is a multiple of
-    ranks x workers, each lane lives in one process.
+    ranks x workers, each lane lives in one process. A UserError is handed on as an item: one that is raised in a loader
+    process would arrive as a traceback.
     """
 
     def __init__(
@@ -38,17 +45,25 @@ class GroupStream(IterableDataset[tuple[int, list[Row], LaneState]]):
         self.rank, self.world_size, self.first_group = rank, world_size, first_group
         self.lane_states = lane_states
 
-    def __iter__(self) -> Iterator[tuple[int, list[Row], LaneState]]:
+    def __iter__(self) -> Iterator[tuple[int, list[Row] | UserError, LaneState]]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         lanes: dict[int, Lane] = {}
+        skips = Skips(self.settings.max_bad_share)
+        # Once for all lanes of the process.
+        grouped = self.settings.group_rows > 1
+        sizes = measure_sizes(self.sources, self.settings, self.tokenizer) if grouped else None
         group = self.first_group + self.rank + number * self.world_size
         while True:
             n = group % self.settings.lanes
-            if n not in lanes:
-                state = self.lane_states.get(str(n))
-                lanes[n] = Lane(self.sources, self.settings, n, self.tokenizer, state)
-            rows = [lanes[n].next_row() for _ in range(self.settings.group_rows)]
+            try:
+                if n not in lanes:
+                    state = self.lane_states.get(str(n))
+                    lanes[n] = Lane(self.sources, self.settings, n, self.tokenizer, state, skips, sizes)
+                rows = [lanes[n].next_row() for _ in range(self.settings.group_rows)]
+            except UserError as error:
+                yield n, error, {}
+                return
             yield n, rows, lanes[n].state()
             group += self.world_size * workers
 
@@ -105,7 +120,7 @@ class BatchLoader:
                 stream,
                 batch_size=None,
                 num_workers=workers,
-                worker_init_fn=_leave_signals_to_the_trainer,
+                worker_init_fn=partial(_leave_signals_to_the_trainer, _end_at_exit(workers)),
                 persistent_workers=workers > 0,
             )
         )
@@ -117,6 +132,8 @@ class BatchLoader:
         rows: list[Row] = []
         while len(rows) < self.rows_per_batch:
             lane, group, state = next(self._groups)
+            if isinstance(group, UserError):
+                raise group
             self._lane_states[str(lane)] = state
             rows += group
         self._next_row += self.rows_per_batch * self.world_size
@@ -158,7 +175,19 @@ def check_same_data(state: LoaderState, lanes: int, fingerprint: dict[str, str])
             raise UserError(f"data.shards: shard {shard} changed since the checkpoint; restore it or start a new run")
 
 
-def _leave_signals_to_the_trainer(_: int) -> None:
-    """Launchers signal whole process trees; a loader that died at once would take the trainer's last save with it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _end_at_exit(workers: int) -> Event | None:
+    """Set when this process ends; None without loader processes."""
+    if not workers:
+        return None
+    ending = multiprocessing.Event()
+    atexit.register(ending.set)
+    return ending
+
+
+def _leave_signals_to_the_trainer(ending: Event | None, _: int) -> None:
+    """Launchers signal whole process trees; a loader that died at once would take the trainer's last save with it.
+
+    When a trainer ends by an error that still holds its loader, Python sends the same signal and waits for ever.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending is not None and ending.is_set() else None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

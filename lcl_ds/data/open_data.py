@@ -32,7 +32,7 @@ def open_data(settings: DataSettings) -> OpenData:
     sources: list[Source] = []
     for entry in settings.shards:
         try:
-            shards = [index_shard(path) for path in expand_paths(entry.paths)]
+            shards = [index_shard(path, Path(settings.cache)) for path in expand_paths(entry.paths)]
             sources.append(Source(entry.name, shards, entry.weight, settings.block_samples))
         except UserError as error:
             problems += [f"data.shards: {entry.name}: {problem}" for problem in error.problems]
@@ -67,4 +67,6 @@ def lane_settings(config: Config, view: View, image_tokens: int, image_size: int
         view=view,
         crop_scale=data.crop_scale,
         max_image_pixels=data.max_image_pixels,
+        max_text_bytes=data.max_text_bytes,
+        max_bad_share=data.max_bad_share,
     )

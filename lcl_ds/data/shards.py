@@ -1,23 +1,49 @@
 """WebDataset tars as random-access collections: an index of offsets instead of a stream.
 
-A shard's headers are read once; afterwards a sample's parts are read with ``os.pread``, so any sample costs the same
-and the position in the data is a number. Nothing in a shard is ever unpickled or used as a path.
+A shard's headers are read once; the index then lies beside it, so that starting on many thousand shards reads a few
+small pieces of each. A sample's parts are read by offset, so any sample costs the same and the position in the data is
+a number. Nothing in a shard is ever unpickled or used as a path.
 """
 
-import glob
 import hashlib
+import json
 import os
+import struct
 import tarfile
+from array import array
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, overload
 
-import braceexpand
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
+from lcl_ds.data.storage import (
+    DEFAULT_CACHE,
+    INDEX_SUFFIX,
+    cached_name,
+    expand_paths,
+    is_remote,
+    materialise,
+    name_of,
+    open_file,
+    read_range,
+    size_of,
+    write_whole,
+)
 from lcl_ds.errors import UserError
+
+__all__ = ["Sample", "Shard", "Source", "expand_paths", "index_shard"]
 
 MAX_MEMBER_BYTES = 1 << 28
 """A larger member is refused: no image or text of a document is 256 MiB."""
+INDEX_VERSION = 1
+OPEN_SHARDS = 256
+"""Shards whose index and descriptor a source keeps at hand."""
+BLOCK = tarfile.BLOCKSIZE
 
 
 @dataclass(frozen=True)
@@ -30,65 +56,233 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class ShardIndex:
+    """Offsets of one shard with N samples and M members."""
+
+    suffixes: tuple[str, ...]
+    """Every suffix that occurs, once."""
+    first: np.ndarray
+    """uint32 [N + 1], each sample's first member; the last entry is M."""
+    suffix: np.ndarray
+    """uint16 [M], number of the suffix."""
+    offset: np.ndarray
+    """int64 [M], bytes."""
+    size: np.ndarray
+    """uint32 [M], bytes."""
+    keys: np.ndarray
+    """uint8, all keys in UTF-8, one after the other."""
+    key_end: np.ndarray
+    """uint32 [N], where each key ends."""
+
+    def sample(self, number: int) -> Sample:
+        start = int(self.key_end[number - 1]) if number else 0
+        members = range(int(self.first[number]), int(self.first[number + 1]))
+        return Sample(
+            self.keys[start : self.key_end[number]].tobytes().decode("utf-8", "surrogateescape"),
+            {self.suffixes[self.suffix[m]]: (int(self.offset[m]), int(self.size[m])) for m in members},
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
+
+
+@dataclass(frozen=True)
 class Shard:
     """One indexed tar."""
 
-    path: Path
-    samples: tuple[Sample, ...]
+    path: str
+    sample_count: int
+    layout: str
+    """Hash of name and layout."""
+    sidecar: str | None = None
+    """Location of the index, read when it is needed ..."""
+    index: ShardIndex | None = None
+    """... or the index itself, where there is no place to keep it."""
 
     def fingerprint(self) -> str:
         """Hash of name and layout; differs when samples were added, removed, renamed or resized."""
-        digest = hashlib.sha256(self.path.name.encode())
-        for sample in self.samples:
-            digest.update(repr((sample.key, sorted(sample.parts.items()))).encode())
-        return digest.hexdigest()[:16]
+        return self.layout
+
+    def load_index(self) -> ShardIndex:
+        """Raises: UserError when the index was removed since the start."""
+        if self.index is not None:
+            return self.index
+        assert self.sidecar is not None
+        try:
+            return _parse_index(read_range(self.sidecar, 0, size_of(self.sidecar)))[1]
+        except (OSError, ValueError) as error:
+            raise UserError(f"shard {self.path}: its index {self.sidecar} is gone or damaged; start again") from error
 
 
-def expand_paths(paths: str | Sequence[str]) -> list[Path]:
-    """Files named by paths, globs and braces, sorted.
+def index_shard(path: str | Path, cache: Path = DEFAULT_CACHE, rescan: bool = False) -> Shard:
+    """A shard with its index, taken from beside it or from the cache, or made by reading the tar's headers.
 
-    Raises:
-        UserError: a pattern matches nothing; names it.
-    """
-    found: set[str] = set()
-    for pattern in [paths] if isinstance(paths, str) else paths:
-        for single in braceexpand.braceexpand(pattern):
-            matches = glob.glob(single) if glob.has_magic(single) else [single] if os.path.exists(single) else []
-            if not matches:
-                raise UserError(f"data path {single}: no such file")
-            found.update(matches)
-    return [Path(path) for path in sorted(found)]
+    Members of a sample are neighbours that share the name up to the first dot (the WebDataset convention). A kept index
+    counts as that of the tar when name, size, some headers and the end mark agree; every read then looks at the
+    member's own header.
 
-
-def index_shard(path: Path) -> Shard:
-    """Read a tar's headers.
-
-    Members of a sample are neighbours that share the name up to the first dot (the WebDataset convention).
+    Args:
+        path: a local path, a URL, or ``pipe:COMMAND``, whose output is kept in ``cache``.
+        cache: folder for what cannot be kept beside the shard.
+        rescan: read all headers even if there is an index.
 
     Raises:
         UserError: not a readable, complete, plain tar; names the file and what is wrong.
     """
-    samples: list[Sample] = []
+    path = str(path)
+    if path.startswith("pipe:"):
+        path = materialise(path, cache)
+    cached = str(cache.expanduser() / cached_name(path, INDEX_SUFFIX))
     try:
-        size = path.stat().st_size
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                _add_member(samples, member, size)
-            end = tar.offset
-        with path.open("rb") as file:
-            file.seek(end)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise ValueError("it ends without the tar end mark, so its last sample may be incomplete")
+        size = size_of(path)
+        for sidecar in () if rescan else (path + INDEX_SUFFIX, cached):
+            found = _kept(path, size, sidecar)
+            if found is not None:
+                return found
+        facts, index = _scan(path, size)
     except (OSError, tarfile.TarError, ValueError) as error:
         raise UserError(f"shard {path}: cannot be read: {error}") from error
-    if not samples:
+    if facts["samples"] == 0:
         raise UserError(f"shard {path}: it holds no samples")
-    return Shard(path, tuple(samples))
+    places = [cached] if is_remote(path) else [path + INDEX_SUFFIX, cached]
+    kept = _keep(facts, index, places)
+    return Shard(path, facts["samples"], facts["layout"], kept, None if kept else index)
 
 
-def _add_member(samples: list[Sample], member: tarfile.TarInfo, file_size: int) -> None:
+def _kept(path: str, size: int, sidecar: str) -> Shard | None:
+    """The shard by its kept index; None when there is none or it is another tar's."""
+    try:
+        (length,) = struct.unpack("<Q", read_range(sidecar, 0, 8))
+        facts = _facts(read_range(sidecar, 8, 8 + min(length, 1 << 20)))
+    except (OSError, ValueError, struct.error):
+        return None
+    same = [facts.get(key) for key in ("version", "name", "size")] == [INDEX_VERSION, name_of(path), size]
+    if not same or facts["probe"] != _probe(path, facts["probed"], size):
+        return None
+    return Shard(path, facts["samples"], facts["layout"], sidecar)
+
+
+def _keep(facts: dict[str, Any], index: ShardIndex, places: list[str]) -> str | None:
+    """Write the index to the first place that takes it."""
+    arrays = {name: value for name, value in vars(index).items() if isinstance(value, np.ndarray)}
+    # One key: several would be written in an order of their own each time.
+    data = save(arrays, metadata={"lcl_ds": json.dumps({**facts, "suffixes": index.suffixes})})
+    for place in places:
+        try:
+            Path(place).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(Path(place), data)
+        except OSError:  # a folder for reading only: the next place, or memory
+            continue
+        return place
+    return None
+
+
+def _facts(header: bytes) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = json.loads(json.loads(header)["__metadata__"]["lcl_ds"])
+    except (KeyError, TypeError) as error:
+        raise ValueError("not an index") from error
+    return facts
+
+
+def _parse_index(data: bytes) -> tuple[dict[str, Any], ShardIndex]:
+    try:
+        (length,) = struct.unpack("<Q", data[:8])
+        facts = _facts(data[8 : 8 + length])
+        return facts, ShardIndex(tuple(facts.pop("suffixes")), **load(data))
+    except (SafetensorError, struct.error, TypeError) as error:
+        raise ValueError("not an index") from error
+
+
+def _probe(path: str, places: Sequence[int], size: int) -> str:
+    """Hash of some headers and of the tar's end."""
+    digest = hashlib.sha256()
+    for place in places:
+        digest.update(read_range(path, place, place + BLOCK))
+    digest.update(read_range(path, max(0, size - 2 * BLOCK), size))
+    return digest.hexdigest()[:32]
+
+
+class _Builder:
+    """Collects the members of a tar into an index and its fingerprint."""
+
+    def __init__(self, name: str):
+        self.digest = hashlib.sha256(name.encode())
+        self.numbers: dict[str, int] = {}
+        self.first, self.key_end = array("I"), array("I")
+        self.suffix, self.offset, self.size = array("H"), array("q"), array("I")
+        self.keys = bytearray()
+        self.open: Sample | None = None
+
+    def add(self, key: str, suffix: str, offset: int, size: int) -> None:
+        """Raises: ValueError when the sample has a member of that suffix already."""
+        if self.open is None or self.open.key != key:
+            self.close()
+            self.open = Sample(key, {})
+            self.first.append(len(self.offset))
+            self.keys += key.encode("utf-8", "surrogateescape")
+            self.key_end.append(len(self.keys))
+        if suffix in self.open.parts:
+            raise ValueError(f"sample {key!r} has two members with the suffix {suffix!r}")
+        self.open.parts[suffix] = offset, size
+        self.suffix.append(self.numbers.setdefault(suffix, len(self.numbers)))
+        self.offset.append(offset)
+        self.size.append(size)
+
+    def close(self) -> None:
+        if self.open is not None:
+            self.digest.update(
+                repr((self.open.key, sorted(self.open.parts.items()))).encode("utf-8", "surrogateescape")
+            )
+
+    def index(self) -> ShardIndex:
+        self.close()
+        self.first.append(len(self.offset))
+        return ShardIndex(
+            suffixes=tuple(self.numbers),
+            first=np.array(self.first),
+            suffix=np.array(self.suffix),
+            offset=np.array(self.offset),
+            size=np.array(self.size),
+            keys=np.frombuffer(bytes(self.keys), dtype=np.uint8),
+            key_end=np.array(self.key_end),
+        )
+
+
+def _scan(path: str, size: int) -> tuple[dict[str, Any], ShardIndex]:
+    builder = _Builder(name_of(path))
+    with open_file(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            placed = member_place(member, size)
+            if placed is not None:
+                builder.add(*placed, member.offset_data, member.size)
+        file.seek(tar.offset)
+        if file.read(BLOCK) != bytes(BLOCK):
+            raise ValueError("it ends without the tar end mark, so its last sample may be incomplete")
+    index = builder.index()
+    count = len(index.offset)
+    probed = [int(index.offset[m]) - BLOCK for m in sorted({0, count // 2, count - 1})] if count else []
+    facts = {
+        "version": INDEX_VERSION,
+        "name": name_of(path),
+        "size": size,
+        "samples": len(index.key_end),
+        "layout": builder.digest.hexdigest()[:16],
+        "probed": probed,
+        "probe": _probe(path, probed, size),
+    }
+    return facts, index
+
+
+def member_place(member: tarfile.TarInfo, file_size: int) -> tuple[str, str] | None:
+    """Key and suffix of a tar's member; None for what is no file.
+
+    Raises:
+        ValueError: sparse, too large, or cut off.
+    """
     if not member.isreg():
-        return
+        return None
     if member.sparse is not None or member.size > MAX_MEMBER_BYTES:
         raise ValueError(f"member {member.name!r} is sparse or larger than {MAX_MEMBER_BYTES} bytes")
     if member.offset_data + member.size > file_size:
@@ -96,13 +290,41 @@ def _add_member(samples: list[Sample], member: tarfile.TarInfo, file_size: int) 
     folder, _, name = member.name.rpartition("/")
     stem, _, suffix = name.partition(".")
     if not stem:
-        return
-    key = f"{folder}/{stem}" if folder else stem
-    if not samples or samples[-1].key != key:
-        samples.append(Sample(key, {}))
-    if suffix.lower() in samples[-1].parts:
-        raise ValueError(f"sample {key!r} has two members with the suffix {suffix!r}")
-    samples[-1].parts[suffix.lower()] = (member.offset_data, member.size)
+        return None
+    return (f"{folder}/{stem}" if folder else stem), suffix.lower()
+
+
+class Blocks(Sequence[tuple[int, int]]):
+    """(first, end) sample of every block of neighbours; blocks do not cross shards.
+
+    Args:
+        counts: samples of each shard.
+        size: samples of a block; the last one of a shard may have fewer.
+    """
+
+    def __init__(self, counts: np.ndarray, size: int):
+        self.size = size
+        self.sample_end = np.cumsum(counts)
+        self.block_end = np.cumsum(-(-counts // size))
+
+    def __len__(self) -> int:
+        return int(self.block_end[-1]) if len(self.block_end) else 0
+
+    @overload
+    def __getitem__(self, number: int) -> tuple[int, int]: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[tuple[int, int]]: ...
+    def __getitem__(self, number: int | slice) -> tuple[int, int] | list[tuple[int, int]]:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        shard = int(np.searchsorted(self.block_end, number, side="right"))
+        blocks_before, samples_before = (
+            int(ends[shard - 1]) if shard else 0 for ends in (self.block_end, self.sample_end)
+        )
+        first = samples_before + (number - blocks_before) * self.size
+        return first, min(first + self.size, int(self.sample_end[shard]))
 
 
 class Source:
@@ -121,25 +343,23 @@ class Source:
         self.name = name
         self.weight = weight
         self.shards = list(shards)
-        self._samples = [(number, sample) for number, shard in enumerate(self.shards) for sample in shard.samples]
-        self.blocks: list[tuple[int, int]] = []
-        start = 0
-        for shard in self.shards:
-            end = start + len(shard.samples)
-            self.blocks += [(i, min(i + block_samples, end)) for i in range(start, end, block_samples)]
-            start = end
-        self._files: dict[tuple[int, int], int] = {}
+        self.blocks = Blocks(np.array([shard.sample_count for shard in self.shards], dtype=np.int64), block_samples)
+        self._ends = self.blocks.sample_end
+        self._open: OrderedDict[int, tuple[IO[bytes] | None, ShardIndex]] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def sample(self, number: int) -> Sample:
-        return self._samples[number][1]
+        shard, place = self._locate(number)
+        return self._opened(shard)[1].sample(place)
 
     def where(self, number: int) -> str:
         """``shard: key`` of a sample, for messages."""
-        shard, sample = self._samples[number]
-        return f"{self.shards[shard].path}: {sample.key}"
+        return f"{self.shards[self._locate(number)[0]].path}: {self.sample(number).key}"
 
     def read(self, number: int, suffix: str) -> bytes:
         """One member's bytes.
@@ -147,19 +367,49 @@ class Source:
         Raises:
             KeyError: the sample has no such member.
             OSError: reading failed.
+            UserError: the shard is no longer the one that was indexed.
         """
-        shard, sample = self._samples[number]
-        offset, size = sample.parts[suffix]
-        # Loader processes are forked: descriptors are kept per process so that none is shared or leaked.
-        handle = self._files.get((os.getpid(), shard))
-        if handle is None:
-            handle = os.open(self.shards[shard].path, os.O_RDONLY)
-            self._files[os.getpid(), shard] = handle
-        data = os.pread(handle, size, offset)
-        if len(data) != size:
+        shard, place = self._locate(number)
+        file, index = self._opened(shard)
+        offset, size = index.sample(place).parts[suffix]
+        # Loader processes share the descriptor they were forked with; pread moves no position.
+        start, end = offset - BLOCK, offset + size
+        data = os.pread(file.fileno(), end - start, start) if file else read_range(self.shards[shard].path, start, end)
+        if _size_in_header(data) != size:
+            raise UserError(f"shard {self.shards[shard].path}: it changed while it was in use; restore it and resume")
+        if len(data) != end - start:
             raise OSError(f"{self.where(number)}: the shard became shorter while it was being read")
-        return data
+        return data[BLOCK:]
 
     def fingerprint(self) -> dict[str, str]:
         """Shard name to layout hash."""
-        return {f"{self.name}/{shard.path.name}": shard.fingerprint() for shard in self.shards}
+        return {f"{self.name}/{name_of(shard.path)}": shard.fingerprint() for shard in self.shards}
+
+    def _locate(self, number: int) -> tuple[int, int]:
+        """Shard of a sample and its place there."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return shard, number - (int(self._ends[shard - 1]) if shard else 0)
+
+    def _opened(self, number: int) -> tuple[IO[bytes] | None, ShardIndex]:
+        """Descriptor (None: a remote shard) and index of a shard; the least used ones are put away."""
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        shard = self.shards[number]
+        opened = None if is_remote(shard.path) else open_file(shard.path), shard.load_index()
+        self._open[number] = opened
+        if len(self._open) > OPEN_SHARDS:
+            file, _ = self._open.popitem(last=False)[1]
+            if file:
+                file.close()
+        return opened
+
+
+def _size_in_header(block: bytes) -> int | None:
+    """The size field of a member's tar header."""
+    try:
+        return int(block[124:136].rstrip(b" \0"), 8)
+    except ValueError:
+        return None

@@ -156,12 +156,6 @@ def test_damaged_samples_are_left_out_counted_and_named(tmp_path, tokenizer, cap
     assert "text that is not UTF-8" in caplog.text
 
 
-def test_a_stream_of_nothing_but_damage_stops(tmp_path, tokenizer):
-    source = Source("mine", [index_shard(write_tar(tmp_path / "x.tar", [("a.json", b"{"), ("b.json", b"{")]))])
-    with pytest.raises(RuntimeError, match="unusable"):
-        Lane([source], SETTINGS, 0, tokenizer).next_row()
-
-
 def test_batches_can_move_to_pinned_memory_and_devices(sources, tokenizer):
     batch = next(BatchLoader(sources, SETTINGS, tokenizer, 4))
     moved = batch.to(torch.device("meta"))

@@ -1,11 +1,18 @@
 """Tars as random-access collections."""
 
+import copy
+import hashlib
 import io
+import os
+import pickle
 import tarfile
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from lcl_ds.data.shards import Source, expand_paths, index_shard
+from lcl_ds.data import shards
+from lcl_ds.data.shards import Blocks, Source, expand_paths, index_shard
 from lcl_ds.errors import UserError
 
 
@@ -28,14 +35,14 @@ def test_samples_are_read_by_number_and_suffix(shard):
     source = Source("s", [index_shard(shard)], block_samples=16)
     assert len(source) == 40
     assert source.read(17, "000.jpg") == b"17 000.jpg"
-    assert source.blocks == [(0, 16), (16, 32), (32, 40)]
+    assert list(source.blocks) == [(0, 16), (16, 32), (32, 40)]
     assert source.where(3) == f"{shard}: 0003"
 
 
 def test_blocks_do_not_cross_shards(tmp_path, shard):
     other = write_tar(tmp_path / "b.tar", [("x.txt", b"1"), ("y.txt", b"2")])
     source = Source("s", [index_shard(shard), index_shard(other)], block_samples=32)
-    assert source.blocks == [(0, 32), (32, 40), (40, 42)]
+    assert list(source.blocks) == [(0, 32), (32, 40), (40, 42)]
     assert source.read(41, "txt") == b"2"
 
 
@@ -65,7 +72,7 @@ def test_a_sample_with_two_members_of_one_suffix_is_refused(tmp_path):
 def test_paths_expand_globs_and_braces_in_order(tmp_path):
     for i in range(12):
         (tmp_path / f"{i:02d}.tar").touch()
-    assert [p.name for p in expand_paths(f"{tmp_path}/{{03..05}}.tar")] == ["03.tar", "04.tar", "05.tar"]
+    assert [Path(p).name for p in expand_paths(f"{tmp_path}/{{03..05}}.tar")] == ["03.tar", "04.tar", "05.tar"]
     assert len(expand_paths([f"{tmp_path}/0*.tar", f"{tmp_path}/01.tar"])) == 10
 
 
@@ -77,8 +84,176 @@ def test_a_path_that_matches_nothing_is_named(tmp_path, pattern):
         expand_paths(f"{tmp_path}/{pattern}")
 
 
+def layout_of(path):
+    """The fingerprint's definition, over a plain listing: of checkpoints that exist, so it must not change."""
+    samples = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            key, _, suffix = member.name.partition(".")
+            samples.setdefault(key, {})[suffix] = (member.offset_data, member.size)
+    digest = hashlib.sha256(path.name.encode())
+    for key, parts in samples.items():
+        digest.update(repr((key, sorted(parts.items()))).encode())
+    return digest.hexdigest()[:16]
+
+
+def test_the_fingerprint_is_a_hash_of_name_and_layout(shard):
+    assert index_shard(shard).fingerprint() == index_shard(shard).fingerprint() == layout_of(shard)
+
+
 def test_the_fingerprint_changes_with_the_layout(tmp_path, shard):
     before = index_shard(shard).fingerprint()
     assert index_shard(shard).fingerprint() == before
     write_tar(shard, [("x.txt", b"1")])
     assert index_shard(shard).fingerprint() != before
+
+
+@pytest.fixture
+def scans(monkeypatch):
+    """How often a tar's headers were read through."""
+    calls = []
+    scan = shards._scan
+    monkeypatch.setattr(shards, "_scan", lambda *arguments: calls.append(arguments[0]) or scan(*arguments))
+    return calls
+
+
+def contents(shard):
+    source = Source("s", [shard])
+    return [(source.sample(i), source.read(i, "json"), source.read(i, "000.jpg")) for i in range(len(source))]
+
+
+def test_the_index_is_made_once_and_lies_beside_the_shard(shard, scans):
+    first = index_shard(shard)
+    before = Path(f"{shard}.index").read_bytes()
+    again = index_shard(shard)
+    assert len(scans) == 1
+    assert again.fingerprint() == first.fingerprint()
+    assert contents(again) == contents(first)
+    Path(f"{shard}.index").unlink()
+    assert contents(index_shard(shard)) == contents(first)
+    assert Path(f"{shard}.index").read_bytes() == before
+
+
+def test_a_touched_shard_keeps_its_index(shard, scans):
+    index_shard(shard)
+    os.utime(shard, (1, 1))
+    index_shard(shard)
+    assert len(scans) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda shard: write_tar(shard, [("x.json", b"1"), ("x.000.jpg", b"2")]),
+        lambda shard: write_tar(
+            shard, [(f"{i:04d}.{s}", f"{i} {s}".encode()) for i in range(39, -1, -1) for s in ("json", "000.jpg")]
+        ),
+        lambda shard: Path(f"{shard}.index").write_bytes(b"damaged"),
+        lambda shard: Path(f"{shard}.index").write_bytes(Path(f"{shard}.index").read_bytes()[:40]),
+        lambda shard: Path(f"{shard}.index").write_bytes(bytes(8) + b"{}" * 200),
+    ],
+    ids=["other content", "same size, other order", "no index", "cut index", "empty header"],
+)
+def test_an_index_that_is_not_the_shards_is_made_anew(shard, change, scans):
+    index_shard(shard)
+    change(shard)
+    assert index_shard(shard).fingerprint() == layout_of(shard)
+    assert len(scans) == 2
+    assert contents(index_shard(shard))[0][0].key == Source("s", [index_shard(shard)]).sample(0).key
+
+
+def test_where_nothing_can_be_written_beside_the_shard_the_index_lies_in_the_cache(shard, tmp_path, scans, monkeypatch):
+    write = shards.write_whole
+
+    def read_only(path, data):
+        if path.parent == shard.parent:
+            raise PermissionError("read-only")
+        write(path, data)
+
+    monkeypatch.setattr(shards, "write_whole", read_only)
+    expected = contents(index_shard(shard, tmp_path / "cache"))
+    assert contents(index_shard(shard, tmp_path / "cache")) == expected
+    assert len(scans) == 1
+    (tmp_path / "file").touch()
+    assert contents(index_shard(shard, tmp_path / "file")) == expected  # no cache either: in memory
+
+
+def test_a_shard_that_changes_while_it_is_in_use_is_found_out(shard):
+    source = Source("s", [index_shard(shard)])
+    write_tar(shard, [("y" * 3 + ".json", b"12345678901")])
+    with pytest.raises(UserError, match="changed while it was in use"):
+        source.read(20, "json")
+
+
+def test_an_index_that_goes_away_is_named(shard):
+    source = Source("s", [index_shard(shard)])
+    Path(f"{shard}.index").unlink()
+    with pytest.raises(UserError, match=r"index .*a\.tar\.index is gone"):
+        source.sample(0)
+
+
+def test_few_shards_are_open_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "OPEN_SHARDS", 3)
+    paths = [write_tar(tmp_path / f"{i}.tar", [(f"k{i}.txt", str(i).encode())]) for i in range(8)]
+    source = Source("s", [index_shard(path) for path in paths])
+    before = len(os.listdir("/proc/self/fd"))
+    assert [source.read(i, "txt") for i in (*range(8), 0)] == [str(i).encode() for i in (*range(8), 0)]
+    assert len(os.listdir("/proc/self/fd")) <= before + 3
+
+
+def test_a_source_goes_to_another_process_without_its_descriptors(shard):
+    source = Source("s", [index_shard(shard)])
+    source.read(0, "json")
+    assert pickle.loads(pickle.dumps(source)).read(5, "json") == copy.copy(source).read(5, "json") == b"5 json"
+
+
+@pytest.mark.parametrize("size", [1, 7, 16])
+def test_blocks_cover_every_sample_once(size):
+    counts = np.array([5, 40, 1, 16, 33])
+    expected = []
+    for start, end in zip(np.cumsum(counts) - counts, np.cumsum(counts), strict=True):
+        expected += [(first, min(first + size, end)) for first in range(start, end, size)]
+    assert list(Blocks(counts, size)) == expected
+    with pytest.raises(IndexError):
+        Blocks(counts, size)[len(expected)]
+
+
+def test_unusual_names_come_back_as_they_are(tmp_path):
+    names = ["a/b.json", "ü.json", "n" * 150 + ".json", "../../etc/passwd.json", "/abs.json", "KEY.JSON"]
+    source = Source("s", [index_shard(write_tar(tmp_path / "a.tar", [(n, n.encode()) for n in names]))])
+    assert [source.sample(i).key for i in range(len(names))] == [
+        "a/b",
+        "ü",
+        "n" * 150,
+        "../../etc/passwd",
+        "abs",
+        "KEY",
+    ]
+    assert [source.read(i, "json").decode() for i in range(len(names))] == names
+
+
+def test_links_and_devices_are_left_out_and_sparse_members_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, kind in (("l.json", tarfile.SYMTYPE), ("h.json", tarfile.LNKTYPE), ("d.json", tarfile.CHRTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        info = tarfile.TarInfo("x.json")
+        info.size = 2
+        tar.addfile(info, io.BytesIO(b"{}"))
+    assert len(Source("s", [index_shard(tmp_path / "a.tar")])) == 1
+    info = tarfile.TarInfo("x.json")
+    info.size = 0
+    info.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": "3000000000", "GNU.sparse.numblocks": "0"}
+    with tarfile.open(tmp_path / "b.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(info)
+    with pytest.raises(UserError, match="sparse or larger"):
+        index_shard(tmp_path / "b.tar")
+
+
+def test_a_member_that_claims_20_gib_is_refused_at_once(tmp_path):
+    info = tarfile.TarInfo("x.json")
+    info.size = 20 << 30
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(10_000))
+    with pytest.raises(UserError, match="sparse or larger"):
+        index_shard(tmp_path / "a.tar")

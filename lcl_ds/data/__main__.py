@@ -1,0 +1,149 @@
+"""``python -m lcl_ds.data``: make shards of any published corpus, verify shards, look into them."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from lcl_ds.data.build import build
+from lcl_ds.data.check import check_shards, show, total_of
+from lcl_ds.data.formats import READERS
+from lcl_ds.data.formats.record import ReadOptions
+from lcl_ds.data.storage import expand_paths
+from lcl_ds.errors import UserError
+
+WIDTH = 150
+"""Columns where the output is no terminal."""
+CPUS = os.cpu_count() or 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m lcl_ds.data", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    defaults = ReadOptions()
+
+    make = commands.add_parser("build", help="files of a published corpus to shards with an index")
+    make.add_argument("sources", nargs="+", metavar="SOURCE", help="files; globs and braces in quotes work too")
+    make.add_argument("out", type=Path, metavar="OUT", help="new folder, or one with an unfinished build to go on with")
+    make.add_argument("--format", required=True, choices=sorted(READERS))
+    make.add_argument("--images", nargs="+", type=Path, default=[], metavar="PATH", help="folders or tars of images")
+    make.add_argument("--workers", type=int, default=CPUS, help=f"processes (default {CPUS})")
+    make.add_argument("--shard-samples", type=int, default=1000, help="samples of a shard (default 1000)")
+    make.add_argument("--deduplicate", action="store_true", help="keep the first of documents with equal content")
+    make.add_argument("--skip-unreadable", action="store_true", help="go on without sources that cannot be read")
+    make.add_argument("--min-similarity", type=float, default=defaults.min_similarity, help="MMC4 (default 0.24)")
+    make.add_argument("--images-per-sentence", type=int, default=defaults.images_per_sentence, help="MMC4 (default 1)")
+    make.add_argument("--max-images", type=int, help="images kept of a document (default: MMC4 6, others all)")
+    make.add_argument("--min-images", type=int, default=defaults.min_images, help="per document (default 1)")
+    make.add_argument(
+        "--max-text-bytes", type=int, default=defaults.max_text_bytes, help="per document (default 1 MiB)"
+    )
+    make.add_argument("--max-image-pixels", type=int, default=defaults.max_image_pixels, help="larger: left out")
+    make.add_argument("--seed", type=int, default=defaults.seed, help="of MMC4's draw of one image per sentence")
+    make.set_defaults(run=run_build)
+
+    check = commands.add_parser("check", help="read everything; exit code 1 when something is bad")
+    check.add_argument("shards", nargs="+", metavar="SHARDS", help="as in data.shards: paths, globs, braces, URLs")
+    check.add_argument("--json", type=Path, metavar="F", help="write the report there")
+    check.add_argument("--workers", type=int, default=CPUS, help=f"processes (default {CPUS})")
+    check.set_defaults(run=run_check)
+
+    look = commands.add_parser("inspect", help="show rows as the model gets them")
+    look.add_argument("shards", nargs="+", metavar="SHARDS", help="as in data.shards: paths, globs, braces, URLs")
+    look.add_argument("--html", type=Path, metavar="F", help="write a page with the images; else to the terminal")
+    look.add_argument("--recipe", default="demo", help="whose sizes, objective and tokenizer are used (default demo)")
+    look.add_argument("--tokenizer", help="another one than the recipe's")
+    look.add_argument("--rows", type=int, default=4, help="how many (default 4)")
+    look.add_argument("--set", nargs="+", default=[], metavar="key.sub=value", help="other settings of the recipe")
+    look.set_defaults(run=run_inspect)
+    return parser
+
+
+def run_build(arguments: argparse.Namespace, console: Console) -> int:
+    sources = [Path(path) for path in expand_paths(arguments.sources)]
+    names = ("min_similarity", "images_per_sentence", "max_images", "min_images", "max_text_bytes", "max_image_pixels")
+    options = ReadOptions(seed=arguments.seed, **{name: getattr(arguments, name) for name in names})
+    manifest = build(
+        sources,
+        arguments.out,
+        arguments.format,
+        options,
+        arguments.images,
+        workers=arguments.workers,
+        shard_samples=arguments.shard_samples,
+        deduplicate=arguments.deduplicate,
+        skip_unreadable=arguments.skip_unreadable,
+        console=console,
+    )
+    table = Table("left out", "times")
+    for reason, count in sorted(manifest["skips"].items(), key=lambda item: -item[1]):
+        table.add_row(reason, str(count))
+    if manifest["skips"]:
+        console.print(table)
+    units = manifest["sources"]
+    sums = {name: sum(unit[name] for unit in units) for name in ("documents", "pairs", "images")}
+    found = ", ".join(f"{count} {name}" for name, count in sums.items() if count)
+    duplicates = f", {manifest['duplicates']} duplicates left out" if manifest["duplicates"] else ""
+    console.print(f"{arguments.out}: {len(manifest['shards'])} shards of {found}{duplicates}", highlight=False)
+    for unit in units:
+        if unit["problem"]:
+            console.print(f"not read: {unit['problem']}", highlight=False, markup=False)
+    return 0
+
+
+def run_check(arguments: argparse.Namespace, console: Console) -> int:
+    reports = check_shards(expand_paths(arguments.shards), arguments.workers, console)
+    total = total_of(reports)
+    show(reports, console)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"total": total, "shards": reports}, indent=1) + "\n")
+    return 1 if total["problem_count"] else 0
+
+
+def run_inspect(arguments: argparse.Namespace, console: Console) -> int:
+    # Sizes and the objective's view are the recipe's; the data package itself knows neither models nor objectives.
+    from lcl_ds.config import load_config, recipe_path
+    from lcl_ds.data.inspection import page
+    from lcl_ds.data.inspection import show as show_rows
+    from lcl_ds.data.loader import BatchLoader
+    from lcl_ds.data.open_data import lane_settings, open_data
+    from lcl_ds.models.build import image_size, tokens_per_image
+    from lcl_ds.objectives import view_of
+
+    shards = json.dumps([{"name": "inspected", "paths": arguments.shards}])
+    tokenizer = [f"data.tokenizer={arguments.tokenizer}"] if arguments.tokenizer else []
+    overrides = [f"data.shards={shards}", "data.demo=null", "data.group_rows=1", *tokenizer, *arguments.set]
+    config = load_config(recipe_path(arguments.recipe), overrides)
+    data = open_data(config.data)
+    view = view_of(config.objective, config.data.image_first_probability)
+    settings = lane_settings(config, view, tokens_per_image(config.model, training=True), image_size(config.model))
+    batch = next(BatchLoader(data.sources, settings, data.tokenizer, arguments.rows))
+    if arguments.html is None:
+        show_rows(batch, data.tokenizer, console)
+    else:
+        title = f"{', '.join(arguments.shards)}, as {config.objective.name} sees it"
+        arguments.html.write_text(page(batch, data.tokenizer, title), encoding="utf-8")
+        console.print(f"{arguments.html}", highlight=False)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="[%(levelname)s] %(message)s")
+    console = Console(stderr=False)
+    try:
+        code: int = arguments.run(arguments, console if console.is_terminal else Console(width=WIDTH))
+        return code
+    except UserError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Read every byte of shards and say what is in them and what is wrong: ``python -m lcl_ds.data check``."""
+
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from lcl_ds.data.documents import BadSampleError, read_document
+from lcl_ds.data.images import check_image
+from lcl_ds.data.shards import Sample, Source, index_shard
+from lcl_ds.errors import UserError
+
+SHOWN = 20
+"""Problems of a shard that are named; all are counted."""
+COUNTS = ("samples", "documents", "pairs", "images", "text_characters", "problem_count")
+
+Report = dict[str, Any]
+"""JSON: ``shard``, the counts, ``formats``, ``short_side`` of the images, ``problems`` and ``reasons``."""
+
+
+def check_shards(paths: list[str], workers: int = 1, console: Console | None = None) -> list[Report]:
+    """A report on every shard, in order.
+
+    Args:
+        workers: processes.
+    """
+    if workers <= 1:
+        return [check_shard(path) for path in track(paths, "shards", console=console)]
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        results = pool.map(check_shard, paths)
+        return list(track(results, "shards", total=len(paths), console=console))
+
+
+def check_shard(path: str) -> Report:
+    """Read all samples of a shard as training would, and decode all their images."""
+    report = _Findings(path)
+    try:
+        source = Source("check", [index_shard(path, rescan=True)])
+    except UserError as error:
+        report.problem("", error.problems[0].removeprefix(f"shard {path}: "))
+        return report.as_dict()
+    keys: set[str] = set()
+    for number in range(len(source)):
+        sample = source.sample(number)
+        if sample.key in keys:
+            report.problem(sample.key, "a key that occurred before")
+        keys.add(sample.key)
+        try:
+            _check_sample(source, number, sample, report)
+        except BadSampleError as problem:
+            report.problem(sample.key, problem.reason)
+        except (OSError, UserError) as error:
+            report.problem(sample.key, f"it cannot be read: {error}")
+    return report.as_dict()
+
+
+class _Findings:
+    """What was found in one shard."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.counts: Counter[str] = Counter()
+        self.formats: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.sides: list[int] = []
+        self.problems: list[dict[str, str]] = []
+
+    def problem(self, key: str, reason: str) -> None:
+        self.reasons[reason] += 1
+        if len(self.problems) < SHOWN:
+            self.problems.append({"key": key, "reason": reason})
+
+    def as_dict(self) -> Report:
+        quartiles = np.percentile(self.sides, [0, 50, 100]).tolist() if self.sides else []
+        self.counts["problem_count"] = self.reasons.total()
+        return {
+            "shard": self.path,
+            **{name: self.counts[name] for name in COUNTS},
+            "formats": dict(self.formats.most_common()),
+            "short_side": dict(zip(("min", "median", "max"), quartiles, strict=False)),
+            "reasons": dict(self.reasons.most_common()),
+            "problems": self.problems,
+        }
+
+
+def _check_sample(source: Source, number: int, sample: Sample, report: _Findings) -> None:
+    report.counts["samples"] += 1
+    document = read_document(source, number)
+    report.counts["pairs" if document.is_pair else "documents"] += 1
+    report.counts["text_characters"] += sum(len(text) for text in document.segments if isinstance(text, str))
+    for suffix in document.images:
+        try:
+            facts = check_image(source.read(number, suffix))
+        except BadSampleError as problem:
+            report.problem(f"{sample.key}.{suffix}", problem.reason)
+        else:
+            report.counts["images"] += 1
+            report.formats[facts.format] += 1
+            report.sides.append(min(facts.width, facts.height))
+    for _ in range(document.missing_images):
+        report.problem(sample.key, "an image that is not there")
+
+
+def total_of(reports: list[Report]) -> Report:
+    """The reports of all shards as one."""
+    formats: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    for report in reports:
+        formats.update(report["formats"])
+        reasons.update(report["reasons"])
+    return {
+        "shards": len(reports),
+        **{name: sum(report[name] for report in reports) for name in COUNTS},
+        "formats": dict(formats.most_common()),
+        "reasons": dict(reasons.most_common()),
+    }
+
+
+def show(reports: list[Report], console: Console, most: int = 30) -> None:
+    """Tables: bad shards first, then some good ones, the sum, and the problems by reason."""
+    table = Table()
+    table.add_column("shard", no_wrap=True)
+    for heading in ("samples", "documents", "pairs", "images", "short side", "problems"):
+        table.add_column(heading, justify="right")
+    ordered = sorted(reports, key=lambda report: -report["problem_count"])
+    for report in ordered[:most]:
+        side = report["short_side"]
+        sides = f"{side['min']:.0f} to {side['max']:.0f}" if side else ""
+        table.add_row(report["shard"], *_figures(report), sides, str(report["problem_count"]))
+    if len(ordered) > most:
+        table.add_row(f"... {len(ordered) - most} more")
+    total = total_of(reports)
+    table.add_section()
+    table.add_row(f"{total['shards']} shards", *_figures(total), "", str(total["problem_count"]))
+    console.print(table)
+    for reason, count in total["reasons"].items():
+        console.print(f"{count} x {reason}", highlight=False, markup=False)
+    for report in ordered[:most]:
+        for problem in report["problems"][:3]:
+            console.print(f"{report['shard']}: {problem['key']}: {problem['reason']}", highlight=False, markup=False)
+
+
+def _figures(report: Report) -> list[str]:
+    return [str(report[name]) for name in ("samples", "documents", "pairs", "images")]

@@ -1,0 +1,193 @@
+"""Batches as a person reads them: ``python -m lcl_ds.data inspect``.
+
+Everything shown comes from the :class:`lcl_ds.batch.Batch` that training would get: its tokens, the bounds between
+documents, the pixels after cropping, where losses are and where the decoder's state is read about which image.
+"""
+
+import base64
+import io
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from string import Template
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.text import Text
+
+from lcl_ds.batch import Batch
+from lcl_ds.tokens import TextTokenizer
+
+SHOWN_SIDE = 112
+"""Least side of an image on the page in pixels."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One position of a row."""
+
+    id: int
+    text: str
+    is_control: bool
+    has_loss: bool
+    """Whether the next token is predicted here."""
+    readings: tuple[str, ...]
+    """``pairs: image 3``: what the decoder's state here is compared with."""
+    image: int | None
+    """The image whose first token this is, by its number in the batch ..."""
+    inside_image: bool
+    """... and whether this is another token of one."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Tokens that see each other: a document, a piece of one, one telling of a pair, or padding."""
+
+    row: int
+    start: int
+    """First token's place in the row."""
+    tokens: tuple[Token, ...]
+    is_padding: bool
+
+
+def parts_of(batch: Batch, tokenizer: TextTokenizer) -> list[Part]:
+    """What stands in the rows of a batch, in order."""
+    vocabulary = tokenizer.vocabulary
+    ids, length = batch.input_ids.flatten().tolist(), batch.input_ids.shape[1]
+    losses = set(batch.label_positions.tolist())
+    slots = dict(zip(batch.slot_positions.tolist(), batch.slot_images.tolist(), strict=True))
+    readings: dict[int, list[str]] = {}
+    for name, found in batch.readings.items():
+        for position, image in zip(found.positions.tolist(), found.images.tolist(), strict=True):
+            readings.setdefault(position, []).append(f"{name}: image {image}")
+    bounds = batch.cu_seqlens.tolist()
+    parts = []
+    for start, end in pairwise(bounds):
+        tokens = tuple(
+            Token(
+                ids[at],
+                tokenizer.decode([ids[at]]),
+                ids[at] >= vocabulary.text_size,
+                at in losses,
+                tuple(readings.get(at, ())),
+                slots.get(at),
+                ids[at] == vocabulary.image and at not in slots,
+            )
+            for at in range(start, end)
+        )
+        parts.append(Part(start // length, start % length, tokens, all(token.id == vocabulary.eot for token in tokens)))
+    return parts
+
+
+def show(batch: Batch, tokenizer: TextTokenizer, console: Console) -> None:
+    """Rows on the terminal: control tokens in brackets, images as what they are, readings behind an arrow."""
+    row = -1
+    for part in parts_of(batch, tokenizer):
+        if part.row != row:
+            row = part.row
+            console.rule(f"row {row}")
+        end = part.start + len(part.tokens)
+        kind = "padding" if part.is_padding else "document"
+        console.print(f"{kind}, tokens {part.start} to {end - 1}", style="dim", highlight=False)
+        if not part.is_padding:
+            console.print(_line(part, batch))
+
+
+def _line(part: Part, batch: Batch) -> Text:
+    line = Text()
+    side = "x".join(map(str, batch.images.shape[2:]))
+    for token in part.tokens:
+        if token.inside_image:
+            continue
+        if token.image is not None:
+            line.append(f"[image {token.image}, {side}]", "bold magenta")
+        else:
+            line.append(token.text, "cyan" if token.is_control else "" if token.has_loss else "dim")
+        for reading in token.readings:
+            line.append(f"<- {reading} ", "bold green")
+    return line
+
+
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --ink: #1f2933; --muted: #616e7c; --page: #f5f7fa; --card: #fff; --line: #d8dee4;
+  --even: #e9eff5; --green: #00875a; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8ecf0; --muted: #9aa7b4; --page: #14181d; --card: #1d232a; --line: #38424d; --even: #29323b;
+    --green: #3ddc97; }
+}
+body { margin: 0 auto; padding: 2rem 1rem; max-width: 76rem; background: var(--page); color: var(--ink);
+  font: .95rem/1.9 system-ui, sans-serif; }
+h1 { font-size: 1.4rem; margin: 0; } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
+.note, .where { color: var(--muted); font-size: .85rem; line-height: 1.4; }
+.part { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; margin: .5rem 0;
+  padding: .4rem .8rem; overflow-wrap: anywhere; }
+.t { white-space: pre-wrap; } .t:nth-of-type(even) { background: var(--even); }
+.c { color: var(--muted); font-size: .75rem; border: 1px solid var(--line); border-radius: .3rem; padding: 0 .25rem; }
+.quiet { opacity: .45; }
+.r { color: var(--green); font-size: .75rem; font-weight: 600; white-space: nowrap; }
+figure { display: inline-block; margin: .3rem; vertical-align: middle; text-align: center; }
+figcaption { font-size: .75rem; line-height: 1.3; color: var(--muted); }
+img { image-rendering: pixelated; border-radius: .3rem; display: block; min-width: ${side}px; }
+</style>
+</head>
+<body>
+<h1>$title</h1>
+<p class="note">$summary<br>Every box is what attends to itself alone. Hover a token for its place and id; pale ones
+carry no loss. Green: the decoder's state here is read about that image.</p>
+$rows
+</body>
+</html>
+""")
+
+
+def page(batch: Batch, tokenizer: TextTokenizer, title: str) -> str:
+    """The same as an HTML page with the images in it."""
+    row, blocks = -1, []
+    for part in parts_of(batch, tokenizer):
+        if part.row != row:
+            row = part.row
+            blocks.append(f"<h2>Row {row}</h2>")
+        end = part.start + len(part.tokens)
+        kind = "padding" if part.is_padding else "document"
+        body = (
+            ""
+            if part.is_padding
+            else "".join(_html(token, part.start + i, batch) for i, token in enumerate(part.tokens))
+        )
+        blocks.append(
+            f'<div class="part"><div class="where">{kind}, tokens {part.start} to {end - 1}</div>{body}</div>'
+        )
+    pairs = len(batch.readings["pairs"]) if "pairs" in batch.readings else 0
+    summary = (
+        f"{len(batch.input_ids)} rows of {batch.input_ids.shape[1]} tokens, {batch.document_count} documents, "
+        f"{batch.image_count} images, {pairs} contrastive pairs, {len(batch.labels)} labels, "
+        f"{1 - batch.token_count / batch.input_ids.numel():.1%} padding, {batch.skipped_samples} samples left out. "
+        f"Documents: {', '.join(batch.keys)}"
+    )
+    return PAGE.substitute(title=escape(title), summary=escape(summary), rows="\n".join(blocks), side=SHOWN_SIDE)
+
+
+def _html(token: Token, place: int, batch: Batch) -> str:
+    if token.inside_image:
+        return ""
+    marks = "".join(f' <span class="r">&larr; {escape(reading)}</span>' for reading in token.readings)
+    if token.image is not None:
+        picture = _picture(batch.images[token.image].numpy())
+        return f'<figure><img src="{picture}" alt=""><figcaption>image {token.image}</figcaption></figure>{marks}'
+    kind = "c" if token.is_control else "t"
+    quiet = "" if token.has_loss or token.is_control else " quiet"
+    title = f"place {place}, id {token.id}"
+    return f'<span class="{kind}{quiet}" title="{title}">{escape(token.text)}</span>{marks}'
+
+
+def _picture(pixels: np.ndarray) -> str:
+    """uint8 [3, H, W] as a data URL."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

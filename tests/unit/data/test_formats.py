@@ -1,0 +1,338 @@
+"""Readers of published formats, on small corpora of their exact shape."""
+
+import io
+import json
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from lcl_ds.data.formats import READERS
+from lcl_ds.data.formats.local_images import LocalImages, open_images
+from lcl_ds.data.formats.record import ReadOptions
+from lcl_ds.errors import UserError
+from tests.unit.data.corpora import MAKERS, PAGES, PARQUET, SENTENCES, mmc4_record, picture, write_parquet
+from tests.unit.data.test_shards import write_tar
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """A corpus by name, its records read."""
+
+    def make(name, **options):
+        if name in PARQUET:
+            pytest.importorskip("pyarrow")
+        made = MAKERS[name](tmp_path / name)
+        images = open_images(made.images, tmp_path / "work")
+        read = READERS[made.format](made.sources[0], ReadOptions(images, **options))
+        return made, list(read)
+
+    return make
+
+
+def shape(document):
+    """Texts, and images as ``I``, in reading order."""
+    return ["I" if text is None else text for text in document.texts]
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_record_becomes_a_document_of_parallel_lists(corpus, name):
+    made, documents = corpus(name)
+    assert len(documents) == made.documents + made.pairs
+    assert len({document.key for document in documents}) == len(documents)
+    assert all(document.is_pair == (made.pairs > 0) for document in documents)
+    for document in documents:
+        lists = (document.texts, document.images, document.matched_text_index, document.matched_sim)
+        assert {len(values) for values in lists} == {len(document.texts)}
+        for text, image, match, _ in zip(*lists, strict=True):
+            assert (text is None) != (image is None)
+            assert match is None or (image is not None and document.texts[match] is not None)
+
+
+@pytest.mark.parametrize("name", ["mmc4", "mmc4-tar", "obelics", "omnicorpus", "mint-html", "mint-pdf"])
+def test_the_url_is_kept(corpus, name):
+    assert corpus(name)[1][1].url in ("https://example.org/1", "https://example.org/1.pdf")
+
+
+# MMC4
+
+
+def test_mmc4_puts_one_matched_image_before_each_sentence(corpus):
+    _, documents = corpus("mmc4")
+    document = documents[3]
+    said = [f"{sentence} 3" for sentence in SENTENCES]
+    assert shape(document) == ["I", said[0], said[1], "I", said[2], said[3], said[4], said[5]]
+    assert [m for m in document.matched_text_index if m is not None] == [1, 4]
+    assert [s for s in document.matched_sim if s is not None] in ([0.31, 0.25], [0.31, 0.29])
+    assert document.images[0] == picture(30)
+    assert sorted(document.skips) == ["a further image of a sentence", "an image below the similarity threshold"]
+
+
+def test_the_image_of_a_sentence_is_drawn_by_seed(corpus, tmp_path):
+    made, _ = corpus("mmc4")
+    images = LocalImages((made.images[0],))
+
+    def drawn(seed):
+        return [d.matched_sim[3] for d in READERS["mmc4"](made.sources[0], ReadOptions(images, seed=seed))]
+
+    assert drawn(0) == drawn(0)
+    assert {similarity for seed in range(5) for similarity in drawn(seed)} == {0.25, 0.29}
+
+
+@pytest.mark.parametrize(
+    ("options", "images"),
+    [
+        ({"min_similarity": 0.0}, 3),
+        ({"min_similarity": 0.3}, 1),
+        ({"images_per_sentence": 2}, 3),
+        ({"images_per_sentence": 2, "min_similarity": 0.0}, 4),
+        ({"images_per_sentence": 2, "min_similarity": 0.0, "max_images": 3}, 3),
+        ({"max_images": 1}, 1),
+    ],
+)
+def test_mmc4s_rule_can_be_set(corpus, options, images):
+    for document in corpus("mmc4", **options)[1]:
+        assert shape(document).count("I") == images
+
+
+def test_mmc4_keeps_at_most_six_images(tmp_path):
+    (tmp_path / "images").mkdir()
+    record = mmc4_record(0)
+    record["text_list"] = [f"sentence {i}" for i in range(10)]
+    record["image_info"] = [
+        {"image_name": f"{i}.jpg", "matched_text_index": 9 - i, "matched_sim": 0.5} for i in range(10)
+    ]
+    for i in range(10):
+        (tmp_path / "images" / f"{i}.jpg").write_bytes(picture(i))
+    (tmp_path / "x.jsonl").write_text(json.dumps(record) + "\n")
+    options = ReadOptions(LocalImages((tmp_path / "images",)))
+    (document,) = READERS["mmc4"](tmp_path / "x.jsonl", options)
+    assert [image for image in document.images if image] == [picture(9 - i) for i in range(6)]  # in reading order
+    (all_of_them,) = READERS["mmc4"](tmp_path / "x.jsonl", replace(options, max_images=100))
+    assert shape(all_of_them).count("I") == 10
+
+
+def test_an_image_that_cannot_be_had_makes_room_for_another_of_its_sentence(corpus, tmp_path):
+    made, _ = corpus("mmc4")
+    (made.images[0] / "0_1.jpg").write_text("<html>404</html>")
+    (made.images[0] / "1_2.jpg").unlink()
+    first, second, *_ = READERS["mmc4"](made.sources[0], ReadOptions(LocalImages((made.images[0],))))
+    assert [s for s in first.matched_sim if s] == [0.31, 0.29]
+    assert [s for s in second.matched_sim if s] == [0.31, 0.25]
+
+
+def test_open_flamingos_images_are_in_the_json(corpus):
+    _, documents = corpus("mmc4-tar")
+    found = [[image for image in document.images if image] for document in documents]
+    assert all(len(images) == 1 for images in found)  # that of sentence 0 has no base64
+    assert all(images[0] in (picture(10 * n + 1), picture(10 * n + 2)) for n, images in enumerate(found))
+    assert all("an image that is not there" in document.skips for document in documents)
+
+
+def test_mmc4_images_come_from_tars_too(corpus, tmp_path):
+    made, documents = corpus("mmc4")
+    members = [(f"{path.stem}.jpg", path.read_bytes()) for path in sorted(made.images[0].iterdir())]
+    tar = write_tar(tmp_path / "images.tar", members)
+    images = open_images([tar], tmp_path / "work")
+    assert list(READERS["mmc4"](made.sources[0], ReadOptions(images))) == documents
+
+
+# parallel lists
+
+
+@pytest.mark.parametrize("name", ["obelics", "omnicorpus", "mint-html"])
+def test_parallel_lists_keep_their_order_and_find_images_by_url(corpus, name):
+    for number, document in enumerate(corpus(name)[1]):
+        assert shape(document) == ["I", f"first {number}", "I", f"second {number}"]
+        assert [image for image in document.images if image] == [picture(10 * number), picture(10 * number + 1)]
+        assert document.skips == ()
+
+
+def test_without_pyarrow_the_command_to_install_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"x\.parquet: reading parquet needs pyarrow: pip install 'lcl_ds\[parquet\]'"):
+        list(READERS["obelics"](tmp_path / "x.parquet", ReadOptions()))
+
+
+def test_images_that_were_never_downloaded_are_counted(tmp_path):
+    pytest.importorskip("pyarrow")
+    records = [{"texts": ["a", None], "images": [None, "https://example.org/none.jpg"]}, {"texts": None, "images": []}]
+    path = write_parquet(tmp_path / "x.parquet", records)
+    first, second = READERS["obelics"](path, ReadOptions(min_images=0))
+    assert (first.texts, first.skips) == (("a",), ("an image that is not there",))
+    assert (second.texts, second.skips) == ((), ("a record without the list 'texts'",))
+    assert next(iter(READERS["obelics"](path, ReadOptions()))).skips[-1] == "a document with too few images"
+
+
+# MINT-1T PDF, CoMM, pairs
+
+
+def test_mint_takes_the_page_that_the_metadata_names(corpus):
+    for number, document in enumerate(corpus("mint-pdf")[1]):
+        assert shape(document) == ["I", f"first {number}", "I", f"second {number}"]
+        images = [Image.open(io.BytesIO(image)) for image in document.images if image]
+        assert [image.size for image in images] == [(20, 30), (22, 30)]
+        for image, colour in zip(images, (PAGES[0], PAGES[2]), strict=True):
+            assert max(abs(a - b) for a, b in zip(image.getpixel((9, 9)), colour, strict=True)) < 5
+
+
+def test_comm_reads_title_summary_and_steps(corpus):
+    for number, document in enumerate(corpus("comm")[1]):
+        steps = [f"step {number} 0", f"step {number} 1", "I", "I", f"step {number} 2"]
+        assert shape(document) == [f"How to {number}", f"about {number}", "I", *steps]
+        assert [image for image in document.images if image] == [picture(10 * number + i) for i in range(3)]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_comm_may_be_json(corpus, tmp_path, suffix):
+    made, documents = corpus("comm")
+    records = torch.load(made.sources[0], weights_only=True)
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    path = tmp_path / f"comm{suffix}"
+    path.write_text(json.dumps(records) if suffix == ".json" else lines)
+    assert list(READERS["comm"](path, ReadOptions(LocalImages((made.images[0],))))) == documents
+
+
+class Trap:
+    def __reduce__(self):
+        return exec, ("raise AssertionError('code from data ran')",)
+
+
+def test_comms_pth_files_run_no_code(tmp_path):
+    torch.save([Trap()], tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"x\.pth: cannot be read"):
+        list(READERS["comm"](tmp_path / "x.pth", ReadOptions()))
+
+
+def test_pairs_are_a_caption_and_an_image(corpus):
+    for number, document in enumerate(corpus("img2dataset")[1]):
+        assert document.texts == (f"caption {number}", None)
+        assert document.images == (None, picture(number))
+
+
+def test_failed_downloads_and_missing_parts_of_pairs_are_counted(tmp_path):
+    ok = json.dumps({"status": "success", "caption": "from json"}).encode()
+    failed = json.dumps({"status": "failed_to_download", "caption": "x"}).encode()
+    members = [
+        ("0.jpg", picture(0)),
+        ("0.json", failed),
+        ("1.json", ok),
+        ("2.jpg", picture(2)),
+        ("3.jpg", picture(3)),
+        ("3.txt", b"\xff\xfe"),
+        ("4.jpg", picture(4)),
+        ("4.json", ok),
+    ]
+    documents = list(READERS["img2dataset"](write_tar(tmp_path / "a.tar", members), ReadOptions()))
+    assert [d.skips for d in documents] == [
+        ("a pair whose download had failed",),
+        ("an image that is not there", "a document with too few images"),
+        ("a pair without text or image",),
+        ("text that is not UTF-8",),
+        (),
+    ]
+    assert documents[-1].texts == ("from json", None)
+
+
+def test_our_shards_keep_their_matches(corpus):
+    for document in corpus("shards")[1]:
+        assert shape(document)[1] == "I"
+        assert document.matched_text_index == (None, 2, None)
+
+
+# what is wrong with files and records
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>" * 100, bytes(700)], ids=["empty", "html", "zeros"])
+def test_a_file_that_is_something_else_is_refused_or_counted(tmp_path, name, content):
+    suffix = {"mmc4": ".jsonl.zip", "comm": ".pth"}.get(name, ".parquet" if name in PARQUET else ".tar")
+    if name in PARQUET:
+        pytest.importorskip("pyarrow")
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(content)
+    if name == "mmc4" and content:  # lines of text, which no JSON is
+        documents = list(READERS[name](path, ReadOptions()))
+        assert all(document.skips and not document.texts for document in documents)
+    elif name == "mmc4" or (content == bytes(700) and suffix == ".tar"):
+        assert list(READERS[name](path, ReadOptions())) == []
+    else:
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            list(READERS[name](path, ReadOptions()))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_missing_file_is_named(tmp_path, name):
+    if name in PARQUET:
+        pytest.importorskip("pyarrow")
+    with pytest.raises(UserError, match="none"):
+        list(READERS[name](tmp_path / "none", ReadOptions()))
+
+
+@pytest.mark.parametrize("cut", [512 * 3 + 100, 512 * 5, 512 * 13])
+def test_a_tar_that_is_cut_gives_its_whole_samples_and_says_so(corpus, cut):
+    made, documents = corpus("img2dataset")
+    made.sources[0].write_bytes(made.sources[0].read_bytes()[:cut])
+    *good, last = READERS["img2dataset"](made.sources[0], ReadOptions())
+    assert last.skips == ("a tar that is cut short or damaged",)
+    assert good == documents[: len(good)]
+    assert len(good) < len(documents)
+
+
+BAD_RECORDS = {
+    "not json": (b"{", "json that cannot be parsed"),
+    "not utf-8": (b'{"text_list": ["\xff"]}', "json that cannot be parsed"),
+    "a list": (b"[]", "json that is not an object"),
+    "a long number": (b'{"a": ' + b"1" * 5000 + b"}", "json that cannot be parsed"),
+    "nested": (b"[" * 100_000, "json that cannot be parsed"),
+    "no lists": (b"{}", "a record without the list 'text_list'"),
+    "null lists": (b'{"text_list": null, "image_info": null}', "a record without the list 'text_list'"),
+    "nothing": (b'{"text_list": [], "image_info": []}', "a document without text and images"),
+    "nulls": (b'{"text_list": [null, " "], "image_info": [null]}', "a document without text and images"),
+    "too much text": (json.dumps({"text_list": ["x" * 2_000_000], "image_info": []}).encode(), "too much text"),
+    "half a character": (b'{"text_list": ["\\ud800"], "image_info": []}', "a document without text and images"),
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_RECORDS.values(), ids=BAD_RECORDS)
+def test_a_bad_record_is_counted_and_the_next_one_read(tmp_path, line, reason):
+    good = {**mmc4_record(0), "image_info": []}
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(line + b"\n" + json.dumps(good).encode() + b"\n")
+    bad, after = READERS["mmc4"](path, ReadOptions(min_images=0))
+    assert bad.texts == ()
+    assert reason in bad.skips[-1]
+    assert len(after.texts) == 6
+
+
+BAD_ENTRIES = [
+    None,
+    {},
+    {"matched_text_index": 99, "matched_sim": 0.9},
+    {"matched_text_index": -1, "matched_sim": 0.9},
+    {"matched_text_index": "0", "matched_sim": 0.9},
+    {"matched_text_index": 0, "matched_sim": None},
+    {"matched_text_index": 0, "matched_sim": float("nan")},
+    {"matched_text_index": 0, "matched_sim": 0.9, "image_name": "../secret.jpg"},
+    {"matched_text_index": 0, "matched_sim": 0.9, "image_name": "/etc/passwd"},
+    {"matched_text_index": 0, "matched_sim": 0.9, "image_name": "link.jpg"},
+    {"matched_text_index": 0, "matched_sim": 0.9, "image_name": "nul\0.jpg"},
+    {"matched_text_index": 0, "matched_sim": 0.9, "image_name": 7},
+]
+
+
+@pytest.mark.parametrize("entry", BAD_ENTRIES, ids=str)
+def test_a_bad_image_entry_costs_that_image_only(tmp_path, entry):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "secret.jpg").write_bytes(picture(0))
+    (tmp_path / "images" / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (tmp_path / "images" / "ok.jpg").write_bytes(picture(1))
+    fine = {"matched_text_index": 1, "matched_sim": 0.9, "image_name": "ok.jpg"}
+    record = {**mmc4_record(0), "image_info": [entry, fine]}
+    (tmp_path / "x.jsonl").write_text(json.dumps(record) + "\n")
+    (document,) = READERS["mmc4"](tmp_path / "x.jsonl", ReadOptions(LocalImages((tmp_path / "images",))))
+    assert [image for image in document.images if image] == [picture(1)]
+    assert len(document.skips) == 1

@@ -1,0 +1,96 @@
+"""``python -m lcl_ds.data inspect``: a batch as a person reads it."""
+
+import base64
+import io
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lcl_ds.data.__main__ import main
+from lcl_ds.data.inspection import page, parts_of
+from lcl_ds.data.lanes import LaneSettings
+from lcl_ds.data.loader import BatchLoader
+from lcl_ds.data.shards import Source, expand_paths, index_shard
+from lcl_ds.tokens import TextTokenizer
+from tests.unit.data.corpora import picture
+from tests.unit.data.test_shards import write_tar
+
+SETTINGS = LaneSettings(
+    lanes=1,
+    data_seed=1,
+    augmentation_seed=2,
+    row_tokens=256,
+    row_images=12,
+    image_tokens=16,
+    image_size=32,
+    pack_window=20,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_folder):
+    return TextTokenizer(demo_folder / "tokenizer")
+
+
+@pytest.fixture
+def batch(demo_folder, tokenizer):
+    shards = [index_shard(path) for path in expand_paths(f"{demo_folder}/train-*.tar")]
+    return next(BatchLoader([Source("demo", shards)], SETTINGS, tokenizer, 5))
+
+
+def test_the_parts_are_the_rows_cut_where_positions_restart(batch, tokenizer):
+    parts = parts_of(batch, tokenizer)
+    assert [token.id for part in parts for token in part.tokens] == batch.input_ids.flatten().tolist()
+    starts = [(part.row, part.start) for part in parts]
+    assert starts == [tuple(place) for place in np.argwhere(batch.position_ids.numpy() == 0).tolist()]
+    assert sum(not part.is_padding for part in parts) == batch.document_count
+
+
+def test_marks_stand_where_losses_and_readings_are(batch, tokenizer):
+    tokens = [token for part in parts_of(batch, tokenizer) for token in part.tokens]
+    assert [i for i, token in enumerate(tokens) if token.has_loss] == sorted(batch.label_positions.tolist())
+    assert [token.image for token in tokens if token.image is not None] == batch.slot_images.tolist()
+    pairs = batch.readings["pairs"]
+    marked = [(i, token.readings[0]) for i, token in enumerate(tokens) if token.readings]
+    expected = zip(pairs.positions.tolist(), pairs.images.tolist(), strict=True)
+    assert marked == [(position, f"pairs: image {image}") for position, image in expected]
+    assert all(tokens[i].text == "<start_of_image>" for i, _ in marked)
+    assert sum(token.inside_image for token in tokens) == batch.image_count * 15
+
+
+def test_the_page_shows_text_and_pixels(batch, tokenizer):
+    html = page(batch, tokenizer, "a title")
+    pictures = re.findall(r"base64,([^\"]+)", html)
+    assert len(pictures) == batch.image_count
+    first = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[0]))))
+    assert (first.transpose(2, 0, 1) == batch.images[0].numpy()).all()
+    shown = re.sub(r"<[^>]*>", "", re.sub(r"<figure>.*?</figure>", "", html)).replace("&lt;", "<").replace("&gt;", ">")
+    document = parts_of(batch, tokenizer)[0]
+    assert "".join(t.text for t in document.tokens if t.image is None and not t.inside_image)[:40] in shown
+
+
+def test_text_cannot_become_markup(tmp_path, tokenizer):
+    record = json.dumps({"texts": ["<script>alert(1)</script>", None], "images": [None, "000.jpg"]}).encode()
+    shard = write_tar(tmp_path / "a.tar", [("a.json", record), ("a.000.jpg", picture(0))])
+    made = next(BatchLoader([Source("s", [index_shard(shard)])], replace(SETTINGS, pack_window=2), tokenizer, 1))
+    html = page(made, tokenizer, "<script>")
+    assert "<script>" not in html
+    assert "&lt;script" in html
+
+
+def test_the_command_writes_a_page_or_prints_rows(tmp_path, demo_folder, capsys):
+    shards, tokenizer = f"{demo_folder}/train-documents-*.tar", ["--tokenizer", f"{demo_folder}/tokenizer"]
+    assert main(["inspect", shards, *tokenizer, "--rows", "2", "--html", str(tmp_path / "page.html")]) == 0
+    assert "2 rows of 256 tokens" in (tmp_path / "page.html").read_text()
+    capsys.readouterr()
+    assert main(["inspect", shards, *tokenizer, "--rows", "1", "--set", "objective.name=clip"]) == 0
+    out = capsys.readouterr().out
+    assert "<start_of_text>" in out
+    assert "pairs: image 0" in out
+    assert main(["inspect", f"{tmp_path}/none.tar", *tokenizer]) == 2
+    assert main(["inspect", shards, "--tokenizer", f"{tmp_path}/none"]) == 2
+    assert "data.tokenizer: no tokenizer at" in capsys.readouterr().err

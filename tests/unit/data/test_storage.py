@@ -1,0 +1,220 @@
+"""Shards wherever they lie: lists, URLs, HTTP with byte ranges, commands."""
+
+import http.server
+import json
+import threading
+
+import fsspec
+import pytest
+
+from lcl_ds.config import load_config, recipe_path
+from lcl_ds.data import storage
+from lcl_ds.data.documents import read_document
+from lcl_ds.data.lanes import Lane
+from lcl_ds.data.open_data import open_data
+from lcl_ds.data.shards import Source, index_shard
+from lcl_ds.data.storage import cached_name, expand_paths, materialise, read_range
+from lcl_ds.errors import UserError
+from lcl_ds.tokens import TextTokenizer
+from tests.unit.data.test_lanes import SETTINGS, same
+from tests.unit.data.test_shards import write_tar
+
+MEMBERS = [(f"{i:03d}.{suffix}", f"{i} {suffix}".encode() * 50) for i in range(30) for suffix in ("json", "000.jpg")]
+
+
+@pytest.fixture
+def tar(tmp_path):
+    return write_tar(tmp_path / "a.tar", MEMBERS)
+
+
+@pytest.fixture
+def memory():
+    """fsspec's in-memory file system, emptied afterwards."""
+    filesystem = fsspec.filesystem("memory")
+    yield filesystem
+    filesystem.rm("/", recursive=True)
+
+
+def everything(source):
+    return [(source.sample(i).key, source.read(i, "json"), source.read(i, "000.jpg")) for i in range(len(source))]
+
+
+def test_a_list_names_shards_relative_to_itself(tmp_path, tar):
+    write_tar(tmp_path / "b.tar", MEMBERS[:2])
+    (tmp_path / "shards.txt").write_text("# made by hand\na.tar\nb.tar\n\nmemory://x/c.tar\n")
+    found = expand_paths(tmp_path / "shards.txt")
+    assert found == [f"{tmp_path}/a.tar", f"{tmp_path}/b.tar", "memory://x/c.tar"]
+
+
+def test_an_empty_or_missing_list_is_named(tmp_path):
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    with pytest.raises(UserError, match=r"empty\.txt: it lists no shards"):
+        expand_paths(f"{tmp_path}/empty.txt")
+    with pytest.raises(UserError, match=r"none\.txt: cannot be read"):
+        expand_paths(f"{tmp_path}/none.txt")
+
+
+def test_globs_leave_indices_out(tmp_path, tar):
+    index_shard(tar)
+    assert expand_paths(f"{tmp_path}/*") == [str(tar)]
+
+
+def test_a_remote_shard_reads_like_a_local_one(tmp_path, tar, memory):
+    memory.pipe("/bucket/a.tar", tar.read_bytes())
+    remote = Source("s", [index_shard("memory://bucket/a.tar", tmp_path / "cache")])
+    local = Source("s", [index_shard(tar)])
+    assert everything(remote) == everything(local)
+    assert remote.fingerprint() == local.fingerprint()
+    assert (tmp_path / "cache" / cached_name("memory://bucket/a.tar", ".index")).is_file()
+
+
+def test_only_the_bytes_that_are_needed_are_fetched(tmp_path, tar, memory, monkeypatch):
+    memory.pipe("/bucket/a.tar", tar.read_bytes())
+    index_shard("memory://bucket/a.tar", tmp_path / "cache")
+    fetched = []
+    cat = type(memory).cat_file
+    monkeypatch.setattr(
+        type(memory),
+        "cat_file",
+        lambda self, path, start=None, end=None: fetched.append(end - start) or cat(self, path, start, end),
+    )
+    source = Source("s", [index_shard("memory://bucket/a.tar", tmp_path / "cache")])
+    source.read(7, "json")
+    assert sum(fetched) < 512 * 8
+
+
+def test_an_index_beside_a_remote_shard_is_used(tmp_path, tar, memory, monkeypatch):
+    index_shard(tar)
+    memory.pipe("/bucket/a.tar", tar.read_bytes())
+    memory.pipe("/bucket/a.tar.index", (tmp_path / "a.tar.index").read_bytes())
+    monkeypatch.setattr("lcl_ds.data.shards._scan", lambda *_: pytest.fail("the headers were read again"))
+    assert everything(Source("s", [index_shard("memory://bucket/a.tar", tmp_path / "cache")]))[3][1] == MEMBERS[6][1]
+
+
+def test_remote_globs_and_lists(tmp_path, tar, memory):
+    for name in ("00.tar", "01.tar", "02.tar", "00.tar.index"):
+        memory.pipe(f"/bucket/{name}", tar.read_bytes())
+    memory.pipe("/bucket/shards.txt", b"01.tar\n")
+    assert expand_paths("memory://bucket/*.tar*") == [f"memory:///bucket/{i}.tar" for i in ("00", "01", "02")]
+    assert expand_paths("memory://bucket/{00..01}.tar") == ["memory://bucket/00.tar", "memory://bucket/01.tar"]
+    assert expand_paths("memory://bucket/shards.txt") == ["memory://bucket/01.tar"]
+    with pytest.raises(UserError, match="no such file"):
+        expand_paths("memory://bucket/*.zip")
+
+
+@pytest.mark.parametrize("location", ["memory://none/x.tar", "nonsense://x/y.tar", "s3://bucket/x.tar"])
+def test_what_cannot_be_reached_is_named(tmp_path, location):
+    with pytest.raises(UserError, match=location):
+        index_shard(location, tmp_path)
+
+
+class Ranges(http.server.BaseHTTPRequestHandler):
+    """Serves one file with byte ranges; every third request fails once."""
+
+    data = b""
+    requests = 0
+
+    def do_HEAD(self):
+        self._answer(body=False)
+
+    def do_GET(self):
+        self._answer(body=True)
+
+    def _answer(self, body):
+        cls = type(self)
+        cls.requests += 1
+        if cls.requests % 3 == 0:
+            self.send_error(503)
+            return
+        first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
+        start, end = int(first), int(last) + 1 if last else len(cls.data)
+        part = cls.data[start:end]
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(part)))
+        self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(cls.data)}")
+        self.end_headers()
+        if body:
+            self.wfile.write(part)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_http_with_failing_requests(tmp_path, tar, monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.01)
+    Ranges.data = tar.read_bytes()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        url = f"http://127.0.0.1:{server.server_port}/a.tar"
+        remote = Source("s", [index_shard(url, tmp_path / "cache")])
+        assert everything(remote) == everything(Source("s", [index_shard(tar)]))
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_an_error_that_passes_is_tried_again_and_one_that_stays_is_an_oserror(monkeypatch, memory):
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.001)
+    memory.pipe("/x", b"0123456789")
+    failures = iter([RuntimeError("busy"), ConnectionError("reset")])
+    cat = type(memory).cat_file
+
+    def sometimes(self, path, start=None, end=None):
+        for failure in failures:
+            raise failure
+        return cat(self, path, start, end)
+
+    monkeypatch.setattr(type(memory), "cat_file", sometimes)
+    assert read_range("memory://x", 2, 5) == b"234"
+
+    def never(self, path, start=None, end=None):
+        raise RuntimeError("gone")
+
+    monkeypatch.setattr(type(memory), "cat_file", never)
+    with pytest.raises(OSError, match="memory://x: RuntimeError: gone"):
+        read_range("memory://x", 0, 1)
+
+
+def test_a_command_is_run_once_and_read_from_the_cache(tmp_path, tar):
+    command = f"pipe:echo ran >> {tmp_path}/log; cat {tar}"
+    assert expand_paths(command) == [command]
+    first = Source("s", [index_shard(command, tmp_path / "cache")])
+    again = Source("s", [index_shard(command, tmp_path / "cache")])
+    assert everything(first) == everything(again) == everything(Source("s", [index_shard(tar)]))
+    assert first.fingerprint() == again.fingerprint()
+    assert (tmp_path / "log").read_text() == "ran\n"
+
+
+def test_a_command_that_fails_leaves_nothing(tmp_path, tar):
+    command = f"pipe:head -c 1000 {tar}; exit 7"
+    with pytest.raises(UserError, match="exit code 7"):
+        materialise(command, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.tar"))
+    assert not list((tmp_path / "cache").glob("*.partial"))
+
+
+def test_nothing_in_a_shard_becomes_a_location(tmp_path):
+    """Keys and image names that look like commands and URLs are only looked up in the shard itself."""
+    trap = f"pipe:touch {tmp_path}/ran"
+    record = json.dumps({"texts": ["a", None, None], "images": [None, trap, "memory://x/y.jpg"]})
+    source = Source("s", [index_shard(write_tar(tmp_path / "a.tar", [(f"{trap}.json", record.encode())]))])
+    assert read_document(source, 0).missing_images == 2
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_run_trains_on_remote_shards_the_same_rows(tmp_path, demo_folder, memory):
+    shards = sorted(demo_folder.glob("train-documents-*.tar"))
+    for shard in shards:
+        memory.pipe(f"/demo/{shard.name}", shard.read_bytes())
+    rows = []
+    for paths in (f"{demo_folder}/train-documents-*.tar", [f"memory://demo/{shard.name}" for shard in shards]):
+        overrides = [f"data.tokenizer={demo_folder}/tokenizer", "data.demo=null", f"data.cache={tmp_path}/cache"]
+        config = load_config(
+            recipe_path("demo"), [*overrides, f"data.shards=[{{name: d, paths: {json.dumps(paths)}}}]"]
+        )
+        lane = Lane(open_data(config.data).sources, SETTINGS, 0, TextTokenizer(demo_folder / "tokenizer"))
+        rows.append([lane.next_row() for _ in range(5)])
+    assert all(same(a, b) for a, b in zip(*rows, strict=True))
