@@ -204,7 +204,7 @@ def compare_packing(folder: Path, name: str, documents: int, seed: int) -> dict[
     """Padding, and the images of the fullest of eight ranks over their mean, of three layouts of one corpus."""
     shard = index_shard(length_shard(folder / f"{name}.tar", LENGTHS[name], documents, seed))
     settings = LaneSettings(
-        lanes=1,
+        lanes=RANKS,
         data_seed=seed,
         augmentation_seed=seed,
         row_tokens=CONTEXT,
@@ -214,16 +214,17 @@ def compare_packing(folder: Path, name: str, documents: int, seed: int) -> dict[
         group_rows=ROWS_PER_RANK,
     )
 
-    def lane(settings: LaneSettings) -> Lane:
-        return Lane([Source(name, [shard])], settings, 0, Words())  # type: ignore[arg-type]
+    rows = documents // 4 // (RANKS * ROWS_PER_RANK) * RANKS * ROWS_PER_RANK
 
-    ours, ungrouped = lane(settings), lane(replace(settings, group_rows=1))
-    rows = documents // 4 // ROWS_PER_RANK * ROWS_PER_RANK
-    pieces = [piece for _ in range(rows) for piece in ungrouped._next_pieces()]
+    def rows_of(settings: LaneSettings) -> list[Any]:
+        lanes = [Lane([Source(name, [shard])], settings, n, Words()) for n in range(RANKS)]  # type: ignore[arg-type]
+        return [lanes[n // settings.group_rows % RANKS]._next_pieces() for n in range(rows)]
+
+    pieces = [piece for row in rows_of(replace(settings, group_rows=1)) for piece in row]
     sizes = [(len(piece.tokens.input_ids), len(piece.tokens.images)) for piece in pieces]
     np.random.default_rng(seed).shuffle(sizes)
     layouts = {
-        "ours": [_size(ours._next_pieces()) for _ in range(rows)],
+        "ours": [_size(row) for row in rows_of(settings)],
         "greedy, in the order of the stream": _greedy(sizes, settings),
         f"one document a row, padded to {CONTEXT}": sizes,
     }

@@ -14,7 +14,7 @@ import numpy as np
 
 from lcl_ds.data.documents import MAX_TEXT_BYTES, BadSampleError, Document, read_document
 from lcl_ds.data.images import decode_image
-from lcl_ds.data.mixing import Mixture
+from lcl_ds.data.mixing import Mixture, spread_samples
 from lcl_ds.data.packing import PackedSequence, Row, choose_group, pack
 from lcl_ds.data.shards import Source
 from lcl_ds.data.skips import Skips
@@ -29,10 +29,39 @@ CARRIED_SHARE = 4
 MAX_CARRIES = 2
 """... so often at most for any piece."""
 
+MEASURED_SAMPLES = 500
+"""Samples of a source, spread over it, whose tokens and images are counted ..."""
+PRIOR_ROWS = 2000
+"""... and how many rows of a lane weigh as much as that count."""
+
 LaneState = dict[str, Any]
 """JSON, as of the last time a window was packed: samples drawn (``draws``), ``cursors`` per source, ``carried``
 documents, the ``pool`` of waiting rows, ``packed`` rows and images and ``rows`` returned so far; and, since then, the
 rows returned (``emitted``)."""
+
+
+def measure_sizes(sources: list[Source], settings: "LaneSettings", tokenizer: TextTokenizer) -> np.ndarray:
+    """Mean tokens and images of a sample of each source, float64 [sources, 2]; bad samples are passed over."""
+    encoder = encoder_of(settings, tokenizer)
+    sizes = []
+    for source in sources:
+        total, numbers = np.zeros(2), spread_samples(source, MEASURED_SAMPLES)
+        for number in numbers:
+            try:
+                document = read_document(source, number, settings.max_text_bytes)
+                sequences = settings.view.encode(document, encoder, keyed_rng(number))
+            except (BadSampleError, OSError):
+                continue
+            total += sum((np.array([len(s.input_ids), len(s.images)]) for s in sequences), np.zeros(2))
+        sizes.append(total / len(numbers))
+    return np.stack(sizes) + np.array([1e-9, 0.0])  # of nothing but bad samples: no division by 0
+
+
+def encoder_of(settings: "LaneSettings", tokenizer: TextTokenizer) -> Encoder:
+    """Text to ids within the budgets of ``settings``."""
+    return Encoder(
+        tokenizer.encode, tokenizer.vocabulary, settings.image_tokens, settings.row_tokens, settings.row_images
+    )
 
 
 def keyed_rng(*key: int) -> np.random.Generator:
@@ -102,13 +131,15 @@ class Lane:
         tokenizer: TextTokenizer,
         state: LaneState | None = None,
         skips: Skips | None = None,
+        sizes: np.ndarray | None = None,
     ):
+        if settings.group_rows > 1 and sizes is None:
+            sizes = measure_sizes(sources, settings, tokenizer)
+        self._sizes = sizes
         self._skips = skips or Skips(settings.max_bad_share)
         self._pending_skips = 0
         self.sources, self.settings, self.number = sources, settings, number
-        self._encoder = Encoder(
-            tokenizer.encode, tokenizer.vocabulary, settings.image_tokens, settings.row_tokens, settings.row_images
-        )
+        self._encoder = encoder_of(settings, tokenizer)
         self._mixture = Mixture(sources, settings.mix_by)
         self._windows: dict[int, tuple[int, np.ndarray]] = {}
         self._permutations: dict[int, tuple[int, np.ndarray]] = {}
@@ -152,12 +183,29 @@ class Lane:
             while len(self._pool) < (self.settings.row_pool if size > 1 else 1):
                 self._fill_window()
             images = [sum(len(piece.tokens.images) for piece in row) for row in self._pool]
-            chosen = choose_group(images, size, self._packed[1] / self._packed[0])
+            chosen = choose_group(images, size, self._images_per_row())
             self._group = [self._pool[i] for i in chosen]
             self._pool = [row for i, row in enumerate(self._pool) if i not in chosen]
         self._emitted += 1
         self._rows_returned += 1
         return self._group.pop(0)
+
+    def _images_per_row(self) -> float:
+        """In the long run: what the sources promise, and more and more what this lane has seen.
+
+        Lanes must agree from the start, or ranks would differ by what each lane happened to see first.
+        """
+        rows, images = self._packed
+        if self._sizes is None:
+            return images / rows
+        tokens, pictures = self._mixture.shares(self._step) @ self._sizes
+        expected = self.settings.row_tokens * pictures / tokens
+        return (expected * PRIOR_ROWS + images) / (PRIOR_ROWS + rows)
+
+    @property
+    def _step(self) -> int:
+        """The optimizer step that the next row belongs to."""
+        return self._rows_returned * self.settings.lanes // self.settings.rows_per_step
 
     def _fill_window(self) -> None:
         """Draw and pack a window of documents; its rows join the pool."""
@@ -190,7 +238,7 @@ class Lane:
 
     def _draw_window(self) -> list[_Piece]:
         """Pieces of the next ``pack_window`` samples."""
-        step = self._rows_returned * self.settings.lanes // self.settings.rows_per_step
+        step = self._step
         pieces: list[_Piece] = []
         for _ in range(self.settings.pack_window):
             source, draw = self._draw_source(step), self._draws

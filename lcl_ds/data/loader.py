@@ -12,7 +12,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lcl_ds.batch import Batch
-from lcl_ds.data.lanes import Lane, LaneSettings, LaneState
+from lcl_ds.data.lanes import Lane, LaneSettings, LaneState, measure_sizes
 from lcl_ds.data.packing import Row, collate
 from lcl_ds.data.shards import Source
 from lcl_ds.data.skips import Skips
@@ -50,13 +50,16 @@ class GroupStream(IterableDataset[tuple[int, list[Row] | UserError, LaneState]])
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         lanes: dict[int, Lane] = {}
         skips = Skips(self.settings.max_bad_share)
+        # Once for all lanes of the process.
+        grouped = self.settings.group_rows > 1
+        sizes = measure_sizes(self.sources, self.settings, self.tokenizer) if grouped else None
         group = self.first_group + self.rank + number * self.world_size
         while True:
             n = group % self.settings.lanes
             try:
                 if n not in lanes:
                     state = self.lane_states.get(str(n))
-                    lanes[n] = Lane(self.sources, self.settings, n, self.tokenizer, state, skips)
+                    lanes[n] = Lane(self.sources, self.settings, n, self.tokenizer, state, skips, sizes)
                 rows = [lanes[n].next_row() for _ in range(self.settings.group_rows)]
             except UserError as error:
                 yield n, error, {}

@@ -22,10 +22,15 @@ def weight_at(weight: Weight, step: int) -> float:
     return float(weight[max(first for first in weight if first <= step)])
 
 
+def spread_samples(source: Source, count: int) -> list[int]:
+    """Numbers of up to ``count`` samples, spread evenly over the source."""
+    return np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64)).tolist()
+
+
 def images_per_sample(source: Source) -> float:
     """Mean number of image members of a sample, from the index alone."""
-    numbers = np.unique(np.linspace(0, len(source) - 1, MEASURED_SAMPLES).astype(np.int64))
-    suffixes = [suffix for number in numbers for suffix in source.sample(int(number)).parts]
+    numbers = spread_samples(source, MEASURED_SAMPLES)
+    suffixes = [suffix for number in numbers for suffix in source.sample(number).parts]
     return sum(suffix.rsplit(".", 1)[-1] in IMAGE_SUFFIXES for suffix in suffixes) / len(numbers)
 
 
@@ -48,14 +53,19 @@ class Mixture:
             if count == 0:
                 raise UserError(f"data.mix_by: images: source {source.name} has no images; mix by samples")
         self._per_sample = np.array(images)
-        self._edges: dict[tuple[float, ...], np.ndarray] = {}
+        self._shares: dict[tuple[float, ...], np.ndarray] = {}
+
+    def shares(self, step: int) -> np.ndarray:
+        """Each source's share of draws at ``step``."""
+        weights = tuple(weight_at(weight, step) for weight in self._weights)
+        if weights not in self._shares:
+            shares = np.array(weights) / self._per_sample
+            self._shares[weights] = shares / shares.sum()
+        return self._shares[weights]
 
     def choose(self, step: int, draw: float) -> int:
         """The source that ``draw``, uniform in [0, 1), falls on at ``step``."""
-        weights = tuple(weight_at(weight, step) for weight in self._weights)
-        if weights not in self._edges:
-            shares = np.array(weights) / self._per_sample
-            self._edges[weights] = np.cumsum(shares / shares.sum())
-        chosen = int(np.searchsorted(self._edges[weights], draw, side="right"))
+        shares = self.shares(step)
+        chosen = int(np.searchsorted(np.cumsum(shares), draw, side="right"))
         # The last edge may be rounded to a little below 1; a source of weight 0 has no share to fall on.
-        return min(chosen, max(i for i, weight in enumerate(weights) if weight > 0))
+        return min(chosen, int(np.nonzero(shares)[0][-1]))

@@ -150,7 +150,11 @@ def unavailable(implementation: str, device_type: str, dtype: torch.dtype) -> st
 
 
 def _flash_arguments(config: Any, mode: Mode, cu_seqlens: Tensor | None, max_seqlen: int | None) -> dict[str, Any]:
-    """Documents as sequences of their own, whatever row they lie in."""
+    """Documents as sequences of their own, whatever row they lie in.
+
+    Families without layer types (llama, gpt2, mistral, gemma) look at ``position_ids`` for packed rows all the same,
+    which waits for the GPU once per forward pass; transformers has no argument against it.
+    """
     assert cu_seqlens is not None
     assert max_seqlen is not None
     return {

@@ -95,13 +95,17 @@ class LCLModel(nn.Module):
         places = batch.slot_positions[:, None] + torch.arange(image_tokens.shape[1], device=flat.device)
         flat = flat.index_copy(0, places.flatten(), image_tokens.flatten(0, 1).to(flat.dtype))
         inputs_embeds = flat[: batch.input_ids.numel()].view_as(embeddings)
+        mode = mode or self.attention_mode
+        blocks = None
+        if mode == "images":
+            blocks = image_blocks(batch.position_ids, batch.slot_positions, image_tokens.shape[1])
         attention = attention_arguments(
             self.decoder,
             inputs_embeds,
             batch.position_ids,
             implementation=self.attention,
-            mode=mode or self.attention_mode,
-            image_blocks=image_blocks(batch.position_ids, batch.slot_positions, image_tokens.shape[1]),
+            mode=mode,
+            image_blocks=blocks,
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
         )
