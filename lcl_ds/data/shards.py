@@ -76,15 +76,14 @@ class ShardIndex:
 
     def sample(self, number: int) -> Sample:
         start = int(self.key_end[number - 1]) if number else 0
-        members = range(int(self.first[number]), int(self.first[number + 1]))
-        return Sample(
-            self.keys[start : self.key_end[number]].tobytes().decode("utf-8", "surrogateescape"),
-            {self.suffixes[self.suffix[m]]: (int(self.offset[m]), int(self.size[m])) for m in members},
-        )
+        key = self.keys[start : self.key_end[number]].tobytes().decode("utf-8", "surrogateescape")
+        return Sample(key, self.parts(number))
 
-    @property
-    def nbytes(self) -> int:
-        return sum(value.nbytes for value in vars(self).values() if isinstance(value, np.ndarray))
+    def parts(self, number: int) -> dict[str, tuple[int, int]]:
+        """See :class:`Sample`."""
+        members = slice(*self.first[number : number + 2].tolist())
+        places = zip(self.offset[members].tolist(), self.size[members].tolist(), strict=True)
+        return dict(zip([self.suffixes[s] for s in self.suffix[members].tolist()], places, strict=True))
 
 
 @dataclass(frozen=True)
@@ -371,7 +370,7 @@ class Source:
         """
         shard, place = self._locate(number)
         file, index = self._opened(shard)
-        offset, size = index.sample(place).parts[suffix]
+        offset, size = index.parts(place)[suffix]
         # Loader processes share the descriptor they were forked with; pread moves no position.
         start, end = offset - BLOCK, offset + size
         data = os.pread(file.fileno(), end - start, start) if file else read_range(self.shards[shard].path, start, end)
