@@ -1,7 +1,8 @@
-"""``python -m lcl_ds.bench losses|contrastive|train``: compare our work with that of other projects.
+"""``python -m lcl_ds.bench losses|contrastive|train|data``: compare our work with that of other projects.
 
 losses and contrastive compare the losses of lcl_kernels; train compares a whole training step with the published
-layout of padded rows, dense masks and full logits, and shows tokens per second too.
+layout of padded rows, dense masks and full logits, and shows tokens per second too; data compares loading and packing
+with other pipelines.
 
 Prints a table per shape: median time of forward and backward, useful TFLOP/s, their share of what a matrix product
 reaches in the same run, peak memory without the inputs, and errors against float64. A method that cannot run is named
@@ -9,10 +10,12 @@ with the reason. --json keeps everything, and is whole after every row, so an in
 """
 
 import argparse
+import json
 import os
 import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +30,7 @@ from lcl_ds.bench.figures import draw_contrastive, draw_losses
 from lcl_ds.bench.losses import loss_cases
 from lcl_ds.bench.measure import DeviceLostError
 from lcl_ds.bench.peers import CONTRASTIVE, DTYPES, LOSSES, OURS
-from lcl_ds.bench.runner import Record, new_record, run_cases
+from lcl_ds.bench.runner import Record, describe_environment, new_record, now, run_cases
 from lcl_ds.bench.table import open_console, show_rows
 from lcl_ds.errors import UserError
 
@@ -57,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     command = "python -m lcl_ds.bench " + shlex.join(sys.argv[1:] if argv is None else argv)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends a run like Ctrl-C
     try:
-        return run_train(arguments, command) if arguments.job == "train" else run(arguments, command)
+        return {"train": run_train, "data": run_data}.get(arguments.job, run)(arguments, command)
     except UserError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
         return 2
@@ -93,6 +96,13 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument("--sweep", metavar="M,M", help="measure memory alone at these M too (default: by device)")
             sub.add_argument("--scale", type=float, default=14.3, help="logit scale (default: 14.3)")
     add_train_parser(jobs)
+    what = "loading and packing"
+    sub = jobs.add_parser("data", help=what, description=what)
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    sub.add_argument("--images", type=int, default=300, help="JPEGs that are loaded (default: 300)")
+    sub.add_argument("--documents", type=int, default=8000, help="documents that are packed (default: 8000)")
+    sub.add_argument("--repeats", type=int, default=3, help="passes of which the best counts (default: 3)")
+    sub.add_argument("--seed", type=int, default=0, help="of the data (default: 0)")
     return parser
 
 
@@ -154,6 +164,31 @@ def run_train(arguments: argparse.Namespace, command: str) -> int:
         run_train_cases(cases, names, record, show=show, **options)
 
     return measure_and_write(arguments, command, cases[0].device, cases[0].dtype, measure)
+
+
+def run_data(arguments: argparse.Namespace, command: str) -> int:
+    """Compare loading and packing.
+
+    Raises:
+        UserError: an option that cannot be used.
+    """
+    from lcl_ds.bench.data import LEAST_DOCUMENTS, measure_data, show_data
+
+    for name, least in (("images", 1), ("documents", LEAST_DOCUMENTS), ("repeats", 1)):
+        if getattr(arguments, name) < least:
+            raise UserError(f"--{name} {getattr(arguments, name)}: must be {least} or more")
+    check_writable(arguments.json, None)
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = arguments.images, arguments.documents, arguments.repeats
+        figures = measure_data(Path(folder), *sizes, seed=arguments.seed)
+    console = open_console()
+    show_data(console, figures)
+    if arguments.json:
+        environment = describe_environment(torch.device("cpu"))
+        record = {"command": command, "date": now(), "environment": environment, **figures}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        console.print(str(arguments.json), highlight=False, soft_wrap=True)
+    return 0
 
 
 def this_device() -> str:

@@ -4,7 +4,7 @@ import io
 import json
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from lcl_ds.tokens import TextTokenizer, Vocabulary
 
 SIZE = 224
 CROP_SCALE = 0.9, 1.0
+LEAST_DOCUMENTS = 2000
+"""Fewer would be all start and end."""
 CONTEXT, IMAGE_TOKENS, RANKS, ROWS_PER_RANK = 2048, 49, 8, 4
 
 
@@ -42,12 +44,14 @@ class Words:
         return [1] * len(text.split())
 
 
-def measure_data(folder: Path, images: int, documents: int, repeats: int, seed: int) -> dict[str, Any]:
-    """All figures; shards are made in ``folder``."""
+def measure_data(
+    folder: Path, images: int, documents: int, repeats: int, seed: int, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """All figures; shards are made in ``folder``, ``overrides`` change the demo recipe."""
     shard = photo_shard(folder / "photos.tar", images, seed)
     return {
         "loading": compare_loading(shard, images, repeats),
-        "demo": compare_with_training(repeats),
+        "demo": compare_with_training(repeats, overrides),
         "packing": [compare_packing(folder, name, documents, seed) for name in LENGTHS],
     }
 
@@ -136,9 +140,9 @@ def _webdataset(shard: Path, normalise: bool) -> Iterator[int]:
         yield len(pictures)
 
 
-def compare_with_training(repeats: int) -> dict[str, float]:
+def compare_with_training(repeats: int, overrides: Sequence[str] = ()) -> dict[str, float]:
     """Images per second of the demo's loader alone and of its training step, one process each."""
-    config = load_config(recipe_path("demo"))
+    config = load_config(recipe_path("demo"), list(overrides))
     data = open_data(config.data)
     view = view_of(config.objective, config.data.image_first_probability)
     settings = lane_settings(config, view, tokens_per_image(config.model), image_size(config.model))

@@ -67,11 +67,16 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def now() -> str:
+    """Date and time in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def new_record(command: str, path: Path | None, device: torch.device, dtype: torch.dtype) -> Record:
     """A document without rows; measures what the machine reaches."""
     document = {
         "command": command,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "complete": False,
         "seconds": 0.0,
         "environment": describe_environment(device),

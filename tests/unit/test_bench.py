@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from lcl_ds.bench import __main__ as bench
-from lcl_ds.bench import measure, peers, runner, train, train_runner
+from lcl_ds.bench import data, measure, peers, runner, train, train_runner
 from lcl_ds.bench.contrastive import ContrastiveCase
 from lcl_ds.bench.losses import LossCase
 from lcl_ds.bench.peers import EAGER, OURS, Method, UnavailableError
+from lcl_ds.bench.table import open_console
 
 CEILINGS = {"matmul_n": 8, "matmul_dtype": "float32", "matmul_tflops": 0.1, "copy_mb": 1, "copy_tb_per_s": 0.01}
 LOSSES = ("losses", "--shape", "64,16,301", "--repeats", "2")
@@ -317,3 +318,22 @@ def test_train_draws_full_rows_of_whole_documents():
 def test_mistakes_in_train_end_with_code_2(options, message, capsys):
     assert bench.main(["train", "--kind", "pairs", "--no_memory", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_data_compares_loading_and_packing(tmp_path, demo_folder, capsys):
+    shards = f"data.shards={demo_folder}/train-*.tar", f"data.tokenizer={demo_folder}/tokenizer"
+    figures = data.measure_data(tmp_path, 8, 2000, 1, seed=0, overrides=["data.demo=null", *shards])
+    data.show_data(open_console(), figures)
+    assert figures["loading"]["lcl_ds"]["ours_is_faster_by"] == 1
+    assert len(figures["loading"]) == 3
+    assert figures["demo"]["loader_images_per_s"] > 0
+    for corpus in figures["packing"]:
+        ours, greedy, padded = corpus["layouts"].values()
+        assert ours["padding"] < 0.02 < greedy["padding"] < padded["padding"]
+        assert ours["images_max_over_mean"] < 1.1 < greedy["images_max_over_mean"]
+    assert "MMC4-like" in capsys.readouterr().out
+
+
+def test_mistakes_in_data_end_with_code_2(capsys):
+    assert bench.main(["data", "--documents", "5"]) == 2
+    assert "--documents 5: must be 2000 or more" in capsys.readouterr().err
