@@ -103,6 +103,8 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--documents", type=int, default=8000, help="documents that are packed (default: 8000)")
     sub.add_argument("--repeats", type=int, default=3, help="passes of which the best counts (default: 3)")
     sub.add_argument("--seed", type=int, default=0, help="of the data (default: 0)")
+    sub.add_argument("--memory", type=int, default=0, metavar="N", help="follow memory over N documents (default: no)")
+    sub.add_argument("--plots", type=Path, metavar="DIR", help="write a PNG of the memory there")
     return parser
 
 
@@ -172,17 +174,24 @@ def run_data(arguments: argparse.Namespace, command: str) -> int:
     Raises:
         UserError: an option that cannot be used.
     """
-    from lcl_ds.bench.data import LEAST_DOCUMENTS, measure_data, show_data
+    from lcl_ds.bench.data import LEAST_DOCUMENTS, draw_memory, measure_data, resident_memory, show_data
 
     for name, least in (("images", 1), ("documents", LEAST_DOCUMENTS), ("repeats", 1)):
         if getattr(arguments, name) < least:
             raise UserError(f"--{name} {getattr(arguments, name)}: must be {least} or more")
-    check_writable(arguments.json, None)
+    check_writable(arguments.json, arguments.plots)
     with tempfile.TemporaryDirectory() as folder:
         sizes = arguments.images, arguments.documents, arguments.repeats
         figures = measure_data(Path(folder), *sizes, seed=arguments.seed)
     console = open_console()
     show_data(console, figures)
+    if arguments.memory:
+        figures["memory_mib"] = taken = resident_memory(arguments.memory, every=max(1, arguments.memory // 100))
+        early, late = taken[len(taken) // 10][1], taken[-1][1]
+        console.print(f"resident memory: {early:.0f} MiB after {taken[len(taken) // 10][0]:,} documents, ", end="")
+        console.print(f"{late:.0f} MiB after {taken[-1][0]:,}", highlight=False)
+        if arguments.plots:
+            console.print(str(draw_memory(taken, arguments.plots)), highlight=False, soft_wrap=True)
     if arguments.json:
         environment = describe_environment(torch.device("cpu"))
         record = {"command": command, "date": now(), "environment": environment, **figures}

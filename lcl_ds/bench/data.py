@@ -2,6 +2,7 @@
 
 import io
 import json
+import resource
 import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -170,6 +172,22 @@ def _training_speed(config: Config, tokenizer: TextTokenizer, batches: list[Any]
     return done / (time.perf_counter() - started)
 
 
+def resident_memory(documents: int, every: int, overrides: Sequence[str] = ()) -> list[tuple[int, float]]:
+    """(documents, MiB of resident memory) of this process while it makes the demo's rows."""
+    config = load_config(recipe_path("demo"), list(overrides))
+    data = open_data(config.data)
+    view = view_of(config.objective, config.data.image_first_probability)
+    settings = lane_settings(config, view, tokens_per_image(config.model), image_size(config.model))
+    loader = BatchLoader(data.sources, settings, data.tokenizer, config.train.global_batch_rows)
+    taken, seen = [], 0
+    while seen < documents:
+        seen += next(loader).document_count
+        if seen >= every * (len(taken) + 1):
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            taken.append((seen, pages * resource.getpagesize() / 2**20))
+    return taken
+
+
 @dataclass(frozen=True)
 class Lengths:
     """Text tokens (a log-normal) and images of documents."""
@@ -257,6 +275,19 @@ def _figures(rows: list[tuple[int, int]]) -> dict[str, float]:
         "padding": 1 - tokens.mean() / CONTEXT,
         "images_max_over_mean": float((ranks.max(1) / ranks.mean(1)).mean()),
     }
+
+
+def draw_memory(taken: list[tuple[int, float]], folder: Path) -> Path:
+    """Memory against documents as a PNG."""
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    axis = figure.subplots()
+    axis.plot([documents for documents, _ in taken], [mib for _, mib in taken])
+    axis.set_xlabel("documents")
+    axis.set_ylabel("resident memory, MiB")
+    axis.set_ylim(bottom=0)
+    path = folder / "data_memory.png"
+    figure.savefig(path, dpi=120)
+    return path
 
 
 def show_data(console: Console, figures: dict[str, Any]) -> None:

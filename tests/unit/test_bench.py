@@ -334,6 +334,14 @@ def test_data_compares_loading_and_packing(tmp_path, demo_folder, capsys):
     assert "MMC4-like" in capsys.readouterr().out
 
 
+def test_resident_memory_is_followed(tmp_path, demo_folder):
+    shards = f"data.shards={demo_folder}/train-*.tar", f"data.tokenizer={demo_folder}/tokenizer"
+    taken = data.resident_memory(600, 100, ["data.demo=null", *shards])
+    assert 3 <= len(taken) <= 6
+    assert all(50 < mib < 10_000 for _, mib in taken)
+    assert data.draw_memory(taken, tmp_path).stat().st_size > 1000
+
+
 def test_mistakes_in_data_end_with_code_2(capsys):
     assert bench.main(["data", "--documents", "5"]) == 2
     assert "--documents 5: must be 2000 or more" in capsys.readouterr().err
