@@ -179,7 +179,8 @@ def resident_memory(documents: int, every: int, overrides: Sequence[str] = ()) -
     view = view_of(config.objective, config.data.image_first_probability)
     settings = lane_settings(config, view, tokens_per_image(config.model), image_size(config.model))
     loader = BatchLoader(data.sources, settings, data.tokenizer, config.train.global_batch_rows)
-    taken, seen = [], 0
+    taken: list[tuple[int, float]] = []
+    seen = 0
     while seen < documents:
         seen += next(loader).document_count
         if seen >= every * (len(taken) + 1):
