@@ -4,6 +4,7 @@ import atexit
 import multiprocessing
 import os
 import signal
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from multiprocessing.synchronize import Event
@@ -120,10 +121,19 @@ class BatchLoader:
                 stream,
                 batch_size=None,
                 num_workers=workers,
-                worker_init_fn=partial(_leave_signals_to_the_trainer, _end_at_exit(workers)),
+                worker_init_fn=partial(_leave_signals_to_the_trainer, self._ending_event(workers)),
                 persistent_workers=workers > 0,
             )
         )
+
+    def _ending_event(self, workers: int) -> Event | None:
+        """Set when this loader or its process ends; None without loader processes."""
+        if not workers:
+            return None
+        ending = multiprocessing.Event()
+        weakref.finalize(self, ending.set)
+        atexit.register(ending.set)
+        return ending
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -175,19 +185,10 @@ def check_same_data(state: LoaderState, lanes: int, fingerprint: dict[str, str])
             raise UserError(f"data.shards: shard {shard} changed since the checkpoint; restore it or start a new run")
 
 
-def _end_at_exit(workers: int) -> Event | None:
-    """Set when this process ends; None without loader processes."""
-    if not workers:
-        return None
-    ending = multiprocessing.Event()
-    atexit.register(ending.set)
-    return ending
-
-
 def _leave_signals_to_the_trainer(ending: Event | None, _: int) -> None:
     """Launchers signal whole process trees; a loader that died at once would take the trainer's last save with it.
 
-    When a trainer ends by an error that still holds its loader, Python sends the same signal and waits for ever.
+    But when a loader is given up after an error, or its process ends, Python sends the same signal and waits.
     """
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending is not None and ending.is_set() else None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -131,6 +131,7 @@ def test_a_stream_of_nothing_but_damage_stops_and_says_why(tmp_path, tokenizer, 
         next(loader)
     assert len(error.value.problems) == 1
     assert "Traceback" not in str(error.value)
+    del error  # its frames hold the loader, whose processes would end only when it is collected
 
 
 HELD = """
