@@ -23,11 +23,15 @@ from transformers.masking_utils import (
 )
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from lcl_ds.models import varlen
+
 Mode = Literal["causal", "images", "bidirectional"]
 """Within a document: only what came before; that and the rest of one's own image; everything."""
 
 FLASH = ("flash_attention_3", "flash_attention_2")
-PREFERRED = (*FLASH, "flex_attention", "sdpa", "eager")
+BY_BOUNDS = (*FLASH, varlen.NAME)
+"""Implementations that are told where documents begin, instead of a mask."""
+PREFERRED = (*BY_BOUNDS, "flex_attention", "sdpa", "eager")
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 """Kinds of layers whose masks are made here; chunked, recurrent and other kinds would mix packed documents."""
 
@@ -52,13 +56,18 @@ def attention_arguments(
         position_ids: int64 [R, L], 0 where a document or the padding begins.
         implementation: see :func:`choose_implementation`.
         image_blocks: int64 [R, L], number of the image slot that a token is in, -1 for none; for mode ``images``.
-        cu_seqlens: int32 [D + 1], where documents begin in the rows laid end to end, and their end; for flash.
-        max_seqlen: tokens of the longest document; for flash.
+        cu_seqlens: int32 [D + 1], where documents begin in the rows laid end to end, and their end; None: made from
+            ``position_ids``, which on a GPU waits for it.
+        max_seqlen: tokens of the longest document.
     """
     chosen = choose_implementation(decoder, implementation, mode, inputs_embeds.device.type, inputs_embeds.dtype)
     switch_implementation(decoder, chosen)
-    if chosen in FLASH:
-        return {"position_ids": position_ids, **_flash_arguments(decoder.config, mode, cu_seqlens, max_seqlen)}
+    if chosen in BY_BOUNDS:
+        if cu_seqlens is None or max_seqlen is None:
+            begins = (position_ids.flatten() == 0).nonzero().squeeze(1)
+            cu_seqlens = torch.cat([begins, begins.new_tensor([position_ids.numel()])]).to(torch.int32)
+            max_seqlen = int(cu_seqlens.diff().max())
+        return {"position_ids": position_ids, **_bounds_arguments(decoder.config, mode, cu_seqlens, max_seqlen)}
     documents = (position_ids == 0).cumsum(-1)
 
     def mask(window: int | None) -> Any:
@@ -126,6 +135,14 @@ def unsupported(tower: PreTrainedModel, implementation: str, mode: Mode = "causa
         if not tower._supports_flash_attn:
             return f"transformers does not support it for {family}"
         return "it cannot let tokens of an image see each other (bidirectional_images)" if mode == "images" else None
+    if implementation == varlen.NAME:
+        if not tower._supports_attention_backend:
+            return f"transformers does not support it for {family}"
+        if mode == "images":
+            return "it cannot let tokens of an image see each other (bidirectional_images)"
+        if getattr(config, "attn_logit_softcapping", None):
+            return f"it cannot cap attention logits as {family} does"
+        return "it has no attention dropout" if dropout else None
     if implementation == "flex_attention":
         if not tower._supports_flex_attn:
             return f"transformers does not support it for {family}"
@@ -144,19 +161,21 @@ def unavailable(implementation: str, device_type: str, dtype: torch.dtype) -> st
         two = implementation == "flash_attention_2"
         installed = is_flash_attn_2_available() if two else is_flash_attn_3_available()
         return None if installed and device_type == "cuda" else "it needs a GPU and the flash-attn package"
+    if implementation == varlen.NAME and device_type != "cpu":
+        if dtype not in (torch.bfloat16, torch.float16):
+            return "it needs precision bf16"
+        return None if varlen.has_gpu_kernel() else "this torch has no variable-length attention"
     if implementation == "flex_attention" and device_type != "cuda":
         return "it needs a GPU to train"
     return None
 
 
-def _flash_arguments(config: Any, mode: Mode, cu_seqlens: Tensor | None, max_seqlen: int | None) -> dict[str, Any]:
+def _bounds_arguments(config: Any, mode: Mode, cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Any]:
     """Documents as sequences of their own, whatever row they lie in.
 
-    Families without layer types (llama, gpt2, mistral, gemma) look at ``position_ids`` for packed rows all the same,
-    which waits for the GPU once per forward pass; transformers has no argument against it.
+    With flash, families without layer types (llama, gpt2, mistral, gemma) look at ``position_ids`` for packed rows all
+    the same, which waits for the GPU once per forward pass; transformers has no argument against it.
     """
-    assert cu_seqlens is not None
-    assert max_seqlen is not None
     return {
         "attention_mask": _per_layer_type(config, lambda window: None),
         "cu_seq_lens_q": cu_seqlens,

@@ -11,6 +11,7 @@ from lcl_ds.settings import Settings, suggest
 
 Part = Literal["vision", "pooling", "decoder", "heads"]
 """Parts of the network; heads are those of the decoder and the temperature."""
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "varlen", "flex_attention"]
 READ_FOLDERS = object()
 """Validation context in which the folders of pretrained towers are looked into."""
 
@@ -32,10 +33,10 @@ class TowerSettings(Settings):
     activation_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
         False, description="Blocks whose activations are recomputed in backward: none, all (true), or every k-th (k)."
     )
-    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
+    attention: Attention = Field(
         "auto",
-        description="Attention implementation of transformers. auto: sdpa; in a decoder on a GPU variable-length flash "
-        "where its package is installed, else flex.",
+        description="Attention implementation of transformers. auto: sdpa; in a decoder variable-length attention "
+        "where the family allows: on a GPU that of the flash-attn package where it is installed, else torch's own.",
     )
     pretrained: str | None = Field(
         None,

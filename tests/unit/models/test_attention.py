@@ -43,8 +43,8 @@ WINDOWED = {  # families whose layers look back a limited way, here a short one
     ],
 }
 VARIANTS = [*((family, ()) for family in DECODERS), *((family, keys) for family, keys in WINDOWED.items())]
-IMPLEMENTATIONS = ["eager", "sdpa", "flash_attention_2", "flex_attention"]
-CANNOT = {("gemma2", "sdpa"), ("gpt2", "flex_attention")}
+IMPLEMENTATIONS = ["eager", "sdpa", "varlen", "flash_attention_2", "flex_attention"]
+CANNOT = {("gemma2", "sdpa"), ("gemma2", "varlen"), ("gpt2", "flex_attention")}
 
 
 def name_of(value):
@@ -194,7 +194,7 @@ def test_images_both_ways_is_a_setting():
     document = sequence(["abc", 0, "de"])
     start = document.tokens.slots[0].position
     as_published, both_ways = (
-        states(model_of("llama", (), "auto", f"model.decoder.bidirectional_images={value}"), batch_of([document]))[0]
+        states(model_of("llama", (), "sdpa", f"model.decoder.bidirectional_images={value}"), batch_of([document]))[0]
         for value in ("false", "true")
     )
     assert torch.equal(as_published[:start], both_ways[:start])
@@ -226,18 +226,21 @@ def test_auto_takes_the_best_that_can_run(family, installed, monkeypatch):
     def choice(device, dtype, mode="causal"):
         return choose_implementation(tower, "auto", mode, device, dtype)
 
-    on_cpu = "eager" if family == "gemma2" else "sdpa"
-    without_flash = "sdpa" if family == "gpt2" else "flex_attention"
+    on_cpu = "eager" if family == "gemma2" else "varlen"
+    with_masks = "sdpa" if family == "gpt2" else "flex_attention"
+    without_flash = with_masks if family == "gemma2" else "varlen"
     assert choice("cpu", torch.float32) == choice("cpu", torch.bfloat16) == on_cpu
+    assert choice("cpu", torch.float32, "images") == ("eager" if family == "gemma2" else "sdpa")
     assert choice("cuda", torch.bfloat16) == (f"flash_attention_{max(installed)}" if installed else without_flash)
-    assert choice("cuda", torch.float32) == without_flash
-    assert choice("cuda", torch.bfloat16, "images") == without_flash
+    assert choice("cuda", torch.float32) == with_masks
+    assert choice("cuda", torch.bfloat16, "images") == with_masks
 
 
 def test_a_model_trained_with_flash_is_read_without_a_gpu():
     model = model_of("llama", (), "flash_attention_2", "model.vision.attention=flash_attention_2")
     states(model, batch_with_images())
-    assert (model.decoder.config._attn_implementation, model.vision.model.config._attn_implementation) == ("sdpa",) * 2
+    assert model.decoder.config._attn_implementation == "varlen"
+    assert model.vision.model.config._attn_implementation == "sdpa"
 
 
 def test_the_vision_tower_follows_its_setting():
@@ -293,6 +296,7 @@ def test_an_unknown_family_is_tried_out(monkeypatch):
     bloom, _ = build_decoder(build_decoder_config("bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 2}, 100, 64))
     with pytest.raises(ValueError, match="decoder bloom: cannot read packed rows"):
         check_isolation(bloom)
+    olmo.set_attn_implementation("sdpa")
     monkeypatch.setattr(decoder, "attention_arguments", lambda *args: {})
     with pytest.raises(ValueError, match="decoder olmo2: packed documents would see each other"):
         check_isolation(olmo)

@@ -1,0 +1,89 @@
+"""Attention of documents laid end to end, registered with transformers under the name ``varlen``.
+
+On a GPU it is torch's own variable-length flash kernel, which needs no package and serves every family that goes
+through transformers' attention interface, GPT-2 among them. On a CPU documents are attended one by one, so that a row
+costs the squares of its documents' lengths and not the square of its own.
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+NAME = "varlen"
+LARGEST_HEAD = 256
+"""Widest head of the flash kernel."""
+
+
+def has_gpu_kernel() -> bool:
+    """Whether this torch has the variable-length kernel."""
+    return find_spec("torch.nn.attention.varlen") is not None
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool = True,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as transformers calls it.
+
+    Args:
+        query: [R, heads, L, D].
+        key, value: [R, key-value heads, L, D]; heads may share them.
+        attention_mask: ignored, documents are kept apart by their bounds.
+        sliding_window: tokens that a token sees in each direction it may look, itself included.
+        cu_seq_lens_q: int32 [N + 1], where documents begin in the rows laid end to end, and their end.
+        max_length_q: of the longest document.
+
+    Returns:
+        [R, L, heads, D], and None for the probabilities.
+    """
+    rows, _heads, length, _width = query.shape
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]  # [R * L, heads, D]
+    behind = -1 if sliding_window is None else sliding_window - 1
+    window = behind, 0 if is_causal else behind
+    attended: Any
+    if query.device.type == "cpu":
+        attended = _one_by_one(flat, cu_seq_lens_q.diff().tolist(), scaling, window)
+    else:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = flat
+        ends, longest, shared = cu_seq_lens_q, max_length_q, query.shape[1] != key.shape[1]
+        attended = varlen_attn(
+            q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window, enable_gqa=shared
+        )
+    return attended.unflatten(0, (rows, length)), None
+
+
+def _one_by_one(flat: list[Tensor], lengths: list[int], scaling: float | None, window: tuple[int, int]) -> Tensor:
+    """[T, heads, D] of each; the rows of a short document need no window."""
+    parts = []
+    for query, key, value in zip(*(x.split(lengths) for x in flat), strict=True):
+        mask, is_causal = None, window[1] == 0
+        if 0 <= window[0] < len(query) - 1:
+            place = torch.arange(len(query))
+            distance = place[:, None] - place
+            mask, is_causal = (distance <= window[0]) & (-distance <= window[1]), False
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+        shared = query.shape[1] != key.shape[1]
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, scale=scaling, enable_gqa=shared
+        )
+        parts.append(attended[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+AttentionInterface.register(NAME, varlen_attention)
