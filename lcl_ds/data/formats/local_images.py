@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 from lcl_ds.data.documents import IMAGE_SUFFIXES
-from lcl_ds.data.shards import MAX_MEMBER_BYTES, member_place
+from lcl_ds.data.shard_index import MAX_MEMBER_BYTES, member_place
 from lcl_ds.errors import UserError
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lcl_ds.data.documents import BadSampleError
-from lcl_ds.data.shards import member_place
+from lcl_ds.data.shard_index import member_place
 from lcl_ds.errors import UserError
 
 Parts = dict[str, bytes]

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lcl_ds.data import shards
+from lcl_ds.data import shard_index, shards
 from lcl_ds.data.shards import Blocks, Source, expand_paths, index_shard
 from lcl_ds.errors import UserError
 
@@ -112,8 +112,8 @@ def test_the_fingerprint_changes_with_the_layout(tmp_path, shard):
 def scans(monkeypatch):
     """How often a tar's headers were read through."""
     calls = []
-    scan = shards._scan
-    monkeypatch.setattr(shards, "_scan", lambda *arguments: calls.append(arguments[0]) or scan(*arguments))
+    scan = shard_index._scan
+    monkeypatch.setattr(shard_index, "_scan", lambda *arguments: calls.append(arguments[0]) or scan(*arguments))
     return calls
 
 
@@ -163,14 +163,14 @@ def test_an_index_that_is_not_the_shards_is_made_anew(shard, change, scans):
 
 
 def test_where_nothing_can_be_written_beside_the_shard_the_index_lies_in_the_cache(shard, tmp_path, scans, monkeypatch):
-    write = shards.write_whole
+    write = shard_index.write_whole
 
     def read_only(path, data):
         if path.parent == shard.parent:
             raise PermissionError("read-only")
         write(path, data)
 
-    monkeypatch.setattr(shards, "write_whole", read_only)
+    monkeypatch.setattr(shard_index, "write_whole", read_only)
     expected = contents(index_shard(shard, tmp_path / "cache"))
     assert contents(index_shard(shard, tmp_path / "cache")) == expected
     assert len(scans) == 1
