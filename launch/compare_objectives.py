@@ -32,7 +32,7 @@ SAMPLED_ROWS = 128
 """Rows that images per row are measured on."""
 
 
-def main(argv: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="demo")
     parser.add_argument("--ds_config", type=Path, default=HERE.parent / "ds_configs" / "zero3.json")
@@ -43,7 +43,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"))
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    arguments = parser.parse_intermixed_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_intermixed_args(argv)
     recipe = recipe_path(arguments.recipe)
     wanted = images_per_row(load_config(recipe, arguments.overrides))
     settings = {}

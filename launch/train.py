@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         return run.run(config, ds_config, arguments.run_dir or Path("runs") / config.name)
     except UserError as error:
-        if first:
+        if first or not error.on_every_rank:
             print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr, flush=True)
         return 2
 

@@ -8,6 +8,7 @@ of rows that wait for a group, and the stream is the same for any ranks x worker
 """
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,12 @@ def encoder_of(settings: "LaneSettings", tokenizer: TextTokenizer) -> Encoder:
 def keyed_rng(*key: int) -> np.random.Generator:
     """A generator that depends on ``key`` alone."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+@lru_cache(maxsize=8)
+def epoch_order(seed: int, source: int, epoch: int, blocks: int) -> np.ndarray:
+    """Order of a source's blocks in one epoch; the same for all lanes of a process, which keep it together."""
+    return keyed_rng(seed, EPOCH, source, epoch).permutation(blocks)
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,6 @@ class Lane:
         self._encoder = encoder_of(settings, tokenizer)
         self._mixture = Mixture(sources, settings.mix_by)
         self._windows: dict[int, tuple[int, np.ndarray]] = {}
-        self._permutations: dict[int, tuple[int, np.ndarray]] = {}
         new = {"draws": 0, "cursors": [[0, 0] for _ in sources], "carried": [], "pool": [], "packed": [0, 0], "rows": 0}
         state = state or {**new, "emitted": 0}
         self._draws: int = state["draws"]
@@ -281,11 +287,7 @@ class Lane:
         """The lane's ``index``-th block over all epochs."""
         blocks = self.sources[source].blocks
         epoch, place = divmod(index * self.settings.lanes + self.number, len(blocks))
-        cached = self._permutations.get(source)
-        if cached is None or cached[0] != epoch:
-            permutation = keyed_rng(self.settings.data_seed, EPOCH, source, epoch).permutation(len(blocks))
-            cached = self._permutations[source] = epoch, permutation
-        return blocks[cached[1][place]]
+        return blocks[int(epoch_order(self.settings.data_seed, source, epoch, len(blocks))[place])]
 
     def _pieces(self, source: int, sample: int, draw: int) -> list[_Piece]:
         document = read_document(self.sources[source], sample, self.settings.max_text_bytes)

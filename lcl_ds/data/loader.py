@@ -143,7 +143,7 @@ class BatchLoader:
         while len(rows) < self.rows_per_batch:
             lane, group, state = next(self._groups)
             if isinstance(group, UserError):
-                raise group
+                raise UserError(group.problems, on_every_rank=False)
             self._lane_states[str(lane)] = state
             rows += group
         self._next_row += self.rows_per_batch * self.world_size

@@ -6,10 +6,12 @@ import shlex
 import pytest
 import yaml
 
+from launch import compare_objectives
 from launch.train import parse_arguments
 from lcl_ds import convert, report
 from lcl_ds.bench import __main__ as bench
 from lcl_ds.config import load_config, recipe_path
+from lcl_ds.data import __main__ as data
 from tests.distributed.ranks import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -37,7 +39,7 @@ def test_make_targets_exist(target):
 @pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m lcl_ds\.(\w+)", README))))
 def test_module_commands_exist(module, capsys):
     with pytest.raises(SystemExit) as exit:
-        {"bench": bench, "convert": convert, "report": report}[module].main(["--help"])
+        {"bench": bench, "convert": convert, "data": data, "report": report}[module].main(["--help"])
     assert exit.value.code == 0
     assert f"lcl_ds.{module}" in capsys.readouterr().out
 
@@ -45,8 +47,20 @@ def test_module_commands_exist(module, capsys):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "lcl_ds.bench" in c])
 def test_benchmark_commands_are_valid(command):
     arguments = bench.build_parser().parse_args(shlex.split(command)[3:])
-    assert bench.choose_cases(arguments, "cpu")
-    assert bench.choose_cases(arguments, "cuda")
+    if arguments.job in bench.METHODS:
+        assert bench.choose_cases(arguments, "cpu")
+        assert bench.choose_cases(arguments, "cuda")
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "lcl_ds.data" in c])
+def test_data_commands_are_valid(command):
+    assert data.build_parser().parse_args(shlex.split(command)[3:]).run
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "compare_objectives.py" in c])
+def test_the_comparison_of_objectives_is_valid(command):
+    words = shlex.split(command)
+    assert compare_objectives.build_parser().parse_args(words[words.index("launch/compare_objectives.py") + 1 :])
 
 
 def test_the_example_of_the_kernels_runs():
@@ -60,8 +74,9 @@ def test_the_example_of_the_kernels_runs():
 
 def test_the_data_example_is_a_valid_recipe():
     (example,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
-    data = yaml.safe_load(example)["data"]
-    config = load_config(recipe_path("demo"), [f"data.{key}={yaml.safe_dump(value)}" for key, value in data.items()])
+    settings = yaml.safe_load(example)["data"]
+    overrides = [f"data.{key}={yaml.safe_dump(value)}" for key, value in settings.items()]
+    config = load_config(recipe_path("demo"), overrides)
     assert [source.name for source in config.data.shards] == ["mmc4", "laion"]
 
 

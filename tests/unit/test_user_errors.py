@@ -9,6 +9,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launch.train import main
+from lcl_ds.errors import UserError
 from lcl_ds.models import build
 from tests.distributed.ranks import ROOT
 from tests.small import small_config
@@ -143,3 +144,14 @@ def test_a_mistake_shows_no_traceback_in_a_process_of_its_own(tmp_path):
     assert done.returncode == 2
     assert f"error: data.shards: data: data path {tmp_path}/x.tar: no such file" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("on_every_rank", "printed"), [(True, ""), (False, "error: one rank's shard is damaged\n")])
+def test_what_one_rank_finds_is_printed_by_that_rank(on_every_rank, printed, monkeypatch, capsys):
+    def fail(*_):
+        raise UserError("one rank's shard is damaged", on_every_rank)
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("lcl_ds.training.run.run", fail)
+    assert main([]) == 2
+    assert capsys.readouterr().err == printed
