@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from lcl_ds.bench.table import open_console
 from lcl_ds.config import Config, load_config, recipe_path
 from lcl_ds.data.loader import BatchLoader
 from lcl_ds.data.open_data import open_data
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         for name in settings
     }
-    Console().print(table_of(results))
+    open_console().print(table_of(results))
     if arguments.json:
         versions = {name: metadata.version(name) for name in ("torch", "transformers", "deepspeed")}
         record = {
