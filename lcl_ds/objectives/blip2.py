@@ -10,7 +10,6 @@ is known only after the decoder has run); the match is read at the end of the te
 from typing import ClassVar, Literal
 
 import torch
-from lcl_kernels import contrastive_loss
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -57,15 +56,12 @@ class Objective(common.Objective):
     def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         """Shares of the losses, and the ``logit_scale`` [1] that was used."""
         pooled, tokens = self.model.encode_images(batch.images, batch.image_seeds)
-        scale, pairs, settings = self.model.logit_scale(), counts["pairs"], self.settings
-        slot_images = with_mismatched_images(batch, mismatched_images(pooled, scale, batch.image_seeds))
+        settings = self.settings
+        other = mismatched_images(pooled, self.model.logit_scale(), batch.image_seeds)
+        slot_images = with_mismatched_images(batch, other)
         hidden_states = self.model.decode(batch, tokens.index_select(0, slot_images))
-        states = hidden_states.index_select(0, batch.label_positions)
-        generation = self.model.lm_head(states, batch.labels, counts["labels"].divisor)
-        image, text = self.model.pair_features(hidden_states, pooled, batch)
-        contrastive = pairs.share * contrastive_loss(
-            image, text, scale, normalize=settings.normalize, counts=pairs.per_rank
-        )
+        generation = self.generation(hidden_states, batch, counts)
+        contrastive, scale = self.contrastive(hidden_states, pooled, batch, counts, settings.normalize)
         matching = self._matching(hidden_states, batch) / counts["matches"].divisor
         total = settings.contrastive_weight * contrastive + settings.generation_weight * generation
         return {
@@ -73,7 +69,7 @@ class Objective(common.Objective):
             "contrastive_loss": contrastive,
             "generation_loss": generation,
             "matching_loss": matching,
-            "logit_scale": scale.detach(),
+            "logit_scale": scale,
         }
 
     def _matching(self, hidden_states: Tensor, batch: Batch) -> Tensor:

@@ -7,7 +7,6 @@ through the context head, so that nothing but the loss differs from LCL.
 
 from typing import ClassVar, Literal
 
-from lcl_kernels import contrastive_loss
 from torch import Tensor
 
 from lcl_ds.batch import Batch
@@ -43,10 +42,5 @@ class Objective(common.Objective):
     def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         """Shares of the loss, and the ``logit_scale`` [1] that was used."""
         hidden_states, pooled = self.model(batch)
-        image, text = self.model.pair_features(hidden_states, pooled, batch)
-        scale = self.model.logit_scale()
-        pairs = counts["pairs"]
-        loss = pairs.share * contrastive_loss(
-            image, text, scale, normalize=self.settings.normalize, counts=pairs.per_rank
-        )
-        return {"loss": loss, "contrastive_loss": loss, "logit_scale": scale.detach()}
+        loss, scale = self.contrastive(hidden_states, pooled, batch, counts, self.settings.normalize)
+        return {"loss": loss, "contrastive_loss": loss, "logit_scale": scale}

@@ -7,7 +7,6 @@ passes, where CoCa adds cross-attention layers to the second; the image is a pre
 
 from typing import ClassVar, Literal
 
-from lcl_kernels import contrastive_loss
 from pydantic import Field
 from torch import Tensor
 
@@ -47,17 +46,12 @@ class Objective(common.Objective):
     def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         """Shares of the losses, and the ``logit_scale`` [1] that was used."""
         hidden_states, pooled = self.model(batch)
-        states = hidden_states.index_select(0, batch.label_positions)
-        generation = self.model.lm_head(states, batch.labels, counts["labels"].divisor)
-        image, text = self.model.pair_features(hidden_states, pooled, batch)
-        scale, pairs = self.model.logit_scale(), counts["pairs"]
-        contrastive = pairs.share * contrastive_loss(
-            image, text, scale, normalize=self.settings.normalize, counts=pairs.per_rank
-        )
+        generation = self.generation(hidden_states, batch, counts)
         settings = self.settings
+        contrastive, scale = self.contrastive(hidden_states, pooled, batch, counts, settings.normalize)
         return {
             "loss": settings.contrastive_weight * contrastive + settings.generation_weight * generation,
             "contrastive_loss": contrastive,
             "generation_loss": generation,
-            "logit_scale": scale.detach(),
+            "logit_scale": scale,
         }

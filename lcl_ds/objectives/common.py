@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from lcl_kernels import contrastive_loss
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -66,6 +67,28 @@ class Objective(nn.Module):
         self.model = model
         for part in unused:
             part.requires_grad_(False)
+
+    def generation(self, hidden_states: Tensor, batch: Batch, counts: Counts) -> Tensor:
+        """Share of the generation loss; needs the count ``labels``."""
+        states = hidden_states.index_select(0, batch.label_positions)
+        return self.model.lm_head(states, batch.labels, counts["labels"].divisor)
+
+    def contrastive(
+        self,
+        hidden_states: Tensor,
+        pooled: Tensor,
+        batch: Batch,
+        counts: Counts,
+        normalize: Literal["global", "per_rank"],
+        detach_keys: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Share of the contrastive loss, and the multiplier [1] that was used; needs the count ``pairs``."""
+        image, context = self.model.pair_features(hidden_states, pooled, batch)
+        scale, pairs = self.model.logit_scale(), counts["pairs"]
+        loss = contrastive_loss(
+            image, context, scale, normalize=normalize, detach_keys=detach_keys, counts=pairs.per_rank
+        )
+        return pairs.share * loss, scale.detach()
 
     @abstractmethod
     def counts(self, batch: Batch) -> dict[str, int]:

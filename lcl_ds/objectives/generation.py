@@ -40,6 +40,5 @@ class Objective(common.Objective):
     def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         """Shares of the loss."""
         hidden_states, _ = self.model(batch)
-        states = hidden_states.index_select(0, batch.label_positions)
-        loss = self.model.lm_head(states, batch.labels, counts["labels"].divisor)
+        loss = self.generation(hidden_states, batch, counts)
         return {"loss": loss, "generation_loss": loss}

@@ -52,8 +52,7 @@ class Objective(common.Objective):
         _, tokens = self.model.encode_images(batch.images, batch.image_seeds)
         tokens = tokens.index_select(0, batch.slot_images)
         hidden_states = self.model.decode(batch, tokens)
-        states = hidden_states.index_select(0, batch.label_positions)
-        generation = self.model.lm_head(states, batch.labels, counts["labels"].divisor)
+        generation = self.generation(hidden_states, batch, counts)
         regression = self._regression(hidden_states, tokens, batch) / counts["images"].divisor
         return {
             "loss": generation + self.settings.regression_weight * regression,

@@ -2,7 +2,6 @@
 
 from typing import ClassVar, Literal
 
-from lcl_kernels import contrastive_loss
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -55,22 +54,14 @@ class Objective(common.Objective):
     def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         """Shares of the losses, and the ``logit_scale`` [1] that was used."""
         hidden_states, pooled = self.model(batch)
-        states = hidden_states.index_select(0, batch.label_positions)
-        generation = self.model.lm_head(states, batch.labels, counts["labels"].divisor)
-        image, context = self.model.pair_features(hidden_states, pooled, batch)
-        scale = self.model.logit_scale()
-        contrastive = counts["pairs"].share * contrastive_loss(
-            image,
-            context,
-            scale,
-            normalize=self.settings.normalize,
-            detach_keys=not self.settings.gather_with_grad,
-            counts=counts["pairs"].per_rank,
-        )
+        generation = self.generation(hidden_states, batch, counts)
         settings = self.settings
+        contrastive, scale = self.contrastive(
+            hidden_states, pooled, batch, counts, settings.normalize, detach_keys=not settings.gather_with_grad
+        )
         return {
             "loss": settings.generation_weight * generation + settings.contrastive_weight * contrastive,
             "contrastive_loss": contrastive,
             "generation_loss": generation,
-            "logit_scale": scale.detach(),
+            "logit_scale": scale,
         }

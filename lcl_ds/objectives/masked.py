@@ -60,8 +60,7 @@ class Objective(common.Objective):
         hidden = patch_order(batch.image_seeds, self.model.vision.patch_tokens)[:, : self.hidden_patches]
         _, tokens = self.model.encode_images(without_patches(pixels, hidden, self.patch_size), batch.image_seeds)
         hidden_states = self.model.decode(batch, tokens.index_select(0, batch.slot_images), mode="bidirectional")
-        states = hidden_states.index_select(0, batch.label_positions)
-        generation = self.model.lm_head(states, batch.labels, counts["labels"].divisor)
+        generation = self.generation(hidden_states, batch, counts)
         patches = flat_patches(pixels, self.patch_size)
         image = self._image_loss(hidden_states, patches, hidden, batch) / counts["images"].divisor
         return {
