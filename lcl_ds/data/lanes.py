@@ -19,6 +19,7 @@ from lcl_ds.data.mixing import Mixture, spread_samples
 from lcl_ds.data.packing import PackedSequence, Row, choose_group, pack
 from lcl_ds.data.shards import Source
 from lcl_ds.data.skips import Skips
+from lcl_ds.data.stalls import StallWatch
 from lcl_ds.data.views import DocumentView, Encoder, View
 from lcl_ds.tokens import TextTokenizer, TokenSequence
 
@@ -99,6 +100,7 @@ class LaneSettings:
     max_image_pixels: int = 89_000_000
     max_text_bytes: int = MAX_TEXT_BYTES
     max_bad_share: float = 0.5
+    stall_seconds: float = 60.0
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,9 @@ class Lane:
         state: LaneState | None = None,
         skips: Skips | None = None,
         sizes: np.ndarray | None = None,
+        watch: StallWatch | None = None,
     ):
+        self._watch = watch
         if settings.group_rows > 1 and sizes is None:
             sizes = measure_sizes(sources, settings, tokenizer)
         self._sizes = sizes
@@ -177,6 +181,8 @@ class Lane:
         for piece in pieces:
             sequence = self._with_pixels(piece)
             sequences += [sequence] if sequence is not None else []
+        if self._watch:
+            self._watch.end()
         row = Row(tuple(sequences), self._pending_skips)
         self._pending_skips = 0
         return row
@@ -290,6 +296,8 @@ class Lane:
         return blocks[int(epoch_order(self.settings.data_seed, source, epoch, len(blocks))[place])]
 
     def _pieces(self, source: int, sample: int, draw: int) -> list[_Piece]:
+        if self._watch:
+            self._watch.begin(self.sources[source], sample)
         document = read_document(self.sources[source], sample, self.settings.max_text_bytes)
         for _ in range(document.missing_images):
             self._leave_out(self.sources[source], sample, BadSampleError("an image that is not there"))
@@ -306,6 +314,8 @@ class Lane:
         """The piece with its images decoded, as far as they can be; None when nothing is left."""
         settings, source = self.settings, self.sources[piece.source]
         pixels, seeds, lost = [], [], []
+        if self._watch:
+            self._watch.begin(source, piece.sample)
         for image in piece.tokens.images:
             key = settings.augmentation_seed, self.number, piece.draw, image
             rng = keyed_rng(key[0], CROP, *key[1:])

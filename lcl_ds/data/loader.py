@@ -17,6 +17,7 @@ from lcl_ds.data.lanes import Lane, LaneSettings, LaneState, measure_sizes
 from lcl_ds.data.packing import Row, collate
 from lcl_ds.data.shards import Source
 from lcl_ds.data.skips import Skips
+from lcl_ds.data.stalls import StallWatch
 from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer
 
@@ -50,7 +51,7 @@ class GroupStream(IterableDataset[tuple[int, list[Row] | UserError, LaneState]])
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         lanes: dict[int, Lane] = {}
-        skips = Skips(self.settings.max_bad_share)
+        skips, watch = Skips(self.settings.max_bad_share), StallWatch(self.settings.stall_seconds)
         # Once for all lanes of the process.
         grouped = self.settings.group_rows > 1
         sizes = measure_sizes(self.sources, self.settings, self.tokenizer) if grouped else None
@@ -60,7 +61,7 @@ class GroupStream(IterableDataset[tuple[int, list[Row] | UserError, LaneState]])
             try:
                 if n not in lanes:
                     state = self.lane_states.get(str(n))
-                    lanes[n] = Lane(self.sources, self.settings, n, self.tokenizer, state, skips, sizes)
+                    lanes[n] = Lane(self.sources, self.settings, n, self.tokenizer, state, skips, sizes, watch)
                 rows = [lanes[n].next_row() for _ in range(self.settings.group_rows)]
             except UserError as error:
                 yield n, error, {}

@@ -69,4 +69,5 @@ def lane_settings(config: Config, view: View, image_tokens: int, image_size: int
         max_image_pixels=data.max_image_pixels,
         max_text_bytes=data.max_text_bytes,
         max_bad_share=data.max_bad_share,
+        stall_seconds=data.stall_seconds,
     )

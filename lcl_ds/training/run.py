@@ -41,7 +41,14 @@ logger = logging.getLogger(__name__)
 
 FIXED_IN_A_RUN = ("model", "data", "precision", "objective")
 """Settings that a resumed run may not change ..."""
-FREE_IN_A_RUN = ("data.workers", "data.demo", "data.max_image_pixels", "data.max_bad_share", "data.cache")
+FREE_IN_A_RUN = (
+    "data.workers",
+    "data.demo",
+    "data.max_image_pixels",
+    "data.max_bad_share",
+    "data.stall_seconds",
+    "data.cache",
+)
 """... but for these."""
 
 

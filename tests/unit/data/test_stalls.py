@@ -1,0 +1,36 @@
+"""A sample that is read for too long is named."""
+
+import logging
+import time
+from dataclasses import replace
+
+from lcl_ds.data.loader import BatchLoader
+from tests.unit.data.test_lanes import SETTINGS, sources, tokenizer  # noqa: F401
+
+
+def test_a_slow_read_is_named_with_shard_and_key_once(sources, tokenizer, caplog, monkeypatch):  # noqa: F811
+    source = sources[1]
+    read = source.read
+    slow = source.sample(5).key
+
+    def read_slowly(number, suffix):
+        if source.sample(number).key == slow and suffix == "txt":
+            time.sleep(0.4)
+        return read(number, suffix)
+
+    monkeypatch.setattr(source, "read", read_slowly)
+    settings = replace(SETTINGS, lanes=1, stall_seconds=0.1)
+    with caplog.at_level(logging.WARNING):
+        loader = BatchLoader([source], settings, tokenizer, 1)
+        while not caplog.records:
+            next(loader)
+    (record,) = caplog.records
+    assert record.message.startswith(f"still reading {source.shards[0].path}: {slow} after 0.")
+
+
+def test_reading_at_ordinary_speed_is_not_named(sources, tokenizer, caplog):  # noqa: F811
+    loader = BatchLoader(sources, replace(SETTINGS, stall_seconds=0.5), tokenizer, 4)
+    for _ in range(10):
+        next(loader)
+    time.sleep(0.8)  # nothing is being read between two batches
+    assert not caplog.records
