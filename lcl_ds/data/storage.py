@@ -1,7 +1,7 @@
 """Where shards lie: local files, any URL that fsspec opens, and streams of ``pipe:`` commands.
 
-A location is a string. Commands run only because the user wrote them into the settings; nothing that is read from a
-shard ever becomes a location.
+A location is a string. Commands run only because the user wrote them into the settings: a list of shards, which may
+come from elsewhere, must not name any, and nothing that is read from a shard ever becomes a location.
 """
 
 import fcntl
@@ -72,8 +72,13 @@ def _listed(location: str) -> list[str]:
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not names:
         raise UserError(f"data path {location}: it lists no shards")
+    commands = [name for name in names if name.startswith("pipe:")]
+    if commands:
+        raise UserError(
+            f"data path {location}: it lists the command {commands[0]!r}; name commands in data.shards alone"
+        )
     folder = posixpath.dirname(location)
-    return [name if is_remote(name) or name.startswith("pipe:") else posixpath.join(folder, name) for name in names]
+    return [name if is_remote(name) else posixpath.join(folder, name) for name in names]
 
 
 def is_remote(location: str) -> bool:

@@ -218,3 +218,10 @@ def test_a_run_trains_on_remote_shards_the_same_rows(tmp_path, demo_folder, memo
         lane = Lane(open_data(config.data).sources, SETTINGS, 0, TextTokenizer(demo_folder / "tokenizer"))
         rows.append([lane.next_row() for _ in range(5)])
     assert all(same(a, b) for a, b in zip(*rows, strict=True))
+
+
+def test_a_list_of_shards_runs_no_command(tmp_path):
+    (tmp_path / "shards.txt").write_text(f"a.tar\npipe:touch {tmp_path / 'ran'}\n")
+    with pytest.raises(UserError, match="it lists the command 'pipe:touch"):
+        expand_paths(str(tmp_path / "shards.txt"))
+    assert not (tmp_path / "ran").exists()
