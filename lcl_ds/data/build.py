@@ -32,8 +32,8 @@ from lcl_ds.data.formats.record import IMAGE_MEMBERS, ReadOptions, SourceDocumen
 from lcl_ds.data.formats.tars import read_tar
 from lcl_ds.data.images import check_image
 from lcl_ds.data.shards import index_shard
-from lcl_ds.data.storage import only_one, write_whole
 from lcl_ds.errors import UserError
+from lcl_ds.files import only_one, write_whole
 
 VERSION = 1
 WORK, MANIFEST, LIST = ".build", "manifest.json", "shards.txt"

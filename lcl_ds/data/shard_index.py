@@ -28,9 +28,9 @@ from lcl_ds.data.storage import (
     open_file,
     read_range,
     size_of,
-    write_whole,
 )
 from lcl_ds.errors import UserError
+from lcl_ds.files import write_whole
 
 MAX_MEMBER_BYTES = 1 << 28
 """A larger member is refused: no image or text of a document is 256 MiB."""

@@ -4,7 +4,6 @@ A location is a string. Commands run only because the user wrote them into the s
 come from elsewhere, must not name any, and nothing that is read from a shard ever becomes a location.
 """
 
-import fcntl
 import glob
 import hashlib
 import io
@@ -12,8 +11,7 @@ import os
 import posixpath
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +19,7 @@ import braceexpand
 import fsspec
 
 from lcl_ds.errors import UserError
+from lcl_ds.files import only_one
 
 DEFAULT_CACHE = Path("~/.cache/lcl_ds")
 """For what cannot lie beside a shard: indices of remote shards, files made of ``pipe:`` streams."""
@@ -151,13 +150,6 @@ class _RemoteFile(io.RawIOBase):
         return len(data)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Put a file in place in one step, so that no reader sees a part of it. Raises: OSError."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(data)
-    partial.replace(path)
-
-
 def cached_name(location: str, suffix: str) -> str:
     """Name for something about a location in the cache folder."""
     return hashlib.sha256(location.encode()).hexdigest()[:32] + suffix
@@ -180,15 +172,6 @@ def materialise(command: str, cache: Path) -> str:
                 raise UserError(f"data path {command}: the command ended with exit code {done.returncode}")
             partial.replace(path)
     return str(path)
-
-
-@contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """Hold the lock that belongs to a path; other processes wait."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _resolve(location: str) -> tuple[Any, str]:

@@ -1,0 +1,183 @@
+"""Files and folders that are whole or not there, and what the system says about them, as sentences."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from lcl_ds.errors import UserError
+
+PARTIAL = ".partial"
+"""Ends the names of files and folders that are being written."""
+
+REMEDIES = {
+    errno.ENOSPC: "no space is left on the disk; free some or name a place on another disk",
+    errno.EDQUOT: "the disk quota is used up; free some space or name a place on another disk",
+    errno.EFBIG: "the file would be larger than the system allows (see ulimit -f)",
+    errno.EROFS: "the disk is read-only; name another place",
+    errno.EACCES: "permission is denied; change the permissions or name another place",
+    errno.EPERM: "the system does not permit it; change the permissions or name another place",
+    errno.ENOENT: "there is no such file or folder; make it or correct the path",
+    errno.ENOTDIR: "a part of the path is a file and no folder; correct the path",
+    errno.EISDIR: "it is a folder; name a file",
+    errno.EEXIST: "it exists already; name another place",
+    errno.ENOTEMPTY: "the folder is not empty; name another place",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.ELOOP: "its symbolic links lead in a circle; correct the path",
+    errno.EMFILE: "this process may open no more files; raise the limit (ulimit -n)",
+    errno.ENFILE: "the system can open no more files; close other programs",
+    errno.ENOMEM: "the system has no memory left; use fewer workers or close other programs",
+    errno.EIO: "the disk reports an error; check it, or name a place on another disk",
+    errno.ESTALE: "the file went away on its server; mount it again or start again",
+    errno.ENODEV: "the disk is gone; mount it again",
+    errno.ETIMEDOUT: "its server does not answer; try again later",
+    errno.EBUSY: "another program holds it; end that or name another place",
+    errno.ETXTBSY: "another program runs it; end that or name another place",
+}
+"""What is wrong and what to do, for errors that lie in the machine and not in this program."""
+
+
+def sentence_of(error: OSError) -> str | None:
+    """What the machine's error means and what to do about it, with its path; None where it may be our own mistake."""
+    remedy = REMEDIES.get(error.errno or 0)
+    if remedy is None:
+        return None
+    paths = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    return f"{' -> '.join(paths)}: {remedy}" if paths else remedy
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give the path to errors of the block that carry none, as those of ``write`` and ``fsync`` do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write beside ``path``, put in its place when the block succeeds and removed when it does not.
+
+    Raises:
+        OSError: with a path.
+    """
+    partial = partial_name(path)
+    try:
+        with naming(path):
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to report
+            partial.unlink()
+        raise
+
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Put a file in place in one step, flushed to disk, so that no reader ever sees a part of it.
+
+    Raises:
+        OSError: with a path; what was there before stays.
+    """
+    with writing(path) as file:
+        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A new folder beside ``out`` that becomes ``out`` when the block succeeds and is removed when it does not.
+
+    Raises:
+        UserError: ``out`` is a file, or a folder that is not empty.
+        OSError: with a path.
+    """
+    check_new_folder(out)
+    partial = partial_name(out.resolve())
+    try:
+        partial.mkdir(parents=True)
+        with naming(out):
+            yield partial
+            if out.is_dir():
+                out.rmdir()  # an empty one
+            partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_new_folder(out: Path) -> None:
+    """Raises: UserError when ``out`` is a file, or a folder that is not empty."""
+    if out.is_dir():
+        if any(out.iterdir()):
+            raise UserError(f"{out}: is not empty; name a new folder")
+    elif os.path.lexists(out):
+        raise UserError(f"{out}: is a file; name a new folder")
+
+
+def partial_name(path: Path) -> Path:
+    """Where ``path`` is written before it is whole; another name in every process."""
+    return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder, with its parents, and try to write a file there.
+
+    Raises:
+        UserError: it cannot be done, and why.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable.{os.getpid()}"
+        probe.write_bytes(b"\n")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to: {sentence_of(error) or error}") from error
+
+
+@contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Hold the lock that belongs to a path; other processes wait."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        UserError: it is not there or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid JSON: {error}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The value in a YAML file.
+
+    Raises:
+        UserError: it is not there or is not YAML.
+    """
+    try:
+        return yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
