@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +22,12 @@ import numpy as np
 from rich.table import Table
 
 from lcl_ds.bench.table import open_console
+from lcl_ds.cli import run_command
 from lcl_ds.config import Config, load_config, recipe_path
 from lcl_ds.data.loader import BatchLoader
 from lcl_ds.data.open_data import open_data
+from lcl_ds.errors import UserError
+from lcl_ds.files import check_output, write_whole
 from lcl_ds.objectives import NAMES, objective_module
 from lcl_ds.training.run import row_settings
 
@@ -48,6 +52,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_intermixed_args(argv)
+    command = "python launch/compare_objectives.py " + shlex.join(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: compare(arguments, command))
+
+
+def compare(arguments: argparse.Namespace, command: str) -> int:
+    """Run what is not finished, then show and write the figures.
+
+    Raises:
+        UserError: a run failed, or a file cannot be written.
+    """
+    check_output("--json", arguments.json)
     recipe = recipe_path(arguments.recipe)
     wanted = images_per_row(load_config(recipe, arguments.overrides))
     settings = {}
@@ -64,7 +79,9 @@ def main(argv: list[str] | None = None) -> int:
         command = [sys.executable, str(HERE / "train.py"), "--ds_config", str(arguments.ds_config)]
         command += ["--recipe", str(recipe), "--run_dir", str(arguments.out / f"{name}-{seed}")]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"} if arguments.jobs > 1 else None
-        subprocess.run([*command, *settings[name], f"train.seed={seed}"], check=True, env=environment)
+        ended = subprocess.run([*command, *settings[name], f"train.seed={seed}"], check=False, env=environment)
+        if ended.returncode:
+            raise UserError(f"{arguments.out / f'{name}-{seed}'}: training ended with exit code {ended.returncode}")
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         runs = [pool.submit(train, name, seed) for seed in arguments.seeds for name in settings]
@@ -81,13 +98,13 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.json:
         versions = {name: metadata.version(name) for name in ("torch", "transformers", "deepspeed")}
         record = {
-            "command": "python launch/compare_objectives.py " + " ".join(argv or sys.argv[1:]),
+            "command": command,
             "date": date.today().isoformat(),
             "machine": f"CPU, {platform.machine()}",
             "versions": versions,
             "results": results,
         }
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_whole(arguments.json, json.dumps(record, indent=1) + "\n")
     return 0
 
 

@@ -146,6 +146,22 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"{folder}: cannot be written to: {sentence_of(error) or error}") from error
 
 
+def check_output(option: str, path: Path | None, folder: bool = False) -> None:
+    """Try, before the work, whether the file (or the folder) of a command's option can be written; None: not asked for.
+
+    Raises:
+        UserError: names the option.
+    """
+    if path is None:
+        return
+    if not folder and path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; name a file")
+    try:
+        check_writable(path if folder else path.parent)
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from error
+
+
 @contextmanager
 def only_one(path: Path) -> Iterator[None]:
     """Hold the lock that belongs to a path; other processes wait."""

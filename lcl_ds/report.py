@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import yaml
 
+from lcl_ds.cli import run_command
 from lcl_ds.errors import UserError
+from lcl_ds.files import check_output, write_whole
 from lcl_ds.plots import Runs, column, loss_names, plot_losses, plot_schedule, plot_throughput
 
 FIGURES = {
@@ -125,9 +127,7 @@ def write_report(run_dirs: list[Path], out: Path | None = None) -> Path:
     first = run_dirs[0]
     single = len(folders) == 1
     page = out or first / ("report.html" if single else "comparison.html")
-    if page.is_dir():
-        raise UserError(f"--out {page}: is a folder; name the HTML file to write")
-    page.parent.mkdir(parents=True, exist_ok=True)
+    check_output("--out", page)
 
     # Everything that can be wrong with a file is found before anything is drawn.
     evaluation = _evaluations(folders)
@@ -141,9 +141,7 @@ def write_report(run_dirs: list[Path], out: Path | None = None) -> Path:
     body += [differences, _files(folders)]
     title = next(iter(folders)) if single else "Comparison: " + ", ".join(folders)
     subtitle = "Latent Compression Learning, training run" if single else "Latent Compression Learning, training runs"
-    page.write_text(
-        PAGE.substitute(title=escape(title), subtitle=subtitle, body="\n".join(filter(None, body))), encoding="utf-8"
-    )
+    write_whole(page, PAGE.substitute(title=escape(title), subtitle=subtitle, body="\n".join(filter(None, body))))
     return page
 
 
@@ -373,12 +371,12 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=Path, metavar="FILE", help="HTML file to write (default: in the first run folder)"
     )
     arguments = parser.parse_args(argv)
-    try:
+
+    def report() -> int:
         print(write_report(arguments.runs, arguments.out))
-    except UserError as error:
-        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return run_command(report)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ with the reason. --json keeps everything, and is whole after every row, so an in
 
 import argparse
 import json
-import os
 import shlex
 import signal
 import sys
@@ -32,7 +31,9 @@ from lcl_ds.bench.measure import DeviceLostError
 from lcl_ds.bench.peers import CONTRASTIVE, DTYPES, LOSSES, OURS
 from lcl_ds.bench.runner import Record, describe_environment, new_record, now, run_cases
 from lcl_ds.bench.table import open_console, show_rows
+from lcl_ds.cli import run_command
 from lcl_ds.errors import UserError
+from lcl_ds.files import check_output, write_whole
 
 METHODS = {"losses": LOSSES, "contrastive": CONTRASTIVE}
 FIGURES: dict[str, Callable[[dict[str, Any], Path], list[Path]]] = {
@@ -59,11 +60,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     command = "python -m lcl_ds.bench " + shlex.join(sys.argv[1:] if argv is None else argv)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends a run like Ctrl-C
+    job: Callable[[argparse.Namespace, str], int]
+    job = {"train": run_train, "data": run_data}.get(arguments.job, run)
     try:
-        return {"train": run_train, "data": run_data}.get(arguments.job, run)(arguments, command)
-    except UserError as error:
-        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
-        return 2
+        return run_command(lambda: job(arguments, command))
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -179,7 +179,8 @@ def run_data(arguments: argparse.Namespace, command: str) -> int:
     for name, least in (("images", 1), ("documents", LEAST_DOCUMENTS), ("repeats", 1)):
         if getattr(arguments, name) < least:
             raise UserError(f"--{name} {getattr(arguments, name)}: must be {least} or more")
-    check_writable(arguments.json, arguments.plots)
+    check_output("--json", arguments.json)
+    check_output("--plots", arguments.plots, folder=True)
     with tempfile.TemporaryDirectory() as folder:
         sizes = arguments.images, arguments.documents, arguments.repeats
         figures = measure_data(Path(folder), *sizes, seed=arguments.seed)
@@ -195,7 +196,7 @@ def run_data(arguments: argparse.Namespace, command: str) -> int:
     if arguments.json:
         environment = describe_environment(torch.device("cpu"))
         record = {"command": command, "date": now(), "environment": environment, **figures}
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_whole(arguments.json, json.dumps(record, indent=1) + "\n")
         console.print(str(arguments.json), highlight=False, soft_wrap=True)
     return 0
 
@@ -215,7 +216,8 @@ def measure_and_write(
     repeats = REPEATS[device.type] if arguments.repeats is None else arguments.repeats
     if repeats < 1:
         raise UserError(f"--repeats {repeats}: must be 1 or more")
-    check_writable(arguments.json, arguments.plots)
+    check_output("--json", arguments.json)
+    check_output("--plots", arguments.plots, folder=True)
     console = open_console()
     if device.type == "cpu":
         console.print("no GPU: torch paths at small shapes; these are not GPU figures")
@@ -273,21 +275,6 @@ def read_numbers(option: str, text: str, kind: type, letters: str | None = None)
     if letters and len(numbers) != len(letters.split(",")):
         raise UserError(f"{option} {text}: must be {letters}, {len(letters.split(','))} numbers")
     return numbers
-
-
-def check_writable(json_file: Path | None, plots: Path | None) -> None:
-    """Before minutes of work, not after them."""
-    for option, folder in (("--json", json_file and json_file.parent), ("--plots", plots)):
-        if folder is None:
-            continue
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{option}: cannot make the folder {folder}: {error.strerror}") from error
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"{option}: cannot write to {folder}")
-    if json_file is not None and json_file.is_dir():
-        raise UserError(f"--json {json_file}: is a folder; name a file")
 
 
 def show_machine(console: Console, record: Record) -> None:

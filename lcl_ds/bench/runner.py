@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ from lcl_ds.bench.measure import (
     without_frames,
 )
 from lcl_ds.bench.peers import OURS, Loss, UnavailableError
+from lcl_ds.files import write_whole
 
 MATMUL = "matmul"
 WARM_UP_ROWS = 16
@@ -51,11 +51,8 @@ class Record:
         add_ratios(self.rows)
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial_file = self.path.with_name(self.path.name + ".partial")
         document = without_nan({**self.document, "rows": self.rows})
-        partial_file.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(partial_file, self.path)
+        write_whole(self.path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def without_nan(value: Any) -> Any:

@@ -10,12 +10,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from lcl_ds.cli import run_command
 from lcl_ds.data.build import build
 from lcl_ds.data.check import check_shards, show, total_of
 from lcl_ds.data.formats import READERS
 from lcl_ds.data.formats.record import ReadOptions
 from lcl_ds.data.storage import expand_paths
-from lcl_ds.errors import UserError
+from lcl_ds.files import check_output, write_whole
 
 WIDTH = 150
 """Columns where the output is no terminal."""
@@ -90,19 +91,25 @@ def run_build(arguments: argparse.Namespace, console: Console) -> int:
     sums = {name: sum(unit[name] for unit in units) for name in ("documents", "pairs", "images")}
     found = ", ".join(f"{count} {name}" for name, count in sums.items() if count)
     duplicates = f", {manifest['duplicates']} duplicates left out" if manifest["duplicates"] else ""
-    console.print(f"{arguments.out}: {len(manifest['shards'])} shards of {found}{duplicates}", highlight=False)
+    console.print(
+        f"{arguments.out}: {len(manifest['shards'])} shards of {found}{duplicates}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     for unit in units:
         if unit["problem"]:
-            console.print(f"not read: {unit['problem']}", highlight=False, markup=False)
+            console.print(f"not read: {unit['problem']}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
 def run_check(arguments: argparse.Namespace, console: Console) -> int:
+    check_output("--json", arguments.json)
     reports = check_shards(expand_paths(arguments.shards), arguments.workers, console)
     total = total_of(reports)
     show(reports, console)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"total": total, "shards": reports}, indent=1) + "\n")
+        write_whole(arguments.json, json.dumps({"total": total, "shards": reports}, indent=1) + "\n")
     return 1 if total["problem_count"] else 0
 
 
@@ -116,6 +123,7 @@ def run_inspect(arguments: argparse.Namespace, console: Console) -> int:
     from lcl_ds.models.build import image_size, tokens_per_image
     from lcl_ds.objectives import view_of
 
+    check_output("--html", arguments.html)
     shards = json.dumps([{"name": "inspected", "paths": arguments.shards}])
     tokenizer = [f"data.tokenizer={arguments.tokenizer}"] if arguments.tokenizer else []
     overrides = [f"data.shards={shards}", "data.demo=null", "data.group_rows=1", *tokenizer, *arguments.set]
@@ -128,8 +136,8 @@ def run_inspect(arguments: argparse.Namespace, console: Console) -> int:
         show_rows(batch, data.tokenizer, console)
     else:
         title = f"{', '.join(arguments.shards)}, as {config.objective.name} sees it"
-        arguments.html.write_text(page(batch, data.tokenizer, title), encoding="utf-8")
-        console.print(f"{arguments.html}", highlight=False)
+        write_whole(arguments.html, page(batch, data.tokenizer, title).encode("utf-8", "backslashreplace"))
+        console.print(str(arguments.html), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -137,12 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="[%(levelname)s] %(message)s")
     console = Console(stderr=False)
-    try:
-        code: int = arguments.run(arguments, console if console.is_terminal else Console(width=WIDTH))
-        return code
-    except UserError as error:
-        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr, flush=True)
-        return 2
+    return run_command(lambda: arguments.run(arguments, console if console.is_terminal else Console(width=WIDTH)))
 
 
 if __name__ == "__main__":
