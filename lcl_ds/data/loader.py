@@ -1,6 +1,7 @@
 """Rows from lanes to ranks: which rank gets which row, in which process, and where to continue."""
 
 import atexit
+import logging
 import math
 import multiprocessing
 import os
@@ -22,6 +23,8 @@ from lcl_ds.data.skips import Skips
 from lcl_ds.data.stalls import StallWatch
 from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer
+
+logger = logging.getLogger(__name__)
 
 LoaderState = dict[str, Any]
 """JSON: ``next_row`` of the global stream, ``lanes`` by number, ``lane_count``, ``fingerprint`` of the shards."""
@@ -109,6 +112,15 @@ class BatchLoader:
         if not settings.lanes:
             lanes = state["lane_count"] if state else choose_lanes(sources, settings, tokenizer)
             settings = replace(settings, lanes=lanes)
+        processes = world_size * max(1, workers)
+        if rank == 0 and (packers := processes // math.gcd(processes, settings.lanes)) > 1:
+            logger.info(
+                "data.lanes: %d for %d loader processes: every document is read and packed by %d of them, its images "
+                "are decoded by one",
+                settings.lanes,
+                processes,
+                packers,
+            )
         self.settings, self.tokenizer, self.rows_per_batch = settings, tokenizer, rows_per_batch
         self.world_size, self.pin_memory = world_size, pin_memory
         self.fingerprint = {key: value for source in sources for key, value in source.fingerprint().items()}

@@ -89,7 +89,7 @@ def test_the_number_of_lanes_follows_the_size_of_the_corpus(small_corpus):
 
 @pytest.mark.parametrize(("lanes", "group_rows", "early", "late"), [(1, 1, 0, 3), (8, 1, 0, 3), (16, 4, 6, 6)])
 def test_weights_that_change_by_step_take_effect_at_that_step(small_corpus, lanes, group_rows, early, late):
-    """``early`` and ``late``: steps' worth of rows with the new source before the change, and with the old one after."""
+    """``early``, ``late``: steps' worth of rows with the new source before the change, and with the old one after."""
     sources = [source_of(small_corpus, "documents", {0: 1, 50: 0}), source_of(small_corpus, "pairs", {0: 0, 50: 1})]
     settings = replace(DEFAULTS, lanes=lanes, group_rows=group_rows, rows_per_step=16)
     stream = stream_of(sources, settings, TextTokenizer(small_corpus / "tokenizer"))
