@@ -23,7 +23,7 @@ from PIL import Image
 from lcl_ds.data.demo import build_demo
 from lcl_ds.data.documents import BadSampleError
 from lcl_ds.data.formats import READERS
-from lcl_ds.data.formats.local_images import LocalImages, open_images
+from lcl_ds.data.formats.local_images import open_images
 from lcl_ds.data.formats.record import ReadOptions
 from lcl_ds.data.images import check_image, decode_image
 from lcl_ds.data.lanes import Lane, LaneSettings, keyed_rng
@@ -267,7 +267,7 @@ def prepare(folder, tokenizer):
         if name in PARQUET and not has_pyarrow():
             continue
         corpus = make(folder / name)
-        images = open_images(corpus.images, folder / "work") if corpus.images else LocalImages()
+        images, _ = open_images(corpus.images, folder / "work")
         check_source_case.corpora[name] = corpus, images
 
 

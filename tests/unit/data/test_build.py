@@ -218,6 +218,10 @@ def test_a_finished_build_is_not_made_again_and_a_folder_in_use_is_left_alone(tm
     build(corpus, tmp_path / "out")
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     assert main(["build", *arguments_of(corpus, tmp_path / "out", "--min-similarity", "0.3")]) == 2
+    assert "it holds a finished build of other sources or settings (min_similarity)" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").touch()
+    assert main(["build", *arguments_of(corpus, tmp_path / "mine")]) == 2
     assert "it is not empty and holds no build that could go on" in capsys.readouterr().err
 
 

@@ -26,7 +26,7 @@ def corpus(tmp_path):
         if name in PARQUET:
             pytest.importorskip("pyarrow")
         made = MAKERS[name](tmp_path / name)
-        images = open_images(made.images, tmp_path / "work")
+        images, _ = open_images(made.images, tmp_path / "work")
         read = READERS[made.format](made.sources[0], ReadOptions(images, **options))
         return made, list(read)
 
@@ -136,7 +136,7 @@ def test_mmc4_images_come_from_tars_too(corpus, tmp_path):
     made, documents = corpus("mmc4")
     members = [(f"{path.stem}.jpg", path.read_bytes()) for path in sorted(made.images[0].iterdir())]
     tar = write_tar(tmp_path / "images.tar", members)
-    images = open_images([tar], tmp_path / "work")
+    images, _ = open_images([tar], tmp_path / "work")
     assert list(READERS["mmc4"](made.sources[0], ReadOptions(images))) == documents
 
 
@@ -284,9 +284,9 @@ def test_a_tar_that_is_cut_gives_its_whole_samples_and_says_so(corpus, cut):
 
 BAD_RECORDS = {
     "not json": (b"{", "json that cannot be parsed"),
-    "not utf-8": (b'{"text_list": ["\xff"]}', "json that cannot be parsed"),
+    "not utf-8": (b'{"text_list": ["\xff"], "image_info": []}', "a document without text and images"),
     "a list": (b"[]", "json that is not an object"),
-    "a long number": (b'{"a": ' + b"1" * 5000 + b"}", "json that cannot be parsed"),
+    "a long number": (b'{"text_list": [' + b"1" * 5000 + b'], "image_info": []}', "a document without text and images"),
     "nested": (b"[" * 100_000, "json that cannot be parsed"),
     "no lists": (b"{}", "a record without the list 'text_list'"),
     "null lists": (b'{"text_list": null, "image_info": null}', "a record without the list 'text_list'"),
