@@ -183,9 +183,8 @@ def open_images(places: Sequence[Path], work: Path, skip_unreadable: bool = Fals
     if not tars:
         return LocalImages(tuple(folders)), []
     index = index_images(list(tars), work)
-    problems = [
-        problem for (problem,) in LocalImages(index=index)._rows("SELECT problem FROM tars WHERE problem != ''")
-    ]
+    images = LocalImages(tuple(folders), index)
+    problems = [problem for (problem,) in images._rows("SELECT problem FROM tars WHERE problem != ''")]
     if problems and not skip_unreadable:
         index.unlink()  # so that they are read again once they were replaced
         raise UserError([*problems, "replace these tars, or go on with what is whole in them: --skip-unreadable"])
