@@ -51,10 +51,11 @@ def _rows(path: Path) -> Iterator[tuple[str, Row]]:
     # Given a path, pyarrow would take some of them for URLs and could not take those that are not UTF-8.
     with reading(path, "parquet"), path.open("rb") as opened, parquet.ParquetFile(opened) as file:
         columns = [column.path for column in file.schema if _is_wanted(column.path)]
-        for batch in file.iter_batches(batch_size=ROWS, columns=columns):
-            for row in range(batch.num_rows):
-                yield f"{path.name}:{number}", batch.slice(row, 1)
-                number += 1
+        for group in range(file.num_row_groups):  # across groups pyarrow cannot read lists of every type
+            for batch in file.iter_batches(batch_size=ROWS, row_groups=[group], columns=columns):
+                for row in range(batch.num_rows):
+                    yield f"{path.name}:{number}", batch.slice(row, 1)
+                    number += 1
 
 
 def _is_wanted(column: str) -> bool:

@@ -269,9 +269,16 @@ def parse_json(data: bytes | str) -> Any:
         pass
     try:
         text = data if isinstance(data, str) else data.decode(json.detect_encoding(data), "surrogateescape")
-        return json.loads(text, parse_int=float)  # Python makes no int of more than 4300 digits
+        return json.loads(text, parse_int=_integer)
     except (ValueError, RecursionError):
         raise BadSampleError("json that cannot be parsed") from None
+
+
+def _integer(digits: str) -> int | float:
+    try:
+        return int(digits)
+    except ValueError:  # Python makes no int of more than 4300 digits
+        return float(digits)
 
 
 def parse_object(data: bytes | str) -> dict[str, Any]:

@@ -33,7 +33,12 @@ def read_shard(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
 
 
 def _read_sample(key: str, parts: Parts, options: ReadOptions) -> SourceDocument:
-    record = parse_object(parts["json"]) if "json" in parts else {}
+    try:
+        record = parse_object(parts["json"]) if "json" in parts else {}
+    except BadSampleError:
+        if "txt" not in parts:
+            raise
+        record = {}  # text and image of a pair do not depend on it
     read = _read_document if "texts" in record else _read_pair
     return read(key, record, parts, options)
 
@@ -58,16 +63,19 @@ def _read_document(key: str, record: dict[str, Any], parts: Parts, options: Read
         raise BadSampleError("lists 'texts' and 'images' of different length")
     draft = Draft(key, options, string_or_none(record.get("url")))
     matched, similarity = (_parallel(record, key, len(texts), draft) for key in ("matched_text_index", "matched_sim"))
-    places: dict[int | None, int | None] = {}
-    matches: dict[int, int | None] = {}
+    places: dict[int, int | None] = {}
+    matches: dict[int, int] = {}
     for number, (text, name, match, sim) in enumerate(zip(texts, names, matched, similarity, strict=True)):
         places[number] = draft.add_text(text)
         if name is not None:
             place = draft.add_image(partial(_member, parts, name), number_or_none(sim))
-            if place is not None:
-                matches[place] = whole_number(match)
-    for place, match in matches.items():
-        draft.matched_text_index[place] = places.get(match)
+            wanted = whole_number(match)
+            if match is not None and (wanted is None or not 0 <= wanted < len(texts)):
+                draft.skips.append("a 'matched_text_index' that is no place in 'texts'")
+            elif place is not None and wanted is not None:
+                matches[place] = wanted
+    for place, wanted in matches.items():
+        draft.matched_text_index[place] = places.get(wanted)
     return draft.finish()
 
 
