@@ -27,10 +27,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lcl_ds.data.documents import MAX_TEXT_BYTES, BadSampleError, document_of, text_bytes
+from lcl_ds.data.documents import MAX_TEXT_BYTES, BadSampleError, document_of, printable, text_bytes
 from lcl_ds.data.formats import READERS
 from lcl_ds.data.formats.local_images import open_images
-from lcl_ds.data.formats.record import IMAGE_MEMBERS, ReadOptions, SourceDocument, printable
+from lcl_ds.data.formats.record import IMAGE_MEMBERS, ReadOptions, SourceDocument
 from lcl_ds.data.formats.tars import read_tar
 from lcl_ds.data.images import check_image
 from lcl_ds.data.shards import index_shard

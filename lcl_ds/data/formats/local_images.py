@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lcl_ds.data.documents import IMAGE_SUFFIXES, BadSampleError
+from lcl_ds.data.documents import IMAGE_SUFFIXES, BadSampleError, printable
 from lcl_ds.data.shard_index import MAX_MEMBER_BYTES, member_place
 from lcl_ds.errors import UserError
 from lcl_ds.files import partial_name
@@ -231,24 +231,31 @@ def _full_disk_as_os_error(path: Path) -> Iterator[None]:
 
 def _index_tar(database: sqlite3.Connection, number: int, tar: Path) -> None:
     """Names and URLs of one tar; what is whole in a damaged one is indexed and its problem noted."""
-    names, urls = [], []
+    names: dict[bytes, Place] = {}
+    urls: dict[bytes, Place] = {}
+    key, url, image = "", None, None
     try:
-        for name, url, offset, size in _images_in(tar):
-            names.append((_key(_parts(name.lstrip("/"))), number, offset, size))
-            urls += [(url_digest(url).encode(), number, offset, size)] if url else []
+        for sample, suffix, member, its_url in _members_in(tar):
+            if sample != key:
+                key, url, image = sample, None, None
+            place = number, member.offset_data, member.size
+            names[_key(_parts(member.name.lstrip("/")))] = place
+            image = place if suffix in IMAGE_SUFFIXES else image
+            url = its_url or url
+            if url and image:
+                urls[url_digest(url).encode()] = image
     except (OSError, tarfile.TarError, ValueError) as error:
-        problem = f"--images {tar}: cannot be read to its end: {error}"
+        problem = printable(f"--images {tar}: cannot be read to its end: {error}")
         database.execute("UPDATE tars SET problem = ? WHERE number = ?", (problem, number))
-    database.executemany("INSERT OR REPLACE INTO names VALUES (?, ?, ?, ?)", (row for row in names if row[0]))
-    latest = {digest: row for digest, *row in urls}
-    database.executemany("INSERT OR IGNORE INTO urls VALUES (?, ?, ?, ?)", ((d, *row) for d, row in latest.items()))
+    database.executemany("INSERT INTO names VALUES (?, ?, ?, ?)", ((name, *place) for name, place in names.items()))
+    database.executemany(
+        "INSERT OR IGNORE INTO urls VALUES (?, ?, ?, ?)", ((url, *place) for url, place in urls.items())
+    )
 
 
-def _images_in(tar: Path) -> Iterator[tuple[str, str | None, int, int]]:
-    """Name, URL where there is one, offset and size of the images in a tar."""
+def _members_in(tar: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, str | None]]:
+    """Key, suffix and header of a tar's files; of ``.json`` files also the URL that they tell."""
     size = tar.stat().st_size
-    key, url = "", None
-    waiting: list[tuple[str, bool, int, int]] = []
     # Tars may lie one behind the other, and what is damaged costs what is damaged.
     with tarfile.open(tar, "r:", ignore_zeros=True) as opened:
         for member in opened:
@@ -259,23 +266,9 @@ def _images_in(tar: Path) -> Iterator[tuple[str, str | None, int, int]]:
                 if member.offset_data + member.size > size:
                     raise
                 continue  # sparse or too large
-            if placed is None:
-                continue
-            if placed[0] != key:
-                yield from _with_url(waiting, url)
-                key, url, waiting = placed[0], None, []
-            if placed[1] == "json":
-                file = opened.extractfile(member)
-                url = _url_in(file.read()) if file else None
-            else:
-                waiting.append((member.name, placed[1] in IMAGE_SUFFIXES, member.offset_data, member.size))
-        yield from _with_url(waiting, url)
-
-
-def _with_url(members: list[tuple[str, bool, int, int]], url: str | None) -> Iterator[tuple[str, str | None, int, int]]:
-    """The members of a sample; the URL is that of its image."""
-    for name, is_image, offset, size in members:
-        yield name, url if is_image else None, offset, size
+            if placed is not None:
+                file = opened.extractfile(member) if placed[1] == "json" else None
+                yield *placed, member, _url_in(file.read()) if file else None
 
 
 def _url_in(data: bytes) -> str | None:

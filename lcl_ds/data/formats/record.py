@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from lcl_ds.data.documents import MAX_TEXT_BYTES, TOO_MUCH_TEXT, BadSampleError, text_bytes
+from lcl_ds.data.documents import MAX_TEXT_BYTES, TOO_MUCH_TEXT, BadSampleError, printable, text_bytes
 from lcl_ds.data.formats.local_images import LocalImages
 from lcl_ds.data.images import MAX_PIXELS, check_image
 from lcl_ds.errors import UserError
@@ -248,11 +248,6 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def printable(name: str) -> str:
-    """A name as text that can be written: bytes of a file's name that are not UTF-8 are escaped."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def parse_json(data: bytes | str) -> Any:
