@@ -48,8 +48,7 @@ def check_shard(path: str, max_text_bytes: int | None = None) -> Report:
     Args:
         max_text_bytes: a document with more text is a problem; None: 1 MiB, or what the shard was built with.
     """
-    limit = text_limit_of(path) if max_text_bytes is None else max_text_bytes
-    report = _Findings(path)
+    report = _Findings(path, text_limit_of(path) if max_text_bytes is None else max_text_bytes)
     try:
         source = Source("check", [index_shard(path, rescan=True)])
     except UserError as error:
@@ -62,7 +61,7 @@ def check_shard(path: str, max_text_bytes: int | None = None) -> Report:
             report.problem(sample.key, "a key that occurred before")
         keys.add(sample.key)
         try:
-            _check_sample(source, number, sample, report, limit)
+            _check_sample(source, number, sample, report)
         except BadSampleError as problem:
             report.problem(sample.key, problem.reason)
         except (OSError, UserError) as error:
@@ -73,8 +72,9 @@ def check_shard(path: str, max_text_bytes: int | None = None) -> Report:
 class _Findings:
     """What was found in one shard."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, max_text_bytes: int):
         self.path = path
+        self.max_text_bytes = max_text_bytes
         self.counts: Counter[str] = Counter()
         self.formats: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
@@ -99,9 +99,9 @@ class _Findings:
         }
 
 
-def _check_sample(source: Source, number: int, sample: Sample, report: _Findings, max_text_bytes: int) -> None:
+def _check_sample(source: Source, number: int, sample: Sample, report: _Findings) -> None:
     report.counts["samples"] += 1
-    document = read_document(source, number, max_text_bytes)
+    document = read_document(source, number, report.max_text_bytes)
     report.counts["pairs" if document.is_pair else "documents"] += 1
     report.counts["text_characters"] += sum(len(text) for text in document.segments if isinstance(text, str))
     for suffix in document.images:
