@@ -51,7 +51,7 @@ class DataSettings(Settings):
     image_first_probability: float = Field(0.5, ge=0, le=1, description="Share of pairs whose image precedes its text.")
     crop_scale: tuple[float, float] = Field((0.9, 1.0), description="Area range of the random crop; (1, 1): none.")
     max_image_pixels: int = Field(89_000_000, gt=0, description="Larger images are skipped before decoding.")
-    max_text_bytes: int = Field(1 << 20, gt=0, description="Documents with a larger .json or .txt are skipped.")
+    max_text_bytes: int = Field(1 << 20, gt=0, description="Documents with more text, in bytes of UTF-8, are skipped.")
     stall_seconds: float = Field(60.0, gt=0, description="A sample that is read for longer is named in the log.")
     max_bad_share: float = Field(
         0.5, ge=0, lt=1, description="Largest share of bad ones among the last 1000 documents and images."

@@ -6,13 +6,16 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lcl_ds.cli import run_command
-from lcl_ds.data.build import build
+from lcl_ds.data.build import build, local_files
 from lcl_ds.data.check import check_shards, show, total_of
+from lcl_ds.data.documents import MAX_TEXT_BYTES
 from lcl_ds.data.formats import READERS
 from lcl_ds.data.formats.record import ReadOptions
 from lcl_ds.data.storage import expand_paths
@@ -34,8 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
     make.add_argument("out", type=Path, metavar="OUT", help="new folder, or one with an unfinished build to go on with")
     make.add_argument("--format", required=True, choices=sorted(READERS))
     make.add_argument("--images", nargs="+", type=Path, default=[], metavar="PATH", help="folders or tars of images")
-    make.add_argument("--workers", type=int, default=CPUS, help=f"processes (default {CPUS})")
-    make.add_argument("--shard-samples", type=int, default=1000, help="samples of a shard (default 1000)")
+    make.add_argument("--workers", type=_positive, default=CPUS, help=f"processes (default {CPUS})")
+    make.add_argument("--shard-samples", type=_positive, default=1000, help="samples of a shard (default 1000)")
     make.add_argument("--deduplicate", action="store_true", help="keep the first of documents with equal content")
     make.add_argument("--skip-unreadable", action="store_true", help="go on without sources that cannot be read")
     make.add_argument("--min-similarity", type=float, default=defaults.min_similarity, help="MMC4 (default 0.24)")
@@ -43,16 +46,19 @@ def build_parser() -> argparse.ArgumentParser:
     make.add_argument("--max-images", type=int, help="images kept of a document (default: MMC4 6, others all)")
     make.add_argument("--min-images", type=int, default=defaults.min_images, help="per document (default 1)")
     make.add_argument(
-        "--max-text-bytes", type=int, default=defaults.max_text_bytes, help="per document (default 1 MiB)"
+        "--max-text-bytes", type=_positive, default=defaults.max_text_bytes, help="per document (default 1 MiB)"
     )
-    make.add_argument("--max-image-pixels", type=int, default=defaults.max_image_pixels, help="larger: left out")
+    make.add_argument("--max-image-pixels", type=_positive, default=defaults.max_image_pixels, help="larger: left out")
     make.add_argument("--seed", type=int, default=defaults.seed, help="of MMC4's draw of one image per sentence")
     make.set_defaults(run=run_build)
 
     check = commands.add_parser("check", help="read everything; exit code 1 when something is bad")
     check.add_argument("shards", nargs="+", metavar="SHARDS", help="as in data.shards: paths, globs, braces, URLs")
     check.add_argument("--json", type=Path, metavar="F", help="write the report there")
-    check.add_argument("--workers", type=int, default=CPUS, help=f"processes (default {CPUS})")
+    check.add_argument(
+        "--max-text-bytes", type=_positive, help="per document (default 1 MiB, or what the shards were built with)"
+    )
+    check.add_argument("--workers", type=_positive, default=CPUS, help=f"processes (default {CPUS})")
     check.set_defaults(run=run_check)
 
     look = commands.add_parser("inspect", help="show rows as the model gets them")
@@ -66,11 +72,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
 def run_build(arguments: argparse.Namespace, console: Console) -> int:
-    sources = [Path(path) for path in expand_paths(arguments.sources)]
+    sources = local_files(arguments.sources)
     names = ("min_similarity", "images_per_sentence", "max_images", "min_images", "max_text_bytes", "max_image_pixels")
     options = ReadOptions(seed=arguments.seed, **{name: getattr(arguments, name) for name in names})
-    manifest = build(
+    built = build(
         sources,
         arguments.out,
         arguments.format,
@@ -82,30 +95,42 @@ def run_build(arguments: argparse.Namespace, console: Console) -> int:
         skip_unreadable=arguments.skip_unreadable,
         console=console,
     )
-    table = Table("left out", "times")
+    if not built.is_new:
+        _say(console, f"{arguments.out}: already built from these files; name a new folder to build again")
+    _show_manifest(built.manifest, arguments.out, console)
+    return 0
+
+
+def _show_manifest(manifest: dict[str, Any], out: Path, console: Console) -> None:
+    units = manifest["sources"]
+    table = Table("left out", "times", "in")
     for reason, count in sorted(manifest["skips"].items(), key=lambda item: -item[1]):
-        table.add_row(reason, str(count))
+        example = next(unit["examples"][reason][0] for unit in units if reason in unit["examples"])
+        table.add_row(Text(reason), str(count), Text(example if count == 1 else f"{example}, ..."))
     if manifest["skips"]:
         console.print(table)
-    units = manifest["sources"]
-    sums = {name: sum(unit[name] for unit in units) for name in ("documents", "pairs", "images")}
-    found = ", ".join(f"{count} {name}" for name, count in sums.items() if count)
+    names = ("documents", "pairs", "images", "records", "incomplete")
+    sums = {name: sum(unit[name] for unit in units) for name in names}
+    found = ", ".join(f"{sums[name]} {name}" for name in names[:3] if sums[name])
     duplicates = f", {manifest['duplicates']} duplicates left out" if manifest["duplicates"] else ""
-    console.print(
-        f"{arguments.out}: {len(manifest['shards'])} shards of {found}{duplicates}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-    for unit in units:
-        if unit["problem"]:
-            console.print(f"not read: {unit['problem']}", highlight=False, markup=False, soft_wrap=True)
-    return 0
+    if sums["incomplete"]:
+        _say(console, f"of {sums['incomplete']} of {sums['records']} records something or everything was left out")
+    if manifest["longest_text_bytes"] > MAX_TEXT_BYTES:
+        longest = manifest["longest_text_bytes"]
+        _say(console, f"the longest document has {longest} bytes of text: train with data.max_text_bytes={longest}")
+    for problem in [*manifest["image_problems"], *(unit["problem"] for unit in units if unit["problem"])]:
+        _say(console, f"not read: {problem}")
+    _say(console, f"{out}: {len(manifest['shards'])} shards of {found}{duplicates}")
+
+
+def _say(console: Console, line: str) -> None:
+    """A line with names in it, which are no markup and are not broken."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def run_check(arguments: argparse.Namespace, console: Console) -> int:
     check_output("--json", arguments.json)
-    reports = check_shards(expand_paths(arguments.shards), arguments.workers, console)
+    reports = check_shards(expand_paths(arguments.shards), arguments.workers, console, arguments.max_text_bytes)
     total = total_of(reports)
     show(reports, console)
     if arguments.json:

@@ -1,8 +1,9 @@
 """Any published format to shards: ``python -m lcl_ds.data build``.
 
-One source file is one unit of work. A finished unit lies whole in ``OUT/.build``, so a build that was killed goes on
-with the next one; when all are there, their shards are put in place, without duplicates where that is asked for. What
-comes out depends on the sources and settings alone, to the byte: not on workers, kills or order of completion.
+One source file is one unit of work. A finished unit lies whole in ``OUT/.build``, so a build that was killed, or whose
+disk was full, goes on with the next one; when all are there, their shards are put in place, without duplicates where
+that is asked for. What comes out depends on the sources and settings alone, to the byte: not on workers, kills or order
+of completion.
 """
 
 import hashlib
@@ -14,31 +15,44 @@ import tarfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lcl_ds.data.documents import BadSampleError
+from lcl_ds.data.documents import MAX_TEXT_BYTES, BadSampleError, document_of, printable, text_bytes
 from lcl_ds.data.formats import READERS
 from lcl_ds.data.formats.local_images import open_images
 from lcl_ds.data.formats.record import IMAGE_MEMBERS, ReadOptions, SourceDocument
 from lcl_ds.data.formats.tars import read_tar
 from lcl_ds.data.images import check_image
 from lcl_ds.data.shards import index_shard
+from lcl_ds.data.storage import expand_paths, is_remote
 from lcl_ds.errors import UserError
-from lcl_ds.files import only_one, write_whole
+from lcl_ds.files import PARTIAL, naming, only_one, write_whole, writing
 
-VERSION = 1
+VERSION = 2
 WORK, MANIFEST, LIST = ".build", "manifest.json", "shards.txt"
+SETTINGS, UNIT, HASHES = "settings.json", "unit.json", "hashes"
 REPORT_EVERY = 64
 """Documents between two reports of a worker."""
+EXAMPLES = 3
+"""Keys of records that are kept for each reason why something was left out."""
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+}
+"""First bytes of compressed files."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,40 @@ class Job:
         return self.work / f"{self.number:06d}"
 
 
+@dataclass(frozen=True)
+class Built:
+    """What :func:`build` leaves."""
+
+    manifest: dict[str, Any]
+    is_new: bool
+    """False: a finished build was found and nothing was done."""
+
+
+def local_files(patterns: Sequence[str]) -> list[Path]:
+    """The files that paths, globs, braces and lists name.
+
+    Raises:
+        UserError: there are none, or no plain files; says what to do.
+    """
+    _refuse_streams(patterns)
+    locations = expand_paths(patterns)
+    _refuse_streams(locations)
+    for path in map(Path, locations):
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; name its files, as in '{path}/*'")
+        if not path.is_file():
+            raise UserError(f"{path}: is no plain file; write what it gives to one and name that")
+    return [Path(location) for location in locations]
+
+
+def _refuse_streams(locations: Iterable[str]) -> None:
+    for location in locations:
+        if location.startswith("pipe:"):
+            raise UserError(f"{location}: build reads files; write the command's output to one and name that")
+        if is_remote(location):
+            raise UserError(f"{location}: build reads local files; download it and name the copy")
+
+
 def build(
     sources: list[Path],
     out: Path,
@@ -70,7 +118,7 @@ def build(
     deduplicate: bool = False,
     skip_unreadable: bool = False,
     console: Console | None = None,
-) -> dict[str, Any]:
+) -> Built:
     """Write shards, their indices, a list of them and a manifest.
 
     Args:
@@ -81,70 +129,165 @@ def build(
         deduplicate: of documents with the same texts and images in the same order, keep the first.
         skip_unreadable: go on without source files that cannot be read, and name them in the manifest.
 
-    Returns:
-        The manifest.
-
     Raises:
         UserError: the folder holds something else; a source cannot be read; nothing came of them all.
+        OSError: the machine cannot do it; what is finished stays, what is not is removed.
     """
     settings = {
         "version": VERSION,
         "format": format,
-        "sources": [[source.name, source.stat().st_size] for source in sources],
-        "images": [str(place) for place in images],
+        "sources": [_identity(source) for source in sources],
+        "images": [_identity(place) if place.is_file() else [os.path.abspath(place)] for place in images],
         "options": {k: v for k, v in asdict(options).items() if k != "images"},
         "shard_samples": shard_samples,
         "deduplicate": deduplicate,
     }
-    finished = _read_json(out / MANIFEST)
-    work = out / WORK
-    if finished is not None and finished.get("settings") == settings:
-        shutil.rmtree(work, ignore_errors=True)
-        return finished
+    finished = _finished(out, settings)
+    if finished is not None:
+        return Built(finished, is_new=False)
     _claim(out, settings)
+    work = out / WORK
     with only_one(work / "build"):
-        options = replace(options, images=open_images(images, work))
-        jobs = [Job(i, source, format, options, shard_samples, work) for i, source in enumerate(sources)]
-        _run([job for job in jobs if not job.folder.exists()], len(jobs), workers, console)
-        units = [_read_json(job.folder / "unit.json") or {} for job in jobs]
-        problems = [unit["problem"] for unit in units if unit["problem"]]
-        if problems and not skip_unreadable:
-            for job, unit in zip(jobs, units, strict=True):
-                if unit["problem"]:
-                    shutil.rmtree(job.folder)  # so that it is read again once it was mended
-            raise UserError([*problems, "mend these sources, or go on without them: --skip-unreadable"])
-        if not any(unit["samples"] for unit in units):
-            raise UserError([f"{out}: no documents came of the sources; left out were:", *_most(units)])
-        manifest = _publish(jobs, units, out, settings)
-    shutil.rmtree(work)
+        finished = _finished(out, settings)  # another process may have been at it meanwhile
+        if finished is not None:
+            shutil.rmtree(work, ignore_errors=True)
+            return Built(finished, is_new=False)
+        _remove_parts(out)
+        try:
+            found, image_problems = open_images(images, work, skip_unreadable)
+            options = replace(options, images=found)
+            jobs = [Job(i, source, format, options, shard_samples, work) for i, source in enumerate(sources)]
+            _run([job for job in jobs if _unit(job) is None], len(jobs), workers, console)
+            units = [_unit(job) or {} for job in jobs]
+            _refuse_problems(jobs, units, out, skip_unreadable)
+            manifest = _publish(jobs, units, out, settings, image_problems)
+        except BaseException:
+            _remove_parts(out)
+            raise
+        shutil.rmtree(work)
+    return Built(manifest, is_new=True)
+
+
+def _identity(path: Path) -> list[str | int]:
+    """By what a file is known again: path, bytes and time of its last change."""
+    status = path.stat()
+    return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
+
+
+def _finished(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a finished build; None where there is none.
+
+    Raises:
+        UserError: it is of other sources or settings, or its shards are no longer what they were.
+    """
+    manifest = _read_json(out / MANIFEST)
+    if manifest is None or "settings" not in manifest:
+        return None
+    if manifest["settings"] != _as_json(settings):
+        difference = _difference(manifest["settings"], _as_json(settings))
+        raise UserError(f"{out}: it holds a finished build of other {difference}; name a new folder")
+    changed = [name for name, facts in manifest["shards"].items() if not _is_unchanged(out / name, facts)]
+    if changed:
+        raise UserError(
+            f"{out}: it holds a finished build, but {len(changed)} of its {len(manifest['shards'])} shards are gone "
+            f"or changed, the first {changed[0]}; name a new folder, or remove this one to build again"
+        )
     return manifest
 
 
+def _is_unchanged(shard: Path, facts: dict[str, Any]) -> bool:
+    try:
+        return shard.stat().st_size == facts["bytes"] and index_shard(shard).fingerprint() == facts["layout"]
+    except (FileNotFoundError, UserError):
+        return False
+
+
 def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Raises: UserError when the folder holds something else."""
-    saved = _read_json(out / WORK / "settings.json")
+    """Make the folder this build's.
+
+    Raises:
+        UserError: it is a file, or holds something else.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; name a new folder")
+    saved = _read_json(out / WORK / SETTINGS)
     if saved is None:
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and any(path.name != WORK for path in out.iterdir()):
             raise UserError(f"{out}: it is not empty and holds no build that could go on; name a new folder")
-        (out / WORK).mkdir(parents=True)
-        write_whole(out / WORK / "settings.json", json.dumps(settings).encode())
-    elif saved != json.loads(json.dumps(settings)):
-        raise UserError(f"{out}: it holds an unfinished build of other sources or settings; name a new folder")
+        is_new = not out.exists()
+        try:
+            (out / WORK).mkdir(parents=True, exist_ok=True)
+            write_whole(out / WORK / SETTINGS, json.dumps(settings))
+        except BaseException:
+            shutil.rmtree(out / WORK, ignore_errors=True)
+            if is_new:
+                with suppress(OSError):  # the first error is the one to report
+                    out.rmdir()
+            raise
+    elif saved != _as_json(settings):
+        difference = _difference(saved, _as_json(settings))
+        raise UserError(f"{out}: it holds an unfinished build of other {difference}; name a new folder")
+
+
+def _difference(saved: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between the settings of two builds, in words."""
+    paths = {source[0] for source in now["sources"]}
+    if paths == {source[0] for source in saved.get("sources", [["", 0]])}:
+        changed = [source[0] for source in now["sources"] if source not in saved["sources"]]
+        if changed:
+            return f"contents of its sources ({len(changed)} changed since, the first {printable(changed[0])})"
+    old, new = ({**settings, **settings.get("options", {})} for settings in (saved, now))
+    names = [name for name in new if name != "options" and old.get(name) != new[name]]
+    return f"sources or settings ({', '.join(names)})"
+
+
+def _remove_parts(out: Path) -> None:
+    """What a try that ended left half done; only for the process that holds the lock."""
+    for folder in (out, out / WORK):
+        with suppress(OSError):  # what cannot be removed now is removed at the next start
+            for path in folder.iterdir():
+                if folder != out and path.is_dir() and path.suffix:
+                    shutil.rmtree(path, ignore_errors=True)
+                elif path.name.startswith(".") and path.suffix == PARTIAL:
+                    path.unlink(missing_ok=True)
+
+
+def _as_json(value: dict[str, Any]) -> Any:
+    """As it is after it was kept: tuples are lists."""
+    return json.loads(json.dumps(value))
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        read: dict[str, Any] = json.loads(path.read_text())
+        read = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return read
+    return read if isinstance(read, dict) else None
 
 
-def _most(units: list[dict[str, Any]]) -> list[str]:
-    skips: Counter[str] = Counter()
-    for unit in units:
-        skips.update(unit["skips"])
-    return [f"{count} times {reason}" for reason, count in skips.most_common(5)] or ["nothing"]
+def _unit(job: Job) -> dict[str, Any] | None:
+    """What is known of a finished source file; None for one that has to be read."""
+    unit = _read_json(job.folder / UNIT)
+    hashes = job.folder / HASHES
+    if unit is None or not hashes.is_file() or hashes.stat().st_size != 16 * unit["samples"]:
+        return None
+    return unit
+
+
+def _refuse_problems(jobs: list[Job], units: list[dict[str, Any]], out: Path, skip_unreadable: bool) -> None:
+    """Raises: UserError for sources that cannot be read, unless they may be skipped, and where nothing came of any."""
+    problems = [unit["problem"] for unit in units if unit["problem"]]
+    if problems and not skip_unreadable:
+        for job, unit in zip(jobs, units, strict=True):
+            if unit["problem"]:
+                shutil.rmtree(job.folder)  # so that it is read again once it was mended
+        raise UserError([*problems, "mend these sources, or go on without them: --skip-unreadable"])
+    if not any(unit["samples"] for unit in units):
+        skips: Counter[str] = Counter()
+        for unit in units:
+            skips.update(unit["skips"])
+        most = [f"{count} times {reason}" for reason, count in skips.most_common(5)] or ["nothing"]
+        raise UserError([f"{out}: no documents came of the sources; left out were:", *problems, *most])
 
 
 def _run(jobs: list[Job], total: int, workers: int, console: Console | None) -> None:
@@ -190,39 +333,108 @@ def _end_with(parent: int) -> None:
 def _build_unit(job: Job) -> None:
     partial = job.folder.with_suffix(f".{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    skips: Counter[str] = Counter()
-    hashes: list[bytes] = []
-    counts: Counter[str] = Counter()
-    problem = None
     try:
-        with _ShardFiles(partial, job) as files:
-            for number, document in enumerate(READERS[job.format](job.source, job.options)):
-                skips.update(document.skips)
-                if document.texts:
-                    key = f"{job.number:06d}-{len(hashes):08d}"
-                    files.write(key, to_members(document, key))
-                    hashes.append(content_hash(document))
-                    counts["pairs" if document.is_pair else "documents"] += 1
-                    counts["images"] += sum(image is not None for image in document.images)
-                if number % REPORT_EVERY == 0:
-                    with _counter.get_lock():
-                        _counter.value += REPORT_EVERY
-            if not hashes and not skips:
-                raise UserError(f"{job.source}: it holds no records")
-    except UserError as error:
-        problem = str(error)
-    unit = {
-        "source": job.source.name,
-        "samples": len(hashes),
-        **{key: counts[key] for key in ("documents", "pairs", "images")},
-        "skips": dict(sorted(skips.items())),
-        "problem": problem,
-    }
-    np.save(partial / "hashes.npy", np.frombuffer(b"".join(hashes), dtype="<u8").reshape(-1, 2))
-    (partial / "unit.json").write_text(json.dumps(unit))
-    shutil.rmtree(job.folder, ignore_errors=True)
-    partial.rename(job.folder)
+        partial.mkdir(parents=True)
+        findings = _Findings()
+        problem = None
+        try:
+            with _ShardFiles(partial, job) as files:
+                _write_documents(job, files, findings)
+        except UserError as error:
+            problem = printable(str(error))
+        write_whole(partial / HASHES, b"".join(findings.hashes))
+        write_whole(partial / UNIT, json.dumps(findings.as_dict(job.source.name, problem)))
+        shutil.rmtree(job.folder, ignore_errors=True)
+        partial.rename(job.folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+@dataclass
+class _Findings:
+    """What came of one source file."""
+
+    hashes: list[bytes] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    skips: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    longest_text_bytes: int = 0
+
+    def add(self, document: SourceDocument) -> None:
+        """A document that was written."""
+        self.hashes.append(content_hash(document))
+        self.counts["pairs" if document.is_pair else "documents"] += 1
+        self.counts["images"] += sum(image is not None for image in document.images)
+        length = text_bytes(text for text in document.texts if text is not None)
+        self.longest_text_bytes = max(self.longest_text_bytes, length)
+
+    def leave_out(self, key: str, reasons: Iterable[str]) -> None:
+        """What a record lost, or why it was lost as a whole."""
+        lost = list(reasons)
+        self.counts["incomplete"] += bool(lost)
+        for reason in lost:
+            self.skips[reason] += 1
+            examples = self.examples.setdefault(reason, [])
+            if len(examples) < EXAMPLES and key not in examples:
+                examples.append(key)
+
+    def as_dict(self, source: str, problem: str | None) -> dict[str, Any]:
+        """JSON; ``incomplete`` counts the records of which something or everything was left out."""
+        return {
+            "source": printable(source),
+            "samples": len(self.hashes),
+            **{name: self.counts[name] for name in ("records", "incomplete", "documents", "pairs", "images")},
+            "longest_text_bytes": self.longest_text_bytes,
+            "skips": dict(sorted(self.skips.items())),
+            "examples": dict(sorted(self.examples.items())),
+            "problem": problem,
+        }
+
+
+def _write_documents(job: Job, files: "_ShardFiles", findings: _Findings) -> None:
+    """Raises: UserError when the source cannot be read or holds nothing."""
+    _refuse_compressed(job.source)
+    for document in READERS[job.format](job.source, job.options):
+        reasons = list(document.skips)
+        if document.texts:
+            key = f"{job.number:06d}-{len(findings.hashes):08d}"
+            try:
+                files.write(key, _checked_members(document, key, job.options))
+            except BadSampleError as problem:
+                reasons.append(problem.reason)
+            else:
+                findings.add(document)
+        findings.leave_out(document.key, reasons)
+        if findings.counts["records"] % REPORT_EVERY == 0:
+            with _counter.get_lock():
+                _counter.value += REPORT_EVERY
+        findings.counts["records"] += 1
+    if not findings.counts["records"]:
+        raise UserError(f"{job.source}: it holds no records")
+
+
+def _refuse_compressed(source: Path) -> None:
+    try:
+        with source.open("rb") as file:
+            head = file.read(8)
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read: {error.strerror or error}") from error
+    for start, name in COMPRESSED.items():
+        if head.startswith(start):
+            raise UserError(f"{source}: it is compressed with {name}; unpack it and name the unpacked file")
+
+
+def _checked_members(document: SourceDocument, key: str, options: ReadOptions) -> dict[str, bytes]:
+    """The members of a sample, after training's own reader took them.
+
+    Raises:
+        BadSampleError: it would refuse them.
+    """
+    members = to_members(document, key)
+    sizes = {suffix: len(data) for suffix, data in members.items()}
+    document_of(key, sizes, members.__getitem__, options.max_text_bytes)
+    return members
 
 
 class _ShardFiles:
@@ -231,22 +443,39 @@ class _ShardFiles:
     def __init__(self, folder: Path, job: Job):
         self.folder, self.job = folder, job
         self.written = 0
+        self.path = folder
+        self.file: IO[bytes] | None = None
         self.tar: tarfile.TarFile | None = None
 
     def __enter__(self) -> "_ShardFiles":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.tar is not None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, UserError):
+            self._finish()
+        elif self.file is not None:
+            with suppress(OSError):  # the first error is the one to report
+                self.file.close()
+
+    def _finish(self) -> None:
+        if self.file is None or self.tar is None:
+            return
+        with naming(self.path), self.file:
             self.tar.close()
+            self.file.flush()
+            os.fsync(self.file.fileno())
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
+        """Raises: OSError, with a path."""
         part, place = divmod(self.written, self.job.shard_samples)
         if place == 0:
-            self.__exit__()
-            self.tar = tarfile.TarFile(self.folder / f"{self.job.number:06d}-{part:05d}.tar", "w")
+            self._finish()
+            self.path = self.folder / f"{self.job.number:06d}-{part:05d}.tar"
+            self.file = self.path.open("wb")
+            self.tar = tarfile.TarFile(fileobj=self.file, mode="w")
         assert self.tar is not None
-        add_sample(self.tar, key, members)
+        with naming(self.path):
+            add_sample(self.tar, key, members)
         self.written += 1
 
 
@@ -282,7 +511,7 @@ def to_members(document: SourceDocument, key: str) -> dict[str, bytes]:
 
 
 def _dump(record: dict[str, Any]) -> bytes:
-    return json.dumps(record, ensure_ascii=False).encode()
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
 
 
 def content_hash(document: SourceDocument) -> bytes:
@@ -304,9 +533,11 @@ def first_of_each(hashes: np.ndarray) -> np.ndarray:
     return first
 
 
-def _publish(jobs: list[Job], units: list[dict[str, Any]], out: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def _publish(
+    jobs: list[Job], units: list[dict[str, Any]], out: Path, settings: dict[str, Any], image_problems: list[str]
+) -> dict[str, Any]:
     """Put all shards in place. May be killed and run again at any point."""
-    hashes = np.concatenate([np.load(job.folder / "hashes.npy") for job in jobs])
+    hashes = np.concatenate([_hashes(job) for job in jobs])
     keep = first_of_each(hashes) if settings["deduplicate"] else np.ones(len(hashes), dtype=bool)
     shards: dict[str, Any] = {}
     start = 0
@@ -318,23 +549,34 @@ def _publish(jobs: list[Job], units: list[dict[str, Any]], out: Path, settings: 
             if not kept.any():
                 continue
             _put_in_place(job.folder / name, out / name, kept)
-            index_shard(out / name)
-            shards[name] = {"samples": int(kept.sum()), "bytes": (out / name).stat().st_size}
+            layout = index_shard(out / name).fingerprint()
+            shards[name] = {
+                "samples": int(kept.sum()),
+                "bytes": (out / name).stat().st_size,
+                "layout": layout,
+            }
         start = end
     skips: Counter[str] = Counter()
     for unit in units:
         skips.update(unit["skips"])
     manifest = {
-        "settings": json.loads(json.dumps(settings)),
+        "settings": _as_json(settings),
         "samples": int(keep.sum()),
         "duplicates": int((~keep).sum()),
+        "longest_text_bytes": max(unit["longest_text_bytes"] for unit in units),
         "skips": dict(sorted(skips.items())),
+        "image_problems": [printable(problem) for problem in image_problems],
         "sources": units,
         "shards": shards,
     }
-    write_whole(out / LIST, "".join(f"{name}\n" for name in shards).encode())
-    write_whole(out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    write_whole(out / LIST, "".join(f"{name}\n" for name in shards))
+    write_whole(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return manifest
+
+
+def _hashes(job: Job) -> np.ndarray:
+    """uint64 [N, 2]"""
+    return np.frombuffer((job.folder / HASHES).read_bytes(), dtype="<u8").reshape(-1, 2)
 
 
 def _put_in_place(staged: Path, final: Path, kept: np.ndarray) -> None:
@@ -343,12 +585,18 @@ def _put_in_place(staged: Path, final: Path, kept: np.ndarray) -> None:
     if kept.all():
         staged.replace(final)
         return
-    partial = final.with_name(f".{final.name}.partial")
-    with tarfile.TarFile(partial, "w") as tar:
+    with writing(final) as file, tarfile.TarFile(fileobj=file, mode="w") as tar:
         for wanted, (key, parts) in zip(kept, read_tar(staged), strict=True):
             if isinstance(parts, BadSampleError):
                 raise UserError(f"{staged}: it was damaged since it was written; remove it and build again")
             if wanted:
                 add_sample(tar, key, parts)
-    partial.replace(final)
     staged.unlink()
+
+
+def text_limit_of(shard: str) -> int:
+    """How many bytes of text a document of a shard may have: more than usual where it was built so, as is recorded."""
+    manifest = None if is_remote(shard) else _read_json(Path(shard).parent / MANIFEST)
+    if manifest is None or Path(shard).name not in manifest.get("shards", {}):
+        return MAX_TEXT_BYTES
+    return max(MAX_TEXT_BYTES, int(manifest.get("longest_text_bytes", 0)))

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from lcl_ds.data.build import text_limit_of
 from lcl_ds.data.documents import BadSampleError, read_document
 from lcl_ds.data.images import check_image
 from lcl_ds.data.shards import Sample, Source, index_shard
@@ -23,22 +25,30 @@ Report = dict[str, Any]
 """JSON: ``shard``, the counts, ``formats``, ``short_side`` of the images, ``problems`` and ``reasons``."""
 
 
-def check_shards(paths: list[str], workers: int = 1, console: Console | None = None) -> list[Report]:
+def check_shards(
+    paths: list[str], workers: int = 1, console: Console | None = None, max_text_bytes: int | None = None
+) -> list[Report]:
     """A report on every shard, in order.
 
     Args:
         workers: processes.
+        max_text_bytes: see :func:`check_shard`.
     """
+    check_one = partial(check_shard, max_text_bytes=max_text_bytes)
     if workers <= 1:
-        return [check_shard(path) for path in track(paths, "shards", console=console)]
+        return [check_one(path) for path in track(paths, "shards", console=console)]
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        results = pool.map(check_shard, paths)
+        results = pool.map(check_one, paths)
         return list(track(results, "shards", total=len(paths), console=console))
 
 
-def check_shard(path: str) -> Report:
-    """Read all samples of a shard as training would, and decode all their images."""
-    report = _Findings(path)
+def check_shard(path: str, max_text_bytes: int | None = None) -> Report:
+    """Read all samples of a shard as training would, and decode all their images.
+
+    Args:
+        max_text_bytes: a document with more text is a problem; None: 1 MiB, or what the shard was built with.
+    """
+    report = _Findings(path, text_limit_of(path) if max_text_bytes is None else max_text_bytes)
     try:
         source = Source("check", [index_shard(path, rescan=True)])
     except UserError as error:
@@ -62,8 +72,9 @@ def check_shard(path: str) -> Report:
 class _Findings:
     """What was found in one shard."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, max_text_bytes: int):
         self.path = path
+        self.max_text_bytes = max_text_bytes
         self.counts: Counter[str] = Counter()
         self.formats: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
@@ -90,7 +101,7 @@ class _Findings:
 
 def _check_sample(source: Source, number: int, sample: Sample, report: _Findings) -> None:
     report.counts["samples"] += 1
-    document = read_document(source, number)
+    document = read_document(source, number, report.max_text_bytes)
     report.counts["pairs" if document.is_pair else "documents"] += 1
     report.counts["text_characters"] += sum(len(text) for text in document.segments if isinstance(text, str))
     for suffix in document.images:

@@ -1,6 +1,8 @@
 """The one document type and how samples of a shard become documents."""
 
 import json
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +10,11 @@ from lcl_ds.data.shards import Source
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 MAX_TEXT_BYTES = 1 << 20
-"""Of a ``.json`` or ``.txt`` member; a longer one is no document but a dump."""
+"""Of all texts of a document in UTF-8; a longer one is no document but a dump."""
+JSON_PER_TEXT = 16
+"""A ``.json`` member may have so many times the bytes of the longest text: names, escapes and lists take room too."""
+
+TOO_MUCH_TEXT = "a document with too much text"
 
 
 class BadSampleError(Exception):
@@ -54,59 +60,110 @@ class Document:
 
 
 def read_document(source: Source, number: int, max_text_bytes: int = MAX_TEXT_BYTES) -> Document:
-    """The document of one sample: an interleaved one (``.json`` with parallel ``texts`` and ``images`` lists, as in
-    OBELICS, images naming member suffixes) or an image-text pair as img2dataset writes it (``.jpg`` and ``.txt``).
+    """The document of one sample of a shard; see :func:`document_of`.
+
+    Raises:
+        BadSampleError: there is none, or it is damaged.
+    """
+    sample = source.sample(number)
+    sizes = {suffix: size for suffix, (_, size) in sample.parts.items()}
+    key = f"{source.name}/{sample.key}"
+    return document_of(key, sizes, lambda suffix: source.read(number, suffix), max_text_bytes)
+
+
+def document_of(
+    key: str, sizes: Mapping[str, int], read: Callable[[str], bytes], max_text_bytes: int = MAX_TEXT_BYTES
+) -> Document:
+    """A sample's document: an interleaved one (``.json`` with parallel ``texts`` and ``images`` lists, as in OBELICS,
+    images naming member suffixes) or an image-text pair as img2dataset writes it (``.jpg`` and ``.txt``).
 
     A document may hold a third parallel list, ``matched_text_index`` (the name is MMC4's): per image the index in
     ``texts`` of the sentence that describes it.
 
+    Args:
+        sizes: bytes of each member, by suffix.
+        read: gives a member's bytes.
+        max_text_bytes: of all texts together, in UTF-8.
+
     Raises:
         BadSampleError: neither, or damaged.
     """
-    sample = source.sample(number)
-    if any(sample.parts[suffix][1] > max_text_bytes for suffix in ("txt", "json") if suffix in sample.parts):
-        raise BadSampleError("a document with too much text")
-    if "txt" in sample.parts:
-        return _read_pair(source, number)
-    if "json" not in sample.parts:
+    if sizes.get("txt", 0) > max_text_bytes:
+        raise BadSampleError(TOO_MUCH_TEXT)
+    if "txt" in sizes:
+        return _read_pair(key, sizes, read)
+    if "json" not in sizes:
         raise BadSampleError("neither a document (.json) nor a pair (.txt and image)")
-    record = _load_json(source.read(number, "json"))
+    if sizes["json"] > JSON_PER_TEXT * max_text_bytes:
+        raise BadSampleError("json that is too large")
+    record = _load_json(read("json"))
     texts, images = record.get("texts"), record.get("images")
     if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
         raise BadSampleError("json without parallel lists 'texts' and 'images'")
-    matched = record.get("matched_text_index", [None] * len(images))
+    matched = record.get("matched_text_index")
+    matched = [None] * len(images) if matched is None else matched
     if not isinstance(matched, list) or len(matched) != len(images):
         raise BadSampleError("json with a list 'matched_text_index' that is not parallel to 'images'")
     segments: list[str | int] = []
     suffixes: list[str] = []
-    places: dict[Any, int] = {}
-    wanted: list[Any] = []
+    places: dict[int | None, int] = {}
+    wanted: list[int | None] = []
     missing = 0
     for number, (text, image, match) in enumerate(zip(texts, images, matched, strict=True)):
-        if isinstance(text, str) and text.strip():
+        if text is not None and not isinstance(text, str):
+            raise BadSampleError("a text that is no string")
+        if text is not None and text.strip():
             places[number] = len(segments)
             segments.append(_valid(text))
-        if isinstance(image, str) and image.lower() in sample.parts:
+        if isinstance(image, str) and image.lower() in sizes:
             segments.append(len(suffixes))
             suffixes.append(image.lower())
-            wanted.append(match if isinstance(match, int) else None)
+            wanted.append(whole_number(match))
         elif image is not None:
             missing += 1
     if not segments:
         raise BadSampleError("a document without text and images")
+    if text_bytes(segment for segment in segments if isinstance(segment, str)) > max_text_bytes:
+        raise BadSampleError(TOO_MUCH_TEXT)
     matches = tuple(places.get(match) for match in wanted)
-    return Document(f"{source.name}/{sample.key}", tuple(segments), tuple(suffixes), matches, missing_images=missing)
+    return Document(key, tuple(segments), tuple(suffixes), matches, missing_images=missing)
 
 
-def _read_pair(source: Source, number: int) -> Document:
-    sample = source.sample(number)
-    suffix = next((s for s in IMAGE_SUFFIXES if s in sample.parts), None)
+def _read_pair(key: str, sizes: Mapping[str, int], read: Callable[[str], bytes]) -> Document:
+    suffix = next((s for s in IMAGE_SUFFIXES if s in sizes), None)
     if suffix is None:
         raise BadSampleError("a pair without an image")
-    text = _decode_text(source.read(number, "txt"))
+    text = _decode_text(read("txt"))
     if not text.strip():
         raise BadSampleError("a pair without text")
-    return Document(f"{source.name}/{sample.key}", (text, 0), (suffix,), is_pair=True)
+    return Document(key, (text, 0), (suffix,), is_pair=True)
+
+
+def text_bytes(texts: Iterable[str]) -> int:
+    """How much text a document has, in bytes of UTF-8: what ``build``, ``check`` and training limit."""
+    return sum(len(text.encode("utf-8")) for text in texts)
+
+
+def printable(name: str) -> str:
+    """A name as text that can be written: bytes of a file's name that are not UTF-8 are escaped."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def number_or_none(value: Any) -> float | None:
+    """A finite number, also one that was written as a string; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def whole_number(value: Any) -> int | None:
+    """A whole number, also as ``2.0`` or ``"2"``, as some libraries write a list with gaps; None for anything else."""
+    number = number_or_none(value)
+    return int(number) if number is not None and number.is_integer() else None
 
 
 def read_labels(source: Source, number: int) -> list[dict[str, Any] | None]:

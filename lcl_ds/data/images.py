@@ -2,11 +2,13 @@
 
 import io
 import math
-import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from lcl_ds.data.documents import BadSampleError
 
@@ -21,9 +23,23 @@ CROP_RATIOS = (3 / 4, 4 / 3)
 CROP_TRIES = 10
 ORIENTATION = 0x0112
 """EXIF tag."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its EXIF orientation; 1 is upright."""
 
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, struct.error)
-"""What Pillow's readers raise on damaged bytes; caught around its calls alone."""
+JPEG_START, PNG_START = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+EXIF_START = b"Exif\0\0"
+JPEG_NOTES = frozenset((*range(0xE1, 0xEE), 0xEF, 0xFE))
+"""JPEG segments that no pixel depends on: EXIF, profiles, previews, comments. JFIF and Adobe tell the colour space."""
+JPEG_SCAN = 0xDA
+PNG_TRANSPARENCY, PNG_EXIF = b"tRNS", b"eXIf"
 
 Box = tuple[float, float, float, float]
 
@@ -90,19 +106,18 @@ def check_image(data: bytes, max_pixels: int = MAX_PIXELS, decode: bool = True) 
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An image of which only the header was read.
+    """An image of which only the header was read, with its EXIF block in ``info``.
 
     Raises:
         BadSampleError: of another format, or of a size that no picture has.
     """
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except UnidentifiedImageError:
-        raise BadSampleError("an image in none of the accepted formats") from None
-    except Image.DecompressionBombError:
-        raise BadSampleError("an image with too many pixels") from None
-    except DAMAGE:
-        raise BadSampleError("a damaged image") from None
+    pixels, exif = _without_notes(data)
+    with _damage_as("a damaged image"):
+        # Pillow takes a JPEG that holds a second picture for a format of its own; the first one is that of the page.
+        is_jpeg = pixels.startswith(JPEG_START)
+        image = JpegImageFile(io.BytesIO(pixels)) if is_jpeg else Image.open(io.BytesIO(pixels), formats=FORMATS)
+    if exif:
+        image.info["exif"] = EXIF_START + exif
     _check_size(image, max_pixels)
     return image
 
@@ -113,13 +128,75 @@ def page_of(data: bytes, number: int, max_pixels: int = MAX_PIXELS) -> Image.Ima
     Raises:
         BadSampleError: there is no such page, it is damaged, or of a size that no picture has.
     """
-    try:
+    with _damage_as("a page that is not there or damaged"):
         image = Image.open(io.BytesIO(data), formats=("TIFF",))
         image.seek(number)
-    except (*DAMAGE, Image.DecompressionBombError):
-        raise BadSampleError("a page that is not there or damaged") from None
     _check_size(image, max_pixels)
     return _decode(image, orientation=1, shrink=1)
+
+
+@contextmanager
+def _damage_as(reason: str) -> Iterator[None]:
+    """Around calls of Pillow alone: on damaged bytes its readers raise errors of any kind.
+
+    Raises:
+        BadSampleError: for any of them.
+    """
+    try:
+        yield
+    except UnidentifiedImageError:
+        raise BadSampleError("an image in none of the accepted formats") from None
+    except Image.DecompressionBombError:
+        raise BadSampleError("an image with too many pixels") from None
+    except MemoryError:
+        raise BadSampleError("an image that does not fit into memory") from None
+    except Exception:
+        raise BadSampleError(reason) from None
+
+
+def _without_notes(data: bytes) -> tuple[bytes, bytes]:
+    """A JPEG or PNG without what no pixel depends on, and its EXIF block, which tells the orientation.
+
+    Texts, colour profiles and previews of any size or kind then reach no reader that could stumble over them. Where the
+    structure is damaged the rest is left as it is; what is of another format stays untouched.
+    """
+    if data.startswith(JPEG_START):
+        return _jpeg_without_notes(data)
+    if data.startswith(PNG_START):
+        return _png_without_notes(data)
+    return data, b""
+
+
+def _jpeg_without_notes(data: bytes) -> tuple[bytes, bytes]:
+    kept, exif = [data[:2]], []
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        end = at + 2 + length
+        if marker in (JPEG_SCAN, 0xFF) or length < 2 or end > len(data):
+            break
+        if marker not in JPEG_NOTES:
+            kept.append(data[at:end])
+        elif marker == 0xE1 and data.startswith(EXIF_START, at + 4):
+            exif.append(data[at + 4 + len(EXIF_START) : end])
+        at = end
+    return b"".join([*kept, data[at:]]), b"".join(exif)
+
+
+def _png_without_notes(data: bytes) -> tuple[bytes, bytes]:
+    kept, exif = [data[: len(PNG_START)]], b""
+    at = len(PNG_START)
+    while at + 12 <= len(data):
+        length, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        end = at + 12 + length
+        if end > len(data):
+            break
+        if kind[:1].isupper() or kind == PNG_TRANSPARENCY:  # upper case: no decoder may pass it over
+            kept.append(data[at:end])
+        elif kind == PNG_EXIF:
+            exif = data[at + 8 : end - 4]
+        at = end
+    return b"".join([*kept, data[at:]]), exif
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
@@ -132,26 +209,25 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 
 def _decode(image: Image.Image, orientation: int, shrink: float) -> Image.Image:
     """RGB pixels, upright, each side divided by at most ``shrink``."""
-    try:
+    with _damage_as("a damaged image"):
         if image.format == "JPEG" and shrink >= 2:
             image.draft("RGB", (math.ceil(image.width / shrink), math.ceil(image.height / shrink)))
         image.load()
-        if orientation != 1:
-            image = ImageOps.exif_transpose(image)
-        return _to_rgb(image)
-    except DAMAGE:
-        raise BadSampleError("a damaged image") from None
+        rgb = _to_rgb(image)
+        return rgb.transpose(TURNS[orientation]) if orientation in TURNS else rgb
 
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8; 1 where none can be read."""
     if "exif" not in image.info:
         return 1
+    exif = Image.Exif()
     try:
-        value = image.getexif().get(ORIENTATION, 1)
-    except DAMAGE:
+        exif.load(image.info["exif"])
+        value = exif.get(ORIENTATION)
+        return int(value) if value in TURNS else 1
+    except Exception:  # EXIF of any kind costs no picture
         return 1
-    return value if value in range(1, 9) else 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -6,8 +6,8 @@ A record has ``data_id``, ``title``, ``summary_info`` (a list) and ``step_info``
 the same records are read too.
 """
 
-import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from lcl_ds.data.formats.record import (
     Draft,
     ReadOptions,
     SourceDocument,
-    left_out,
     list_of,
+    numbered_lines,
+    parse_json,
     parse_object,
+    read_each,
+    reading,
     string_or_none,
 )
 from lcl_ds.errors import UserError
@@ -30,45 +33,40 @@ def read_comm(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
     Raises:
         UserError: the file cannot be read.
     """
-    for number, record in enumerate(_records(path)):
-        key = f"{path.name}:{number}"
-        try:
-            if isinstance(record, bytes):
-                record = parse_object(record)
-            if not isinstance(record, dict):
-                raise BadSampleError("a record that is not an object")
-            yield _read_record(string_or_none(record.get("data_id")) or key, record, options)
-        except BadSampleError as problem:
-            yield left_out(key, problem.reason)
+    return read_each(_records(path), partial(_read_record, options=options))
 
 
-def _records(path: Path) -> Iterator[Any]:
-    try:
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    with reading(path, "CoMM's documents"):
         if path.suffix == ".jsonl":
             with path.open("rb") as file:
-                yield from (line for line in file if line.strip())
+                yield from numbered_lines(path, file)
             return
-        records = _load(path)
-    except Exception as error:  # on damaged bytes torch's reader raises errors of any kind
-        first_line = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: cannot be read: {first_line}") from error
-    if not isinstance(records, list):
-        raise UserError(f"{path}: a list of documents is expected, found {type(records).__name__}")
-    yield from records
+        records = parse_json(path.read_bytes()) if path.suffix == ".json" else _load_pth(path)
+        if not isinstance(records, list):
+            raise UserError(f"{path}: a list of documents is expected, found {type(records).__name__}")
+        for number, record in enumerate(records):
+            yield f"{path.name}:{number}", record
 
 
-def _load(path: Path) -> Any:
-    if path.suffix == ".json":
-        return json.loads(path.read_bytes())
+def _load_pth(path: Path) -> Any:
     import torch
 
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with path.open("rb") as file:  # torch itself takes no path that is not UTF-8
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _read_record(key: str, record: dict[str, Any], options: ReadOptions) -> SourceDocument:
-    draft = Draft(key, options)
+def _read_record(key: str, record: Any, options: ReadOptions) -> SourceDocument:
+    if isinstance(record, bytes):
+        record = parse_object(record)
+    if not isinstance(record, dict):
+        raise BadSampleError("a record that is not an object")
+    draft = Draft(string_or_none(record.get("data_id")) or key, options)
     draft.add_text(record.get("title"))
-    contents = list(record.get("summary_info") or [])
+    summary = record.get("summary_info")
+    if summary is not None and not isinstance(summary, list):
+        draft.skips.append("a summary that is not a list")
+    contents = list(summary) if isinstance(summary, list) else []
     for step in list_of(record, "step_info"):
         contents += step if isinstance(step, list) else [step]
     for content in contents:
@@ -76,13 +74,7 @@ def _read_record(key: str, record: dict[str, Any], options: ReadOptions) -> Sour
         if kind == "text":
             draft.add_text(content.get("content"))
         elif kind == "image":
-            draft.add_image(_find(content, options))
+            draft.add_image(partial(options.images.find, content.get("image_path"), content.get("url")))
         else:
             draft.skips.append("a content that is neither text nor image")
     return draft.finish()
-
-
-def _find(content: dict[str, Any], options: ReadOptions) -> bytes | None:
-    name, url = content.get("image_path"), content.get("url")
-    data = options.images.by_name(name) if isinstance(name, str) else None
-    return options.images.by_url(url) if data is None and isinstance(url, str) else data

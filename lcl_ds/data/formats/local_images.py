@@ -1,18 +1,40 @@
 """Images on disk that documents name by file name or by URL."""
 
+import errno
 import hashlib
 import json
 import os
 import sqlite3
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from lcl_ds.data.documents import IMAGE_SUFFIXES
+from lcl_ds.data.documents import IMAGE_SUFFIXES, BadSampleError, printable
 from lcl_ds.data.shard_index import MAX_MEMBER_BYTES, member_place
 from lcl_ds.errors import UserError
+from lcl_ds.files import partial_name
+
+NOT_THERE = "an image that is not there"
+AMBIGUOUS = "an image whose name fits several files"
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+"""What the system says of a name that no file has."""
+UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO)
+"""What it says of a single file that is there and cannot be read; other errors are of the whole machine."""
+
+SCHEMA = """
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+CREATE TABLE tars (number INTEGER PRIMARY KEY, path BLOB, problem TEXT);
+CREATE TABLE names (key BLOB, tar INTEGER, offset INTEGER, size INTEGER, PRIMARY KEY (key, tar)) WITHOUT ROWID;
+CREATE TABLE urls (digest BLOB PRIMARY KEY, tar INTEGER, offset INTEGER, size INTEGER) WITHOUT ROWID;
+CREATE TABLE flat (is_flat INTEGER);
+"""
+Place = tuple[int, int, int]
+"""Number of a tar, offset and size of a member's bytes."""
 
 
 @dataclass(frozen=True)
@@ -21,56 +43,117 @@ class LocalImages:
 
     A folder holds files by name, or named by the SHA-256 of their URL, with or without a suffix. In tars (as
     img2dataset writes them) an image is found by its member's name or by the ``url`` of the ``.json`` beside it.
+
+    Names are compared whole. Where several places have one of that name, loose files come before tars, and each in the
+    order in which they were named; within a tar the last one counts, as it would after unpacking. Since a tar may have
+    been packed further up or further down, a member is also taken where its name ends in the wanted one or the wanted
+    one in its name, if no other one fits as well.
     """
 
     folders: tuple[Path, ...] = ()
     index: Path | None = None
     """Made by :func:`index_images`."""
 
+    def find(self, name: Any, url: Any, digest: str | None = None) -> bytes:
+        """An image by its file name, else by its URL; what is no string is no name.
+
+        Args:
+            digest: the source's own hash of the URL, where it has one, by which files may be named too.
+
+        Raises:
+            BadSampleError: it is not there, its name fits several files, or it cannot be read.
+        """
+        problem = BadSampleError(NOT_THERE)
+        try:
+            data = self.by_name(name) if isinstance(name, str) else None
+        except BadSampleError as ambiguous:
+            data, problem = None, ambiguous
+        if data is None and isinstance(url, str):
+            data = self.by_url(url, digest)
+        if data is None:
+            raise problem
+        return data
+
     def by_name(self, name: str) -> bytes | None:
         """An image by file name, which may have folders in it; None when there is none.
 
         Names come from outside: those that lead out of the folder find nothing.
+
+        Raises:
+            BadSampleError: the name fits several files, or the file cannot be read.
         """
-        if not _is_plain(name):
+        parts = _parts(name)
+        if not parts:
             return None
         for folder in self.folders:
-            data = _read_inside(folder, name)
+            data = _read_inside(folder, parts)
             if data is not None:
                 return data
-        return self._from_tars(PurePosixPath(name).name)
+        place = self._place_of(parts)
+        return None if place is None else self._read(place)
 
     def by_url(self, url: str, digest: str | None = None) -> bytes | None:
         """An image by its URL; None when there is none.
 
         Args:
-            digest: the source's own hash of the URL, where it has one, by which files may be named too.
+            digest: see :meth:`find`.
+
+        Raises:
+            BadSampleError: the file cannot be read.
         """
-        for name in [url_digest(url), *([digest] if digest and _is_plain(digest) else [])]:
-            for folder in self.folders:
-                for suffix in ("", *(f".{suffix}" for suffix in IMAGE_SUFFIXES)):
-                    data = _read_inside(folder, name + suffix)
+        for name in [url_digest(url), *([digest] if digest else [])]:
+            parts = _parts(name)
+            for folder in self.folders if len(parts) == 1 else ():
+                for suffix in (b"", *(f".{suffix}".encode() for suffix in IMAGE_SUFFIXES)):
+                    data = _read_inside(folder, (parts[0] + suffix,))
                     if data is not None:
                         return data
-        return self._from_tars(url_digest(url))
+        found = self._rows("SELECT tar, offset, size FROM urls WHERE digest = ?", url_digest(url).encode())
+        return self._read(found[0]) if found else None
 
-    def _from_tars(self, name: str) -> bytes | None:
+    def _place_of(self, parts: tuple[bytes, ...]) -> Place | None:
+        """Raises: BadSampleError when several members fit alike."""
+        key = _key(parts)
+        found = self._rows("SELECT tar, offset, size FROM names WHERE key = ? ORDER BY tar LIMIT 1", key)
+        if found:
+            return found[0]
+        longer = self._rows("SELECT DISTINCT key FROM names WHERE key > ? AND key < ? LIMIT 2", key, key[:-1] + b"0")
+        if len(longer) > 1:
+            raise BadSampleError(AMBIGUOUS)
+        if longer:
+            return self._place_of(tuple(reversed(longer[0][0][:-1].split(b"/"))))
+        is_flat = bool(self._rows("SELECT 1 FROM flat WHERE is_flat"))
+        # Where there are folders, a name without any is not that of a file in a folder.
+        for first in range(1, len(parts) if is_flat else len(parts) - 1):
+            found = self._rows("SELECT tar, offset, size FROM names WHERE key = ? LIMIT 2", _key(parts[first:]))
+            if len(found) > 1:
+                raise BadSampleError(AMBIGUOUS)
+            if found:
+                return found[0]
+        return None
+
+    def _rows(self, query: str, *values: bytes) -> list[Any]:
         if self.index is None:
-            return None
-        query = "SELECT tar, offset, size FROM images JOIN tars USING (number) WHERE name = ?"
-        found = _database(self.index, os.getpid()).execute(query, (name,)).fetchone()
-        if found is None:
-            return None
-        tar, offset, size = found
-        with open(tar, "rb") as file:
+            return []
+        try:
+            return _database(self.index, os.getpid()).execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise UserError(f"{self.index}: the index of --images cannot be read ({error}); remove it") from error
+
+    def _read(self, place: Place) -> bytes:
+        tar, offset, size = place
+        ((path,),) = self._rows(f"SELECT path FROM tars WHERE number = {tar:d}")
+        with _one_files_errors(), open(path, "rb") as file:
             data = os.pread(file.fileno(), size, offset)
-        return data if len(data) == size else None
+        if len(data) != size:
+            raise UserError(f"--images {os.fsdecode(path)}: it became shorter while it was being read; start again")
+        return data
 
 
 @lru_cache
 def _database(index: Path, pid: int) -> sqlite3.Connection:
     """The open index; a connection must not be shared with a forked process, hence ``pid``."""
-    return sqlite3.connect(f"file:{index}?mode=ro&immutable=1", uri=True)
+    return sqlite3.connect(f"{index.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
 
 
 def url_digest(url: str) -> str:
@@ -78,84 +161,114 @@ def url_digest(url: str) -> str:
     return hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def open_images(places: Sequence[Path], work: Path) -> LocalImages:
-    """Images of folders and tars; tars are indexed once into ``work``.
+def open_images(places: Sequence[Path], work: Path, skip_unreadable: bool = False) -> tuple[LocalImages, list[str]]:
+    """Images of folders and tars, and what could not be read; tars are indexed once into ``work``.
+
+    Args:
+        skip_unreadable: go on with what is whole in tars that are damaged.
 
     Raises:
         UserError: a place that is not there, or a tar that cannot be read.
     """
-    folders, tars = [], []
+    folders: list[Path] = []
+    tars: dict[Path, None] = {}  # an ordered set
     for place in places:
         if place.is_dir():
-            found = sorted(place.glob("*.tar"))
-            tars += found
-            folders += [] if found else [place]
+            folders.append(place)
+            tars.update(dict.fromkeys(path.resolve() for path in sorted(place.glob("*.tar")) if path.is_file()))
         elif place.is_file():
-            tars.append(place)
+            tars[place.resolve()] = None
         else:
             raise UserError(f"--images {place}: no such file or folder")
-    return LocalImages(tuple(folders), index_images(tars, work) if tars else None)
+    if not tars:
+        return LocalImages(tuple(folders)), []
+    index = index_images(list(tars), work)
+    images = LocalImages(tuple(folders), index)
+    problems = [problem for (problem,) in images._rows("SELECT problem FROM tars WHERE problem != ''")]
+    if problems and not skip_unreadable:
+        index.unlink()  # so that they are read again once they were replaced
+        raise UserError([*problems, "replace these tars, or go on with what is whole in them: --skip-unreadable"])
+    return images, problems
 
 
 def index_images(tars: Sequence[Path], work: Path) -> Path:
     """Names and URL digests of the images in tars to their places, as an SQLite file.
 
     Raises:
-        UserError: a tar that cannot be read.
+        UserError: it cannot be written.
     """
-    listing = json.dumps([[str(tar.absolute()), tar.stat().st_size] for tar in tars])
+    listing = repr([(os.fsencode(tar), tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars])
     path = work / f"images-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.sqlite"
     if path.exists():
         return path
     work.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
+    partial = partial_name(path)
     partial.unlink(missing_ok=True)
-    database = sqlite3.connect(partial)
-    database.execute("PRAGMA journal_mode = OFF")
-    database.execute("PRAGMA synchronous = OFF")
-    database.execute("CREATE TABLE tars (number INTEGER PRIMARY KEY, tar TEXT)")
-    database.execute(
-        "CREATE TABLE images (name TEXT PRIMARY KEY, number INTEGER, offset INTEGER, size INTEGER) WITHOUT ROWID"
-    )
-    for number, tar in enumerate(tars):
-        database.execute("INSERT INTO tars VALUES (?, ?)", (number, str(tar.absolute())))
-        try:
-            rows = ((name, number, offset, size) for name, offset, size in _images_in(tar))
-            database.executemany("INSERT OR IGNORE INTO images VALUES (?, ?, ?, ?)", rows)
-        except (OSError, tarfile.TarError, ValueError) as error:
-            raise UserError(f"--images {tar}: cannot be read: {error}") from error
-    database.commit()
-    database.close()
-    partial.replace(path)
+    try:
+        with _full_disk_as_os_error(partial), closing(sqlite3.connect(partial)) as database:
+            database.executescript(SCHEMA)
+            for number, tar in enumerate(tars):
+                database.execute("INSERT INTO tars VALUES (?, ?, '')", (number, os.fsencode(tar)))
+                _index_tar(database, number, tar)
+            database.execute(
+                "INSERT INTO flat SELECT NOT EXISTS (SELECT 1 FROM names WHERE instr(key, x'2f') < length(key))"
+            )
+            database.commit()
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 
-def _images_in(tar: Path) -> Iterator[tuple[str, int, int]]:
-    """(name or URL digest, offset, size) of the images in a tar."""
+@contextmanager
+def _full_disk_as_os_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = errno.ENOSPC if error.sqlite_errorcode == sqlite3.SQLITE_FULL else errno.EIO
+        raise OSError(code, str(error), str(path)) from error
+
+
+def _index_tar(database: sqlite3.Connection, number: int, tar: Path) -> None:
+    """Names and URLs of one tar; what is whole in a damaged one is indexed and its problem noted."""
+    names: dict[bytes, Place] = {}
+    urls: dict[bytes, Place] = {}
+    key, url, image = "", None, None
+    try:
+        for sample, suffix, member, its_url in _members_in(tar):
+            if sample != key:
+                key, url, image = sample, None, None
+            place = number, member.offset_data, member.size
+            names[_key(_parts(member.name.lstrip("/")))] = place
+            image = place if suffix in IMAGE_SUFFIXES else image
+            url = its_url or url
+            if url and image:
+                urls[url_digest(url).encode()] = image
+    except (OSError, tarfile.TarError, ValueError) as error:
+        problem = printable(f"--images {tar}: cannot be read to its end: {error}")
+        database.execute("UPDATE tars SET problem = ? WHERE number = ?", (problem, number))
+    database.executemany("INSERT INTO names VALUES (?, ?, ?, ?)", ((name, *place) for name, place in names.items()))
+    database.executemany(
+        "INSERT OR IGNORE INTO urls VALUES (?, ?, ?, ?)", ((url, *place) for url, place in urls.items())
+    )
+
+
+def _members_in(tar: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, str | None]]:
+    """Key, suffix and header of a tar's files; of ``.json`` files also the URL that they tell."""
     size = tar.stat().st_size
-    key, url = "", None
-    places: list[tuple[str, int, int]] = []
-
-    def named() -> Iterable[tuple[str, int, int]]:
-        for name, offset, length in places:
-            yield name, offset, length
-            if url:
-                yield url_digest(url), offset, length
-
-    with tarfile.open(tar, "r:") as opened:
+    # Tars may lie one behind the other, and what is damaged costs what is damaged.
+    with tarfile.open(tar, "r:", ignore_zeros=True) as opened:
         for member in opened:
-            placed = member_place(member, size)
-            if placed is None:
-                continue
-            if placed[0] != key:
-                yield from named()
-                key, url, places = placed[0], None, []
-            if placed[1] in IMAGE_SUFFIXES:
-                places.append((PurePosixPath(member.name).name, member.offset_data, member.size))
-            elif placed[1] == "json":
-                file = opened.extractfile(member)
-                url = _url_in(file.read()) if file else None
-    yield from named()
+            opened.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+            try:
+                placed = member_place(member, size)
+            except ValueError:
+                if member.offset_data + member.size > size:
+                    raise
+                continue  # sparse or too large
+            if placed is not None:
+                file = opened.extractfile(member) if placed[1] == "json" else None
+                yield *placed, member, _url_in(file.read()) if file else None
 
 
 def _url_in(data: bytes) -> str | None:
@@ -167,17 +280,51 @@ def _url_in(data: bytes) -> str | None:
     return url if isinstance(url, str) else None
 
 
-def _is_plain(name: str) -> bool:
+def _parts(name: str) -> tuple[bytes, ...]:
+    """Folders and file of a name, as the disk knows them; none where it leads elsewhere or no file can be called so."""
     path = PurePosixPath(name)
-    return bool(name) and "\0" not in name and not path.is_absolute() and ".." not in path.parts
-
-
-def _read_inside(folder: Path, name: str) -> bytes | None:
-    """A regular file of a folder; None when there is none, or a link leads out of the folder."""
+    if "\0" in name or path.is_absolute() or ".." in path.parts:
+        return ()
     try:
-        path = (folder / name).resolve(strict=True)
-        if not path.is_relative_to(folder.resolve()) or not path.is_file() or path.stat().st_size > MAX_MEMBER_BYTES:
-            return None
-        return path.read_bytes()
-    except OSError:
-        return None
+        return tuple(os.fsencode(part) for part in path.parts)
+    except UnicodeEncodeError:  # half a surrogate pair
+        return ()
+
+
+def _key(parts: Sequence[bytes]) -> bytes:
+    """A name from its end: all keys that begin with it are those of names that end in this one."""
+    return b"".join(part + b"/" for part in reversed(parts))
+
+
+def _read_inside(folder: Path, parts: tuple[bytes, ...]) -> bytes | None:
+    """A regular file of a folder; None when there is none, or a link leads out of the folder.
+
+    Raises:
+        BadSampleError: it cannot be read.
+    """
+    root = os.path.realpath(os.fsencode(folder)).rstrip(b"/") + b"/"
+    with _one_files_errors():
+        try:
+            path = os.path.realpath(root + b"/".join(parts), strict=True)
+            if not path.startswith(root) or not os.path.isfile(path):
+                return None
+            with open(path, "rb") as file:
+                data = file.read(MAX_MEMBER_BYTES + 1)
+        except OSError as error:
+            if error.errno in ABSENT:
+                return None
+            raise
+    if len(data) > MAX_MEMBER_BYTES:
+        raise BadSampleError("an image file that is too large")
+    return data
+
+
+@contextmanager
+def _one_files_errors() -> Iterator[None]:
+    """Raises: BadSampleError for errors of a single file; OSError for those of the machine."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in UNREADABLE:
+            raise BadSampleError("an image that cannot be read") from None
+        raise

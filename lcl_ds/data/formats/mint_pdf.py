@@ -6,6 +6,7 @@ tells the ``page`` and ``xref`` of every page of the TIFF, in order.
 
 import io
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from lcl_ds.data.formats.record import (
     Draft,
     ReadOptions,
     SourceDocument,
-    left_out,
     list_of,
     parse_object,
+    read_each,
     string_or_none,
 )
 from lcl_ds.data.formats.tars import Parts, read_tar
@@ -31,13 +32,7 @@ def read_mint_pdf(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
     Raises:
         UserError: the file cannot be read.
     """
-    for key, parts in read_tar(path):
-        try:
-            if isinstance(parts, BadSampleError):
-                raise parts
-            yield _read_sample(key, parts, options)
-        except BadSampleError as problem:
-            yield left_out(key, problem.reason)
+    return read_each(read_tar(path), partial(_read_sample, options=options))
 
 
 def _read_sample(key: str, parts: Parts, options: ReadOptions) -> SourceDocument:
@@ -52,11 +47,8 @@ def _read_sample(key: str, parts: Parts, options: ReadOptions) -> SourceDocument
     draft = Draft(key, options, string_or_none(record.get("url")))
     for text, name in zip(texts, names, strict=True):
         if name is not None:
-            try:
-                number = pages.get(name) if isinstance(name, str) else None
-                draft.add_image(_page(tiff, number, options) if tiff is not None and number is not None else None)
-            except BadSampleError as problem:
-                draft.skips.append(problem.reason)
+            number = pages.get(name) if isinstance(name, str) else None
+            draft.add_image(partial(_page, tiff, number, options))
         draft.add_text(text)
     return draft.finish()
 
@@ -71,7 +63,13 @@ def _page_numbers(metadata: Any) -> dict[str, int]:
     }
 
 
-def _page(tiff: bytes, number: int, options: ReadOptions) -> bytes:
+def _page(tiff: bytes | None, number: int | None, options: ReadOptions) -> bytes:
+    if tiff is None or number is None:
+        raise BadSampleError("an image that is not there")
+    page = page_of(tiff, number, options.max_image_pixels)
     buffer = io.BytesIO()
-    page_of(tiff, number, options.max_image_pixels).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    try:
+        page.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    except (OSError, ValueError):  # no JPEG has a side of more than 65,500 pixels
+        raise BadSampleError("a page that cannot be written as JPEG") from None
     return buffer.getvalue()

@@ -6,33 +6,34 @@ named ``image_name``. OpenFlamingo's tars hold the same objects as ``<uuid>.json
 """
 
 import base64
-import binascii
 import random
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lcl_ds.data.documents import BadSampleError
+from lcl_ds.data.documents import BadSampleError, number_or_none, whole_number
 from lcl_ds.data.formats.record import (
     Draft,
     ReadOptions,
     SourceDocument,
-    left_out,
     list_of,
+    numbered_lines,
     parse_object,
+    read_each,
+    reading,
     string_or_none,
 )
-from lcl_ds.data.formats.tars import read_tar
-from lcl_ds.errors import UserError
+from lcl_ds.data.formats.tars import Parts, read_tar
 
 MAX_IMAGES = 6
 """As published."""
-MAX_LINE_BYTES = 1 << 26
 
-FindImage = Callable[[dict[str, Any]], bytes | None]
-"""An image's bytes by its entry in ``image_info``."""
+Entry = dict[str, Any]
+"""One of ``image_info``."""
+FindImage = Callable[[Entry], bytes]
+"""An image's bytes by its entry; raises BadSampleError where there are none."""
 
 
 def read_mmc4(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
@@ -42,14 +43,10 @@ def read_mmc4(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
         UserError: the file cannot be read.
     """
 
-    def find(entry: dict[str, Any]) -> bytes | None:
-        name, url = entry.get("image_name"), entry.get("raw_url")
-        data = options.images.by_name(name) if isinstance(name, str) else None
-        return options.images.by_url(url) if data is None and isinstance(url, str) else data
+    def find(entry: Entry) -> bytes:
+        return options.images.find(entry.get("image_name"), entry.get("raw_url"))
 
-    for number, line in enumerate(_lines(path)):
-        if line.strip():
-            yield _read_record(f"{path.name}:{number}", line, find, options)
+    return read_each(_lines(path), partial(_read_record, find=find, options=options))
 
 
 def read_mmc4_tar(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
@@ -58,50 +55,45 @@ def read_mmc4_tar(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
     Raises:
         UserError: the file cannot be read.
     """
-    for key, parts in read_tar(path):
-        if isinstance(parts, BadSampleError):
-            yield left_out(key, parts.reason)
-        elif "json" not in parts:
-            yield left_out(key, "a sample without json")
-        else:
-            yield _read_record(key, parts["json"], _from_base64, options)
+
+    def read(key: str, parts: Parts) -> SourceDocument:
+        if "json" not in parts:
+            raise BadSampleError("a sample without json")
+        return _read_record(key, parts["json"], _from_base64, options)
+
+    return read_each(read_tar(path), read)
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    try:
-        if not zipfile.is_zipfile(path):
-            with path.open("rb") as file:
-                while line := file.readline(MAX_LINE_BYTES):
-                    yield line
+def _lines(path: Path) -> Iterator[tuple[str, bytes | BadSampleError]]:
+    with reading(path, "lines of JSON, zipped or not"), path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            file.seek(0)
+            yield from numbered_lines(path, file)
             return
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             for name in archive.namelist():
                 if name.endswith(".jsonl"):
                     with archive.open(name) as member:
-                        while line := member.readline(MAX_LINE_BYTES):
-                            yield line
-    except (OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+                        yield from numbered_lines(path, member)
 
 
-def _from_base64(entry: dict[str, Any]) -> bytes | None:
+def _from_base64(entry: Entry) -> bytes:
     text = entry.get("image_base64")
-    if not isinstance(text, str):
-        return None  # its download had failed
+    if not isinstance(text, str) or not text:
+        raise BadSampleError("an image that is not there")  # its download had failed
     if text.startswith(("b'", 'b"')):
-        text = text[2:-1]  # the conversion script wrote Python's notation of bytes
+        text = text[2:-1].replace("\\n", "")  # the conversion script wrote Python's notation of bytes
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError):
-        return b""
+        return base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        raise BadSampleError("an image whose base64 is damaged") from None
 
 
 def _read_record(key: str, line: bytes, find: FindImage, options: ReadOptions) -> SourceDocument:
-    try:
-        record = parse_object(line)
-        sentences, entries = list_of(record, "text_list"), list_of(record, "image_info")
-    except BadSampleError as problem:
-        return left_out(key, problem.reason)
+    record = parse_object(line)
+    sentences, entries = list_of(record, "text_list"), list_of(record, "image_info")
     draft = Draft(key, options, string_or_none(record.get("url")))
     by_sentence = _by_sentence(entries, len(sentences), draft)
     rng = random.Random(f"{options.seed}/{key}")
@@ -113,28 +105,28 @@ def _read_record(key: str, line: bytes, find: FindImage, options: ReadOptions) -
     return draft.finish(MAX_IMAGES)
 
 
-def _by_sentence(entries: list[Any], sentences: int, draft: Draft) -> dict[int, list[dict[str, Any]]]:
-    """Entries whose similarity reaches the threshold, by the number of their sentence."""
-    found: dict[int, list[dict[str, Any]]] = {}
+def _by_sentence(entries: list[Any], sentences: int, draft: Draft) -> dict[int, list[tuple[Entry, float]]]:
+    """Entries whose similarity reaches the threshold, with it, by the number of their sentence."""
+    found: dict[int, list[tuple[Entry, float]]] = {}
     for entry in entries:
         entry = entry if isinstance(entry, dict) else {}
-        index, similarity = entry.get("matched_text_index"), entry.get("matched_sim")
-        if not (isinstance(index, int) and 0 <= index < sentences and isinstance(similarity, int | float)):
+        index, similarity = whole_number(entry.get("matched_text_index")), number_or_none(entry.get("matched_sim"))
+        if index is None or similarity is None or not 0 <= index < sentences:
             draft.skips.append("an image matched to no sentence")
-        elif not similarity >= draft.options.min_similarity:
+        elif similarity < draft.options.min_similarity:
             draft.skips.append("an image below the similarity threshold")
         else:
-            found.setdefault(index, []).append(entry)
+            found.setdefault(index, []).append((entry, similarity))
     return found
 
 
-def _draw(entries: list[dict[str, Any]], find: FindImage, draft: Draft, rng: random.Random) -> list[int]:
+def _draw(entries: list[tuple[Entry, float]], find: FindImage, draft: Draft, rng: random.Random) -> list[int]:
     """Places of the images drawn for one sentence; one that cannot be had makes room for another."""
     places: list[int] = []
-    for entry in rng.sample(entries, len(entries)):
+    for entry, similarity in rng.sample(entries, len(entries)):
         if len(places) == draft.options.images_per_sentence:
             draft.skips.append("a further image of a sentence")
             continue
-        place = draft.add_image(find(entry), float(entry["matched_sim"]))
+        place = draft.add_image(partial(find, entry), similarity)
         places += [] if place is None else [place]
     return places

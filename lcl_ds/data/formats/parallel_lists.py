@@ -6,6 +6,7 @@ URLs, not pixels: images come from :class:`lcl_ds.data.formats.local_images.Loca
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,22 @@ from lcl_ds.data.formats.record import (
     Draft,
     ReadOptions,
     SourceDocument,
-    left_out,
     list_of,
     parse_object,
+    read_each,
+    reading,
     string_or_none,
 )
 from lcl_ds.errors import UserError
 
-COLUMNS = ("texts", "images", "metadata", "general_metadata", "url")
+CONTENT = ("texts", "images")
+FACTS = {"url": (), "metadata": ("img_url_sha",), "general_metadata": ("url",)}
+"""Further columns, and what is read of those that are structs: the rest may hold values that no Python object has."""
 ROWS = 64
 """Read at a time."""
+
+Row = Any
+"""A record batch of one row: pyarrow is not installed everywhere."""
 
 
 def read_parallel_lists(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
@@ -32,51 +39,58 @@ def read_parallel_lists(path: Path, options: ReadOptions) -> Iterator[SourceDocu
     Raises:
         UserError: pyarrow is not installed, or the file cannot be read.
     """
-    for number, record in enumerate(_rows(path)):
-        key = f"{path.name}:{number}"
-        try:
-            if record is None:
-                raise BadSampleError("text that is not UTF-8")
-            yield _read_record(key, record, options)
-        except BadSampleError as problem:
-            yield left_out(key, problem.reason)
+    return read_each(_rows(path), partial(_read_row, options=options))
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
-    """Records; None where one has text that is not UTF-8."""
+def _rows(path: Path) -> Iterator[tuple[str, Row]]:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError:
         raise UserError(f"{path}: reading parquet needs pyarrow: pip install 'lcl_ds[parquet]'") from None
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = [name for name in COLUMNS if name in file.schema_arrow.names]
-            for batch in file.iter_batches(batch_size=ROWS, columns=columns):
+    number = 0
+    # Given a path, pyarrow would take some of them for URLs and could not take those that are not UTF-8.
+    with reading(path, "parquet"), path.open("rb") as opened, parquet.ParquetFile(opened) as file:
+        columns = [column.path for column in file.schema if _is_wanted(column.path)]
+        for group in range(file.num_row_groups):  # across groups pyarrow cannot read lists of every type
+            for batch in file.iter_batches(batch_size=ROWS, row_groups=[group], columns=columns):
                 for row in range(batch.num_rows):
-                    try:
-                        (record,) = batch.slice(row, 1).to_pylist()
-                    except UnicodeDecodeError:
-                        record = None
-                    yield record
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as parquet: {error}") from error
+                    yield f"{path.name}:{number}", batch.slice(row, 1)
+                    number += 1
 
 
-def _read_record(key: str, record: dict[str, Any], options: ReadOptions) -> SourceDocument:
+def _is_wanted(column: str) -> bool:
+    """Whether values are read; ``column`` is a path such as ``metadata.list.element.img_url_sha``."""
+    first, *rest = column.split(".")
+    return first in CONTENT or (first in FACTS and (not rest or rest[-1] in FACTS[first]))
+
+
+def _read_row(key: str, row: Row, options: ReadOptions) -> SourceDocument:
+    record = {name: _value(row, name) for name in CONTENT}
     texts, images = list_of(record, "texts"), list_of(record, "images")
     if len(texts) != len(images):
         raise BadSampleError("lists 'texts' and 'images' of different length")
-    about = record.get("general_metadata")
-    if isinstance(about, str):
-        about = parse_object(about)
-    about = about if isinstance(about, dict) else {}
-    draft = Draft(key, options, string_or_none(about.get("url")) or string_or_none(record.get("url")))
-    digests = _digests(record.get("metadata"), images)
-    for place, (text, url) in enumerate(zip(texts, images, strict=True)):
-        if url is not None:
-            draft.add_image(options.images.by_url(url, digests.get(place)) if isinstance(url, str) else None)
+    url, metadata, about = (_value_or_none(row, name) for name in FACTS)
+    about = about.get("url") if isinstance(about, dict) else None
+    draft = Draft(key, options, string_or_none(about) or string_or_none(url))
+    digests = _digests(metadata, images)
+    for place, (text, image) in enumerate(zip(texts, images, strict=True)):
+        if image is not None:
+            draft.add_image(partial(options.images.find, None, image, digests.get(place)))
         draft.add_text(text)
     return draft.finish()
+
+
+def _value(row: Row, name: str) -> Any:
+    return row.column(name)[0].as_py() if name in row.schema.names else None
+
+
+def _value_or_none(row: Row, name: str) -> Any:
+    """A value that the document can do without; structs may be written as JSON."""
+    try:
+        value = _value(row, name)
+        return parse_object(value) if name != "url" and isinstance(value, str) else value
+    except Exception:  # of no kind that Python has, or no JSON: it costs no text and no image
+        return None
 
 
 def _digests(metadata: Any, images: list[Any]) -> dict[int, str]:

@@ -1,17 +1,25 @@
 """What every reader of a published format yields, and how outside records are taken apart."""
 
 import json
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
-from lcl_ds.data.documents import BadSampleError
+from lcl_ds.data.documents import MAX_TEXT_BYTES, TOO_MUCH_TEXT, BadSampleError, printable, text_bytes
 from lcl_ds.data.formats.local_images import LocalImages
 from lcl_ds.data.images import MAX_PIXELS, check_image
+from lcl_ds.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Record = TypeVar("Record")
 
 IMAGE_MEMBERS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 """Format to the suffix of a shard's member."""
+MAX_LINE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class ReadOptions:
     """Images kept of a document; None: 6 in MMC4, all elsewhere."""
     min_images: int = 1
     """A document with fewer is left out."""
-    max_text_bytes: int = 1 << 20
+    max_text_bytes: int = MAX_TEXT_BYTES
     """A document with more text is left out."""
     max_image_pixels: int = MAX_PIXELS
     seed: int = 0
@@ -66,6 +74,75 @@ Reader = Callable[[Path, ReadOptions], Iterator[SourceDocument]]
 """Yields the records of one file; raises UserError when the file as a whole cannot be read."""
 
 
+def read_each(
+    records: Iterable[tuple[str, Record | BadSampleError]], read: Callable[[str, Record], SourceDocument]
+) -> Iterator[SourceDocument]:
+    """A document, or a reason why there is none, for every record: what is wrong with one costs that one alone.
+
+    Every reader of a format goes through here, so a value of a kind that nobody thought of ends no build.
+
+    Args:
+        records: keys and raw records; an error in a record's place is its reason.
+        read: makes a document of a record.
+
+    Raises:
+        UserError: the file as a whole cannot be read.
+        OSError: the machine cannot do what is asked; the record is not to blame.
+    """
+    for key, record in records:
+        yield _read_one(printable(key), record, read)
+
+
+def _read_one(
+    key: str, record: Record | BadSampleError, read: Callable[[str, Record], SourceDocument]
+) -> SourceDocument:
+    try:
+        if isinstance(record, BadSampleError):
+            raise record
+        return read(key, record)
+    except BadSampleError as problem:
+        return left_out(key, problem.reason)
+    except (UserError, OSError, MemoryError):
+        raise
+    except UnicodeDecodeError:
+        return left_out(key, "text that is not UTF-8")
+    except Exception as error:
+        logger.debug("%s: left out", key, exc_info=True)
+        return left_out(key, f"a value of an unforeseen kind ({type(error).__name__})")
+
+
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Around calls of a library that reads a file: on damaged bytes they raise errors of any kind.
+
+    Raises:
+        UserError: for any of them; names the file.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        first_line = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path}: cannot be read as {kind}: {first_line}") from error
+
+
+def numbered_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[str, bytes | BadSampleError]]:
+    """Lines that are not blank, with file name and number; one that is too long is a reason."""
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES):
+        is_whole = len(line) < MAX_LINE_BYTES or line.endswith(b"\n")
+        while not is_whole:
+            rest = file.readline(MAX_LINE_BYTES)
+            is_whole = len(rest) < MAX_LINE_BYTES or rest.endswith(b"\n")
+            line = b""
+        if not line:
+            yield f"{path.name}:{number}", BadSampleError(f"a line of more than {MAX_LINE_BYTES >> 20} MiB")
+        elif line.strip():
+            yield f"{path.name}:{number}", line
+        number += 1
+
+
 @dataclass
 class Draft:
     """A document being put together, place by place."""
@@ -95,16 +172,17 @@ class Draft:
             return self._add(text, None, None)
         return None
 
-    def add_image(self, data: bytes | None, similarity: float | None = None) -> int | None:
-        """Takes an image if it can be one; None: it was not found.
+    def add_image(self, find: Callable[[], bytes], similarity: float | None = None) -> int | None:
+        """Takes an image if it is there and can be one.
+
+        Args:
+            find: gives its bytes; raises BadSampleError where it cannot.
 
         Returns:
             Its place, None when it was left out.
         """
-        if data is None:
-            self.skips.append("an image that is not there")
-            return None
         try:
+            data = find()
             check_image(data, self.options.max_image_pixels, decode=False)
         except BadSampleError as problem:
             self.skips.append(problem.reason)
@@ -124,11 +202,10 @@ class Draft:
         if limit is not None:
             self._keep_images(limit)
         count = sum(image is not None for image in self.images)
-        text_bytes = sum(len(text.encode()) for text in self.texts if text is not None)
         if not self.texts:
             return self._left_out("a document without text and images")
-        if text_bytes > self.options.max_text_bytes:
-            return self._left_out("a document with too much text")
+        if text_bytes(text for text in self.texts if text is not None) > self.options.max_text_bytes:
+            return self._left_out(TOO_MUCH_TEXT)
         if count < self.options.min_images:
             return self._left_out("a document with too few images")
         return SourceDocument(
@@ -173,16 +250,39 @@ def is_unicode(text: str) -> bool:
     return True
 
 
+def parse_json(data: bytes | str) -> Any:
+    """A JSON value. Bytes that are not UTF-8 and overlong numbers cost the text or number that holds them alone.
+
+    Raises:
+        BadSampleError: it is none.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise BadSampleError("json that cannot be parsed") from None
+    except ValueError:
+        pass
+    try:
+        text = data if isinstance(data, str) else data.decode(json.detect_encoding(data), "surrogateescape")
+        return json.loads(text, parse_int=_integer)
+    except (ValueError, RecursionError):
+        raise BadSampleError("json that cannot be parsed") from None
+
+
+def _integer(digits: str) -> int | float:
+    try:
+        return int(digits)
+    except ValueError:  # Python makes no int of more than 4300 digits
+        return float(digits)
+
+
 def parse_object(data: bytes | str) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
         BadSampleError: it is none.
     """
-    try:
-        record = json.loads(data)
-    except (ValueError, RecursionError):
-        raise BadSampleError("json that cannot be parsed") from None
+    record = parse_json(data)
     if not isinstance(record, dict):
         raise BadSampleError("json that is not an object")
     return record

@@ -1,11 +1,17 @@
 """``python -m lcl_ds.data build`` and ``check``: every format to shards that training reads."""
 
+import bz2
+import gzip
 import json
+import lzma
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +20,7 @@ import webdataset
 
 from lcl_ds.data.__main__ import main
 from lcl_ds.data.build import first_of_each
-from lcl_ds.data.documents import read_document
+from lcl_ds.data.documents import BadSampleError, read_document
 from lcl_ds.data.formats import READERS
 from lcl_ds.data.lanes import Lane, LaneSettings
 from lcl_ds.data.shards import Source, expand_paths, index_shard
@@ -218,6 +224,10 @@ def test_a_finished_build_is_not_made_again_and_a_folder_in_use_is_left_alone(tm
     build(corpus, tmp_path / "out")
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     assert main(["build", *arguments_of(corpus, tmp_path / "out", "--min-similarity", "0.3")]) == 2
+    assert "it holds a finished build of other sources or settings (min_similarity)" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").touch()
+    assert main(["build", *arguments_of(corpus, tmp_path / "mine")]) == 2
     assert "it is not empty and holds no build that could go on" in capsys.readouterr().err
 
 
@@ -245,6 +255,283 @@ def test_nothing_at_all_is_an_error_that_says_why(tmp_path, capsys):
     assert main(["build", str(tmp_path / "none.zip"), str(tmp_path / "x"), "--format", "mmc4"]) == 2
     assert "none.zip: no such file" in capsys.readouterr().err
     assert main(["build", *arguments, "--images", str(tmp_path / "none")]) == 2
+
+
+# finished builds
+
+
+def test_a_finished_build_is_taken_for_what_it_was_made_of(tmp_path, capsys):
+    sources, options = several(tmp_path, count=2)
+    out = tmp_path / "out"
+    command = ["build", *sources, str(out), *options, "--workers", "1"]
+    assert main(command) == 0
+    assert "already" not in capsys.readouterr().out
+    assert main(command) == 0
+    assert "already built from these files; name a new folder to build again" in capsys.readouterr().out
+
+    twin = shutil.copytree(tmp_path / "in", tmp_path / "twin")  # the same names and sizes in another folder
+    others = [str(twin / Path(source).relative_to(tmp_path / "in")) for source in sources]
+    assert main(["build", *others, str(out), *options, "--workers", "1"]) == 2
+    assert "it holds a finished build of other sources or settings (sources)" in capsys.readouterr().err
+
+    data = Path(sources[1]).read_bytes()
+    Path(sources[1]).write_bytes(data.replace(b"0 of 0", b"9 of 9"))  # mended in place, not a byte longer
+    os.utime(sources[1], ns=(0, 1))
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert f"other contents of its sources (1 changed since, the first {sources[1]}); name a new folder" in err
+
+
+def test_images_that_arrived_since_are_not_passed_over_in_silence(tmp_path, capsys):
+    corpus = make_mmc4(tmp_path / "in")
+    missing = corpus.images[0] / "0_0.jpg"
+    data = missing.read_bytes()
+    missing.unlink()
+    assert build(corpus, tmp_path / "out")["skips"]["an image that is not there"] == 1
+    missing.write_bytes(data)
+    capsys.readouterr()
+    build(corpus, tmp_path / "out")
+    assert "already built" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", ["gone", "shorter", "another"])
+def test_shards_of_a_finished_build_must_be_there_and_what_they_were(change, tmp_path, capsys):
+    corpus = make_shards(tmp_path / "in")
+    out = tmp_path / "out"
+    build(corpus, out, "--shard-samples", "2")
+    shard = out / "000000-00001.tar"
+    if change == "gone":
+        shard.unlink()
+    elif change == "shorter":
+        shard.write_bytes(shard.read_bytes()[:-512])
+    else:
+        shard.write_bytes((out / "000000-00000.tar").read_bytes())
+    assert main(["build", *arguments_of(corpus, out, "--shard-samples", "2")]) == 2
+    err = capsys.readouterr().err
+    assert "1 of its 3 shards are gone or changed, the first 000000-00001.tar; name a new folder" in err
+
+
+# what the machine does
+
+
+@contextmanager
+def no_file_larger_than(size):
+    """What a full disk does: writing fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [0, 100, 1024, 9000, 15_000])
+def test_a_disk_that_fills_up_leaves_nothing_half_done_and_the_next_try_goes_on(size, tmp_path, capsys):
+    sources, options = several(tmp_path)
+    Path(sources[2]).write_bytes(Path(make_shards(tmp_path / "more", 40).sources[0]).read_bytes())
+    command = ["build", *sources, str(tmp_path / "out"), *options, "--workers", "1"]
+    for _ in range(2):
+        with no_file_larger_than(size):
+            assert main(command) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: {tmp_path / 'out'}"), err
+        assert err.count("\n") == 1
+        left = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+        assert not [path for path in left if path.name.endswith(".partial") or path.parent.suffix]
+    assert main(command) == 0
+    assert main(["build", *sources, str(tmp_path / "whole"), *options, "--workers", "1"]) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_killed_tries_left_is_removed_at_the_next_start(tmp_path, monkeypatch):
+    sources, options = several(tmp_path)
+    command = ["build", *sources, str(tmp_path / "out"), *options, "--workers", "1"]
+    work = tmp_path / "out" / ".build"
+
+    def killed(path, options):
+        for place in (work / "000001.99999", work / "000002.88888"):
+            place.mkdir()
+            (place / "000001-00000.tar").write_bytes(bytes(100))
+        (work / ".images-0.sqlite.7.partial").touch()
+        (tmp_path / "out" / ".000000-00000.tar.7.partial").touch()
+        raise SystemExit
+
+    monkeypatch.setattr("lcl_ds.data.build._remove_parts", lambda out: None)
+    monkeypatch.setitem(READERS, "shards", killed)
+    with pytest.raises(SystemExit):
+        main(command)
+    monkeypatch.undo()
+    real = READERS["shards"]
+    seen = []
+
+    def looking(path, options):
+        seen.append(sorted(path.name for path in work.iterdir() if path.name != ".build.lock"))
+        return real(path, options)
+
+    monkeypatch.setitem(READERS, "shards", looking)
+    assert main(command) == 0
+    assert seen[0] == [f"000000.{os.getpid()}", "settings.json"]
+    assert not [name for name in contents(tmp_path / "out") if name.endswith(".partial")]
+
+
+def test_a_worker_that_is_killed_is_a_sentence_and_the_next_try_goes_on(tmp_path):
+    image = picture(0)
+    sources = [
+        str(
+            write_tar(
+                tmp_path / f"{n}.tar",
+                [(f"{k:05d}.{s}", d) for k in range(2000) for s, d in (("jpg", image), ("txt", b"cat"))],
+            )
+        )
+        for n in range(2)
+    ]
+    command = ["build", *sources, str(tmp_path / "out"), "--format", "img2dataset", "--workers", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lcl_ds.data", *command], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").glob(".build/*.*/*.tar")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert "error: a worker process was killed" in err
+    assert "Traceback" not in err
+    assert not list((tmp_path / "out").glob(".build/*.*/*"))
+    assert main([*command[:-1], "1"]) == 0
+    assert len(source_of(tmp_path / "out")) == 4000
+
+
+def test_places_that_cannot_be_used_are_named_before_the_work(tmp_path, capsys):
+    corpus = make_shards(tmp_path / "in")
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    source = str(corpus.sources[0])
+
+    def error_of(source, out):
+        assert main(["build", source, str(out), "--format", "shards", "--workers", "1"]) == 2
+        return capsys.readouterr().err
+
+    assert "file: is a file; name a new folder" in error_of(source, tmp_path / "file")
+    assert "a part of the path is a file and no folder" in error_of(source, tmp_path / "file" / "out")
+    assert "is a folder; name its files" in error_of(str(tmp_path / "in"), tmp_path / "out")
+    assert "is no plain file" in error_of(str(tmp_path / "pipe"), tmp_path / "out")
+    assert "build reads local files; download it" in error_of("https://example.org/x.tar", tmp_path / "out")
+    assert "build reads local files; download it" in error_of("s3://bucket/{0..9}.tar", tmp_path / "out")
+    assert "write the command's output to one" in error_of(f"pipe:cat {source}", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert main(["build", source, str(tmp_path / "new" / "er" / "out"), "--format", "shards", "--workers", "1"]) == 0
+
+
+@pytest.mark.parametrize(("pack", "name"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")])
+def test_a_compressed_source_is_called_so(pack, name, tmp_path, capsys):
+    path = tmp_path / "x.jsonl.gz"
+    path.write_bytes(pack(b'{"text_list": ["a"], "image_info": []}\n'))
+    assert main(["build", str(path), str(tmp_path / "out"), "--format", "mmc4", "--workers", "1"]) == 2
+    assert f"x.jsonl.gz: it is compressed with {name}; unpack it" in capsys.readouterr().err
+
+
+# names and texts
+
+
+def test_names_that_are_not_utf8_are_escaped_and_their_pairs_kept(tmp_path, capfdbinary):
+    folder = os.fsencode(tmp_path) + b"/\xe9"
+    os.mkdir(folder)
+    tar = Path(os.fsdecode(folder + b"/caf\xe9.tar"))
+    members = [
+        ("b\udce9.jpg", picture(1)),
+        ("b\udce9.txt", b"a cat"),
+        ("c\udce9.jpg", b"<html>"),
+        ("c\udce9.txt", b"b"),
+    ]
+    write_tar(tar, members)
+    out = tmp_path / "out"
+    assert main(["build", str(tar), str(out), "--format", "img2dataset", "--workers", "1"]) == 0
+    assert rb"c\udce9" in capfdbinary.readouterr().out  # the one that is left out is named
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["sources"][0]["source"] == r"caf\udce9.tar"
+    assert manifest["sources"][0]["examples"] == {
+        "a document with too few images": [r"c\udce9"],
+        "an image in none of the accepted formats": [r"c\udce9"],
+    }
+    assert json.loads(source_of(out).read(0, "json"))["source_key"] == r"b\udce9"
+
+
+def test_what_was_left_out_is_counted_by_record_and_named(tmp_path, capsys):
+    corpus = make_shards(tmp_path / "in", 9)
+    members = [(f"{n}.json", json.dumps({"texts": [n, "b"], "images": [None, None]}).encode()) for n in range(4)]
+    members += [("4.json", b"{"), ("5.json", json.dumps({"texts": ["a"], "images": [None]}).encode())]
+    write_tar(corpus.sources[0], members)
+    (unit,) = build(corpus, tmp_path / "out", "--min-images", "0")["sources"]
+    assert (unit["records"], unit["incomplete"], unit["samples"]) == (6, 5, 5)
+    assert unit["skips"] == {"a text that is no string": 4, "json that cannot be parsed": 1}
+    assert unit["examples"] == {"a text that is no string": ["0", "1", "2"], "json that cannot be parsed": ["4"]}
+    assert "of 5 of 6 records something or everything was left out" in capsys.readouterr().out
+
+
+def text_corpus(folder, *texts):
+    corpus = make_shards(folder)
+    about = [{"texts": ["", text, None], "images": [None, None, "0.jpg"]} for text in texts]
+    members = [
+        (f"{n}.{s}", d)
+        for n, a in enumerate(about)
+        for s, d in (("json", json.dumps(a).encode()), ("0.jpg", picture(n)))
+    ]
+    pairs = [(f"p{n}.{s}", d) for n, t in enumerate(texts) for s, d in (("jpg", picture(n)), ("txt", t.encode()))]
+    write_tar(corpus.sources[0], [*members, *pairs])
+    return corpus
+
+
+def test_build_check_and_training_measure_text_alike(tmp_path, capsys):
+    limit = 1000
+    fitting = ["x" * limit, "\n" * (limit - 1) + "x", "\u20ac" * (limit // 3), "\x01" * limit]
+    corpus = text_corpus(tmp_path / "in", *fitting, *(text + "xx" for text in fitting))
+    out = tmp_path / "out"
+    manifest = build(corpus, out, "--max-text-bytes", str(limit))
+    assert manifest["samples"] == 2 * len(fitting)
+    assert manifest["skips"] == {"a document with too much text": 2 * len(fitting)}
+    assert manifest["longest_text_bytes"] == limit
+    assert main(["check", str(out / "*.tar"), "--workers", "1", "--max-text-bytes", str(limit)]) == 0
+    assert main(["check", str(out / "*.tar"), "--workers", "1", "--max-text-bytes", str(limit - 2)]) == 1
+    source = source_of(out)
+    for number in range(len(source)):
+        read_document(source, number, limit)
+
+
+def test_what_was_built_with_longer_texts_is_checked_with_them_and_the_setting_for_training_is_named(tmp_path, capsys):
+    corpus = text_corpus(tmp_path / "in", "x" * 2_000_000)
+    out = tmp_path / "out"
+    build(corpus, out, "--max-text-bytes", "4000000")
+    assert "train with data.max_text_bytes=2000000" in capsys.readouterr().out
+    assert main(["check", str(out / "*.tar"), "--workers", "1"]) == 0
+    with pytest.raises(BadSampleError, match="too much text"):
+        read_document(source_of(out), 0)
+    (out / "manifest.json").unlink()  # nothing says any more that this was meant
+    assert main(["check", str(out / "*.tar"), "--workers", "1"]) == 1
+
+
+def test_json_is_not_parsed_where_it_is_far_larger_than_its_texts_may_be(tmp_path):
+    shard = write_tar(
+        tmp_path / "a.tar", [("x.json", b'{"texts": ["a"], "images": [null], "more": "' + b"x" * 1600 + b'"}')]
+    )
+    with pytest.raises(BadSampleError, match="json that is too large"):
+        read_document(Source("s", [index_shard(shard)]), 0, max_text_bytes=100)
+    assert read_document(Source("s", [index_shard(shard)]), 0, max_text_bytes=200).segments == ("a",)
+
+
+@pytest.mark.parametrize("name", ["50%25 off", "a?b", "a#b", "o [/b]", "[red]", "{a,b}", "line\nbreak", "~", "-x", "'"])
+def test_a_folder_may_have_any_name(name, tmp_path, capsys):
+    corpus = make_mmc4(tmp_path / "in")
+    images = shutil.copytree(corpus.images[0], tmp_path / name / "images")
+    write_tar(images / "more.tar", [("x.jpg", picture(1))])
+    out = tmp_path / name / "out"
+    command = ["build", str(corpus.sources[0]), str(out), "--format", "mmc4", "--workers", "1", "--images", str(images)]
+    assert main(command) == 0
+    assert str(out) in capsys.readouterr().out
+    assert sum(unit["images"] for unit in json.loads((out / "manifest.json").read_text())["sources"]) == 10
 
 
 # check

@@ -1,18 +1,21 @@
 """Readers of published formats, on small corpora of their exact shape."""
 
+import base64
 import io
 import json
 import re
 import sys
+import zipfile
 from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
+from lcl_ds.data.documents import BadSampleError
 from lcl_ds.data.formats import READERS
 from lcl_ds.data.formats.local_images import LocalImages, open_images
-from lcl_ds.data.formats.record import ReadOptions
+from lcl_ds.data.formats.record import ReadOptions, read_each
 from lcl_ds.errors import UserError
 from tests.unit.data.corpora import MAKERS, PAGES, PARQUET, SENTENCES, mmc4_record, picture, write_parquet
 from tests.unit.data.test_shards import write_tar
@@ -26,7 +29,7 @@ def corpus(tmp_path):
         if name in PARQUET:
             pytest.importorskip("pyarrow")
         made = MAKERS[name](tmp_path / name)
-        images = open_images(made.images, tmp_path / "work")
+        images, _ = open_images(made.images, tmp_path / "work")
         read = READERS[made.format](made.sources[0], ReadOptions(images, **options))
         return made, list(read)
 
@@ -136,8 +139,93 @@ def test_mmc4_images_come_from_tars_too(corpus, tmp_path):
     made, documents = corpus("mmc4")
     members = [(f"{path.stem}.jpg", path.read_bytes()) for path in sorted(made.images[0].iterdir())]
     tar = write_tar(tmp_path / "images.tar", members)
-    images = open_images([tar], tmp_path / "work")
+    images, _ = open_images([tar], tmp_path / "work")
     assert list(READERS["mmc4"](made.sources[0], ReadOptions(images))) == documents
+
+
+BASE64 = base64.encodebytes(picture(7) * 3).decode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BASE64,
+        BASE64.replace("\n", "\r\n "),
+        BASE64.replace("\n", ""),
+        str(BASE64.encode()),
+        f"data:image/jpeg;base64,{BASE64}",
+    ],
+    ids=["lines", "lines of Windows", "one line", "Python's notation", "a URI"],
+)
+def test_base64_is_read_however_it_was_broken_into_lines(tmp_path, text):
+    entry = {"matched_text_index": 0, "matched_sim": 0.9, "image_base64": text}
+    record = json.dumps({"text_list": ["a"], "image_info": [entry]}).encode()
+    (document,) = READERS["mmc4-tar"](write_tar(tmp_path / "x.tar", [("a.json", record)]), ReadOptions())
+    assert document.images == (picture(7) * 3, None)
+    assert document.skips == ()
+
+
+@pytest.mark.parametrize(("index", "similarity"), [(1.0, "0.3"), ("1", 0.3), ("1.0", "3e-1"), (1, 1)])
+def test_numbers_may_be_written_as_a_library_rewrote_them(tmp_path, index, similarity):
+    (tmp_path / "a.jpg").write_bytes(picture(1))
+    entry = {"image_name": "a.jpg", "matched_text_index": index, "matched_sim": similarity}
+    (tmp_path / "x.jsonl").write_text(json.dumps({"text_list": ["a", "b"], "image_info": [entry]}) + "\n")
+    (document,) = READERS["mmc4"](tmp_path / "x.jsonl", ReadOptions(LocalImages((tmp_path,))))
+    assert document.texts == ("a", None, "b")
+    assert document.matched_text_index == (None, 2, None)
+    assert document.skips == ()
+
+
+def zip_of(path, method, data=b'{"text_list": ["a"], "image_info": []}\n' * 50):
+    with zipfile.ZipFile(path, "w", method) as archive:
+        archive.writestr("x.jsonl", data)
+    return path
+
+
+def encrypted(path):
+    data = bytearray(zip_of(path, zipfile.ZIP_DEFLATED).read_bytes())
+    for header, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(header) + flags] |= 1
+    path.write_bytes(data)
+
+
+def damaged(path, method):
+    data = bytearray(zip_of(path, method).read_bytes())
+    data[50:60] = b"\xff" * 10
+    path.write_bytes(data)
+
+
+def of_an_unknown_method(path):
+    data = bytearray(zip_of(path, zipfile.ZIP_DEFLATED).read_bytes())
+    for header, method in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        data[data.index(header) + method] = 99
+    path.write_bytes(data)
+
+
+BAD_ZIPS = {
+    "encrypted": encrypted,
+    "damaged deflate": lambda path: damaged(path, zipfile.ZIP_DEFLATED),
+    "damaged lzma": lambda path: damaged(path, zipfile.ZIP_LZMA),
+    "damaged bzip2": lambda path: damaged(path, zipfile.ZIP_BZIP2),
+    "an unknown method": of_an_unknown_method,
+}
+
+
+@pytest.mark.parametrize("make", BAD_ZIPS.values(), ids=BAD_ZIPS)
+def test_a_zip_that_cannot_be_read_is_named(tmp_path, make):
+    make(tmp_path / "x.jsonl.zip")
+    with pytest.raises(UserError, match=r"x\.jsonl\.zip: cannot be read"):
+        list(READERS["mmc4"](tmp_path / "x.jsonl.zip", ReadOptions(min_images=0)))
+
+
+def test_a_line_that_is_too_long_is_counted_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("lcl_ds.data.formats.record.MAX_LINE_BYTES", 100)
+    good = json.dumps({"text_list": ["a"], "image_info": []}).encode()
+    (tmp_path / "x.jsonl").write_bytes(b"\n".join([good, b"x" * 250, good, b"y" * 99, b"z" * 200 + b"\n" + good]))
+    read = list(READERS["mmc4"](tmp_path / "x.jsonl", ReadOptions(min_images=0)))
+    assert [document.key for document in read] == [f"x.jsonl:{number}" for number in range(6)]
+    assert [bool(document.texts) for document in read] == [True, False, True, False, False, True]
+    assert ["a line" in document.skips[-1] for document in read if document.skips] == [True, False, True]
 
 
 # parallel lists
@@ -282,11 +370,35 @@ def test_a_tar_that_is_cut_gives_its_whole_samples_and_says_so(corpus, cut):
     assert len(good) < len(documents)
 
 
+def test_json_of_a_pair_that_cannot_be_parsed_costs_neither_text_nor_image(tmp_path):
+    members = [("0.jpg", picture(0)), ("0.json", b"{"), ("0.txt", b"a cat")]
+    (document,) = READERS["img2dataset"](write_tar(tmp_path / "a.tar", members), ReadOptions())
+    assert (document.texts, document.is_pair, document.skips) == (("a cat", None), True, ())
+
+
+def test_a_record_whose_reading_fails_in_a_way_nobody_thought_of_is_counted_with_its_key(tmp_path):
+    def fail(key, record):
+        return {}[record]
+
+    bad, good = read_each([("caf\udce9", "x"), ("b", BadSampleError("reason"))], fail)
+    assert (bad.key, bad.skips) == ("caf\\udce9", ("a value of an unforeseen kind (KeyError)",))
+    assert (good.key, good.skips) == ("b", ("reason",))
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError(), UserError("mend it")])
+def test_what_the_machine_or_the_user_has_to_mend_is_not_put_down_to_a_record(error):
+    def fail(key, record):
+        raise error
+
+    with pytest.raises(type(error)):
+        list(read_each([("a", 1)], fail))
+
+
 BAD_RECORDS = {
     "not json": (b"{", "json that cannot be parsed"),
-    "not utf-8": (b'{"text_list": ["\xff"]}', "json that cannot be parsed"),
+    "not utf-8": (b'{"text_list": ["\xff"], "image_info": []}', "a document without text and images"),
     "a list": (b"[]", "json that is not an object"),
-    "a long number": (b'{"a": ' + b"1" * 5000 + b"}", "json that cannot be parsed"),
+    "a long number": (b'{"text_list": [' + b"1" * 5000 + b'], "image_info": []}', "a document without text and images"),
     "nested": (b"[" * 100_000, "json that cannot be parsed"),
     "no lists": (b"{}", "a record without the list 'text_list'"),
     "null lists": (b'{"text_list": null, "image_info": null}', "a record without the list 'text_list'"),

@@ -2,14 +2,17 @@
 
 import io
 import math
+import struct
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
-from lcl_ds.data.documents import BadSampleError
-from lcl_ds.data.images import ORIENTATION, _decode, check_image, decode_image, open_image, random_box
+from lcl_ds.data.documents import IMAGE_SUFFIXES, BadSampleError
+from lcl_ds.data.formats.record import IMAGE_MEMBERS
+from lcl_ds.data.images import FORMATS, ORIENTATION, _decode, check_image, decode_image, open_image, random_box
 from lcl_ds.data.lanes import keyed_rng
 
 SIDE = 48
@@ -131,6 +134,123 @@ def smooth(height, width, seed=0):
     """A picture without detail finer than a 32nd of its sides."""
     coarse = np.random.default_rng(seed).integers(0, 255, (12, 12, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def exif_with(orientation, tag, kind, count, raw):
+    """A big-endian EXIF block of an orientation and one further tag, byte by byte."""
+    entries = sorted([(ORIENTATION, 3, 1, struct.pack(">H", orientation)), (tag, kind, count, raw)])
+    start, values = struct.pack(">H", 2), b""
+    for number, type_, length, value in entries:
+        place = struct.pack(">L", 8 + 2 + 24 + 4 + len(values)) if len(value) > 4 else value.ljust(4, b"\0")
+        values += value if len(value) > 4 else b""
+        start += struct.pack(">HHL", number, type_, length) + place
+    return b"Exif\0\0MM\0*" + struct.pack(">L", 8) + start + struct.pack(">L", 0) + values
+
+
+ODD_TAGS = {
+    "a fraction for a count": (0x0103, 5, 1, struct.pack(">LL", 1, 3)),
+    "text for a count": (0x0103, 2, 4, b"abc\0"),
+    "a negative width": (0x0100, 9, 1, struct.pack(">l", -5)),
+    "a resolution that is no number": (0x011A, 12, 1, struct.pack(">d", float("nan"))),
+    "a resolution over zero": (0x011A, 5, 1, struct.pack(">LL", 1, 0)),
+    "a block that leads to itself": (0x8769, 4, 1, struct.pack(">L", 8)),
+    "a value behind the end": (0x010E, 2, 1 << 30, struct.pack(">L", 1 << 30) + b"x"),
+    "a kind that is not defined": (0x010E, 99, 3, b"abc"),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("tag", ODD_TAGS.values(), ids=ODD_TAGS)
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "MPO"])
+def test_an_odd_exif_tag_turns_no_picture_and_costs_none(format, tag, orientation):
+    exif = exif_with(orientation, *tag)
+    options = {"exif": exif} if format == "PNG" else {"quality": 95, "subsampling": 0, "exif": exif}
+    data = encoded(Image.fromarray(PICTURE), format, **options)
+    expected = centres(UPRIGHT[orientation](PICTURE).transpose(2, 0, 1))
+    assert near(centres(decode_image(data, SIDE)), expected, 3)
+    check_image(data)
+
+
+def two_pictures(first, **options):
+    """A JPEG in which a second picture follows, as phones write it."""
+    return encoded(first, "MPO", save_all=True, append_images=[Image.new("RGB", first.size)], **options)
+
+
+def test_of_a_jpeg_with_two_pictures_the_first_is_taken_at_a_fraction_of_its_size():
+    data = two_pictures(Image.fromarray(PICTURE), quality=95, subsampling=0)
+    assert Image.open(io.BytesIO(data)).format == "MPO"
+    assert near(centres(decode_image(data, SIDE)), [RED, GREEN, BLUE, GREY], 3)
+    assert check_image(data).format == "JPEG"
+    assert _decode(open_image(two_pictures(smooth(800, 1000))), 1, shrink=800 / 224).size == (500, 400)
+
+
+def test_every_format_that_is_decoded_can_be_written_to_a_shard():
+    assert set(IMAGE_MEMBERS) == set(FORMATS)
+    assert set(IMAGE_MEMBERS.values()) <= set(IMAGE_SUFFIXES)
+
+
+def chunk(kind, data):
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
+def segment(marker, data):
+    return bytes([0xFF, marker]) + (len(data) + 2).to_bytes(2, "big") + data
+
+
+MUCH = b"x" * (3 << 20)
+PNG_NOTES = {
+    "a text": chunk(b"tEXt", b"k\0" + MUCH),
+    "a packed text": chunk(b"zTXt", b"k\0\0" + zlib.compress(MUCH)),
+    "a text packed in an unknown way": chunk(b"zTXt", b"k\0\7abc"),
+    "an international text": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(MUCH)),
+    "many texts": chunk(b"tEXt", b"k\0" + MUCH) * 23,
+    "a profile": chunk(b"iCCP", b"k\0\0" + zlib.compress(MUCH)),
+    "half a profile": chunk(b"iCCP", b"k\0"),
+    "half a resolution": chunk(b"pHYs", b"\0"),
+    "half a gamma": chunk(b"gAMA", b"\0"),
+    "half an animation": chunk(b"acTL", b"\0"),
+    "a frame outside": chunk(b"fcTL", b"\0" * 4 + b"\xff" * 22),
+    "a text with a wrong sum": chunk(b"tEXt", b"k\0abc")[:-1] + b"\0",
+}
+JPEG_NOTES = {
+    "a profile": b"".join(segment(0xE2, b"ICC_PROFILE\0" + bytes([i, 60]) + MUCH[:60_000]) for i in range(1, 61)),
+    "half a profile": segment(0xE2, b"ICC_PROFILE\0"),
+    "Photoshop's, cut off": segment(0xED, b"Photoshop 3.0\x008BIM\4\4"),
+    "a second picture that is not there": segment(0xE2, b"MPF\0MM\0*\0\0\0\x08\0\1\xb0\1\0\4\0\0\0\1\0\0\0\2"),
+    "a preview": segment(0xE2, b"FPXR\0" + MUCH[:60_000]),
+    "a comment": segment(0xFE, MUCH[:60_000]) * 50,
+    "EXIF of rubbish": segment(0xE1, b"Exif\0\0" + b"\xff" * 99),
+}
+
+
+@pytest.mark.parametrize("notes", PNG_NOTES.values(), ids=PNG_NOTES)
+@pytest.mark.parametrize("is_behind", [False, True], ids=["before the pixels", "behind the pixels"])
+def test_no_note_of_a_png_costs_the_picture(notes, is_behind):
+    data = encoded(Image.fromarray(PICTURE))
+    at = len(data) - 12 if is_behind else data.index(b"IDAT") - 4
+    data = data[:at] + notes + data[at:]
+    assert centres(decode_image(data, SIDE)) == [RED, GREEN, BLUE, GREY]
+    check_image(data)
+
+
+@pytest.mark.parametrize("notes", JPEG_NOTES.values(), ids=JPEG_NOTES)
+def test_no_note_of_a_jpeg_costs_the_picture(notes):
+    data = encoded(Image.fromarray(PICTURE), "JPEG", quality=95, subsampling=0)
+    noted = data[:20] + notes + data[20:]  # behind JFIF
+    assert (decode_image(noted, SIDE) == decode_image(data, SIDE)).all()
+    check_image(noted)
+
+
+@pytest.mark.parametrize(
+    "error", [ZeroDivisionError, RecursionError, AssertionError, MemoryError, Image.DecompressionBombError]
+)
+def test_whatever_a_decoder_raises_is_one_bad_sample(error, monkeypatch):
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr(JpegImageFile, "load", broken)
+    with pytest.raises(BadSampleError):
+        decode_image(encoded(smooth(64, 64), "JPEG"), 16)
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size():
