@@ -64,6 +64,8 @@ def read_document(source: Source, number: int, max_text_bytes: int = MAX_TEXT_BY
         BadSampleError: neither, or damaged.
     """
     sample = source.sample(number)
+    if sample.problem:
+        raise BadSampleError(sample.problem)
     if any(sample.parts[suffix][1] > max_text_bytes for suffix in ("txt", "json") if suffix in sample.parts):
         raise BadSampleError("a document with too much text")
     if "txt" in sample.parts:
