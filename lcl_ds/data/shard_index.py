@@ -225,7 +225,7 @@ def _index_output(command: str, cache: Path, again: bool) -> Shard:
     """The shard that a command writes; a kept copy that fails is made again."""
     copy, is_new = materialise(command, cache, _check_tar, again)
     try:
-        shard = index_shard(copy, cache)
+        shard = index_shard(copy, cache, rescan=is_new)
     except EmptyShardError:
         raise
     except UserError:
@@ -296,8 +296,7 @@ def _keep(scan: Scan, path: str, sidecars: Sequence[str]) -> str | None:
     """Write the index to the first place that takes it, which is returned; another program's file is left alone."""
     arrays = {name: value for name, value in vars(scan.index).items() if isinstance(value, np.ndarray)}
     arrays["suffixes"] = np.frombuffer(json.dumps(scan.index.suffixes).encode(), dtype=np.uint8)
-    size, count = size_of(path), len(scan.index.offset)
-    probed = [int(scan.index.offset[m]) - BLOCK for m in sorted({0, count // 2, count - 1})] if count else []
+    size, probed = size_of(path), _places_to_probe(scan.index)
     facts = {
         "version": INDEX_VERSION,
         "name": name_of(path),
@@ -358,6 +357,13 @@ def _hash_of_arrays(arrays: dict[str, np.ndarray]) -> str:
         digest.update(f"{name} {arrays[name].dtype.str} {arrays[name].shape};".encode())
         digest.update(np.ascontiguousarray(arrays[name]).data)
     return digest.hexdigest()[:32]
+
+
+def _places_to_probe(index: ShardIndex) -> list[int]:
+    """Where the first, the middle and the last header lie, and the block behind the last member."""
+    last = len(index.offset) - 1
+    behind = int(index.offset[last]) + -(-int(index.size[last]) // BLOCK) * BLOCK
+    return [*(int(index.offset[member]) - BLOCK for member in sorted({0, last // 2, last})), behind]
 
 
 def _probe(path: str, places: Sequence[int], size: int) -> str:
