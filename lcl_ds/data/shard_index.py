@@ -161,10 +161,21 @@ class Shard:
                 return index
         scan = scan_shard(self.path)
         if scan.broken or scan.layout != self.layout:
-            raise UserError(f"shard {self.path}: it changed while it was in use; restore it and resume")
+            raise self.changed()
         kept = _keep(scan, self.path, self.sidecars)
-        logger.warning("shard %s: its index was gone or damaged and was made again (%s)", self.path, kept or "in memory")
+        logger.warning(
+            "shard %s: its index was gone or damaged and was made again (%s)", self.path, kept or "in memory"
+        )
         return scan.index
+
+    def changed(self) -> UserError:
+        """The error for a shard that is not the indexed one; its index goes, so that the next start looks anew."""
+        for sidecar in self.sidecars:
+            _remove(sidecar)
+        return UserError(
+            f"shard {self.path}: it changed while it was in use or since it was indexed; restore it and resume, or "
+            "start a new run"
+        )
 
 
 class EmptyShardError(UserError):
@@ -323,6 +334,14 @@ def _keep(scan: Scan, path: str, sidecars: Sequence[str]) -> str | None:
             continue
         return place
     return None
+
+
+def _remove(place: str) -> None:
+    try:
+        if not is_remote(place) and _may_replace(place):
+            Path(place).unlink(missing_ok=True)
+    except OSError as error:
+        logger.info("%s: the index cannot be removed: %s", place, error_text(error))
 
 
 def _may_replace(place: str) -> bool:

@@ -9,6 +9,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import IO, Any, TypeVar, overload
 
 import numpy as np
@@ -208,7 +209,7 @@ class Source:
         if header_hash(data[:BLOCK]) != header:
             if len(data) < BLOCK and is_remote(path):
                 raise OSError(f"{path}: the server sent {len(data)} of {BLOCK + size} bytes")
-            raise UserError(f"shard {path}: it changed while it was in use; restore it and resume")
+            raise self.shards[shard].changed()
         if len(data) != BLOCK + size:
             raise OSError(f"{self.where(number)}: the shard became shorter while it was being read")
         return data[BLOCK:]
@@ -254,7 +255,9 @@ def names_below_common_folder(locations: Sequence[str]) -> list[str]:
     A shard that is named twice gets a number.
     """
     parts = [(path if is_remote(path) else os.path.abspath(path)).split("/") for path in locations]
-    common = len(os.path.commonprefix([path[:-1] for path in parts]))  # works on lists, part by part
+    folders = [path[:-1] for path in parts]
+    pairs = zip(min(folders, default=[]), max(folders, default=[]), strict=False)
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     names = ["/".join(path[common:]) for path in parts]
     earlier = Counter[str]()
     for place, name in enumerate(names):

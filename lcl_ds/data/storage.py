@@ -80,9 +80,11 @@ def _without_braces(pattern: str) -> Iterator[str]:
     try:
         for alternative in braceexpand.braceexpand(rest):
             yield exists + alternative
-    except braceexpand.UnbalancedBracesError as error:
+    except ValueError as error:
         if not is_command(pattern):
-            raise UserError(f"data path {pattern}: no such file, and its braces do not pair; correct the path") from error
+            raise UserError(
+                f"data path {pattern}: no such file, and its braces cannot be read ({error}); correct the path"
+            ) from error
         yield pattern
 
 
@@ -157,7 +159,9 @@ def _listed_name(location: str, line: str, number: int) -> str | None:
     if name.startswith(COMMAND):
         raise UserError(f"data path {location}: it lists the command {name!r}; name commands in data.shards alone")
     if "\0" in name or any("\udc80" <= sign <= "\udcff" for sign in name):
-        raise UserError(f"data path {location}: line {number} is not UTF-8, and there is no such file; save it as UTF-8")
+        raise UserError(
+            f"data path {location}: line {number} is not UTF-8, and there is no such file; save it as UTF-8"
+        )
     return posixpath.join(folder, name)
 
 
@@ -296,10 +300,12 @@ def materialise(
             if is_new:
                 _keep_output(command, path, check)
     except RuntimeError as error:
-        raise UserError(f"data path {command}: there is no home folder for its output; name one in data.cache") from error
+        raise UserError(
+            f"data path {command}: there is no home folder for its output; name one in data.cache"
+        ) from error
     except OSError as error:
         raise UserError(
-            f"data path {command}: its output cannot be kept in {cache}: {error_text(error)}; data.cache names the folder"
+            f"data path {command}: its output cannot be kept in {cache}: {error_text(error)} (data.cache)"
         ) from error
     return str(path), is_new
 

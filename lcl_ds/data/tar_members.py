@@ -88,7 +88,7 @@ class _Header(tarfile.TarInfo):
 
     @classmethod
     def frombuf(cls, buf: Any, encoding: str, errors: str) -> "_Header":
-        made: _Header = super().frombuf(buf, encoding, errors)  # type: ignore[assignment]
+        made: _Header = super().frombuf(buf, encoding, errors)
         if made.size < 0 or (made.type in b"xgLKX" and made.size > MAX_NAME_BYTES):
             raise tarfile.InvalidHeaderError("invalid header")  # type: ignore[attr-defined]
         made.header = header_hash(bytes(buf))
@@ -116,8 +116,8 @@ def _members_of_archive(file: IO[bytes], start: int, size: int) -> Generator[Mem
     try:
         tar = tarfile.TarFile(fileobj=file, tarinfo=_Header)
         while (member := tar.next()) is not None:
-            tar.members.clear()  # tarfile would keep them all
-            if tar.offset <= position:
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+            if member.size < 0 or tar.offset <= max(position, member.offset):
                 raise ValueError("a header that leads back")
             position = tar.offset
             placed = _placed(member, size)
@@ -151,7 +151,9 @@ def _check_end_mark(file: IO[bytes], start: int, position: int, size: int) -> in
         raise BrokenTarError(f"{unread} bytes behind its end mark are no tar and were not read", unread)
     if len(block) < BLOCK:
         raise BrokenTarError(f"it is cut: the file ends inside the header at byte {position}")
-    raise BrokenTarError(f"the header at byte {position} is damaged, and {unread} bytes from there on were not read", unread)
+    raise BrokenTarError(
+        f"the header at byte {position} is damaged; {unread} bytes from there on were not read", unread
+    )
 
 
 def _placed(member: tarfile.TarInfo, file_size: int) -> Member | None:

@@ -1,6 +1,7 @@
 """Tars as random-access collections."""
 
 import copy
+import gc
 import hashlib
 import io
 import os
@@ -64,11 +65,6 @@ def test_a_damaged_shard_is_refused_and_named(shard, damage, message):
     assert str(shard) in str(error.value)
 
 
-def test_a_sample_with_two_members_of_one_suffix_is_refused(tmp_path):
-    with pytest.raises(UserError, match="two members"):
-        index_shard(write_tar(tmp_path / "a.tar", [("x.txt", b"1"), ("x.txt", b"2")]))
-
-
 def test_paths_expand_globs_and_braces_in_order(tmp_path):
     for i in range(12):
         (tmp_path / f"{i:02d}.tar").touch()
@@ -112,8 +108,8 @@ def test_the_fingerprint_changes_with_the_layout(tmp_path, shard):
 def scans(monkeypatch):
     """How often a tar's headers were read through."""
     calls = []
-    scan = shard_index._scan
-    monkeypatch.setattr(shard_index, "_scan", lambda *arguments: calls.append(arguments[0]) or scan(*arguments))
+    scan = shard_index.scan_shard
+    monkeypatch.setattr(shard_index, "scan_shard", lambda path: calls.append(path) or scan(path))
     return calls
 
 
@@ -185,13 +181,6 @@ def test_a_shard_that_changes_while_it_is_in_use_is_found_out(shard):
         source.read(20, "json")
 
 
-def test_an_index_that_goes_away_is_named(shard):
-    source = Source("s", [index_shard(shard)])
-    Path(f"{shard}.index").unlink()
-    with pytest.raises(UserError, match=r"index .*a\.tar\.index is gone"):
-        source.sample(0)
-
-
 def test_few_shards_are_open_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "OPEN_SHARDS", 3)
     paths = [write_tar(tmp_path / f"{i}.tar", [(f"k{i}.txt", str(i).encode())]) for i in range(8)]
@@ -199,6 +188,9 @@ def test_few_shards_are_open_at_a_time(tmp_path, monkeypatch):
     before = len(os.listdir("/proc/self/fd"))
     assert [source.read(i, "txt") for i in (*range(8), 0)] == [str(i).encode() for i in (*range(8), 0)]
     assert len(os.listdir("/proc/self/fd")) <= before + 3
+    del source
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_source_goes_to_another_process_without_its_descriptors(shard):
@@ -232,7 +224,7 @@ def test_unusual_names_come_back_as_they_are(tmp_path):
     assert [source.read(i, "json").decode() for i in range(len(names))] == names
 
 
-def test_links_and_devices_are_left_out_and_sparse_members_refused(tmp_path):
+def test_links_and_devices_are_left_out(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, kind in (("l.json", tarfile.SYMTYPE), ("h.json", tarfile.LNKTYPE), ("d.json", tarfile.CHRTYPE)):
             info = tarfile.TarInfo(name)
@@ -242,18 +234,11 @@ def test_links_and_devices_are_left_out_and_sparse_members_refused(tmp_path):
         info.size = 2
         tar.addfile(info, io.BytesIO(b"{}"))
     assert len(Source("s", [index_shard(tmp_path / "a.tar")])) == 1
-    info = tarfile.TarInfo("x.json")
-    info.size = 0
-    info.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": "3000000000", "GNU.sparse.numblocks": "0"}
-    with tarfile.open(tmp_path / "b.tar", "w", format=tarfile.PAX_FORMAT) as tar:
-        tar.addfile(info)
-    with pytest.raises(UserError, match="sparse or larger"):
-        index_shard(tmp_path / "b.tar")
 
 
-def test_a_member_that_claims_20_gib_is_refused_at_once(tmp_path):
+def test_a_member_that_claims_20_gib_is_where_the_tar_ends(tmp_path):
     info = tarfile.TarInfo("x.json")
     info.size = 20 << 30
     (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(10_000))
-    with pytest.raises(UserError, match="sparse or larger"):
+    with pytest.raises(UserError, match="ends inside member 'x.json', after 10000 of 21474836480 bytes"):
         index_shard(tmp_path / "a.tar")

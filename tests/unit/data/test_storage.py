@@ -87,7 +87,7 @@ def test_an_index_beside_a_remote_shard_is_used(tmp_path, tar, memory, monkeypat
     index_shard(tar)
     memory.pipe("/bucket/a.tar", tar.read_bytes())
     memory.pipe("/bucket/a.tar.index", (tmp_path / "a.tar.index").read_bytes())
-    monkeypatch.setattr("lcl_ds.data.shard_index._scan", lambda *_: pytest.fail("the headers were read again"))
+    monkeypatch.setattr("lcl_ds.data.shard_index.scan_shard", lambda *_: pytest.fail("the headers were read again"))
     assert everything(Source("s", [index_shard("memory://bucket/a.tar", tmp_path / "cache")]))[3][1] == MEMBERS[6][1]
 
 
