@@ -223,10 +223,12 @@ def _differences_of_source(saved: dict[str, str], now: dict[str, str]) -> list[s
             problems.append(f"shard {name} changed since the checkpoint; restore it or start a new run")
     problems += [f"shard {name} is new since the checkpoint; remove it or start a new run" for name in new]
     if not problems:
-        was, found = next(pair for pair in zip(saved, now, strict=True) if saved[pair[0]] != now[pair[1]])
+        known = {layout: name for name, layout in reversed(saved.items())}
+        moved = [f"{name} is the one that the checkpoint knows as {known[now[name]]}" for name in now]
+        telling = [sentence for name, sentence in zip(now, moved, strict=True) if known[now[name]] != name]
         problems.append(
-            f"shard {found} stands where the checkpoint has {was}: the same shards in another order; give them back "
-            "their names or start a new run"
+            f"the same shards are in another order: {(telling or moved)[0]}; give them back their names or start a new "
+            "run"
         )
     return problems
 
