@@ -73,7 +73,10 @@ def _each_file_once(locations: list[str]) -> list[str]:
 
 def _without_braces(pattern: str) -> Iterator[str]:
     """The pattern's alternatives; braces in the part of it that exists are names."""
-    exists, rest = ("", pattern) if is_command(pattern) or is_remote(pattern) else _existing_part(pattern)
+    if is_command(pattern) or (is_remote(pattern) and not os.path.exists(pattern)):
+        exists, rest = "", pattern
+    else:
+        exists, rest = _existing_part(pattern)
     if not rest:
         yield exists
         return
@@ -101,7 +104,7 @@ def _existing_part(path: str) -> tuple[str, str]:
 def _matches(pattern: str) -> list[str]:
     if is_command(pattern):
         return [pattern]
-    if is_remote(pattern):
+    if is_remote(pattern) and not os.path.exists(pattern):
         matches = _remote_matches(pattern)
     else:
         exists, rest = _existing_part(pattern)
@@ -147,9 +150,9 @@ def _listed(location: str) -> list[str]:
 
 def _listed_name(location: str, line: str, number: int) -> str | None:
     """The location that a line names; None for an empty line or a comment."""
-    folder = "" if is_remote(line.strip()) else posixpath.dirname(location)
+    folder = posixpath.dirname(location)
     if not is_remote(location):
-        # Spaces at the ends, # and "pipe:" at the start are parts of the name where there is such a file.
+        # Spaces at the ends, and #, "pipe:" and "s3://" at the start, belong to the name where there is such a file.
         exact = posixpath.join(folder, line)
         if line.strip() and os.path.exists(exact):
             return _plain(exact)
@@ -162,7 +165,7 @@ def _listed_name(location: str, line: str, number: int) -> str | None:
         raise UserError(
             f"data path {location}: line {number} is not UTF-8, and there is no such file; save it as UTF-8"
         )
-    return posixpath.join(folder, name)
+    return name if is_remote(name) else posixpath.join(folder, name)
 
 
 def _lines_of(location: str) -> list[str]:

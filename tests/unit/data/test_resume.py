@@ -149,7 +149,7 @@ def test_shards_that_moved_to_another_folder_are_the_same(tmp_path, monkeypatch)
 def test_what_became_of_shards_of_one_name_is_told_apart(tmp_path):
     folder = tmp_path / "d"
     saved = shards_in(folder, a=0, b=10, c=20)
-    (a, b, c) = (folder / name for name in "abc")
+    a, b = folder / "a", folder / "b"
     advice = "restore it or start a new run"
 
     a.rename(tmp_path / "a")
