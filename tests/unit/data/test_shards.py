@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import pickle
+import resource
 import tarfile
 from pathlib import Path
 
@@ -242,3 +243,85 @@ def test_a_member_that_claims_20_gib_is_where_the_tar_ends(tmp_path):
     (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(10_000))
     with pytest.raises(UserError, match="ends inside member 'x.json', after 10000 of 21474836480 bytes"):
         index_shard(tmp_path / "a.tar")
+
+
+@pytest.fixture
+def descriptors():
+    """Sets how many files this process may have open."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield lambda number: resource.setrlimit(resource.RLIMIT_NOFILE, (number, before[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def many_sources(folder, sources=3, shards=40):
+    paths = [folder / f"{s}-{i}.tar" for s in range(sources) for i in range(shards)]
+    for number, path in enumerate(paths):
+        write_tar(path, [("k.txt", str(number).encode())])
+    indexed = [index_shard(path) for path in paths]
+    return [Source(str(s), indexed[s * shards : (s + 1) * shards]) for s in range(sources)]
+
+
+def read_all(sources):
+    return [int(source.read(number, "txt")) for source in sources for number in range(len(source))]
+
+
+def test_all_sources_of_a_process_share_a_quarter_of_its_descriptors(tmp_path, descriptors):
+    sources = many_sources(tmp_path)
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    descriptors(max(64, before + 40))
+    assert read_all(sources) == list(range(120))
+    assert len(os.listdir("/proc/self/fd")) <= before + max(64, before + 40) // 4
+    for limit, expected in ((2, 1), (256, 64), (1024, 256), (4096, 256)):
+        descriptors(limit)
+        assert shards.most_open_shards() == expected
+
+
+def test_where_others_took_the_descriptors_shards_are_put_away_for_each_other(tmp_path, descriptors, monkeypatch):
+    sources = many_sources(tmp_path)
+    monkeypatch.setattr(shards, "most_open_shards", lambda: 1000)
+    gc.collect()
+    descriptors(max(map(int, os.listdir("/proc/self/fd"))) + 8)
+    assert read_all(sources) == list(range(120))
+
+
+def test_running_out_of_descriptors_is_named_as_that(tmp_path, descriptors):
+    (source,) = many_sources(tmp_path, 1, 1)
+    held = [open(os.devnull)]
+    descriptors(held[0].fileno() + 20)
+    try:
+        while True:
+            held.append(open(os.devnull))
+    except OSError:
+        pass
+    try:
+        with pytest.raises(UserError, match=r"0-0\.tar: cannot be opened: this process may open no more files; raise"):
+            source.read(0, "txt")
+        assert Path(f"{tmp_path}/0-0.tar.index").exists()
+    finally:
+        for file in held:
+            file.close()
+    assert source.read(0, "txt") == b"0"
+
+
+def test_a_descriptor_that_fails_is_opened_anew(tmp_path, shard):
+    """As after a server's restart, when old handles are stale and the path is well."""
+    source = Source("s", [index_shard(shard)])
+    assert source.read(3, "json") == b"3 json"
+    folder = os.open(tmp_path, os.O_RDONLY)
+    os.dup2(folder, shards.AT_HAND.look(source, 0).file.fileno())  # reading it is an error from now on
+    os.close(folder)
+    assert source.read(4, "json") == b"4 json"
+
+
+def test_a_shard_that_went_away_can_be_named(shard):
+    source = Source("s", [index_shard(shard)])
+    shard.unlink()
+    assert source.where(7) == f"{shard}: 0007"
+    with pytest.raises(FileNotFoundError):
+        source.read(7, "json")
+    source = Source("s", source.shards)
+    Path(f"{shard}.index").unlink()
+    assert source.where(7) == f"{shard}: sample 7"
+    with pytest.raises(FileNotFoundError):
+        source.sample(7)
