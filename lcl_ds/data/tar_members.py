@@ -16,6 +16,10 @@ MAX_NAME_BYTES = 1 << 20
 """A larger header with a long name is taken for damage."""
 BLOCK = tarfile.BLOCKSIZE
 CHUNK = 1 << 16
+LONGEST_USUAL_PADDING = 20 * BLOCK + 2 * BLOCK
+"""Zeros at the end of a tar in bytes: the end mark, and what fills up tar's usual record of 20 blocks."""
+RECORDS = [BLOCK << power for power in range(13)]
+"""Other sizes of records that writers are set to, up to 2 MiB."""
 
 SPARSE = "a member stored as a sparse file"
 TOO_LARGE = f"a member larger than {MAX_MEMBER_BYTES >> 20} MiB"
@@ -104,9 +108,10 @@ def members_of(file: IO[bytes], size: int) -> Iterator[Member | None]:
     """
     position: int | None = 0
     while position is not None:
-        position = yield from _members_of_archive(file, position, size)
+        end = yield from _members_of_archive(file, position, size)
         yield None
-        position = _after_zeros(file, position, size)
+        position = _after_zeros(file, end, size)
+    _check_padding(size - end, size)
 
 
 def _members_of_archive(file: IO[bytes], start: int, size: int) -> Generator[Member, None, int]:
@@ -154,6 +159,12 @@ def _check_end_mark(file: IO[bytes], start: int, position: int, size: int) -> in
     raise BrokenTarError(
         f"the header at byte {position} is damaged; {unread} bytes from there on were not read", unread
     )
+
+
+def _check_padding(zeros: int, size: int) -> None:
+    """Tell the padding of a tar to whole records from a tail that was lost, as of a download that was never finished."""
+    if zeros > LONGEST_USUAL_PADDING and not any(size % r == 0 and zeros <= r + 2 * BLOCK for r in RECORDS):
+        raise BrokenTarError(f"{zeros} zero bytes follow its end mark, so that its tail seems to be lost", zeros)
 
 
 def _placed(member: tarfile.TarInfo, file_size: int) -> Member | None:

@@ -137,6 +137,26 @@ def test_bytes_behind_the_end_that_are_no_tar_are_told_with_their_number(tmp_pat
     assert sentence in report["problems"][0]["reason"]
 
 
+def test_zeros_where_the_tail_should_be_are_told_from_padding(tmp_path):
+    """As a download leaves that was given its full length at once and never finished."""
+    path = write_tar(tmp_path / "a.tar", pairs(*range(40)))
+    data = path.read_bytes()
+    with tarfile.open(path) as tar:
+        end = tar.getmember("0005.jpg").offset
+    path.write_bytes(data[:end] + bytes(len(data) - end))
+    sentence = f"{len(data) - end} zero bytes follow its end mark, so that its tail seems to be lost"
+    assert sentence in refusal(path)
+    assert lost_in_build(path) == ([f"{n:04d}" for n in range(5)], {sentence: 1})
+    path.write_bytes(bytes(1_000_000))
+    assert "1000000 zero bytes follow its end mark" in refusal(path)
+    for name, blocks in (("b.tar", 64), ("c.tar", 2048)):
+        for member, content in pairs(0, 1):
+            (tmp_path / member).write_bytes(content)
+        names = sorted(file.name for file in tmp_path.glob("000*"))
+        subprocess.run(["tar", "-b", str(blocks), "-cf", name, *names], cwd=tmp_path, check=True)
+        assert lost_everywhere(tmp_path / name) == (["0000", "0001"], {})
+
+
 def test_a_broken_header_costs_the_sample_before_it_and_the_bytes_behind_it(tmp_path):
     path = write_tar(tmp_path / "a.tar", pairs(0, 1, 2, 3))
     data = bytearray(path.read_bytes())
