@@ -10,11 +10,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from rich.text import Text
 
 from lcl_ds.data.build import text_limit_of
 from lcl_ds.data.documents import BadSampleError, read_document
 from lcl_ds.data.images import check_image
-from lcl_ds.data.shards import Sample, Source, index_shard
+from lcl_ds.data.shard_index import BrokenShardError, Sample, index_shard
+from lcl_ds.data.shards import Source
+from lcl_ds.data.tar_members import CUT
 from lcl_ds.errors import UserError
 
 SHOWN = 20
@@ -42,6 +45,7 @@ def check_shards(
         return list(track(results, "shards", total=len(paths), console=console))
 
 
+<<<<<<< HEAD
 def check_shard(path: str, max_text_bytes: int | None = None) -> Report:
     """Read all samples of a shard as training would, and decode all their images.
 
@@ -49,14 +53,34 @@ def check_shard(path: str, max_text_bytes: int | None = None) -> Report:
         max_text_bytes: a document with more text is a problem; None: 1 MiB, or what the shard was built with.
     """
     report = _Findings(path, text_limit_of(path) if max_text_bytes is None else max_text_bytes)
+=======
+def check_shard(path: str) -> Report:
+    """Read all samples of a shard as training would, and decode all their images."""
+    report = _Findings(path)
+    shard, unread = None, 0
+>>>>>>> shards
     try:
-        source = Source("check", [index_shard(path, rescan=True)])
+        shard = index_shard(path, rescan=True)
     except UserError as error:
         report.problem("", error.problems[0].removeprefix(f"shard {path}: "))
-        return report.as_dict()
+        if isinstance(error, BrokenShardError):
+            shard, unread = error.shard, error.broken.unread
+    if shard is not None:
+        _check_samples(Source("check", [shard]), unread, report)
+    return report.as_dict()
+
+
+def _check_samples(source: Source, unread: int, report: "_Findings") -> None:
+    """Read all samples.
+
+    Args:
+        unread: bytes behind a place where the tar breaks off.
+    """
     keys: set[str] = set()
     for number in range(len(source)):
         sample = source.sample(number)
+        if sample.problem == CUT and not unread:
+            continue  # it is what the tar's end costs, which was counted
         if sample.key in keys:
             report.problem(sample.key, "a key that occurred before")
         keys.add(sample.key)
@@ -66,7 +90,6 @@ def check_shard(path: str, max_text_bytes: int | None = None) -> Report:
             report.problem(sample.key, problem.reason)
         except (OSError, UserError) as error:
             report.problem(sample.key, f"it cannot be read: {error}")
-    return report.as_dict()
 
 
 class _Findings:
@@ -135,14 +158,14 @@ def total_of(reports: list[Report]) -> Report:
 def show(reports: list[Report], console: Console, most: int = 30) -> None:
     """Tables: bad shards first, then some good ones, the sum, and the problems by reason."""
     table = Table()
-    table.add_column("shard", no_wrap=True)
+    table.add_column("shard", overflow="fold")
     for heading in ("samples", "documents", "pairs", "images", "short side", "problems"):
         table.add_column(heading, justify="right")
     ordered = sorted(reports, key=lambda report: -report["problem_count"])
     for report in ordered[:most]:
         side = report["short_side"]
         sides = f"{side['min']:.0f} to {side['max']:.0f}" if side else ""
-        table.add_row(report["shard"], *_figures(report), sides, str(report["problem_count"]))
+        table.add_row(Text(printable(report["shard"])), *_figures(report), sides, str(report["problem_count"]))
     if len(ordered) > most:
         table.add_row(f"... {len(ordered) - most} more")
     total = total_of(reports)
@@ -150,10 +173,16 @@ def show(reports: list[Report], console: Console, most: int = 30) -> None:
     table.add_row(f"{total['shards']} shards", *_figures(total), "", str(total["problem_count"]))
     console.print(table)
     for reason, count in total["reasons"].items():
-        console.print(f"{count} x {reason}", highlight=False, markup=False)
+        console.print(f"{count} x {printable(reason)}", highlight=False, markup=False, soft_wrap=True)
     for report in ordered[:most]:
         for problem in report["problems"][:3]:
-            console.print(f"{report['shard']}: {problem['key']}: {problem['reason']}", highlight=False, markup=False)
+            line = printable(": ".join([report["shard"], problem["key"], problem["reason"]]))
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """A name from outside with line breaks, terminal commands and bytes that are no text written as escapes."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def _figures(report: Report) -> list[str]:

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 LoaderState = dict[str, Any]
 """JSON: ``next_row`` of the global stream, ``lanes`` by number, ``lane_count``, ``fingerprint`` of the shards."""
+SHOWN_DIFFERENCES = 10
+"""Shards that are named when a position was saved for other data."""
 
 
 class GroupStream(IterableDataset[tuple[int, list[Row] | UserError, LaneState]]):
@@ -195,19 +198,81 @@ def _rows_of(lane: LaneState) -> int:
 def check_same_data(state: LoaderState, lanes: int, fingerprint: dict[str, str]) -> None:
     """Refuse to continue on other data than the position was saved for.
 
+    The same shards in the same order are the same data, whatever folders they lie in.
+
     Raises:
-        UserError: names the first shard that is missing, new or changed.
+        UserError: names the shards that are missing, new, changed or in another place.
     """
     if state["lane_count"] != lanes:
         raise UserError(f"data.lanes: the checkpoint was written with {state['lane_count']}, not {lanes}; it is fixed")
-    saved = state["fingerprint"]
-    for shard in sorted({*saved, *fingerprint}):
-        if shard not in fingerprint:
-            raise UserError(f"data.shards: shard {shard} of the checkpoint is missing; restore it or start a new run")
-        if shard not in saved:
-            raise UserError(f"data.shards: shard {shard} is new since the checkpoint; remove it or start a new run")
-        if saved[shard] != fingerprint[shard]:
-            raise UserError(f"data.shards: shard {shard} changed since the checkpoint; restore it or start a new run")
+    saved = state.get("fingerprint")
+    if not isinstance(saved, dict):
+        raise UserError("data.shards: the checkpoint does not say which shards it was written for; start a new run")
+    problems = shard_differences(saved, fingerprint)
+    if len(problems) > SHOWN_DIFFERENCES:
+        problems = [*problems[:SHOWN_DIFFERENCES], f"{len(problems) - SHOWN_DIFFERENCES} more shards differ"]
+    if problems:
+        raise UserError([f"data.shards: {problem}" for problem in problems])
+
+
+def shard_differences(saved: dict[str, str], now: dict[str, str]) -> list[str]:
+    """What differs between two fingerprints, a sentence for each shard."""
+    before, after = _by_source(saved), _by_source(now)
+    problems: list[str] = []
+    for source in {**before, **after}:
+        problems += _differences_of_source(before.get(source, {}), after.get(source, {}))
+    if not problems and list(before) != list(after):
+        problems.append(f"the checkpoint has the sources in the order {', '.join(before)}; restore it")
+    return problems
+
+
+def _by_source(fingerprint: dict[str, str]) -> dict[str, dict[str, str]]:
+    sources: dict[str, dict[str, str]] = {}
+    for name, layout in fingerprint.items():
+        sources.setdefault(name.partition("/")[0], {})[name] = layout
+    return sources
+
+
+def _differences_of_source(saved: dict[str, str], now: dict[str, str]) -> list[str]:
+    if list(saved.values()) == list(now.values()):
+        return []
+    missing, new = _not_in(saved, now), _not_in(now, saved)
+    problems = []
+    for name in missing:
+        changed = next((other for other in new if _may_be_same_file(name, other)), None)
+        if changed is None:
+            problems.append(f"shard {name} of the checkpoint is missing; restore it or start a new run")
+        else:
+            new.remove(changed)
+            problems.append(f"shard {name} changed since the checkpoint; restore it or start a new run")
+    problems += [f"shard {name} is new since the checkpoint; remove it or start a new run" for name in new]
+    if not problems:
+        known = {layout: name for name, layout in reversed(saved.items())}
+        moved = [f"{name} is the one that the checkpoint knows as {known[now[name]]}" for name in now]
+        telling = [sentence for name, sentence in zip(now, moved, strict=True) if known[now[name]] != name]
+        problems.append(
+            f"the same shards are in another order: {(telling or moved)[0]}; give them back their names or start a new "
+            "run"
+        )
+    return problems
+
+
+def _not_in(some: dict[str, str], others: dict[str, str]) -> list[str]:
+    """Names of ``some`` shards that ``others`` lack; of shards with one layout those first whose name they lack too."""
+    lacking = Counter(some.values()) - Counter(others.values())
+    names = []
+    for name in sorted(some, key=lambda name: name in others):
+        if lacking[some[name]] > 0:
+            lacking[some[name]] -= 1
+            names.append(name)
+    return sorted(names)
+
+
+def _may_be_same_file(name: str, other: str) -> bool:
+    """Whether two names below common folders agree as far as the shorter one goes."""
+    parts, others = name.split("/")[1:], other.split("/")[1:]
+    length = min(len(parts), len(others))
+    return parts[-length:] == others[-length:]
 
 
 def _leave_signals_to_the_trainer(ending: Event | None, _: int) -> None:

@@ -1,15 +1,20 @@
 """From settings to an opened stream, with everything that can be wrong found before a model is built."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from lcl_ds.config import Config, DataSettings
+from lcl_ds.config import Config, DataSettings, SourceSettings
 from lcl_ds.data.demo import ensure_demo
 from lcl_ds.data.lanes import LaneSettings
-from lcl_ds.data.shards import Source, expand_paths, index_shard
+from lcl_ds.data.shard_index import EmptyShardError, Shard, index_shard
+from lcl_ds.data.shards import Source
+from lcl_ds.data.storage import expand_paths
 from lcl_ds.data.views import View
 from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,7 @@ def open_data(settings: DataSettings) -> OpenData:
     sources: list[Source] = []
     for entry in settings.shards:
         try:
-            shards = [index_shard(path, Path(settings.cache)) for path in expand_paths(entry.paths)]
+            shards = _index_all(entry, Path(settings.cache))
             sources.append(Source(entry.name, shards, entry.weight))
         except UserError as error:
             problems += [f"data.shards: {entry.name}: {problem}" for problem in error.problems]
@@ -43,6 +48,38 @@ def open_data(settings: DataSettings) -> OpenData:
     if problems:
         raise UserError(problems)
     return OpenData(sources, tokenizer)
+
+
+def _index_all(entry: SourceSettings, cache: Path) -> list[Shard]:
+    """The shards of a source that hold samples; the others are named in the log.
+
+    Raises:
+        UserError: a shard is missing or cannot be read, or none holds samples.
+    """
+    shards: list[Shard] = []
+    empty: list[str] = []
+    for path in expand_paths(entry.paths):
+        try:
+            shards.append(index_shard(path, cache))
+        except EmptyShardError as error:
+            empty += error.problems
+    if not shards:
+        raise UserError(empty)
+    for problem in empty:
+        logger.warning("data.shards: %s: %s and is passed over", entry.name, problem)
+    copies = [shard for shard in shards if shard.copied]
+    if copies:
+        oldest = min(copies, key=lambda shard: str(shard.copied))
+        logger.info(
+            "data.shards: %s: %d of %d shards are copies that were kept of what their commands wrote, the oldest of %s "
+            "(%s); remove a copy, or check its command with python -m lcl_ds.data check, to run the command again",
+            entry.name,
+            len(copies),
+            len(shards),
+            oldest.copied,
+            oldest.path,
+        )
+    return shards
 
 
 def lane_settings(config: Config, view: View, image_tokens: int, image_size: int) -> LaneSettings:

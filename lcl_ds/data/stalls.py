@@ -39,4 +39,5 @@ class StallWatch:
             source, sample, since = reading
             if time.monotonic() - since >= self.seconds:
                 named = reading
-                logger.warning("still reading %s after %.3g s", source.where(sample), time.monotonic() - since)
+                where = source.where(sample, is_read=False)  # what hangs would hold this thread as well
+                logger.warning("still reading %s after %.3g s", where, time.monotonic() - since)

@@ -4,14 +4,19 @@ A location is a string. Commands run only because the user wrote them into the s
 come from elsewhere, must not name any, and nothing that is read from a shard ever becomes a location.
 """
 
+import codecs
+import errno
 import glob
 import hashlib
 import io
+import logging
 import os
 import posixpath
+import re
+import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,13 +24,18 @@ import braceexpand
 import fsspec
 
 from lcl_ds.errors import UserError
-from lcl_ds.files import only_one
+from lcl_ds.files import PARTIAL, REMEDIES, only_one, writing
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_CACHE = Path("~/.cache/lcl_ds")
 """For what cannot lie beside a shard: indices of remote shards, files made of ``pipe:`` streams."""
 LIST_SUFFIX = ".txt"
 """Of a file that lists shards, one a line, relative to where it lies."""
 INDEX_SUFFIX = ".index"
+COMMAND = "pipe:"
+SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://")
+DOWNLOAD = "download the shard, or read it through pipe:COMMAND"
 TRIES = 4
 FIRST_PAUSE_S = 0.5
 REMOTE_BLOCK = 1 << 18
@@ -35,54 +45,147 @@ REMOTE_BLOCK = 1 << 18
 def expand_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
     """Locations named by paths, globs, braces, URLs, ``pipe:`` commands and lists of shards; sorted, each once.
 
+    What exists under the very name that was given is that file or folder, whatever signs its name holds. A file that
+    several names lead to is taken once, under the first of them.
+
     Raises:
-        UserError: a pattern matches nothing; names it.
+        UserError: a pattern matches nothing or cannot be read; names it.
     """
     found: set[str] = set()
     for pattern in [paths] if isinstance(paths, (str, Path)) else paths:
-        for single in braceexpand.braceexpand(str(pattern)):
-            if single.endswith(LIST_SUFFIX) and not single.startswith("pipe:"):
+        for single in _without_braces(str(pattern)):
+            if single.endswith(LIST_SUFFIX) and not is_command(single):
                 found.update(_listed(single))
             else:
                 found.update(_matches(single))
-    return sorted(found)
+    return _each_file_once(sorted(found))
+
+
+def _each_file_once(locations: list[str]) -> list[str]:
+    kept: dict[str, str] = {}
+    for location in locations:
+        file = location if is_remote(location) or is_command(location) else os.path.realpath(location)
+        if file in kept:
+            logger.warning("data path %s: it is the same file as %s and is taken once", location, kept[file])
+        kept.setdefault(file, location)
+    return list(kept.values())
+
+
+def _without_braces(pattern: str) -> Iterator[str]:
+    """The pattern's alternatives; braces in the part of it that exists are names."""
+    if is_command(pattern) or (is_remote(pattern) and not os.path.exists(pattern)):
+        exists, rest = "", pattern
+    else:
+        exists, rest = _existing_part(pattern)
+    if not rest:
+        yield exists
+        return
+    try:
+        for alternative in braceexpand.braceexpand(rest):
+            yield exists + alternative
+    except ValueError as error:
+        if not is_command(pattern):
+            raise UserError(
+                f"data path {pattern}: no such file, and its braces cannot be read ({error}); correct the path"
+            ) from error
+        yield pattern
+
+
+def _existing_part(path: str) -> tuple[str, str]:
+    """A path split behind its longest leading part that exists."""
+    if os.path.exists(path):
+        return path, ""
+    cut = path.rfind("/")
+    while cut > 0 and not os.path.isdir(path[: cut + 1]):
+        cut = path.rfind("/", 0, cut)
+    return path[: cut + 1], path[cut + 1 :]
 
 
 def _matches(pattern: str) -> list[str]:
-    if pattern.startswith("pipe:"):
+    if is_command(pattern):
         return [pattern]
-    if is_remote(pattern) and not glob.has_magic(pattern):
-        return [pattern]  # whether it exists shows when it is indexed, without a request of its own
-    if is_remote(pattern):
-        filesystem, path = _resolve(pattern)
-        matches = [filesystem.unstrip_protocol(match) for match in filesystem.glob(path)]
-    elif glob.has_magic(pattern):
-        matches = glob.glob(pattern)
+    if is_remote(pattern) and not os.path.exists(pattern):
+        matches = _remote_matches(pattern)
     else:
-        matches = [pattern] if os.path.exists(pattern) else []
+        exists, rest = _existing_part(pattern)
+        if not rest:
+            return [_plain(exists)]
+        matches = [_plain(match) for match in glob.glob(glob.escape(exists) + rest)] if glob.has_magic(rest) else []
     matches = [match for match in matches if not match.endswith(INDEX_SUFFIX)]
     if not matches:
         raise UserError(f"data path {pattern}: no such file")
     return matches
 
 
+def _plain(path: str) -> str:
+    """A local path, so written that it can be taken for nothing else."""
+    return f"./{path}" if SCHEME.match(path) or path.startswith(COMMAND) else path
+
+
+def _remote_matches(pattern: str) -> list[str]:
+    if not glob.has_magic(pattern):
+        return [pattern]  # whether it exists shows when it is indexed, without a request of its own
+    filesystem, path = _resolve(pattern)
+    try:
+        if _retried(pattern, lambda: filesystem.exists(path)):
+            return [pattern]
+        matches = _retried(pattern, lambda: filesystem.glob(path))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"data path {pattern}: cannot be read: {error_text(error)}") from error
+    return [filesystem.unstrip_protocol(match) for match in matches]
+
+
 def _listed(location: str) -> list[str]:
-    lines = read_all(location).decode("utf-8").split("\n")
-    names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    names = []
+    for number, line in enumerate(_lines_of(location), start=1):
+        name = _listed_name(location, line, number)
+        if name is not None:
+            names.append(name)
     if not names:
         raise UserError(f"data path {location}: it lists no shards")
-    commands = [name for name in names if name.startswith("pipe:")]
-    if commands:
-        raise UserError(
-            f"data path {location}: it lists the command {commands[0]!r}; name commands in data.shards alone"
-        )
+    return names
+
+
+def _listed_name(location: str, line: str, number: int) -> str | None:
+    """The location that a line names; None for an empty line or a comment."""
     folder = posixpath.dirname(location)
-    return [name if is_remote(name) else posixpath.join(folder, name) for name in names]
+    if not is_remote(location):
+        # Spaces at the ends, and #, "pipe:" and "s3://" at the start, belong to the name where there is such a file.
+        exact = posixpath.join(folder, line)
+        if line.strip() and os.path.exists(exact):
+            return _plain(exact)
+    name = line.strip()
+    if not name or name.startswith("#"):
+        return None
+    if name.startswith(COMMAND):
+        raise UserError(f"data path {location}: it lists the command {name!r}; name commands in data.shards alone")
+    if "\0" in name or any("\udc80" <= sign <= "\udcff" for sign in name):
+        raise UserError(
+            f"data path {location}: line {number} is not UTF-8, and there is no such file; save it as UTF-8"
+        )
+    return name if is_remote(name) else posixpath.join(folder, name)
+
+
+def _lines_of(location: str) -> list[str]:
+    """Lines of a list of shards: UTF-8, or UTF-16 with its mark; what is neither keeps its bytes, as file names do."""
+    data = read_all(location)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = data.decode("utf-16", "replace")
+    else:
+        text = data.removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+    return text.replace("\r\n", "\n").split("\n")
+
+
+def is_command(location: str) -> bool:
+    """Whether a shell runs it to get a shard: it is named so and no file of that name exists."""
+    return location.startswith(COMMAND) and not os.path.exists(location)
 
 
 def is_remote(location: str) -> bool:
-    """Whether fsspec reads it."""
-    return "://" in location
+    """Whether fsspec reads it: it is named like a URL. :func:`expand_paths` writes existing files otherwise."""
+    return SCHEME.match(location) is not None
 
 
 def name_of(location: str) -> str:
@@ -91,20 +194,39 @@ def name_of(location: str) -> str:
 
 
 def size_of(location: str) -> int:
-    """Bytes. Raises: OSError."""
+    """Bytes.
+
+    Raises:
+        OSError: it is not there or out of reach.
+        UserError: a server does not tell the size.
+    """
     if not is_remote(location):
         return os.stat(location).st_size
     filesystem, path = _resolve(location)
-    return int(_retried(location, lambda: filesystem.size(path)))
+    size = _retried(location, lambda: filesystem.size(path))
+    if size is None:
+        raise UserError(f"data path {location}: its server does not tell the size; {DOWNLOAD}")
+    return int(size)
 
 
 def read_range(location: str, start: int, end: int) -> bytes:
-    """Bytes ``start`` to ``end``; fewer where the file ends before. Raises: OSError."""
+    """Bytes ``start`` to ``end``; fewer where the file ends before.
+
+    Raises:
+        OSError: it is not there or out of reach.
+        UserError: a server knows no ranges.
+    """
     if not is_remote(location):
         with open(location, "rb") as file:
             return os.pread(file.fileno(), end - start, start)
     filesystem, path = _resolve(location)
-    return bytes(_retried(location, lambda: filesystem.cat_file(path, start=start, end=end)))
+    data = bytes(_retried(location, lambda: filesystem.cat_file(path, start=start, end=end)))
+    if len(data) > end - start:
+        raise UserError(
+            f"data path {location}: its server knows no byte ranges ({end - start} bytes were asked for, {len(data)} "
+            f"came); {DOWNLOAD}"
+        )
+    return data
 
 
 def read_all(location: str) -> bytes:
@@ -116,7 +238,7 @@ def read_all(location: str) -> bytes:
     try:
         return read_range(location, 0, size_of(location))
     except OSError as error:
-        raise UserError(f"data path {location}: cannot be read: {error}") from error
+        raise UserError(f"data path {location}: cannot be read: {error_text(error)}") from error
 
 
 def open_file(location: str) -> IO[bytes]:
@@ -145,6 +267,8 @@ class _RemoteFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         end = min(self.position + len(buffer), self.size)
         data = read_range(self.location, self.position, end) if end > self.position else b""
+        if len(data) < end - self.position:
+            raise OSError(f"{self.location}: the server sent {len(data)} of {end - self.position} bytes")
         buffer[: len(data)] = data
         self.position += len(data)
         return len(data)
@@ -152,26 +276,62 @@ class _RemoteFile(io.RawIOBase):
 
 def cached_name(location: str, suffix: str) -> str:
     """Name for something about a location in the cache folder."""
-    return hashlib.sha256(location.encode()).hexdigest()[:32] + suffix
+    return hashlib.sha256(location.encode("utf-8", "surrogateescape")).hexdigest()[:32] + suffix
 
 
-def materialise(command: str, cache: Path) -> str:
+def materialise(
+    command: str, cache: Path, check: Callable[[str], None] = lambda path: None, again: bool = False
+) -> tuple[str, bool]:
     """The output of ``pipe:COMMAND`` as a file in the cache folder, made once by one process while others wait.
 
+    Args:
+        check: looks at the output before it is kept; a ValueError says why it is of no use.
+        again: run the command even if its output was kept.
+
+    Returns:
+        The file, and whether it was made just now.
+
     Raises:
-        UserError: the command failed.
+        UserError: the command failed, or its output is of no use or cannot be kept.
     """
-    path = cache.expanduser() / cached_name(command, ".tar")
-    with only_one(path):
-        if not path.exists():
-            partial = path.with_suffix(".partial")
-            with partial.open("wb") as file:
-                done = subprocess.run(command.removeprefix("pipe:"), shell=True, stdout=file, check=False)
-            if done.returncode:
-                partial.unlink()
-                raise UserError(f"data path {command}: the command ended with exit code {done.returncode}")
-            partial.replace(path)
-    return str(path)
+    try:
+        path = cache.expanduser() / cached_name(command, ".tar")
+        if path.exists() and not again:
+            return str(path), False
+        with only_one(path):
+            is_new = again or not path.exists()  # another process may have made it by now
+            if is_new:
+                _keep_output(command, path, check)
+    except RuntimeError as error:
+        raise UserError(
+            f"data path {command}: there is no home folder for its output; name one in data.cache"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"data path {command}: its output cannot be kept in {cache}: {error_text(error)} (data.cache)"
+        ) from error
+    return str(path), is_new
+
+
+def _keep_output(command: str, path: Path, check: Callable[[str], None]) -> None:
+    """Run a command and put its output in place when it is whole."""
+    for left in path.parent.glob(f".{path.name}.*{PARTIAL}"):  # by processes that were killed
+        left.unlink(missing_ok=True)
+    with writing(path) as file:
+        with subprocess.Popen(command.removeprefix(COMMAND), shell=True, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            try:
+                shutil.copyfileobj(process.stdout, file, REMOTE_BLOCK)
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode:
+            raise UserError(f"data path {command}: the command ended with exit code {process.returncode}")
+        file.flush()
+        try:
+            check(file.name)
+        except ValueError as error:
+            raise UserError(f"data path {command}: what the command wrote is not kept: {error}") from error
 
 
 def _resolve(location: str) -> tuple[Any, str]:
@@ -187,12 +347,18 @@ def _resolve(location: str) -> tuple[Any, str]:
     return filesystem, path
 
 
+def error_text(error: OSError) -> str:
+    """What is wrong and what to do, without the path."""
+    number = errno.ENOENT if isinstance(error, FileNotFoundError) else error.errno
+    return REMEDIES.get(number or 0) or error.strerror or str(error)
+
+
 def _retried(location: str, action: Any) -> Any:
     """The action's result after up to four tries; drivers raise errors of many kinds, all become OSError."""
     for attempt in range(TRIES):
         try:
             return action()
-        except FileNotFoundError:
+        except (FileNotFoundError, UserError):
             raise
         except Exception as error:
             if attempt == TRIES - 1:

@@ -5,6 +5,7 @@ Every cut compares keys, packing, tokens and cropped pixels of what follows with
 
 import hashlib
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -16,9 +17,11 @@ import pytest
 
 from lcl_ds.data.demo import build_demo
 from lcl_ds.data.lanes import Lane, LaneSettings
-from lcl_ds.data.loader import BatchLoader, merge_states
+from lcl_ds.data.loader import BatchLoader, check_same_data, merge_states, shard_differences
 from lcl_ds.data.shards import Source, expand_paths, index_shard
+from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer
+from tests.unit.data.test_shards import write_tar
 
 SETTINGS = LaneSettings(
     lanes=12,
@@ -105,6 +108,100 @@ def test_another_world_size_keeps_the_global_order(demo_folder, before, after):
     head, state = stream.run(before, 1, 3)
     tail, _ = stream.run(after, 0, 3, state)
     assert head + tail == whole
+
+
+def shards_in(folder, **contents):
+    """``a=3`` makes ``a/00000.tar`` with keys from 3 on: shards of one base name, as img2dataset writes them."""
+    for name, first in contents.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        members = [(f"{i:03d}.txt", b"a cat" * (1 + i)) for i in range(first, first + 4)]
+        write_tar(folder / name / "00000.tar", members)
+    return fingerprint_of(folder)
+
+
+def fingerprint_of(*folders):
+    paths = expand_paths([f"{folder}/**/00000.tar" for folder in folders])
+    return Source("s", [index_shard(path) for path in paths]).fingerprint()
+
+
+def differences(saved, now):
+    return shard_differences(json.loads(json.dumps(saved)), now)
+
+
+def test_every_shard_has_its_own_place_in_the_fingerprint(tmp_path):
+    saved = shards_in(tmp_path / "d", a=0, b=10, c=20)
+    assert list(saved) == ["s/a/00000.tar", "s/b/00000.tar", "s/c/00000.tar"]
+    assert len(set(saved.values())) == 3
+
+
+def test_shards_that_moved_to_another_folder_are_the_same(tmp_path, monkeypatch):
+    saved = shards_in(tmp_path / "here", a=0, b=10)
+    shutil.move(tmp_path / "here", tmp_path / "mount [2]")
+    (tmp_path / "there").symlink_to(tmp_path / "mount [2]")
+    assert fingerprint_of(tmp_path / "there") == saved
+    monkeypatch.chdir(tmp_path / "there")
+    assert fingerprint_of(".") == saved
+    shutil.copytree(tmp_path / "there" / "a", tmp_path / "x" / "1")
+    shutil.copytree(tmp_path / "there" / "b", tmp_path / "x" / "y" / "2")
+    assert differences(saved, fingerprint_of(tmp_path / "x", tmp_path / "x" / "y")) == []  # the same, in this order
+
+
+def test_what_became_of_shards_of_one_name_is_told_apart(tmp_path):
+    folder = tmp_path / "d"
+    saved = shards_in(folder, a=0, b=10, c=20)
+    a, b = folder / "a", folder / "b"
+    advice = "restore it or start a new run"
+
+    a.rename(tmp_path / "a")
+    assert differences(saved, fingerprint_of(folder)) == [f"shard s/a/00000.tar of the checkpoint is missing; {advice}"]
+    b.rename(tmp_path / "b")
+    missing = [f"shard s/{name}/00000.tar of the checkpoint is missing; {advice}" for name in "ab"]
+    assert differences(saved, fingerprint_of(folder)) == missing
+
+    (tmp_path / "a").rename(b)
+    (tmp_path / "b").rename(a)
+    order = "the same shards are in another order: "
+    (problem,) = differences(saved, fingerprint_of(folder))
+    assert problem.startswith(f"{order}s/a/00000.tar is the one that the checkpoint knows as s/b/00000.tar;")
+
+    a.rename(folder / "z")
+    b.rename(folder / "y")
+    (problem,) = differences(saved, fingerprint_of(folder))
+    assert problem.startswith(f"{order}s/y/00000.tar is the one that the checkpoint knows as s/a/00000.tar;")
+    (folder / "y").rename(a)
+    (folder / "z").rename(b)
+    assert differences(saved, fingerprint_of(folder)) == []
+
+    now = shards_in(folder, a=50, b=10)
+    assert differences(saved, now) == [f"shard s/a/00000.tar changed since the checkpoint; {advice}"]
+    now = shards_in(folder, a=0, d=60)
+    assert differences(saved, now) == ["shard s/d/00000.tar is new since the checkpoint; remove it or start a new run"]
+    now = shards_in(folder, d=20)  # a copy of c
+    assert differences(saved, now) == ["shard s/d/00000.tar is new since the checkpoint; remove it or start a new run"]
+
+
+def test_sources_in_another_order_are_other_data(tmp_path):
+    one, two = {"a/0.tar": "1"}, {"b/0.tar": "2"}
+    assert differences({**one, **two}, {**one, **two}) == []
+    assert differences({**one, **two}, {**two, **one}) == [
+        "the checkpoint has the sources in the order a, b; restore it"
+    ]
+
+
+@pytest.mark.parametrize("saved", [None, [], {"s/00000.tar": "0123"}, {"other": 1}])
+def test_a_fingerprint_of_another_kind_is_a_sentence(saved):
+    with pytest.raises(UserError, match=r"^data.shards: "):
+        check_same_data({"lane_count": 4, "fingerprint": saved}, 4, {"s/a/00000.tar": "0123456789abcdef"})
+
+
+def test_one_file_by_two_names_is_taken_once_and_said(tmp_path, caplog):
+    shards_in(tmp_path, a=0)
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    paths = [f"{tmp_path}/{name}/00000.tar" for name in ("a", "b", "a/../a")]
+    assert expand_paths(paths) == [f"{tmp_path}/a/../a/00000.tar"]
+    assert (
+        f"{tmp_path}/b/00000.tar: it is the same file as {tmp_path}/a/../a/00000.tar and is taken once" in caplog.text
+    )
 
 
 def restart_seconds(folder: Path, position: int) -> float:

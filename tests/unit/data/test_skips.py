@@ -170,6 +170,21 @@ def test_one_bad_source_of_two_does_not_stop_a_tolerant_run(tmp_path, tokenizer)
     assert sum(row.skipped_samples for row in rows) > RECENT / 2
 
 
+@pytest.mark.parametrize("gone", [[".tar"], [".tar", ".tar.index"]], ids=["the shard", "the shard and its index"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_goes_away_while_running_costs_its_samples(tmp_path, tokenizer, gone, workers, caplog):
+    members = [("a.json", GOOD), ("b.json", GOOD)]
+    shards = [index_shard(write_tar(tmp_path / f"{number}.tar", members)) for number in range(4)]
+    loader = BatchLoader([Source("mine", shards)], SETTINGS, tokenizer, 4, workers=workers)
+    for end in gone:
+        (tmp_path / f"2{end}").unlink()
+    lost = sum(next(loader).skipped_samples for _ in range(20))
+    assert lost > 0
+    if workers == 0:
+        assert f"left out {tmp_path}/2.tar: " in caplog.text
+        assert "a read error (No such file or directory)" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["read_document", "decode_image"])
 def test_an_error_in_our_own_code_is_never_skipped(tmp_path, tokenizer, monkeypatch, name):
     source = source_of(tmp_path, ("a.json", record(["a", None], [None, "000.jpg"])), ("a.000.jpg", picture(0)))

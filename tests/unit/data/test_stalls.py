@@ -1,10 +1,14 @@
 """A sample that is read for too long is named."""
 
 import logging
+import threading
 import time
 from dataclasses import replace
 
+import pytest
+
 from lcl_ds.data.loader import BatchLoader
+from lcl_ds.data.stalls import StallWatch
 from tests.unit.data.test_lanes import SETTINGS, sources, tokenizer  # noqa: F401
 
 
@@ -26,6 +30,24 @@ def test_a_slow_read_is_named_with_shard_and_key_once(sources, tokenizer, caplog
             next(loader)
     (record,) = caplog.records
     assert record.message.startswith(f"still reading {source.shards[0].path}: {slow} after 0.")
+
+
+def test_a_sample_is_named_without_reading_from_the_disk_that_hangs(sources, tokenizer, caplog, monkeypatch):  # noqa: F811
+    source = sources[1]
+
+    def hangs(self):
+        assert threading.current_thread().name != "stall-watch"
+        time.sleep(0.6)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(type(source.shards[0]), "load_index", hangs)
+    watch = StallWatch(0.1)
+    watch.begin(source, 5)
+    with caplog.at_level(logging.WARNING), pytest.raises(OSError):
+        source.sample(5)
+    watch.end()
+    (record,) = caplog.records
+    assert record.message.startswith(f"still reading {source.shards[0].path}: sample 5 after 0.")
 
 
 def test_reading_at_ordinary_speed_is_not_named(sources, tokenizer, caplog):  # noqa: F811

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import os
 import threading
 
 import fsspec
@@ -9,6 +10,8 @@ import pytest
 
 from lcl_ds.config import load_config, recipe_path
 from lcl_ds.data import storage
+from lcl_ds.data.__main__ import main
+from lcl_ds.data.check import printable
 from lcl_ds.data.documents import read_document
 from lcl_ds.data.lanes import Lane
 from lcl_ds.data.open_data import open_data
@@ -87,7 +90,7 @@ def test_an_index_beside_a_remote_shard_is_used(tmp_path, tar, memory, monkeypat
     index_shard(tar)
     memory.pipe("/bucket/a.tar", tar.read_bytes())
     memory.pipe("/bucket/a.tar.index", (tmp_path / "a.tar.index").read_bytes())
-    monkeypatch.setattr("lcl_ds.data.shard_index._scan", lambda *_: pytest.fail("the headers were read again"))
+    monkeypatch.setattr("lcl_ds.data.shard_index.scan_shard", lambda *_: pytest.fail("the headers were read again"))
     assert everything(Source("s", [index_shard("memory://bucket/a.tar", tmp_path / "cache")]))[3][1] == MEMBERS[6][1]
 
 
@@ -225,3 +228,139 @@ def test_a_list_of_shards_runs_no_command(tmp_path):
     with pytest.raises(UserError, match="it lists the command 'pipe:touch"):
         expand_paths(str(tmp_path / "shards.txt"))
     assert not (tmp_path / "ran").exists()
+
+
+ODD_NAMES = [
+    "[2023] laion/0.tar",
+    "[/old] laion/0.tar",
+    "{a,b}/0.tar",
+    "{00..03}.tar",
+    "a{.tar",
+    "what*ever?.tar",
+    "x://y/0.tar",
+    "s3://bucket.tar",
+    "pipe:cat 0.tar",
+    " spaces at both ends .tar",
+    "#1.tar",
+    "a\\b.tar",
+    "new\nline.tar",
+    "100%.tar",
+    "~.tar",
+    "ü.tar",
+    os.fsdecode(b"caf\xe9.tar"),
+    "a.tar.index.tar",
+    "list.txt.tar",
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize("way", ["absolute", "relative"])
+def test_a_file_that_exists_is_found_whatever_its_name(tmp_path, monkeypatch, name, way, capfd):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tar(path, MEMBERS)
+    (found,) = expand_paths(str(path) if way == "absolute" else name)
+    assert os.path.samefile(found, path)
+    assert everything(Source("s", [index_shard(found, tmp_path / "cache")]))[3][1] == MEMBERS[6][1]
+    report = tmp_path / "report.json"
+    assert main(["check", str(path) if way == "absolute" else name, "--workers", "1", "--json", str(report)]) == 1
+    assert os.path.samefile(json.loads(report.read_text())["shards"][0]["shard"], path)
+    last = capfd.readouterr().out.splitlines()[-1]
+    assert printable(name.rsplit("/", 1)[-1]) in last
+
+
+@pytest.mark.parametrize("name", [name for name in ODD_NAMES if "\n" not in name])
+def test_a_list_names_files_whatever_their_names(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tar(path, MEMBERS)
+    (tmp_path / "mine.txt").write_bytes(os.fsencode(f"# comment\n{name}\n"))
+    (found,) = expand_paths(str(tmp_path / "mine.txt"))
+    assert os.path.samefile(found, path)
+
+
+@pytest.mark.parametrize("folder", ["[2023] laion", "{a,b}", "what*ever?"])
+def test_globs_and_braces_work_in_folders_with_such_signs_in_their_names(tmp_path, folder):
+    (tmp_path / folder).mkdir()
+    for number in range(3):
+        write_tar(tmp_path / folder / f"{number}.tar", MEMBERS[:2])
+    assert len(expand_paths(f"{tmp_path}/{folder}/*.tar")) == 3
+    assert len(expand_paths(f"{tmp_path}/{folder}/{{0..1}}.tar")) == 2
+    assert len(expand_paths(f"{tmp_path}/{folder}/[12].tar")) == 2
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [
+        lambda text: text.encode(),
+        lambda text: b"\xef\xbb\xbf" + text.encode(),
+        lambda text: text.replace("\n", "\r\n").encode(),
+        lambda text: text.encode("utf-16"),
+        lambda text: text.replace("\n", "  \n").encode(),
+    ],
+    ids=["UTF-8", "with a mark", "CRLF", "UTF-16", "spaces at the ends"],
+)
+def test_lists_of_any_editor_are_read(tmp_path, encode):
+    write_tar(tmp_path / "ü 1.tar", MEMBERS[:2])
+    (tmp_path / "list.txt").write_bytes(encode("# comment\n\nü 1.tar\nmemory://x/y.tar\n"))
+    assert expand_paths(f"{tmp_path}/list.txt") == [f"{tmp_path}/ü 1.tar", "memory://x/y.tar"]
+
+
+@pytest.mark.parametrize("text", ["ü.tar".encode("latin-1"), "ü.tar".encode("utf-16-le")], ids=["Latin-1", "no mark"])
+def test_a_list_in_another_encoding_is_named_with_the_line(tmp_path, text):
+    write_tar(tmp_path / "ü.tar", MEMBERS[:2])
+    (tmp_path / "list.txt").write_bytes(b"# comment\n" + text)
+    with pytest.raises(UserError, match=r"list\.txt: line 2 is not UTF-8"):
+        expand_paths(f"{tmp_path}/list.txt")
+
+
+@pytest.mark.parametrize("pattern", ["{0..9.tar", "a}.tar", "memory://x/{0..9.tar"])
+def test_braces_that_cannot_be_read_are_named(pattern):
+    with pytest.raises(UserError, match=r"no such file, and its braces cannot be read"):
+        expand_paths(pattern)
+
+
+def test_braces_of_a_command_are_its_own_where_they_do_not_pair():
+    assert expand_paths("pipe:sed 's/{//' 0.tar") == ["pipe:sed 's/{//' 0.tar"]
+    assert expand_paths("pipe:cat {0..1}.tar") == ["pipe:cat 0.tar", "pipe:cat 1.tar"]
+
+
+def test_remote_names_with_glob_signs_are_names_where_they_exist(memory, tar):
+    memory.pipe("/bucket/[1].tar", tar.read_bytes())
+    memory.pipe("/bucket/1.tar", tar.read_bytes())
+    assert expand_paths("memory://bucket/[1].tar") == ["memory://bucket/[1].tar"]
+    assert expand_paths("memory://bucket/[12].tar") == ["memory:///bucket/1.tar"]
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole file", "from the start on"])
+def test_a_server_without_ranges_is_named_as_the_cause(tmp_path, tar, memory, monkeypatch, whole):
+    memory.pipe("/bucket/a.tar", tar.read_bytes())
+    cat = type(memory).cat_file
+    monkeypatch.setattr(
+        type(memory), "cat_file", lambda self, path, start=None, end=None: cat(self, path, None if whole else start)
+    )
+    with pytest.raises(UserError, match=r"a\.tar: its server knows no byte ranges .*download the shard, or"):
+        index_shard("memory://bucket/a.tar", tmp_path / "cache")
+
+
+def test_a_server_that_sends_too_little_is_an_error_of_reading(tmp_path, tar, memory, monkeypatch):
+    memory.pipe("/bucket/a.tar", tar.read_bytes())
+    source = Source("s", [index_shard("memory://bucket/a.tar", tmp_path / "cache")])
+    cat = type(memory).cat_file
+    for length in (0, 100, 600):
+        monkeypatch.setattr(
+            type(memory),
+            "cat_file",
+            lambda self, path, start=None, end=None, n=length: cat(self, path, start, min(end, start + n)),
+        )
+        with pytest.raises(OSError, match="sent|shorter"):
+            source.read(3, "json")
+        with pytest.raises(UserError, match="cannot be read: .*the server sent"):
+            index_shard("memory://bucket/a.tar", tmp_path / "cache", rescan=True)
+
+
+def test_a_server_that_does_not_tell_the_size_is_named(tmp_path, memory, monkeypatch):
+    monkeypatch.setattr(type(memory), "size", lambda self, path: None)
+    with pytest.raises(UserError, match="does not tell the size; download"):
+        index_shard("memory://bucket/a.tar", tmp_path / "cache")
