@@ -45,7 +45,6 @@ def check_shards(
         return list(track(results, "shards", total=len(paths), console=console))
 
 
-<<<<<<< HEAD
 def check_shard(path: str, max_text_bytes: int | None = None) -> Report:
     """Read all samples of a shard as training would, and decode all their images.
 
@@ -53,12 +52,7 @@ def check_shard(path: str, max_text_bytes: int | None = None) -> Report:
         max_text_bytes: a document with more text is a problem; None: 1 MiB, or what the shard was built with.
     """
     report = _Findings(path, text_limit_of(path) if max_text_bytes is None else max_text_bytes)
-=======
-def check_shard(path: str) -> Report:
-    """Read all samples of a shard as training would, and decode all their images."""
-    report = _Findings(path)
     shard, unread = None, 0
->>>>>>> shards
     try:
         shard = index_shard(path, rescan=True)
     except UserError as error:

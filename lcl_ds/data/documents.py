@@ -66,6 +66,8 @@ def read_document(source: Source, number: int, max_text_bytes: int = MAX_TEXT_BY
         BadSampleError: there is none, or it is damaged.
     """
     sample = source.sample(number)
+    if sample.problem:
+        raise BadSampleError(sample.problem)
     sizes = {suffix: size for suffix, (_, size) in sample.parts.items()}
     key = f"{source.name}/{sample.key}"
     return document_of(key, sizes, lambda suffix: source.read(number, suffix), max_text_bytes)
@@ -88,22 +90,11 @@ def document_of(
     Raises:
         BadSampleError: neither, or damaged.
     """
-<<<<<<< HEAD
     if sizes.get("txt", 0) > max_text_bytes:
         raise BadSampleError(TOO_MUCH_TEXT)
     if "txt" in sizes:
         return _read_pair(key, sizes, read)
     if "json" not in sizes:
-=======
-    sample = source.sample(number)
-    if sample.problem:
-        raise BadSampleError(sample.problem)
-    if any(sample.parts[suffix][1] > max_text_bytes for suffix in ("txt", "json") if suffix in sample.parts):
-        raise BadSampleError("a document with too much text")
-    if "txt" in sample.parts:
-        return _read_pair(source, number)
-    if "json" not in sample.parts:
->>>>>>> shards
         raise BadSampleError("neither a document (.json) nor a pair (.txt and image)")
     if sizes["json"] > JSON_PER_TEXT * max_text_bytes:
         raise BadSampleError("json that is too large")
