@@ -380,8 +380,7 @@ class Lane:
         """Blocks of neighbours, small enough for a few shuffling windows in the lane's part of an epoch."""
         settings = self.settings
         fitting = len(source) // (settings.lanes * settings.shuffle_blocks * WINDOWS_PER_EPOCH)
-        counts = np.array([shard.sample_count for shard in source.shards], dtype=np.int64)
-        return Blocks(counts, max(1, min(settings.block_samples, fitting)))
+        return source.blocks(max(1, min(settings.block_samples, fitting)))
 
     def _block(self, source: int, index: int) -> tuple[int, int]:
         """The lane's ``index``-th block over all epochs."""

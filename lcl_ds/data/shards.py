@@ -142,23 +142,19 @@ def most_open_shards() -> int:
 
 
 class Source:
-    """All samples of some shards, by number, in blocks of neighbours.
+    """All samples of some shards, by number.
 
     Args:
         name: in logs, keys and fingerprints.
         shards: indexed tars.
         weight: share of draws, constant or by the step from which on it holds.
-        block_samples: neighbours that are shuffled together.
     """
 
-    def __init__(
-        self, name: str, shards: Sequence[Shard], weight: float | Mapping[int, float] = 1.0, block_samples: int = 16
-    ):
+    def __init__(self, name: str, shards: Sequence[Shard], weight: float | Mapping[int, float] = 1.0):
         self.name = name
         self.weight = weight
         self.shards = list(shards)
-        self.blocks = Blocks(np.array([shard.sample_count for shard in self.shards], dtype=np.int64), block_samples)
-        self._ends = self.blocks.sample_end
+        self._ends = np.cumsum(np.array([shard.sample_count for shard in self.shards], dtype=np.int64))
         AT_HAND.put_away_with(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -167,6 +163,10 @@ class Source:
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    def blocks(self, size: int) -> Blocks:
+        """All samples in blocks of ``size`` neighbours."""
+        return Blocks(np.diff(self._ends, prepend=0), size)
 
     def sample(self, number: int) -> Sample:
         """Where a sample's members lie.

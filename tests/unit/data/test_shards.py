@@ -34,17 +34,17 @@ def shard(tmp_path):
 
 
 def test_samples_are_read_by_number_and_suffix(shard):
-    source = Source("s", [index_shard(shard)], block_samples=16)
+    source = Source("s", [index_shard(shard)])
     assert len(source) == 40
     assert source.read(17, "000.jpg") == b"17 000.jpg"
-    assert list(source.blocks) == [(0, 16), (16, 32), (32, 40)]
+    assert list(source.blocks(16)) == [(0, 16), (16, 32), (32, 40)]
     assert source.where(3) == f"{shard}: 0003"
 
 
 def test_blocks_do_not_cross_shards(tmp_path, shard):
     other = write_tar(tmp_path / "b.tar", [("x.txt", b"1"), ("y.txt", b"2")])
-    source = Source("s", [index_shard(shard), index_shard(other)], block_samples=32)
-    assert list(source.blocks) == [(0, 32), (32, 40), (40, 42)]
+    source = Source("s", [index_shard(shard), index_shard(other)])
+    assert list(source.blocks(32)) == [(0, 32), (32, 40), (40, 42)]
     assert source.read(41, "txt") == b"2"
 
 
@@ -186,12 +186,13 @@ def test_few_shards_are_open_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "OPEN_SHARDS", 3)
     paths = [write_tar(tmp_path / f"{i}.tar", [(f"k{i}.txt", str(i).encode())]) for i in range(8)]
     source = Source("s", [index_shard(path) for path in paths])
+    gc.collect()  # sources of earlier tests
     before = len(os.listdir("/proc/self/fd"))
     assert [source.read(i, "txt") for i in (*range(8), 0)] == [str(i).encode() for i in (*range(8), 0)]
     assert len(os.listdir("/proc/self/fd")) <= before + 3
     del source
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_a_source_goes_to_another_process_without_its_descriptors(shard):
