@@ -287,20 +287,18 @@ def test_where_others_took_the_descriptors_shards_are_put_away_for_each_other(tm
 
 def test_running_out_of_descriptors_is_named_as_that(tmp_path, descriptors):
     (source,) = many_sources(tmp_path, 1, 1)
-    held = [open(os.devnull)]
-    descriptors(held[0].fileno() + 20)
+    held = [os.open(os.devnull, os.O_RDONLY)]
+    descriptors(held[0] + 20)
     try:
-        while True:
-            held.append(open(os.devnull))
-    except OSError:
-        pass
-    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
         with pytest.raises(UserError, match=r"0-0\.tar: cannot be opened: this process may open no more files; raise"):
             source.read(0, "txt")
-        assert Path(f"{tmp_path}/0-0.tar.index").exists()
     finally:
-        for file in held:
-            file.close()
+        for descriptor in held:
+            os.close(descriptor)
+    assert Path(f"{tmp_path}/0-0.tar.index").exists()
     assert source.read(0, "txt") == b"0"
 
 
