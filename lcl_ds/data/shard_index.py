@@ -330,7 +330,7 @@ def _keep(scan: Scan, path: str, sidecars: Sequence[str]) -> str | None:
             Path(place).parent.mkdir(parents=True, exist_ok=True)
             write_whole(Path(place), data)
         except OSError as error:  # a folder for reading only, a full disk: the next place, or memory
-            logger.info("%s: the index cannot be kept there: %s", place, error_text(error))
+            logger.debug("%s: the index cannot be kept there: %s", place, error_text(error))
             continue
         return place
     return None
@@ -341,7 +341,7 @@ def _remove(place: str) -> None:
         if not is_remote(place) and _may_replace(place):
             Path(place).unlink(missing_ok=True)
     except OSError as error:
-        logger.info("%s: the index cannot be removed: %s", place, error_text(error))
+        logger.debug("%s: the index cannot be removed: %s", place, error_text(error))
 
 
 def _may_replace(place: str) -> bool:
