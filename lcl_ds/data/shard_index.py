@@ -271,7 +271,7 @@ def _kept(path: str, size: int, sidecar: str, sidecars: tuple[str, ...]) -> Shar
     try:
         (length,) = struct.unpack("<Q", read_range(sidecar, 0, 8))
         facts = _facts(read_range(sidecar, 8, 8 + min(length, MAX_HEADER_BYTES)))
-    except (ValueError, struct.error):
+    except (ValueError, struct.error, UserError):  # the last: a server that sends a page for what it does not have
         return None
     except OSError as error:
         if error.errno in OUT_OF_DESCRIPTORS:
@@ -295,7 +295,7 @@ def _load(sidecar: str, layout: str) -> ShardIndex | None:
             return None
         suffixes = json.loads(arrays.pop("suffixes").tobytes())
         return ShardIndex(tuple(suffixes), **arrays)
-    except (ValueError, SafetensorError, struct.error, KeyError, TypeError):
+    except (ValueError, SafetensorError, struct.error, KeyError, TypeError, UserError):
         return None
     except OSError as error:
         if error.errno in OUT_OF_DESCRIPTORS:

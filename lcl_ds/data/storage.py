@@ -347,6 +347,11 @@ def _resolve(location: str) -> tuple[Any, str]:
     return filesystem, path
 
 
+def printable(text: str) -> str:
+    """A name from outside with line breaks, terminal commands and bytes that are no text written as escapes."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
 def error_text(error: OSError) -> str:
     """What is wrong and what to do, without the path."""
     number = errno.ENOENT if isinstance(error, FileNotFoundError) else error.errno
@@ -358,7 +363,7 @@ def _retried(location: str, action: Any) -> Any:
     for attempt in range(TRIES):
         try:
             return action()
-        except (FileNotFoundError, UserError):
+        except (FileNotFoundError, PermissionError, UserError):  # another try would not help
             raise
         except Exception as error:
             if attempt == TRIES - 1:

@@ -225,6 +225,13 @@ def test_unusual_names_come_back_as_they_are(tmp_path):
     assert [source.read(i, "json").decode() for i in range(len(names))] == names
 
 
+def test_names_in_messages_hold_no_line_breaks_and_no_terminal_commands(tmp_path):
+    name = os.fsdecode(b"a\nERROR \x1b[2J caf\xe9")
+    source = Source("s", [index_shard(write_tar(tmp_path / "a.tar", [(f"{name}.json", b"{}")]))])
+    assert source.sample(0).key == name
+    assert source.where(0).endswith(r"a.tar: a\nERROR \x1b[2J caf\udce9")
+
+
 def test_links_and_devices_are_left_out(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, kind in (("l.json", tarfile.SYMTYPE), ("h.json", tarfile.LNKTYPE), ("d.json", tarfile.CHRTYPE)):
