@@ -77,9 +77,9 @@ def _without_braces(pattern: str) -> Iterator[str]:
         exists, rest = "", pattern
     else:
         exists, rest = _existing_part(pattern)
-    if not rest:
-        yield exists
-        return
+        if not rest or ("{" in rest and _globbed(glob.escape(exists), rest)):
+            yield _plain(pattern)
+            return
     try:
         for alternative in braceexpand.braceexpand(rest):
             yield exists + alternative
@@ -110,11 +110,18 @@ def _matches(pattern: str) -> list[str]:
         exists, rest = _existing_part(pattern)
         if not rest:
             return [_plain(exists)]
-        matches = [_plain(match) for match in glob.glob(glob.escape(exists) + rest)] if glob.has_magic(rest) else []
+        matches = [_plain(match) for match in _globbed(glob.escape(exists), rest)]
     matches = [match for match in matches if not match.endswith(INDEX_SUFFIX)]
     if not matches:
         raise UserError(f"data path {pattern}: no such file")
     return matches
+
+
+def _globbed(folder: str, pattern: str) -> list[str]:
+    """What a pattern matches in a folder (itself a pattern); brackets are names where that matches something."""
+    if not glob.has_magic(pattern):
+        return []
+    return glob.glob(folder + pattern.replace("[", "[[]")) or glob.glob(folder + pattern)
 
 
 def _plain(path: str) -> str:
@@ -189,7 +196,7 @@ def is_remote(location: str) -> bool:
 
 
 def name_of(location: str) -> str:
-    """Last part of a location, by which it goes in fingerprints."""
+    """Last part of a location: in the hash of a shard's layout, so that a renamed shard is another one."""
     return posixpath.basename(location)
 
 

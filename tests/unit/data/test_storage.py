@@ -287,6 +287,7 @@ def test_globs_and_braces_work_in_folders_with_such_signs_in_their_names(tmp_pat
     assert len(expand_paths(f"{tmp_path}/{folder}/*.tar")) == 3
     assert len(expand_paths(f"{tmp_path}/{folder}/{{0..1}}.tar")) == 2
     assert len(expand_paths(f"{tmp_path}/{folder}/[12].tar")) == 2
+    assert len(expand_paths(f"{tmp_path.parent}/{tmp_path.name[:-1]}?/{folder}/*.tar")) == 3
 
 
 @pytest.mark.parametrize(
