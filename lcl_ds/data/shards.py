@@ -115,7 +115,7 @@ class AtHand:
             except OSError as error:
                 if error.errno not in OUT_OF_DESCRIPTORS:
                     raise
-                if not any(opened.file for opened in self._opened.values()):
+                if not any(opened.file for opened in list(self._opened.values())):
                     raise UserError(f"shard {path}: cannot be opened: {error_text(error)}") from error
                 self._keep(len(self._opened) // 2)
 
@@ -124,8 +124,9 @@ class AtHand:
         weakref.finalize(source, self._put_away, id(source)).atexit = False
 
     def _put_away(self, source: int) -> None:
-        for key in [key for key in self._opened if key[0] == source]:
-            self._opened.pop(key).close()
+        for key in list(self._opened):  # a copy: sources may go at any time, in any thread
+            if key[0] == source:
+                self._opened.pop(key).close()
 
     def _keep(self, count: int) -> None:
         while len(self._opened) > count:

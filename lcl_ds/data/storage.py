@@ -77,7 +77,7 @@ def _without_braces(pattern: str) -> Iterator[str]:
         exists, rest = "", pattern
     else:
         exists, rest = _existing_part(pattern)
-        if not rest or ("{" in rest and _globbed(glob.escape(exists), rest)):
+        if not rest or ("{" in rest and _globbed(exists, rest)):
             yield _plain(pattern)
             return
     try:
@@ -110,7 +110,9 @@ def _matches(pattern: str) -> list[str]:
         exists, rest = _existing_part(pattern)
         if not rest:
             return [_plain(exists)]
-        matches = [_plain(match) for match in _globbed(glob.escape(exists), rest)]
+        matches = [_plain(match) for match in _globbed(exists, rest)]
+        if not matches:
+            _check_readable(pattern, exists or ".")
     matches = [match for match in matches if not match.endswith(INDEX_SUFFIX)]
     if not matches:
         raise UserError(f"data path {pattern}: no such file")
@@ -118,10 +120,18 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _globbed(folder: str, pattern: str) -> list[str]:
-    """What a pattern matches in a folder (itself a pattern); brackets are names where that matches something."""
+    """What a pattern matches in a folder; brackets are names where that matches something."""
     if not glob.has_magic(pattern):
         return []
-    return glob.glob(folder + pattern.replace("[", "[[]")) or glob.glob(folder + pattern)
+    return glob.glob(glob.escape(folder) + pattern.replace("[", "[[]")) or glob.glob(glob.escape(folder) + pattern)
+
+
+def _check_readable(pattern: str, folder: str) -> None:
+    """Raises: UserError when a folder cannot be listed, for glob takes that for an empty one."""
+    try:
+        os.listdir(folder)
+    except OSError as error:
+        raise UserError(f"data path {pattern}: {folder} cannot be listed: {error_text(error)}") from error
 
 
 def _plain(path: str) -> str:

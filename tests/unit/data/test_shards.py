@@ -301,6 +301,8 @@ def test_running_out_of_descriptors_is_named_as_that(tmp_path, descriptors):
             held.append(os.open(os.devnull, os.O_RDONLY))
         with pytest.raises(UserError, match=r"0-0\.tar: cannot be opened: this process may open no more files; raise"):
             source.read(0, "txt")
+        with pytest.raises(UserError, match=r"\*\.tar: .* cannot be listed: this process may open no more files"):
+            expand_paths(f"{tmp_path}/*.tar")
     finally:
         for descriptor in held:
             os.close(descriptor)
