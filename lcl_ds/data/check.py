@@ -17,6 +17,7 @@ from lcl_ds.data.documents import BadSampleError, read_document
 from lcl_ds.data.images import check_image
 from lcl_ds.data.shard_index import BrokenShardError, Sample, index_shard
 from lcl_ds.data.shards import Source
+from lcl_ds.data.storage import printable
 from lcl_ds.data.tar_members import CUT
 from lcl_ds.errors import UserError
 
@@ -172,11 +173,6 @@ def show(reports: list[Report], console: Console, most: int = 30) -> None:
         for problem in report["problems"][:3]:
             line = printable(": ".join([report["shard"], problem["key"], problem["reason"]]))
             console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def printable(text: str) -> str:
-    """A name from outside with line breaks, terminal commands and bytes that are no text written as escapes."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 def _figures(report: Report) -> list[str]:

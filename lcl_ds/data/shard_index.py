@@ -271,7 +271,7 @@ def _kept(path: str, size: int, sidecar: str, sidecars: tuple[str, ...]) -> Shar
     try:
         (length,) = struct.unpack("<Q", read_range(sidecar, 0, 8))
         facts = _facts(read_range(sidecar, 8, 8 + min(length, MAX_HEADER_BYTES)))
-    except (ValueError, struct.error):
+    except (ValueError, struct.error, UserError):  # the last: a server that sends a page for what it does not have
         return None
     except OSError as error:
         if error.errno in OUT_OF_DESCRIPTORS:
@@ -295,7 +295,7 @@ def _load(sidecar: str, layout: str) -> ShardIndex | None:
             return None
         suffixes = json.loads(arrays.pop("suffixes").tobytes())
         return ShardIndex(tuple(suffixes), **arrays)
-    except (ValueError, SafetensorError, struct.error, KeyError, TypeError):
+    except (ValueError, SafetensorError, struct.error, KeyError, TypeError, UserError):
         return None
     except OSError as error:
         if error.errno in OUT_OF_DESCRIPTORS:
@@ -330,7 +330,7 @@ def _keep(scan: Scan, path: str, sidecars: Sequence[str]) -> str | None:
             Path(place).parent.mkdir(parents=True, exist_ok=True)
             write_whole(Path(place), data)
         except OSError as error:  # a folder for reading only, a full disk: the next place, or memory
-            logger.info("%s: the index cannot be kept there: %s", place, error_text(error))
+            logger.debug("%s: the index cannot be kept there: %s", place, error_text(error))
             continue
         return place
     return None
@@ -341,7 +341,7 @@ def _remove(place: str) -> None:
         if not is_remote(place) and _may_replace(place):
             Path(place).unlink(missing_ok=True)
     except OSError as error:
-        logger.info("%s: the index cannot be removed: %s", place, error_text(error))
+        logger.debug("%s: the index cannot be removed: %s", place, error_text(error))
 
 
 def _may_replace(place: str) -> bool:

@@ -15,7 +15,7 @@ from typing import IO, Any, TypeVar, overload
 import numpy as np
 
 from lcl_ds.data.shard_index import OUT_OF_DESCRIPTORS, Sample, Shard, ShardIndex, index_shard
-from lcl_ds.data.storage import error_text, expand_paths, is_remote, open_file, read_range
+from lcl_ds.data.storage import error_text, expand_paths, is_remote, open_file, printable, read_range
 from lcl_ds.data.tar_members import BLOCK, header_hash
 from lcl_ds.errors import UserError
 
@@ -115,7 +115,7 @@ class AtHand:
             except OSError as error:
                 if error.errno not in OUT_OF_DESCRIPTORS:
                     raise
-                if not any(opened.file for opened in self._opened.values()):
+                if not any(opened.file for opened in list(self._opened.values())):
                     raise UserError(f"shard {path}: cannot be opened: {error_text(error)}") from error
                 self._keep(len(self._opened) // 2)
 
@@ -124,8 +124,9 @@ class AtHand:
         weakref.finalize(source, self._put_away, id(source)).atexit = False
 
     def _put_away(self, source: int) -> None:
-        for key in [key for key in self._opened if key[0] == source]:
-            self._opened.pop(key).close()
+        for key in list(self._opened):  # a copy: sources may go at any time, in any thread
+            if key[0] == source:
+                self._opened.pop(key).close()
 
     def _keep(self, count: int) -> None:
         while len(self._opened) > count:
@@ -185,14 +186,14 @@ class Source:
             is_read: False: only what is in memory, so that it never waits for a disk.
         """
         shard, place = self._locate(number)
-        path = self.shards[shard].path
+        path = printable(self.shards[shard].path)
         opened = AT_HAND.look(self, shard)
         if opened is None and is_read:
             try:
                 opened = self._opened(shard)
             except (OSError, UserError):
                 return f"{path}: sample {place}"
-        return f"{path}: {opened.index.sample(place).key}" if opened else f"{path}: sample {place}"
+        return f"{path}: {printable(opened.index.sample(place).key)}" if opened else f"{path}: sample {place}"
 
     def read(self, number: int, suffix: str) -> bytes:
         """One member's bytes.

@@ -1,7 +1,7 @@
 """What happens to bad input while training, in one place.
 
-- A shard that is missing, cut short or no plain tar ends the run before a model is built (``index_shard``). An empty one
-  is passed over with a warning. One that goes away while the run uses it costs its samples, each a read error.
+- A shard that is missing, cut short or no plain tar ends the run before a model is built (``index_shard``). An empty
+  one is passed over with a warning. One that goes away while the run uses it costs its samples, each a read error.
 - A member that cannot be used (stored as a sparse file, too large, there twice, not beside the others of its sample)
   costs its own sample.
 - A damaged or hostile sample is left out. An image that cannot be decoded goes with its placeholder and its text stays;

@@ -77,9 +77,9 @@ def _without_braces(pattern: str) -> Iterator[str]:
         exists, rest = "", pattern
     else:
         exists, rest = _existing_part(pattern)
-    if not rest:
-        yield exists
-        return
+        if not rest or ("{" in rest and _globbed(exists, rest)):
+            yield _plain(pattern)
+            return
     try:
         for alternative in braceexpand.braceexpand(rest):
             yield exists + alternative
@@ -110,11 +110,28 @@ def _matches(pattern: str) -> list[str]:
         exists, rest = _existing_part(pattern)
         if not rest:
             return [_plain(exists)]
-        matches = [_plain(match) for match in glob.glob(glob.escape(exists) + rest)] if glob.has_magic(rest) else []
+        matches = [_plain(match) for match in _globbed(exists, rest)]
+        if not matches:
+            _check_readable(pattern, exists or ".")
     matches = [match for match in matches if not match.endswith(INDEX_SUFFIX)]
     if not matches:
         raise UserError(f"data path {pattern}: no such file")
     return matches
+
+
+def _globbed(folder: str, pattern: str) -> list[str]:
+    """What a pattern matches in a folder; brackets are names where that matches something."""
+    if not glob.has_magic(pattern):
+        return []
+    return glob.glob(glob.escape(folder) + pattern.replace("[", "[[]")) or glob.glob(glob.escape(folder) + pattern)
+
+
+def _check_readable(pattern: str, folder: str) -> None:
+    """Raises: UserError when a folder cannot be listed, for glob takes that for an empty one."""
+    try:
+        os.listdir(folder)
+    except OSError as error:
+        raise UserError(f"data path {pattern}: {folder} cannot be listed: {error_text(error)}") from error
 
 
 def _plain(path: str) -> str:
@@ -189,7 +206,7 @@ def is_remote(location: str) -> bool:
 
 
 def name_of(location: str) -> str:
-    """Last part of a location, by which it goes in fingerprints."""
+    """Last part of a location: in the hash of a shard's layout, so that a renamed shard is another one."""
     return posixpath.basename(location)
 
 
@@ -347,6 +364,11 @@ def _resolve(location: str) -> tuple[Any, str]:
     return filesystem, path
 
 
+def printable(text: str) -> str:
+    """A name from outside with line breaks, terminal commands and bytes that are no text written as escapes."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
 def error_text(error: OSError) -> str:
     """What is wrong and what to do, without the path."""
     number = errno.ENOENT if isinstance(error, FileNotFoundError) else error.errno
@@ -358,7 +380,7 @@ def _retried(location: str, action: Any) -> Any:
     for attempt in range(TRIES):
         try:
             return action()
-        except (FileNotFoundError, UserError):
+        except (FileNotFoundError, PermissionError, UserError):  # another try would not help
             raise
         except Exception as error:
             if attempt == TRIES - 1:

@@ -162,7 +162,7 @@ def _check_end_mark(file: IO[bytes], start: int, position: int, size: int) -> in
 
 
 def _check_padding(zeros: int, size: int) -> None:
-    """Tell the padding of a tar to whole records from a tail that was lost, as of a download that was never finished."""
+    """Tell the padding of a tar to whole records from a lost tail, as of a download that was not finished."""
     if zeros > LONGEST_USUAL_PADDING and not any(size % r == 0 and zeros <= r + 2 * BLOCK for r in RECORDS):
         raise BrokenTarError(f"{zeros} zero bytes follow its end mark, so that its tail seems to be lost", zeros)
 

@@ -115,6 +115,8 @@ def test_tars_one_behind_the_other_are_all_read(tmp_path, caplog):
     assert "3 tars one behind the other" in caplog.text
     path.write_bytes(one + one)  # keys of one tar have nothing to do with those of another
     assert lost_in_training(path) == lost_in_build(path) == (["0000", "0001"] * 2, {})
+    path.write_bytes(one + write_tar(tmp_path / "png.tar", [("0000.png", picture(3)), *pairs(0)[1:]]).read_bytes())
+    assert lost_in_training(path) == lost_in_build(path) == (["0000", "0001", "0000"], {})
 
 
 def refusal(path):
@@ -229,8 +231,8 @@ def base_256(size):
         hostile_header(size="-1024"),
         b"".join(hostile_header(path="y")[:1024] for _ in range(3000)),
         hostile_header(**{"GNU.sparse.map": "x"}),
-        tarfile.TarInfo._create_header(  # a name of 8 GiB
-            {"name": "././@LongLink", "type": b"L", "size": 1 << 33, "magic": tarfile.GNU_MAGIC},
+        tarfile.TarInfo._create_header(  # a name of 1 TiB
+            {"name": "././@LongLink", "type": b"L", "size": 1 << 40, "magic": tarfile.GNU_MAGIC},
             tarfile.GNU_FORMAT,
             "utf-8",
             "strict",

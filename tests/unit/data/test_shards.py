@@ -226,6 +226,13 @@ def test_unusual_names_come_back_as_they_are(tmp_path):
     assert [source.read(i, "json").decode() for i in range(len(names))] == names
 
 
+def test_names_in_messages_hold_no_line_breaks_and_no_terminal_commands(tmp_path):
+    name = os.fsdecode(b"a\nERROR \x1b[2J caf\xe9")
+    source = Source("s", [index_shard(write_tar(tmp_path / "a.tar", [(f"{name}.json", b"{}")]))])
+    assert source.sample(0).key == name
+    assert source.where(0).endswith(r"a.tar: a\nERROR \x1b[2J caf\udce9")
+
+
 def test_links_and_devices_are_left_out(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, kind in (("l.json", tarfile.SYMTYPE), ("h.json", tarfile.LNKTYPE), ("d.json", tarfile.CHRTYPE)):
@@ -288,20 +295,19 @@ def test_where_others_took_the_descriptors_shards_are_put_away_for_each_other(tm
 
 def test_running_out_of_descriptors_is_named_as_that(tmp_path, descriptors):
     (source,) = many_sources(tmp_path, 1, 1)
-    held = [open(os.devnull)]
-    descriptors(held[0].fileno() + 20)
+    held = [os.open(os.devnull, os.O_RDONLY)]
+    descriptors(held[0] + 20)
     try:
-        while True:
-            held.append(open(os.devnull))
-    except OSError:
-        pass
-    try:
+        while held[-1] < held[0] + 19:  # the last one that is allowed
+            held.append(os.open(os.devnull, os.O_RDONLY))
         with pytest.raises(UserError, match=r"0-0\.tar: cannot be opened: this process may open no more files; raise"):
             source.read(0, "txt")
-        assert Path(f"{tmp_path}/0-0.tar.index").exists()
+        with pytest.raises(UserError, match=r"\*\.tar: .* cannot be listed: this process may open no more files"):
+            expand_paths(f"{tmp_path}/*.tar")
     finally:
-        for file in held:
-            file.close()
+        for descriptor in held:
+            os.close(descriptor)
+    assert Path(f"{tmp_path}/0-0.tar.index").exists()
     assert source.read(0, "txt") == b"0"
 
 

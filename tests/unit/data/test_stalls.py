@@ -43,7 +43,7 @@ def test_a_sample_is_named_without_reading_from_the_disk_that_hangs(sources, tok
     monkeypatch.setattr(type(source.shards[0]), "load_index", hangs)
     watch = StallWatch(0.1)
     watch.begin(source, 5)
-    with caplog.at_level(logging.WARNING), pytest.raises(OSError):
+    with caplog.at_level(logging.WARNING), pytest.raises(OSError, match="Input/output"):
         source.sample(5)
     watch.end()
     (record,) = caplog.records

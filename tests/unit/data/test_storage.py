@@ -11,12 +11,11 @@ import pytest
 from lcl_ds.config import load_config, recipe_path
 from lcl_ds.data import storage
 from lcl_ds.data.__main__ import main
-from lcl_ds.data.check import printable
 from lcl_ds.data.documents import read_document
 from lcl_ds.data.lanes import Lane
 from lcl_ds.data.open_data import open_data
 from lcl_ds.data.shards import Source, index_shard
-from lcl_ds.data.storage import cached_name, expand_paths, materialise, read_range
+from lcl_ds.data.storage import cached_name, expand_paths, materialise, printable, read_range
 from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer
 from tests.unit.data.test_lanes import SETTINGS, same
@@ -288,6 +287,7 @@ def test_globs_and_braces_work_in_folders_with_such_signs_in_their_names(tmp_pat
     assert len(expand_paths(f"{tmp_path}/{folder}/*.tar")) == 3
     assert len(expand_paths(f"{tmp_path}/{folder}/{{0..1}}.tar")) == 2
     assert len(expand_paths(f"{tmp_path}/{folder}/[12].tar")) == 2
+    assert len(expand_paths(f"{tmp_path.parent}/{tmp_path.name[:-1]}?/{folder}/*.tar")) == 3
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ def test_lists_of_any_editor_are_read(tmp_path, encode):
     assert expand_paths(f"{tmp_path}/list.txt") == [f"{tmp_path}/ü 1.tar", "memory://x/y.tar"]
 
 
-@pytest.mark.parametrize("text", ["ü.tar".encode("latin-1"), "ü.tar".encode("utf-16-le")], ids=["Latin-1", "no mark"])
+@pytest.mark.parametrize("text", ["ü.tar".encode("latin-1"), "a.tar".encode("utf-16-le")], ids=["Latin-1", "no mark"])
 def test_a_list_in_another_encoding_is_named_with_the_line(tmp_path, text):
     write_tar(tmp_path / "ü.tar", MEMBERS[:2])
     (tmp_path / "list.txt").write_bytes(b"# comment\n" + text)
@@ -342,6 +342,21 @@ def test_a_server_without_ranges_is_named_as_the_cause(tmp_path, tar, memory, mo
     )
     with pytest.raises(UserError, match=r"a\.tar: its server knows no byte ranges .*download the shard, or"):
         index_shard("memory://bucket/a.tar", tmp_path / "cache")
+
+
+def test_a_server_that_has_a_page_for_everything_has_no_index(tmp_path, tar, memory):
+    """Its answer to a question for bytes of the index that it lacks is a page, whole."""
+    memory.pipe("/bucket/a.tar", tar.read_bytes())
+    memory.pipe("/bucket/a.tar.index", b"<html>" + bytes(9000))
+    cat = type(memory).cat_file
+
+    def page(self, path, start=None, end=None):
+        return cat(self, path) if path.endswith(".index") else cat(self, path, start, end)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(memory), "cat_file", page)
+        source = Source("s", [index_shard("memory://bucket/a.tar", tmp_path / "cache")])
+        assert everything(source)[3][1] == MEMBERS[6][1]
 
 
 def test_a_server_that_sends_too_little_is_an_error_of_reading(tmp_path, tar, memory, monkeypatch):
