@@ -163,6 +163,8 @@ def build(
             manifest = _publish(jobs, units, out, settings, image_problems)
         except BaseException:
             _remove_parts(out)
+            if not any(path.name[:1].isdigit() or path.suffix == ".sqlite" for path in work.iterdir()):
+                _give_up(out)  # nothing was finished, so the next try may be of something else
             raise
         shutil.rmtree(work)
     return Built(manifest, is_new=True)
@@ -214,15 +216,11 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     if saved is None:
         if out.exists() and any(path.name != WORK for path in out.iterdir()):
             raise UserError(f"{out}: it is not empty and holds no build that could go on; name a new folder")
-        is_new = not out.exists()
         try:
             (out / WORK).mkdir(parents=True, exist_ok=True)
             write_whole(out / WORK / SETTINGS, json.dumps(settings))
         except BaseException:
-            shutil.rmtree(out / WORK, ignore_errors=True)
-            if is_new:
-                with suppress(OSError):  # the first error is the one to report
-                    out.rmdir()
+            _give_up(out)
             raise
     elif saved != _as_json(settings):
         difference = _difference(saved, _as_json(settings))
@@ -252,6 +250,13 @@ def _remove_parts(out: Path) -> None:
                     path.unlink(missing_ok=True)
 
 
+def _give_up(out: Path) -> None:
+    """Leave nothing of a build that finished nothing."""
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    with suppress(OSError):  # it is not there or not empty; the first error is the one to report
+        out.rmdir()
+
+
 def _as_json(value: dict[str, Any]) -> Any:
     """As it is after it was kept: tuples are lists."""
     return json.loads(json.dumps(value))
@@ -277,12 +282,14 @@ def _unit(job: Job) -> dict[str, Any] | None:
 def _refuse_problems(jobs: list[Job], units: list[dict[str, Any]], out: Path, skip_unreadable: bool) -> None:
     """Raises: UserError for sources that cannot be read, unless they may be skipped, and where nothing came of any."""
     problems = [unit["problem"] for unit in units if unit["problem"]]
-    if problems and not skip_unreadable:
+    is_empty = not any(unit["samples"] for unit in units)
+    if is_empty or (problems and not skip_unreadable):
         for job, unit in zip(jobs, units, strict=True):
-            if unit["problem"]:
-                shutil.rmtree(job.folder)  # so that it is read again once it was mended
+            if is_empty or unit["problem"]:
+                shutil.rmtree(job.folder)  # so that it is read again, mended or with other settings
+    if problems and not skip_unreadable:
         raise UserError([*problems, "mend these sources, or go on without them: --skip-unreadable"])
-    if not any(unit["samples"] for unit in units):
+    if is_empty:
         skips: Counter[str] = Counter()
         for unit in units:
             skips.update(unit["skips"])

@@ -255,6 +255,8 @@ def test_nothing_at_all_is_an_error_that_says_why(tmp_path, capsys):
     assert main(["build", str(tmp_path / "none.zip"), str(tmp_path / "x"), "--format", "mmc4"]) == 2
     assert "none.zip: no such file" in capsys.readouterr().err
     assert main(["build", *arguments, "--images", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "out").exists()  # the next try may be of other images
+    assert main(["build", *arguments, "--images", str(corpus.images[0])]) == 0
 
 
 # finished builds
