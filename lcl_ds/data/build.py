@@ -603,7 +603,8 @@ def _put_in_place(staged: Path, final: Path, kept: np.ndarray) -> None:
 
 def text_limit_of(shard: str) -> int:
     """How many bytes of text a document of a shard may have: more than usual where it was built so, as is recorded."""
-    manifest = None if is_remote(shard) else _read_json(Path(shard).parent / MANIFEST)
-    if manifest is None or Path(shard).name not in manifest.get("shards", {}):
-        return MAX_TEXT_BYTES
-    return max(MAX_TEXT_BYTES, int(manifest.get("longest_text_bytes", 0)))
+    manifest = (None if is_remote(shard) else _read_json(Path(shard).parent / MANIFEST)) or {}
+    shards, longest = manifest.get("shards"), manifest.get("longest_text_bytes")
+    if isinstance(shards, dict) and Path(shard).name in shards and isinstance(longest, int):
+        return max(MAX_TEXT_BYTES, longest)
+    return MAX_TEXT_BYTES

@@ -512,8 +512,14 @@ def test_what_was_built_with_longer_texts_is_checked_with_them_and_the_setting_f
     assert main(["check", str(out / "*.tar"), "--workers", "1"]) == 0
     with pytest.raises(BadSampleError, match="too much text"):
         read_document(source_of(out), 0)
-    (out / "manifest.json").unlink()  # nothing says any more that this was meant
-    assert main(["check", str(out / "*.tar"), "--workers", "1"]) == 1
+    for nothing_about_it in (
+        "[]",
+        "{",
+        '{"shards": 7}',
+        '{"shards": {"000000-00000.tar": 1}, "longest_text_bytes": "x"}',
+    ):
+        (out / "manifest.json").write_text(nothing_about_it)
+        assert main(["check", str(out / "*.tar"), "--workers", "1"]) == 1
 
 
 def test_json_is_not_parsed_where_it_is_far_larger_than_its_texts_may_be(tmp_path):
