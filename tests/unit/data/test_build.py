@@ -242,9 +242,32 @@ def test_a_source_that_cannot_be_read_ends_the_build_and_mended_goes_on(tmp_path
     assert "--skip-unreadable" in err
     assert main(["build", *sources, str(out), *options, "--workers", "1", "--skip-unreadable"]) == 0
     assert f"not read: {sources[2]}" in capsys.readouterr().out
+    again = tmp_path / "again"
+    assert main(["build", *sources, str(again), *options, "--workers", "1"]) == 2
     Path(sources[2]).write_bytes(whole)
-    assert main(["build", *sources, str(tmp_path / "again"), *options, "--workers", "1"]) == 0
-    assert len(source_of(tmp_path / "again")) == len(source_of(out)) + 9
+    assert main(["build", *sources, str(again), *options, "--workers", "1"]) == 0
+    assert len(source_of(again)) == len(source_of(out)) + 9
+
+
+def test_a_source_that_changed_between_two_tries_is_read_again(tmp_path, monkeypatch):
+    sources, options = several(tmp_path)
+    rest = [*options, "--workers", "1", "--shard-samples", "2"]
+    from lcl_ds.data import build as module
+
+    real, calls = module._put_in_place, iter(range(100))
+
+    def interrupted(*arguments):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(module, "_put_in_place", interrupted)
+    assert main(["build", *sources, str(tmp_path / "out"), *rest]) == 130
+    monkeypatch.undo()
+    write_tar(Path(sources[0]), [("0.json", json.dumps({"texts": ["new"], "images": [None]}).encode())])
+    assert main(["build", *sources, str(tmp_path / "out"), *rest]) == 0
+    assert main(["build", *sources, str(tmp_path / "whole"), *rest]) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_nothing_at_all_is_an_error_that_says_why(tmp_path, capsys):
@@ -281,7 +304,7 @@ def test_a_finished_build_is_taken_for_what_it_was_made_of(tmp_path, capsys):
     os.utime(sources[1], ns=(0, 1))
     assert main(command) == 2
     err = capsys.readouterr().err
-    assert f"other contents of its sources (1 changed since, the first {sources[1]}); name a new folder" in err
+    assert f"1 of its 2 sources changed since, the first {sources[1]}; name a new folder" in err
 
 
 def test_images_that_arrived_since_are_not_passed_over_in_silence(tmp_path, capsys):
