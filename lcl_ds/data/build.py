@@ -34,7 +34,7 @@ from lcl_ds.data.formats.record import IMAGE_MEMBERS, ReadOptions, SourceDocumen
 from lcl_ds.data.formats.tars import read_tar
 from lcl_ds.data.images import check_image
 from lcl_ds.data.shards import index_shard
-from lcl_ds.data.storage import expand_paths, is_remote
+from lcl_ds.data.storage import INDEX_SUFFIX, expand_paths, is_remote
 from lcl_ds.errors import UserError
 from lcl_ds.files import PARTIAL, naming, only_one, write_whole, writing
 
@@ -61,6 +61,8 @@ class Job:
 
     number: int
     source: Path
+    identity: list[int]
+    """See :func:`_identity`; of the time before it is read."""
     format: str
     options: ReadOptions
     shard_samples: int
@@ -136,19 +138,19 @@ def build(
     settings = {
         "version": VERSION,
         "format": format,
-        "sources": [_identity(source) for source in sources],
-        "images": [_identity(place) if place.is_file() else [os.path.abspath(place)] for place in images],
+        "sources": [os.path.abspath(source) for source in sources],
+        "images": [[os.path.abspath(place), *(_identity(place) if place.is_file() else [])] for place in images],
         "options": {k: v for k, v in asdict(options).items() if k != "images"},
         "shard_samples": shard_samples,
         "deduplicate": deduplicate,
     }
-    finished = _finished(out, settings)
+    finished = _finished(out, settings, sources)
     if finished is not None:
         return Built(finished, is_new=False)
     _claim(out, settings)
     work = out / WORK
     with only_one(work / "build"):
-        finished = _finished(out, settings)  # another process may have been at it meanwhile
+        finished = _finished(out, settings, sources)  # another process may have been at it meanwhile
         if finished is not None:
             shutil.rmtree(work, ignore_errors=True)
             return Built(finished, is_new=False)
@@ -156,36 +158,48 @@ def build(
         try:
             found, image_problems = open_images(images, work, skip_unreadable)
             options = replace(options, images=found)
-            jobs = [Job(i, source, format, options, shard_samples, work) for i, source in enumerate(sources)]
+            jobs = [
+                Job(number, source, _identity(source), format, options, shard_samples, work)
+                for number, source in enumerate(sources)
+            ]
             _run([job for job in jobs if _unit(job) is None], len(jobs), workers, console)
             units = [_unit(job) or {} for job in jobs]
             _refuse_problems(jobs, units, out, skip_unreadable)
             manifest = _publish(jobs, units, out, settings, image_problems)
         except BaseException:
             _remove_parts(out)
+            if not any(path.name[:1].isdigit() or path.suffix == ".sqlite" for path in work.glob("*")):
+                _give_up(out)  # nothing was finished, so the next try may be of something else
             raise
         shutil.rmtree(work)
     return Built(manifest, is_new=True)
 
 
-def _identity(path: Path) -> list[str | int]:
-    """By what a file is known again: path, bytes and time of its last change."""
+def _identity(path: Path) -> list[int]:
+    """By what a file is known again besides its path: bytes, and nanoseconds of its last change."""
     status = path.stat()
-    return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
+    return [status.st_size, status.st_mtime_ns]
 
 
-def _finished(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+def _finished(out: Path, settings: dict[str, Any], sources: list[Path]) -> dict[str, Any] | None:
     """The manifest of a finished build; None where there is none.
 
     Raises:
-        UserError: it is of other sources or settings, or its shards are no longer what they were.
+        UserError: it is of other sources or settings, or its sources or shards are no longer what they were.
     """
     manifest = _read_json(out / MANIFEST)
     if manifest is None or "settings" not in manifest:
         return None
-    if manifest["settings"] != _as_json(settings):
-        difference = _difference(manifest["settings"], _as_json(settings))
+    difference = _difference(manifest["settings"], settings)
+    if difference:
         raise UserError(f"{out}: it holds a finished build of other {difference}; name a new folder")
+    units = zip(manifest["sources"], sources, strict=True)
+    newer = [source for unit, source in units if unit["identity"] != _identity(source)]
+    if newer:
+        raise UserError(
+            f"{out}: it holds a finished build, but {len(newer)} of its {len(sources)} sources changed since, the "
+            f"first {newer[0]}; name a new folder to build again"
+        )
     changed = [name for name, facts in manifest["shards"].items() if not _is_unchanged(out / name, facts)]
     if changed:
         raise UserError(
@@ -214,31 +228,21 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
     if saved is None:
         if out.exists() and any(path.name != WORK for path in out.iterdir()):
             raise UserError(f"{out}: it is not empty and holds no build that could go on; name a new folder")
-        is_new = not out.exists()
         try:
             (out / WORK).mkdir(parents=True, exist_ok=True)
             write_whole(out / WORK / SETTINGS, json.dumps(settings))
         except BaseException:
-            shutil.rmtree(out / WORK, ignore_errors=True)
-            if is_new:
-                with suppress(OSError):  # the first error is the one to report
-                    out.rmdir()
+            _give_up(out)
             raise
-    elif saved != _as_json(settings):
-        difference = _difference(saved, _as_json(settings))
+    elif difference := _difference(saved, settings):
         raise UserError(f"{out}: it holds an unfinished build of other {difference}; name a new folder")
 
 
-def _difference(saved: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs between the settings of two builds, in words."""
-    paths = {source[0] for source in now["sources"]}
-    if paths == {source[0] for source in saved.get("sources", [["", 0]])}:
-        changed = [source[0] for source in now["sources"] if source not in saved["sources"]]
-        if changed:
-            return f"contents of its sources ({len(changed)} changed since, the first {printable(changed[0])})"
-    old, new = ({**settings, **settings.get("options", {})} for settings in (saved, now))
+def _difference(saved: dict[str, Any], settings: dict[str, Any]) -> str:
+    """What differs between the kept settings of a build and others, in words; empty where nothing does."""
+    old, new = ({**values, **values.get("options", {})} for values in (saved, _as_json(settings)))
     names = [name for name in new if name != "options" and old.get(name) != new[name]]
-    return f"sources or settings ({', '.join(names)})"
+    return f"sources or settings ({', '.join(names)})" if names else ""
 
 
 def _remove_parts(out: Path) -> None:
@@ -250,6 +254,13 @@ def _remove_parts(out: Path) -> None:
                     shutil.rmtree(path, ignore_errors=True)
                 elif path.name.startswith(".") and path.suffix == PARTIAL:
                     path.unlink(missing_ok=True)
+
+
+def _give_up(out: Path) -> None:
+    """Leave nothing of a build that finished nothing."""
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    with suppress(OSError):  # it is not there or not empty; the first error is the one to report
+        out.rmdir()
 
 
 def _as_json(value: dict[str, Any]) -> Any:
@@ -266,10 +277,15 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _unit(job: Job) -> dict[str, Any] | None:
-    """What is known of a finished source file; None for one that has to be read."""
+    """What is known of a finished source file; None for one that has to be read, or read again since it changed."""
     unit = _read_json(job.folder / UNIT)
     hashes = job.folder / HASHES
-    if unit is None or not hashes.is_file() or hashes.stat().st_size != 16 * unit["samples"]:
+    if (
+        unit is None
+        or unit["identity"] != job.identity
+        or not hashes.is_file()
+        or hashes.stat().st_size != 16 * unit["samples"]
+    ):
         return None
     return unit
 
@@ -277,12 +293,14 @@ def _unit(job: Job) -> dict[str, Any] | None:
 def _refuse_problems(jobs: list[Job], units: list[dict[str, Any]], out: Path, skip_unreadable: bool) -> None:
     """Raises: UserError for sources that cannot be read, unless they may be skipped, and where nothing came of any."""
     problems = [unit["problem"] for unit in units if unit["problem"]]
-    if problems and not skip_unreadable:
+    is_empty = not any(unit["samples"] for unit in units)
+    if is_empty or (problems and not skip_unreadable):
         for job, unit in zip(jobs, units, strict=True):
-            if unit["problem"]:
-                shutil.rmtree(job.folder)  # so that it is read again once it was mended
+            if is_empty or unit["problem"]:
+                shutil.rmtree(job.folder)  # so that it is read again, mended or with other settings
+    if problems and not skip_unreadable:
         raise UserError([*problems, "mend these sources, or go on without them: --skip-unreadable"])
-    if not any(unit["samples"] for unit in units):
+    if is_empty:
         skips: Counter[str] = Counter()
         for unit in units:
             skips.update(unit["skips"])
@@ -343,7 +361,7 @@ def _build_unit(job: Job) -> None:
         except UserError as error:
             problem = printable(str(error))
         write_whole(partial / HASHES, b"".join(findings.hashes))
-        write_whole(partial / UNIT, json.dumps(findings.as_dict(job.source.name, problem)))
+        write_whole(partial / UNIT, json.dumps(findings.as_dict(job, problem)))
         shutil.rmtree(job.folder, ignore_errors=True)
         partial.rename(job.folder)
     except BaseException:
@@ -379,10 +397,11 @@ class _Findings:
             if len(examples) < EXAMPLES and key not in examples:
                 examples.append(key)
 
-    def as_dict(self, source: str, problem: str | None) -> dict[str, Any]:
+    def as_dict(self, job: Job, problem: str | None) -> dict[str, Any]:
         """JSON; ``incomplete`` counts the records of which something or everything was left out."""
         return {
-            "source": printable(source),
+            "source": printable(job.source.name),
+            "identity": job.identity,
             "samples": len(self.hashes),
             **{name: self.counts[name] for name in ("records", "incomplete", "documents", "pairs", "images")},
             "longest_text_bytes": self.longest_text_bytes,
@@ -549,11 +568,15 @@ def _publish(
             if not kept.any():
                 continue
             _put_in_place(job.folder / name, out / name, kept)
-            layout = index_shard(out / name).fingerprint()
+            shard = index_shard(out / name)
+            if shard.sample_count != kept.sum():
+                raise UserError(
+                    f"{out}: its sources changed while its shards were put in place; remove it and build again"
+                )
             shards[name] = {
-                "samples": int(kept.sum()),
+                "samples": shard.sample_count,
                 "bytes": (out / name).stat().st_size,
-                "layout": layout,
+                "layout": shard.fingerprint(),
             }
         start = end
     skips: Counter[str] = Counter()
@@ -569,6 +592,9 @@ def _publish(
         "sources": units,
         "shards": shards,
     }
+    for path in out.glob("[0-9]*-[0-9]*.tar*"):
+        if path.name.removesuffix(INDEX_SUFFIX) not in shards:
+            path.unlink()  # of an interrupted try, and of a source that has changed since
     write_whole(out / LIST, "".join(f"{name}\n" for name in shards))
     write_whole(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     return manifest
@@ -596,7 +622,8 @@ def _put_in_place(staged: Path, final: Path, kept: np.ndarray) -> None:
 
 def text_limit_of(shard: str) -> int:
     """How many bytes of text a document of a shard may have: more than usual where it was built so, as is recorded."""
-    manifest = None if is_remote(shard) else _read_json(Path(shard).parent / MANIFEST)
-    if manifest is None or Path(shard).name not in manifest.get("shards", {}):
-        return MAX_TEXT_BYTES
-    return max(MAX_TEXT_BYTES, int(manifest.get("longest_text_bytes", 0)))
+    manifest = (None if is_remote(shard) else _read_json(Path(shard).parent / MANIFEST)) or {}
+    shards, longest = manifest.get("shards"), manifest.get("longest_text_bytes")
+    if isinstance(shards, dict) and Path(shard).name in shards and isinstance(longest, int):
+        return max(MAX_TEXT_BYTES, longest)
+    return MAX_TEXT_BYTES

@@ -41,8 +41,8 @@ Place = tuple[int, int, int]
 class LocalImages:
     """Folders of image files, and tars of images by their index.
 
-    A folder holds files by name, or named by the SHA-256 of their URL, with or without a suffix. In tars (as
-    img2dataset writes them) an image is found by its member's name or by the ``url`` of the ``.json`` beside it.
+    Files are found by their name, or by their URL where they are named by its SHA-256, with or without a suffix. In
+    tars, as img2dataset writes them, the ``url`` of the ``.json`` beside an image counts too.
 
     Names are compared whole. Where several places have one of that name, loose files come before tars, and each in the
     order in which they were named; within a tar the last one counts, as it would after unpacking. Since a tar may have
@@ -101,14 +101,20 @@ class LocalImages:
         Raises:
             BadSampleError: the file cannot be read.
         """
-        for name in [url_digest(url), *([digest] if digest else [])]:
-            parts = _parts(name)
-            for folder in self.folders if len(parts) == 1 else ():
+        digests = [url_digest(url).encode(), *(_parts(digest) if digest else ())]
+        for name in digests:
+            for folder in self.folders:
                 for suffix in (b"", *(f".{suffix}".encode() for suffix in IMAGE_SUFFIXES)):
-                    data = _read_inside(folder, (parts[0] + suffix,))
+                    data = _read_inside(folder, (name + suffix,))
                     if data is not None:
                         return data
-        found = self._rows("SELECT tar, offset, size FROM urls WHERE digest = ?", url_digest(url).encode())
+        found = self._rows("SELECT tar, offset, size FROM urls WHERE digest = ?", digests[0])
+        for name in digests:
+            found = found or self._rows(
+                "SELECT tar, offset, size FROM names WHERE key >= ? AND key < ? ORDER BY tar LIMIT 1",
+                name + b".",  # its suffix, or the slash that ends a key without one
+                name + b"0",
+            )
         return self._read(found[0]) if found else None
 
     def _place_of(self, parts: tuple[bytes, ...]) -> Place | None:

@@ -242,9 +242,32 @@ def test_a_source_that_cannot_be_read_ends_the_build_and_mended_goes_on(tmp_path
     assert "--skip-unreadable" in err
     assert main(["build", *sources, str(out), *options, "--workers", "1", "--skip-unreadable"]) == 0
     assert f"not read: {sources[2]}" in capsys.readouterr().out
+    again = tmp_path / "again"
+    assert main(["build", *sources, str(again), *options, "--workers", "1"]) == 2
     Path(sources[2]).write_bytes(whole)
-    assert main(["build", *sources, str(tmp_path / "again"), *options, "--workers", "1"]) == 0
-    assert len(source_of(tmp_path / "again")) == len(source_of(out)) + 9
+    assert main(["build", *sources, str(again), *options, "--workers", "1"]) == 0
+    assert len(source_of(again)) == len(source_of(out)) + 9
+
+
+def test_a_source_that_changed_between_two_tries_is_read_again(tmp_path, monkeypatch):
+    sources, options = several(tmp_path)
+    rest = [*options, "--workers", "1", "--shard-samples", "2"]
+    from lcl_ds.data import build as module
+
+    real, calls = module._put_in_place, iter(range(100))
+
+    def interrupted(*arguments):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(module, "_put_in_place", interrupted)
+    assert main(["build", *sources, str(tmp_path / "out"), *rest]) == 130
+    monkeypatch.undo()
+    write_tar(Path(sources[0]), [("0.json", json.dumps({"texts": ["new"], "images": [None]}).encode())])
+    assert main(["build", *sources, str(tmp_path / "out"), *rest]) == 0
+    assert main(["build", *sources, str(tmp_path / "whole"), *rest]) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_nothing_at_all_is_an_error_that_says_why(tmp_path, capsys):
@@ -255,6 +278,8 @@ def test_nothing_at_all_is_an_error_that_says_why(tmp_path, capsys):
     assert main(["build", str(tmp_path / "none.zip"), str(tmp_path / "x"), "--format", "mmc4"]) == 2
     assert "none.zip: no such file" in capsys.readouterr().err
     assert main(["build", *arguments, "--images", str(tmp_path / "none")]) == 2
+    assert not (tmp_path / "out").exists()  # the next try may be of other images
+    assert main(["build", *arguments, "--images", str(corpus.images[0])]) == 0
 
 
 # finished builds
@@ -279,7 +304,7 @@ def test_a_finished_build_is_taken_for_what_it_was_made_of(tmp_path, capsys):
     os.utime(sources[1], ns=(0, 1))
     assert main(command) == 2
     err = capsys.readouterr().err
-    assert f"other contents of its sources (1 changed since, the first {sources[1]}); name a new folder" in err
+    assert f"1 of its 2 sources changed since, the first {sources[1]}; name a new folder" in err
 
 
 def test_images_that_arrived_since_are_not_passed_over_in_silence(tmp_path, capsys):
@@ -329,7 +354,8 @@ def no_file_larger_than(size):
 def test_a_disk_that_fills_up_leaves_nothing_half_done_and_the_next_try_goes_on(size, tmp_path, capsys):
     sources, options = several(tmp_path)
     Path(sources[2]).write_bytes(Path(make_shards(tmp_path / "more", 40).sources[0]).read_bytes())
-    command = ["build", *sources, str(tmp_path / "out"), *options, "--workers", "1"]
+    rest = [*options, "--workers", "1", "--shard-samples", "50"]
+    command = ["build", *sources, str(tmp_path / "out"), *rest]
     for _ in range(2):
         with no_file_larger_than(size):
             assert main(command) == 2
@@ -339,7 +365,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half_done_and_the_next_try_goes_on(
         left = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
         assert not [path for path in left if path.name.endswith(".partial") or path.parent.suffix]
     assert main(command) == 0
-    assert main(["build", *sources, str(tmp_path / "whole"), *options, "--workers", "1"]) == 0
+    assert main(["build", *sources, str(tmp_path / "whole"), *rest]) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -509,8 +535,14 @@ def test_what_was_built_with_longer_texts_is_checked_with_them_and_the_setting_f
     assert main(["check", str(out / "*.tar"), "--workers", "1"]) == 0
     with pytest.raises(BadSampleError, match="too much text"):
         read_document(source_of(out), 0)
-    (out / "manifest.json").unlink()  # nothing says any more that this was meant
-    assert main(["check", str(out / "*.tar"), "--workers", "1"]) == 1
+    for nothing_about_it in (
+        "[]",
+        "{",
+        '{"shards": 7}',
+        '{"shards": {"000000-00000.tar": 1}, "longest_text_bytes": "x"}',
+    ):
+        (out / "manifest.json").write_text(nothing_about_it)
+        assert main(["check", str(out / "*.tar"), "--workers", "1"]) == 1
 
 
 def test_json_is_not_parsed_where_it_is_far_larger_than_its_texts_may_be(tmp_path):

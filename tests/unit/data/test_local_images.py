@@ -6,7 +6,7 @@ import tarfile
 import pytest
 
 from lcl_ds.data.documents import BadSampleError
-from lcl_ds.data.formats.local_images import AMBIGUOUS, NOT_THERE, open_images
+from lcl_ds.data.formats.local_images import AMBIGUOUS, NOT_THERE, open_images, url_digest
 from lcl_ds.errors import UserError
 from tests.unit.data.corpora import picture, url_of
 from tests.unit.data.test_shards import write_tar
@@ -66,6 +66,16 @@ def test_names_are_compared_whole(kind, odd, place, tmp_path):
         "c/x.y",
     ):
         assert reason(images, other) in (NOT_THERE, AMBIGUOUS)
+
+
+@BOTH
+@pytest.mark.parametrize("suffix", ["", ".jpg", ".webp"])
+def test_files_may_be_named_by_the_hash_of_their_url(kind, suffix, place, tmp_path):
+    images = images_of(tmp_path, place(kind, [(url_digest(url_of(1)) + suffix, A), (f"0123{suffix}", B)]))
+    assert images.find(None, url_of(1)) == A
+    assert images.find(None, url_of(2), "0123") == B
+    assert reason(images, None, url_of(2)) == NOT_THERE
+    assert reason(images, "none.jpg", url_of(2)) == NOT_THERE
 
 
 def test_a_tar_may_have_been_packed_further_up_or_further_down(place, tmp_path):
