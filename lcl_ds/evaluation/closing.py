@@ -17,7 +17,7 @@ from lcl_ds.cli import USER_ERROR, problems_of
 from lcl_ds.config import Config
 from lcl_ds.evaluation.documents import HeldOut, HeldOutReader
 from lcl_ds.evaluation.probe import ProbeImages, class_of, encoder_features, linear_probe, pixel_features
-from lcl_ds.evaluation.retrieval import PairFeatures, pair_features, retrieval_scores
+from lcl_ds.evaluation.retrieval import LEAST_PAIRS, PairFeatures, pair_features, retrieval_scores, too_few_pairs
 from lcl_ds.files import write_whole
 from lcl_ds.models.build import build_model
 from lcl_ds.models.lcl import LCLModel
@@ -29,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 EXAMPLES = 5
 """Retrieved documents in the picture."""
-LEAST_PAIRS = 2
-"""A single image is found among one, whatever the model."""
 
 
 def close_run(config: Config, run_dir: Path, step: int, load_model: Callable[[], LCLModel]) -> int:
@@ -120,9 +118,9 @@ def evaluate_model(model: LCLModel, config: Config, picture: Path | None = None)
     }
     if reader.rows is None:
         return results
-    count = sum(len(reader.view.readings(sequence.tokens)["pairs"]) for sequence in held_out.sequences)
+    count = reader.pair_count(sequence.tokens for sequence in held_out.sequences)
     if count < LEAST_PAIRS:
-        notes.append(f"image-to-context retrieval is left out: of the images {count} have text that announces them")
+        notes.append(too_few_pairs(count))
         return results
     rows = reader.rows
     pairs = pair_features(

@@ -1,7 +1,7 @@
 """Held-out documents: what the check before training tries and the evaluation after it reads."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from lcl_ds.data.views import Encoder
 from lcl_ds.errors import UserError
 from lcl_ds.models.build import image_size, tokens_per_image
 from lcl_ds.objectives import objective_module, view_of
-from lcl_ds.tokens import TextTokenizer
+from lcl_ds.tokens import TextTokenizer, TokenSequence
 
 TEST_EVERY = 3
 """Every third document tests the probes and the others train them: images of one document stay on one side."""
@@ -74,6 +74,7 @@ class HeldOutReader:
         self.view = view_of(config.objective, image_first_probability=0.0)
         self.has_pairs = "contrastive_loss" in objective_module(config.objective.name).Objective.losses
         self.image_size = image_size(config.model)
+        self.tokens_per_image = tokens_per_image(config.model)
         self.rows: LaneSettings | None = None
         """None: the decoder is not needed."""
         self._encoder: Encoder | None = None
@@ -83,7 +84,7 @@ class HeldOutReader:
 
     def _row_settings(self) -> LaneSettings:
         try:
-            return lane_settings(self.config, self.view, tokens_per_image(self.config.model), self.image_size)
+            return lane_settings(self.config, self.view, self.tokens_per_image, self.image_size)
         except UserError as error:
             raise self._too_small(self.numbers[0], str(error)) from None
 
@@ -129,18 +130,18 @@ class HeldOutReader:
             labels = [{}] * len(document.images)
         pixels = self._pixels(number, document, held_out.left_out)
         if not pixels:
-            if not document.images:
+            if not document.images and not document.missing_images:
                 held_out.left_out["a document without images"] += 1
             return
         held_out.document_count += 1
         held_out.pixels += pixels.values()
         held_out.labels += [labels[image] for image in pixels]
         held_out.is_test += [is_test] * len(pixels)
-        if self._encoder is not None:
-            try:
-                held_out.sequences += self._sequences(number, document, pixels, self._encoder)
-            except BadSampleError as problem:
-                held_out.left_out[reason_of(problem)] += 1
+        try:
+            for piece in self.pieces(number, document):
+                held_out.sequences += self._with_pixels(document.key, piece, pixels)
+        except BadSampleError as problem:
+            held_out.left_out[reason_of(problem)] += 1
 
     def _pixels(self, number: int, document: Document, left_out: Counter[str]) -> dict[int, np.ndarray]:
         """By the number of the document's image; those that cannot be decoded are counted."""
@@ -155,21 +156,32 @@ class HeldOutReader:
                 left_out[reason_of(problem)] += 1
         return pixels
 
-    def _sequences(
-        self, number: int, document: Document, pixels: dict[int, np.ndarray], encoder: Encoder
-    ) -> Iterator[PackedSequence]:
-        """Of one document without the images that could not be decoded; what is drawn depends on its number alone."""
+    def pieces(self, number: int, document: Document) -> list[TokenSequence]:
+        """Sequences of one document; none where the decoder is not needed. What is drawn depends on its number alone.
+
+        Raises:
+            BadSampleError: there is nothing in it for the objective.
+            UserError: no row can hold it.
+        """
+        if self._encoder is None:
+            return []
         try:
-            pieces = self.view.encode(document, encoder, np.random.default_rng(number))
+            return self.view.encode(document, self._encoder, np.random.default_rng(number))
         except ValueError as error:
             raise self._too_small(number, str(error)) from error
-        for piece in pieces:
-            lost = [image for image in piece.images if image not in pixels]
-            tokens = self.view.without_images(piece, lost, encoder.image_tokens) if lost else piece
-            if tokens is not None:
-                empty = np.zeros((0, 3, self.image_size, self.image_size), np.uint8)
-                shown = np.stack([pixels[image] for image in tokens.images]) if tokens.images else empty
-                yield PackedSequence(document.key, tokens, shown)
+
+    def pair_count(self, pieces: Iterable[TokenSequence]) -> int:
+        """Contrastive pairs in them."""
+        return sum(len(self.view.readings(tokens)["pairs"]) for tokens in pieces) if self.has_pairs else 0
+
+    def _with_pixels(self, key: str, piece: TokenSequence, pixels: dict[int, np.ndarray]) -> list[PackedSequence]:
+        """A sequence without the images that could not be decoded; nothing where nothing is left of it."""
+        lost = [image for image in piece.images if image not in pixels]
+        tokens = self.view.without_images(piece, lost, self.tokens_per_image) if lost else piece
+        if tokens is None:
+            return []
+        empty = np.zeros((0, 3, self.image_size, self.image_size), np.uint8)
+        return [PackedSequence(key, tokens, np.stack([pixels[i] for i in tokens.images]) if tokens.images else empty)]
 
     def read_all(self) -> HeldOut:
         """All samples.

@@ -11,6 +11,8 @@ from lcl_ds.data.views import View
 from lcl_ds.models.lcl import LCLModel
 from lcl_ds.tokens import Vocabulary
 
+LEAST_PAIRS = 2
+"""A single image is found among one, whatever the model."""
 QUERIES = 1024
 """Queries that are ranked at a time: all at once would need a table of their number squared."""
 
@@ -27,6 +29,13 @@ class PairFeatures:
     """uint8 [K, 3, H, W]."""
     context_ids: list[np.ndarray]
     """Token ids before the place where each context is read, from the beginning of its part."""
+
+
+def too_few_pairs(count: int) -> str:
+    """A sentence for where there are fewer than :data:`LEAST_PAIRS`."""
+    return (
+        f"image-to-context retrieval is left out: images with text that announces them: {count}, needed: {LEAST_PAIRS}"
+    )
 
 
 @torch.no_grad()
