@@ -24,7 +24,9 @@ class SourceSettings(Settings):
         description="WebDataset tars: path, glob, braces {0000..0099}, URL, pipe:COMMAND, .txt list of them, or a list."
     )
     weight: float | dict[int, float] = Field(
-        1.0, description="Share of draws relative to the other sources; {0: 1, 5000: 0.5}: by step (a curriculum)."
+        1.0,
+        description="Share of draws relative to the other sources; {0: 1, 5000: 0.5}: by step (a curriculum); "
+        "documents that already wait for a row come a few steps late.",
     )
 
     @field_validator("weight")
@@ -56,7 +58,12 @@ class DataSettings(Settings):
     )
     cache: str = Field("~/.cache/lcl_ds", description="Folder for pipe: streams and indices of remote shards.")
     workers: int = Field(0, ge=0, description="Loader processes per rank; 0 decodes in the training process.")
-    lanes: int = Field(64, gt=0, description="Independent streams; a multiple of ranks x workers. Fixed for a run.")
+    lanes: int | None = Field(
+        None,
+        gt=0,
+        description="Independent streams, best a multiple of ranks x workers. Fixed for a run. Default: 64, fewer for "
+        "a small corpus, so that every sample comes about once an epoch.",
+    )
     mix_by: Literal["samples", "images"] = Field("samples", description="What the sources' weights are shares of.")
     group_rows: int = Field(
         1,
@@ -65,8 +72,14 @@ class DataSettings(Settings):
         "must divide the rows of a rank's micro-step. 1: rows as they come.",
     )
     row_pool: int = Field(64, ge=1, description="Packed rows a lane chooses its groups from.")
-    pack_window: int = Field(128, ge=1, description="Documents a lane looks at when it packs rows.")
-    block_samples: int = Field(16, ge=1, description="Neighbouring samples shuffled as one block.")
+    pack_window: int = Field(
+        128,
+        ge=1,
+        description="Documents a lane looks at when it packs rows; at most a quarter of its epoch.",
+    )
+    block_samples: int = Field(
+        16, ge=1, description="Neighbouring samples shuffled as one block; fewer in a small corpus."
+    )
     shuffle_blocks: int = Field(4, ge=1, description="Blocks a lane mixes with each other.")
 
     @model_validator(mode="before")

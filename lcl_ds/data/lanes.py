@@ -4,9 +4,15 @@ The global stream's n-th group of rows comes from lane ``n % lanes``. A lane own
 permutation drawn anew each epoch, shuffles samples inside a window of blocks, packs a window of documents into rows and
 gathers rows into groups of about as many images each. Nothing random is stored: every draw is a function of (seed,
 purpose, lane, counter), so a lane's position is a few integers plus the addresses of documents that wait for a row and
-of rows that wait for a group, and the stream is the same for any ranks x workers that divide the number of lanes.
+of rows that wait for a group, and the stream is the same for any number of ranks and workers.
+
+What all lanes hold at a time, of samples drawn and not yet in a row that was returned, is what an epoch can be off by:
+a sample may come that much early or late. Blocks, windows, pools and, where they are not set, the number of lanes
+shrink with the corpus so that this stays below one epoch.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
@@ -15,9 +21,9 @@ import numpy as np
 
 from lcl_ds.data.documents import MAX_TEXT_BYTES, BadSampleError, Document, read_document
 from lcl_ds.data.images import decode_image
-from lcl_ds.data.mixing import Mixture, spread_samples
+from lcl_ds.data.mixing import Mixture, change_steps, spread_samples
 from lcl_ds.data.packing import PackedSequence, Row, choose_group, pack
-from lcl_ds.data.shards import Source
+from lcl_ds.data.shards import Blocks, Source
 from lcl_ds.data.skips import Skips
 from lcl_ds.data.stalls import StallWatch
 from lcl_ds.data.views import DocumentView, Encoder, View
@@ -36,13 +42,22 @@ MEASURED_SAMPLES = 500
 PRIOR_ROWS = 2000
 """... and how many rows of a lane weigh as much as that count."""
 
+MOST_LANES = 64
+"""Lanes where their number is not set and the corpus is not small."""
+WINDOWS_PER_EPOCH = 4
+"""Windows, of packing and of shuffling, that a lane's part of an epoch is cut into at least."""
+GOOD_WINDOW_ROWS = 16
+"""Rows of a window that pack well; the number of lanes is chosen so that no window need be smaller."""
+LEAST_WINDOW_ROWS = 2
+"""Rows that a window fills even where it then holds more of an epoch than it should."""
+
 LaneState = dict[str, Any]
 """JSON, as of the last time a window was packed: samples drawn (``draws``), ``cursors`` per source, ``carried``
 documents, the ``pool`` of waiting rows, ``packed`` rows and images and ``rows`` returned so far; and, since then, the
 rows returned (``emitted``)."""
 
 
-def measure_sizes(sources: list[Source], settings: "LaneSettings", tokenizer: TextTokenizer) -> np.ndarray:
+def measure_sizes(sources: Sequence[Source], settings: "LaneSettings", tokenizer: TextTokenizer) -> np.ndarray:
     """Mean tokens and images of a sample of each source, float64 [sources, 2]; bad samples are passed over."""
     encoder = encoder_of(settings, tokenizer)
     sizes = []
@@ -57,6 +72,26 @@ def measure_sizes(sources: list[Source], settings: "LaneSettings", tokenizer: Te
             total += sum((np.array([len(s.input_ids), len(s.images)]) for s in sequences), np.zeros(2))
         sizes.append(total / len(numbers))
     return np.stack(sizes) + np.array([1e-9, 0.0])  # of nothing but bad samples: no division by 0
+
+
+def draws_per_epoch(sources: Sequence[Source], mixture: Mixture, step: int) -> float:
+    """Samples that are drawn of all sources at ``step`` until the first of them has been read once."""
+    shares = mixture.shares(step)
+    return min(len(source) / share for source, share in zip(sources, shares, strict=True) if share > 0)
+
+
+def choose_lanes(sources: Sequence[Source], settings: "LaneSettings", tokenizer: TextTokenizer) -> int:
+    """As many lanes as suit the corpus, a power of two up to 64, whatever the number of ranks."""
+    mixture = Mixture(sources, settings.mix_by)
+    windows = min(draws_per_epoch(sources, mixture, step) for step in change_steps(sources)) / settings.pack_window
+    if windows < MOST_LANES * WINDOWS_PER_EPOCH:
+        tokens, images = mixture.shares(0) @ measure_sizes(sources, settings, tokenizer)
+        rows = settings.pack_window * max(tokens / settings.row_tokens, images / settings.row_images)
+        windows *= max(1.0, rows / GOOD_WINDOW_ROWS)  # smaller ones, where a whole one has more rows than it needs
+    lanes = MOST_LANES
+    while lanes > 1 and windows < lanes * WINDOWS_PER_EPOCH:
+        lanes //= 2
+    return lanes
 
 
 def encoder_of(settings: "LaneSettings", tokenizer: TextTokenizer) -> Encoder:
@@ -82,6 +117,7 @@ class LaneSettings:
     """What the rows of every lane depend on."""
 
     lanes: int
+    """0: as many as suit the corpus; the loader fills it in."""
     data_seed: int
     augmentation_seed: int
     row_tokens: int
@@ -94,6 +130,7 @@ class LaneSettings:
     group_rows: int = 1
     row_pool: int = 64
     pack_window: int = 128
+    block_samples: int = 16
     shuffle_blocks: int = 4
     view: View = field(default_factory=DocumentView)
     crop_scale: tuple[float, float] = (0.9, 1.0)
@@ -152,6 +189,8 @@ class Lane:
         self.sources, self.settings, self.number = sources, settings, number
         self._encoder = encoder_of(settings, tokenizer)
         self._mixture = Mixture(sources, settings.mix_by)
+        self._changes = change_steps(sources)
+        self._blocks = [self._blocks_of(source) for source in sources]
         self._windows: dict[int, tuple[int, np.ndarray]] = {}
         new = {"draws": 0, "cursors": [[0, 0] for _ in sources], "carried": [], "pool": [], "packed": [0, 0], "rows": 0}
         state = state or {**new, "emitted": 0}
@@ -174,6 +213,18 @@ class Lane:
         """Position after the last row returned."""
         return {**self._window_state, "emitted": self._emitted}
 
+    @property
+    def rows_returned(self) -> int:
+        """Rows so far, over all starts."""
+        return self._rows_returned
+
+    def skip_row(self) -> None:
+        """Pass over the next row: packed to know what follows, but not decoded."""
+        self._next_pieces()
+        self._pending_skips = 0  # they are counted where the row is used
+        if self._watch:
+            self._watch.end()
+
     def next_row(self) -> Row:
         """The lane's next row, pixels decoded."""
         pieces = self._next_pieces()
@@ -192,7 +243,7 @@ class Lane:
         size = self.settings.group_rows
         if not self._group:
             # A group is chosen from a full pool; rows that go alone need none.
-            while len(self._pool) < (self.settings.row_pool if size > 1 else 1):
+            while len(self._pool) < (self._pool_rows() if size > 1 else 1):
                 self._fill_window()
             images = [sum(len(piece.tokens.images) for piece in row) for row in self._pool]
             chosen = choose_group(images, size, self._images_per_row())
@@ -201,6 +252,18 @@ class Lane:
         self._emitted += 1
         self._rows_returned += 1
         return self._group.pop(0)
+
+    def _pool_rows(self) -> int:
+        """Rows to choose a group from: at most a quarter of the lane's part of an epoch, but two groups."""
+        assert self._sizes is not None
+        tokens, images = self._mixture.shares(self._step) @ self._sizes
+        rows_per_draw = max(tokens / self.settings.row_tokens, images / self.settings.row_images)
+        quarter = int(self._share_of_epoch(self._step) * rows_per_draw / WINDOWS_PER_EPOCH)
+        return min(self.settings.row_pool, max(quarter, 2 * self.settings.group_rows))
+
+    def _share_of_epoch(self, step: int) -> float:
+        """Samples that this lane draws until the first source has been read once."""
+        return draws_per_epoch(self.sources, self._mixture, step) / self.settings.lanes
 
     def _images_per_row(self) -> float:
         """In the long run: what the sources promise, and more and more what this lane has seen.
@@ -217,7 +280,17 @@ class Lane:
     @property
     def _step(self) -> int:
         """The optimizer step that the next row belongs to."""
-        return self._rows_returned * self.settings.lanes // self.settings.rows_per_step
+        return self._step_of(self._rows_returned)
+
+    def _step_of(self, row: int) -> int:
+        """The optimizer step that the lane's ``row``-th row belongs to."""
+        return row * self.settings.lanes // self.settings.rows_per_step
+
+    def _rows_until_change(self, row: int) -> float:
+        """Rows from ``row`` on that belong to steps before the sources' weights change next."""
+        step = self._step_of(row)
+        changes = [change for change in self._changes if change > step]
+        return changes[0] * self.settings.rows_per_step / self.settings.lanes - row if changes else math.inf
 
     def _fill_window(self) -> None:
         """Draw and pack a window of documents; its rows join the pool."""
@@ -249,19 +322,33 @@ class Lane:
         self._packed[1] += sum(len(pieces[i].tokens.images) for row in kept for i in row)
 
     def _draw_window(self) -> list[_Piece]:
-        """Pieces of the next ``pack_window`` samples."""
-        step = self._step
-        pieces: list[_Piece] = []
-        for _ in range(self.settings.pack_window):
+        """Pieces of the next samples: ``pack_window`` of them, or fewer where the lane's part of an epoch is small or
+        the sources' weights change before their rows are returned."""
+        first_row = self._rows_returned + len(self._pool)
+        step, most = self._step_of(first_row), self._rows_until_change(first_row)
+        enough = self._share_of_epoch(step) / WINDOWS_PER_EPOCH
+        rows, pieces = self._rows_filled_by(self._carried), list[_Piece]()
+        for drawn in range(self.settings.pack_window):
+            if rows >= most or (drawn >= enough and rows >= LEAST_WINDOW_ROWS):
+                break
             source, draw = self._draw_source(step), self._draws
             sample = self._next_sample(source)
             self._draws += 1
             try:
-                pieces += self._pieces(source, sample, draw)
+                added = self._pieces(source, sample, draw)
                 self._skips.good()
             except (BadSampleError, OSError) as problem:
                 self._leave_out(self.sources[source], sample, problem)
+            else:
+                pieces += added
+                rows += self._rows_filled_by(added)
         return pieces
+
+    def _rows_filled_by(self, pieces: Sequence[_Piece]) -> float:
+        """Rows that pieces need, without padding."""
+        tokens = sum(len(piece.tokens.input_ids) for piece in pieces)
+        images = sum(len(piece.tokens.images) for piece in pieces)
+        return max(tokens / self.settings.row_tokens, images / self.settings.row_images)
 
     def _draw_source(self, step: int) -> int:
         if len(self.sources) == 1:
@@ -289,9 +376,16 @@ class Lane:
             cached = self._windows[source] = window, samples
         return cached[1]
 
+    def _blocks_of(self, source: Source) -> Blocks:
+        """Blocks of neighbours, small enough for a few shuffling windows in the lane's part of an epoch."""
+        settings = self.settings
+        fitting = len(source) // (settings.lanes * settings.shuffle_blocks * WINDOWS_PER_EPOCH)
+        counts = np.array([shard.sample_count for shard in source.shards], dtype=np.int64)
+        return Blocks(counts, max(1, min(settings.block_samples, fitting)))
+
     def _block(self, source: int, index: int) -> tuple[int, int]:
         """The lane's ``index``-th block over all epochs."""
-        blocks = self.sources[source].blocks
+        blocks = self._blocks[source]
         epoch, place = divmod(index * self.settings.lanes + self.number, len(blocks))
         return blocks[int(epoch_order(self.settings.data_seed, source, epoch, len(blocks))[place])]
 

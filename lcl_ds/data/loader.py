@@ -1,11 +1,14 @@
 """Rows from lanes to ranks: which rank gets which row, in which process, and where to continue."""
 
 import atexit
+import logging
+import math
 import multiprocessing
 import os
 import signal
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from multiprocessing.synchronize import Event
 from typing import Any
@@ -13,13 +16,15 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lcl_ds.batch import Batch
-from lcl_ds.data.lanes import Lane, LaneSettings, LaneState, measure_sizes
+from lcl_ds.data.lanes import Lane, LaneSettings, LaneState, choose_lanes, measure_sizes
 from lcl_ds.data.packing import Row, collate
 from lcl_ds.data.shards import Source
 from lcl_ds.data.skips import Skips
 from lcl_ds.data.stalls import StallWatch
 from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer
+
+logger = logging.getLogger(__name__)
 
 LoaderState = dict[str, Any]
 """JSON: ``next_row`` of the global stream, ``lanes`` by number, ``lane_count``, ``fingerprint`` of the shards."""
@@ -28,9 +33,9 @@ LoaderState = dict[str, Any]
 class GroupStream(IterableDataset[tuple[int, list[Row] | UserError, LaneState]]):
     """This rank's groups of rows of the global stream, ``rank, rank + world_size, ...``, from ``first_group`` on.
 
-    With several loader processes they take this rank's groups in turn; as ``lanes`` is a multiple of
-    ranks x workers, each lane lives in one process. A UserError is handed on as an item: one that is raised in a loader
-    process would arrive as a traceback.
+    With several loader processes they take this rank's groups in turn. Where ``lanes`` is a multiple of
+    ranks x workers each lane lives in one process; else several draw and pack the rows of a lane, and each decodes its
+    own. A UserError is handed on as an item: one that is raised in a loader process would arrive as a traceback.
     """
 
     def __init__(
@@ -62,6 +67,8 @@ class GroupStream(IterableDataset[tuple[int, list[Row] | UserError, LaneState]])
                 if n not in lanes:
                     state = self.lane_states.get(str(n))
                     lanes[n] = Lane(self.sources, self.settings, n, self.tokenizer, state, skips, sizes, watch)
+                while lanes[n].rows_returned < group // self.settings.lanes * self.settings.group_rows:
+                    lanes[n].skip_row()
                 rows = [lanes[n].next_row() for _ in range(self.settings.group_rows)]
             except UserError as error:
                 yield n, error, {}
@@ -82,7 +89,7 @@ class BatchLoader:
         pin_memory: for asynchronous copies to a GPU.
 
     Raises:
-        UserError: lanes that do not divide, or a saved position of other data.
+        UserError: groups that do not divide the rows of a rank, or a saved position of other data.
     """
 
     def __init__(
@@ -97,15 +104,22 @@ class BatchLoader:
         state: LoaderState | None = None,
         pin_memory: bool = False,
     ):
-        if settings.lanes % (world_size * max(1, workers)):
-            raise UserError(
-                f"data.lanes: {settings.lanes} is not a multiple of ranks x data.workers "
-                f"({world_size} x {max(1, workers)}); set data.lanes accordingly"
-            )
         if rows_per_batch % settings.group_rows:
             raise UserError(
                 f"data.group_rows: {settings.group_rows} does not divide the {rows_per_batch} rows of a rank's "
                 "micro-step (train.global_batch_rows / train.accumulation_steps / ranks)"
+            )
+        if not settings.lanes:
+            lanes = state["lane_count"] if state else choose_lanes(sources, settings, tokenizer)
+            settings = replace(settings, lanes=lanes)
+        processes = world_size * max(1, workers)
+        if rank == 0 and (packers := processes // math.gcd(processes, settings.lanes)) > 1:
+            logger.info(
+                "data.lanes: %d for %d loader processes: every document is read and packed by %d of them, its images "
+                "are decoded by one",
+                settings.lanes,
+                processes,
+                packers,
             )
         self.settings, self.tokenizer, self.rows_per_batch = settings, tokenizer, rows_per_batch
         self.world_size, self.pin_memory = world_size, pin_memory
@@ -116,7 +130,8 @@ class BatchLoader:
         self._lane_states: dict[str, LaneState] = {}
         first_group = self._next_row // settings.group_rows
         stream = GroupStream(sources, settings, tokenizer, rank, world_size, first_group, state["lanes"])
-        self._lane_states.update({n: s for n, s in state["lanes"].items() if int(n) % world_size == rank})
+        shared = math.gcd(world_size, settings.lanes)
+        self._lane_states.update({n: s for n, s in state["lanes"].items() if int(n) % shared == rank % shared})
         self._groups = iter(
             DataLoader(
                 stream,
@@ -153,7 +168,7 @@ class BatchLoader:
         return batch.pin_memory() if self.pin_memory else batch
 
     def state(self) -> LoaderState:
-        """Position after the last batch; ``lanes`` holds this rank's own, to be merged with the other ranks'."""
+        """Position after the last batch; ``lanes`` holds those that this rank reads, to be merged with other ranks'."""
         return {
             "next_row": self._next_row,
             "lanes": dict(self._lane_states),
@@ -163,9 +178,18 @@ class BatchLoader:
 
 
 def merge_states(states: list[LoaderState]) -> LoaderState:
-    """One state from those of all ranks."""
-    lanes = {n: lane for state in states for n, lane in state["lanes"].items()}
+    """One state from those of all ranks; of a lane that several of them read, the one that is furthest."""
+    lanes: dict[str, LaneState] = {}
+    for state in states:
+        for n, lane in state["lanes"].items():
+            if n not in lanes or _rows_of(lane) > _rows_of(lanes[n]):
+                lanes[n] = lane
     return {**states[0], "lanes": dict(sorted(lanes.items(), key=lambda item: int(item[0])))}
+
+
+def _rows_of(lane: LaneState) -> int:
+    rows: int = lane["rows"] + lane["emitted"]
+    return rows
 
 
 def check_same_data(state: LoaderState, lanes: int, fingerprint: dict[str, str]) -> None:

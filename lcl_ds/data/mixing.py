@@ -22,6 +22,11 @@ def weight_at(weight: Weight, step: int) -> float:
     return float(weight[max(first for first in weight if first <= step)])
 
 
+def change_steps(sources: Sequence[Source]) -> list[int]:
+    """Steps at which the weight of a source changes, 0 among them, in order."""
+    return sorted({0, *(step for source in sources if isinstance(source.weight, Mapping) for step in source.weight)})
+
+
 def spread_samples(source: Source, count: int) -> list[int]:
     """Numbers of up to ``count`` samples, spread evenly over the source."""
     return np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64)).tolist()

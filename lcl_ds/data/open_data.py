@@ -33,7 +33,7 @@ def open_data(settings: DataSettings) -> OpenData:
     for entry in settings.shards:
         try:
             shards = [index_shard(path, Path(settings.cache)) for path in expand_paths(entry.paths)]
-            sources.append(Source(entry.name, shards, entry.weight, settings.block_samples))
+            sources.append(Source(entry.name, shards, entry.weight))
         except UserError as error:
             problems += [f"data.shards: {entry.name}: {problem}" for problem in error.problems]
     try:
@@ -51,7 +51,7 @@ def lane_settings(config: Config, view: View, image_tokens: int, image_size: int
     if image_tokens + 4 > data.row_tokens:
         raise UserError(f"data.row_tokens: {data.row_tokens} cannot hold one image of {image_tokens} tokens plus 4")
     return LaneSettings(
-        lanes=data.lanes,
+        lanes=data.lanes or 0,
         data_seed=config.seed("data"),
         augmentation_seed=config.seed("augmentation"),
         row_tokens=data.row_tokens,
@@ -63,6 +63,7 @@ def lane_settings(config: Config, view: View, image_tokens: int, image_size: int
         group_rows=data.group_rows,
         row_pool=data.row_pool,
         pack_window=data.pack_window,
+        block_samples=data.block_samples,
         shuffle_blocks=data.shuffle_blocks,
         view=view,
         crop_scale=data.crop_scale,

@@ -59,9 +59,9 @@ def test_a_lane_continues_exactly_from_any_row(sources, tokenizer):
 
 
 def test_padding_is_at_most_two_percent(sources, tokenizer):
-    rows = [row for n in range(4) for row in rows_of(Lane(sources, SETTINGS, n, tokenizer), 100)]
-    used = sum(len(s.tokens.input_ids) for row in rows for s in row.sequences)
-    assert used / (len(rows) * SETTINGS.row_tokens) >= 0.98
+    lane = Lane(sources, replace(SETTINGS, lanes=1), 0, tokenizer)
+    used = sum(len(piece.tokens.input_ids) for _ in range(200) for piece in lane._next_pieces())
+    assert used / (200 * SETTINGS.row_tokens) >= 0.98
 
 
 def test_an_epoch_of_all_lanes_holds_every_document_once(sources, tokenizer):
@@ -129,9 +129,29 @@ def test_other_data_than_the_position_was_saved_for_is_refused(sources, tokenize
         BatchLoader(sources, SETTINGS, tokenizer, 8, state=state)
 
 
-def test_lanes_must_divide(sources, tokenizer):
-    with pytest.raises(UserError, match=r"data.lanes: 4 is not a multiple of ranks x data.workers \(3 x 1\)"):
-        BatchLoader(sources, SETTINGS, tokenizer, 8, rank=0, world_size=3)
+@pytest.mark.parametrize(("world_size", "workers"), [(3, 0), (6, 0), (3, 2), (12, 0), (1, 3)])
+def test_lanes_need_not_be_a_multiple_of_ranks_and_workers(sources, tokenizer, world_size, workers):
+    expected, _ = batches_of(sources, tokenizer, 1, 0, 6, rows=12)
+    head, state = batches_of(sources, tokenizer, world_size, workers, 3, rows=12)
+    tail, _ = batches_of(sources, tokenizer, 2, 1, 2, rows=12, state=state)
+    assert head + tail == expected[:5]
+    tail, _ = batches_of(sources, tokenizer, world_size, workers, 3, rows=12, state=state)
+    assert head + tail == expected
+
+
+def test_what_is_left_out_is_counted_once_where_ranks_share_a_lane(tmp_path, tokenizer):
+    good = json.dumps({"texts": ["a red star"], "images": [None]}).encode()
+    members = [(f"{i:03d}.json", b"{" if i % 10 == 3 else good) for i in range(200)]
+    source = Source("mine", [index_shard(write_tar(tmp_path / "x.tar", members))])
+    settings = replace(SETTINGS, lanes=1, row_tokens=32)
+    counts = []
+    for world_size in (1, 3):
+        loaders = [
+            BatchLoader([source], settings, tokenizer, 12 // world_size, r, world_size) for r in range(world_size)
+        ]
+        counts.append([sum(next(loader).skipped_samples for loader in loaders) for _ in range(5)])
+    assert counts[0] == counts[1]
+    assert sum(counts[0]) > 0
 
 
 def test_a_lost_image_takes_its_tokens_along_and_leaves_the_text():
@@ -149,10 +169,14 @@ def test_damaged_samples_are_left_out_counted_and_named(tmp_path, tokenizer, cap
         bad = {7: b"\xff", 8: b"[1]", 9: b"{"}.get(i)
         members += [(f"{i:03d}.json", bad or good), (f"{i:03d}.000.jpg", b"no image")]
     source = Source("mine", [index_shard(write_tar(tmp_path / "x.tar", members))])
-    row = Lane([source], replace(SETTINGS, lanes=1, pack_window=60), 0, tokenizer).next_row()
-    assert all(len(s.pixels) == 0 and not s.tokens.slots for s in row.sequences)
-    assert row.skipped_samples == 3 + len(row.sequences)
-    assert f"{source.shards[0].path}: 00" in caplog.text
+    lane = Lane([source], replace(SETTINGS, lanes=1), 0, tokenizer)
+    rows = [lane.next_row()]
+    while len(names := {s.key for row in rows for s in row.sequences}) < 57:  # an epoch
+        rows.append(lane.next_row())
+    assert not names & {"mine/007", "mine/008", "mine/009"}
+    assert all(len(s.pixels) == 0 and not s.tokens.slots for row in rows for s in row.sequences)
+    assert sum(row.skipped_samples for row in rows) >= 3 + 57
+    assert f"{source.shards[0].path}: 0" in caplog.text
     assert "text that is not UTF-8" in caplog.text
 
 
