@@ -3,28 +3,37 @@
 ``vision`` (default) writes a folder that ``transformers`` loads by itself: config.json, model.safetensors,
 preprocessor_config.json and a model card. ``full`` writes all weights of the training model as one safetensors file;
 with ``--format reference`` in the layout of the published code. ``--from reference FILE --config JSON`` reads a
-checkpoint of the published code in place of a run.
+checkpoint of the published code in place of a run. Convert only runs that you trust: DeepSpeed unpickles their weights.
 """
 
 import argparse
 import json
+import re
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoModel, CLIPImageProcessorPil, Siglip2ImageProcessorPil
+from transformers.utils import logging as transformers_logging
 
 from lcl_ds import __version__
+from lcl_ds.cli import run_command
 from lcl_ds.config import Config
-from lcl_ds.data.documents import read_document
+from lcl_ds.data.documents import BadSampleError, read_document
 from lcl_ds.data.images import decode_image
 from lcl_ds.data.shards import Source, expand_paths, index_shard
 from lcl_ds.errors import UserError
+from lcl_ds.files import whole_folder
 from lcl_ds.models.lcl import LCLModel
 from lcl_ds.models.reference import (
     load_reference,
@@ -33,13 +42,16 @@ from lcl_ds.models.reference import (
     to_reference,
     write_reference_config,
 )
-from lcl_ds.models.vision import image_tokens, released_patch_tokens
+from lcl_ds.models.vision import image_tokens, released_patch_tokens, released_weights
 from lcl_ds.tokens import CONTROL_TOKENS, Vocabulary
 from lcl_ds.training.checkpoint import load_config_of, load_model, read_state, resolve_checkpoint
 
 PARITY_IMAGES = 16
+PARITY_SHARDS, PARITY_SAMPLES = 8, 64
+"""Shards of a source, and samples of a shard, in which pictures for the parity check are looked for."""
 PARITY_TOLERANCE = 1e-5
-"""Largest difference of any fp32 feature between the training model and the release."""
+"""Largest difference of any fp32 feature between the training model and the release, in units of the largest feature
+where that is above 1."""
 
 MODEL_CARD = """---
 library_name: transformers
@@ -54,10 +66,10 @@ A vision encoder pre-trained by Latent Compression Learning ([arXiv 2406.07543](
 Training reads the **patch tokens after the final norm**; where there is a class token, no loss reads it.
 
 ```python
-from transformers import {model_class}, {processor_class}
+from transformers import AutoImageProcessor, {model_class}  # version 4.57 or later
 
 model = {model_class}.from_pretrained("{folder}")
-processor = {processor_class}.from_pretrained("{folder}")
+processor = AutoImageProcessor.from_pretrained("{folder}")
 outputs = model(**processor(images=image, return_tensors="pt"))
 patches = {features}  # [images, {patches}, {width}]
 ```
@@ -84,29 +96,31 @@ class Origin:
     pixels_kind: str
 
 
-def release_vision(model: LCLModel, origin: Origin, out: Path) -> str:
+def release_vision(model: LCLModel, origin: Origin, folder: Path, name: str = "") -> str:
     """Write the encoder for ``transformers`` and compare it with the training model.
+
+    Args:
+        folder: where to write.
+        name: of the folder in the model card, where it will be renamed.
 
     Returns:
         One sentence with the largest difference.
 
     Raises:
+        UserError: the features are not finite.
         RuntimeError: the release computes other features than the training model.
     """
     encoder = model.vision.model
-    encoder.save_pretrained(out, safe_serialization=True)
+    transformers_logging.disable_progress_bar()
+    encoder.save_pretrained(folder, state_dict=released_weights(encoder))
     processor = image_processor(encoder.config)
-    processor.save_pretrained(out)
-    released = AutoModel.from_pretrained(out).eval()
-    with torch.no_grad():
-        images = model.vision.normalize(torch.from_numpy(origin.pixels))
-        ours = model.vision(images)
-        theirs = released_patch_tokens(released, images)
-    difference = float((ours - theirs).abs().max())
-    if not difference <= PARITY_TOLERANCE:
-        raise RuntimeError(f"{out}: the released encoder differs from the training model by {difference:.1e}")
+    processor.save_pretrained(folder)
+    difference = _largest_difference(model, origin.pixels, folder)
     family = encoder.config.model_type
     tokens = "outputs.last_hidden_state" + ("" if family.startswith("siglip") else "[:, 1:]")
+    if family == "clip_vision_model":
+        # Its tower is the model itself in transformers 5, and a part of it in 4.
+        tokens = f'getattr(model, "vision_model", model).post_layernorm({tokens})'
     card = MODEL_CARD.format(
         model_type=family,
         name=f"{origin.name}: LCL vision encoder",
@@ -115,9 +129,8 @@ def release_vision(model: LCLModel, origin: Origin, out: Path) -> str:
         size=encoder.config.image_size,
         patch=encoder.config.patch_size,
         model_class=type(encoder).__name__,
-        processor_class=type(processor).__name__,
-        folder=out.name,
-        features=f"model.post_layernorm({tokens})" if family == "clip_vision_model" else tokens,
+        folder=name or folder.name,
+        features=tokens,
         patches=model.vision.patch_tokens,
         width=encoder.config.hidden_size,
         difference=difference,
@@ -125,11 +138,30 @@ def release_vision(model: LCLModel, origin: Origin, out: Path) -> str:
         kind=origin.pixels_kind,
         settings=yaml.safe_dump(origin.settings, sort_keys=False),
     )
-    (out / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8")
     return (
         f"parity with the training model: max abs difference {difference:.1e} over {len(origin.pixels)} "
         f"{origin.pixels_kind}"
     )
+
+
+@torch.no_grad()
+def _largest_difference(model: LCLModel, pixels: np.ndarray, folder: Path) -> float:
+    """Between the patch tokens of the training model and of its release; see :func:`release_vision` for errors."""
+    images = model.vision.normalize(torch.from_numpy(pixels))
+    ours = model.vision(images)
+    if not ours.isfinite().all():
+        raise UserError("the encoder's features are not finite; release an earlier checkpoint")
+    # With the same attention kernel: others round differently, the more so the deeper and the larger the model.
+    implementation = model.vision.model.config._attn_implementation
+    released, loading = AutoModel.from_pretrained(
+        folder, attn_implementation=implementation, dtype=torch.float32, output_loading_info=True
+    )
+    wrong = {kind: names for kind, names in loading.items() if names}
+    difference = float((ours - released_patch_tokens(released.eval(), images)).abs().max())
+    if wrong or not difference <= PARITY_TOLERANCE * max(1.0, float(ours.abs().max())):
+        raise RuntimeError(f"the released encoder differs from the training model by {difference:.1e}; {wrong}")
+    return difference
 
 
 def image_processor(config: Any) -> Any:
@@ -145,19 +177,47 @@ def image_processor(config: Any) -> Any:
 
 
 def _pixels_of(config: Config, size: int) -> tuple[np.ndarray, str]:
-    """Images of the run's own data; noise where its shards are no longer there."""
-    paths = config.evaluation.shards or config.data.shards[0].paths
+    """Images of the run's own data as far as its shards are still here; else noise."""
+    pixels = list(islice(_images_of(config, size), PARITY_IMAGES))
+    if not pixels:
+        return _noise(size), "images of noise (no image of the run's shards could be read here)"
+    return np.stack(pixels), "real images"
+
+
+def _images_of(config: Config, size: int) -> Iterator[np.ndarray]:
+    """Decoded images of the held-out and then of the training shards; what cannot be read is passed over.
+
+    A run may be somebody else's, so commands in its settings are not executed, and nothing is fetched.
+    """
+    for paths in filter(None, [config.evaluation.shards, *(source.paths for source in config.data.shards)]):
+        for shard in _local_shards(paths)[:PARITY_SHARDS]:
+            try:
+                source = Source("parity", [index_shard(shard)])
+                for number in range(min(len(source), PARITY_SAMPLES)):
+                    yield from _images_in(source, number, size, config.data.max_text_bytes)
+            except (UserError, OSError):
+                continue
+
+
+def _images_in(source: Source, number: int, size: int, max_text_bytes: int) -> Iterator[np.ndarray]:
     try:
-        source = Source("parity", [index_shard(expand_paths(paths)[0])])
-    except UserError:
-        return _noise(size), "images of noise (the run's shards are not here)"
-    pixels: list[np.ndarray] = []
-    for number in range(len(source)):
-        document = read_document(source, number)
-        pixels += [decode_image(source.read(number, suffix), size) for suffix in document.images]
-        if len(pixels) >= PARITY_IMAGES:
-            break
-    return np.stack(pixels[:PARITY_IMAGES]), "real images"
+        for suffix in read_document(source, number, max_text_bytes).images:
+            yield decode_image(source.read(number, suffix), size)
+    except BadSampleError:
+        return
+
+
+def _local_shards(paths: str | Sequence[str]) -> list[str]:
+    """Plain files among a run's locations."""
+    found: list[str] = []
+    for path in [paths] if isinstance(paths, str) else paths:
+        if "://" not in path:
+            try:
+                found += expand_paths(path)
+            except (UserError, OSError, ValueError):  # ValueError: braces that do not fit, bytes that are no text
+                continue
+    # Names of commands and addresses, which braces and lists may yield, are no files.
+    return [path for path in found if Path(path).is_file()]
 
 
 def _noise(size: int) -> np.ndarray:
@@ -165,16 +225,33 @@ def _noise(size: int) -> np.ndarray:
 
 
 def read_run(source: Path) -> tuple[LCLModel, Origin, Vocabulary]:
-    """The newest, or the named, checkpoint of a run."""
+    """The newest, or the named, checkpoint of a run.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
     checkpoint = resolve_checkpoint(source)
-    config, state = load_config_of(checkpoint), read_state(checkpoint)
-    model = load_model(checkpoint)
-    step = state["progress"]["step"]
+    with _damage_named(checkpoint):
+        config, state = load_config_of(checkpoint), read_state(checkpoint)
+        step, vocab_size = state["progress"]["step"], state["vocab_size"]
+        model = load_model(checkpoint)
     history = f"with lcl_ds {__version__}, step {step} of {config.train.steps}"
     origin = Origin(
         config.name, history, config.model_dump(mode="json"), *_pixels_of(config, model.vision.model.config.image_size)
     )
-    return model, origin, Vocabulary(state["vocab_size"] - len(CONTROL_TOKENS))
+    return model, origin, Vocabulary(vocab_size - len(CONTROL_TOKENS))
+
+
+@contextmanager
+def _damage_named(checkpoint: Path) -> Iterator[None]:
+    """Turn whatever readers of zip, pickle, YAML and JSON say about damaged files into a sentence."""
+    try:
+        yield
+    except (UserError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{checkpoint}: is damaged and cannot be read ({said}); name another checkpoint") from error
 
 
 def read_reference(source: Path, config_file: Path | None) -> tuple[LCLModel, Origin, Vocabulary]:
@@ -189,21 +266,65 @@ def read_reference(source: Path, config_file: Path | None) -> tuple[LCLModel, Or
     return model, Origin(config_file.stem, history, config, _noise(size), "images of noise"), vocabulary
 
 
-def write_all(model: LCLModel, origin: Origin, out: Path) -> None:
+def write_all(model: LCLModel, origin: Origin, folder: Path) -> None:
     """All weights under our names, with the settings beside them."""
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.yaml").write_text(yaml.safe_dump(origin.settings, sort_keys=False), encoding="utf-8")
+    _save(weights, folder)
+    (folder / "config.yaml").write_text(yaml.safe_dump(origin.settings, sort_keys=False), encoding="utf-8")
 
 
-def write_reference(model: LCLModel, vocabulary: Vocabulary, out: Path) -> None:
+def write_reference(model: LCLModel, vocabulary: Vocabulary, folder: Path) -> None:
     """All weights in the layout of the published code, with its model configuration."""
     weights = to_reference(model.state_dict())
     config = write_reference_config(model, vocabulary)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
+    _save(weights, folder)
+    (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
+
+
+def _save(weights: dict[str, Tensor], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@contextmanager
+def release_folder(out: Path) -> Iterator[Path]:
+    """A new folder that becomes ``out`` when it is whole, with files that others may read as the umask says.
+
+    Raises:
+        UserError: ``out`` is a file, or a folder that is not empty.
+        OSError: it cannot be written; with a path.
+    """
+    with whole_folder(out) as folder:
+        try:
+            yield folder
+        except SafetensorError as error:
+            # safetensors hides the system's error in a sentence of its own.
+            if found := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(found[1]), str(error), str(out)) from error
+            raise
+        mode = folder.stat().st_mode & 0o666
+        for file in folder.iterdir():  # safetensors writes for the owner alone
+            file.chmod(mode)
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Read, write and compare, as the command line asks."""
+    if arguments.format == "reference" and arguments.part == "vision":
+        raise UserError("--format reference: the published layout holds the whole model; leave out --part vision")
+    sentences = []
+    with release_folder(arguments.out) as folder:
+        if arguments.origin == "reference":
+            model, origin, vocabulary = read_reference(arguments.source, arguments.config)
+        else:
+            model, origin, vocabulary = read_run(arguments.source)
+        if arguments.format == "reference":
+            write_reference(model, vocabulary, folder)
+        elif arguments.part == "full":
+            write_all(model, origin, folder)
+        else:
+            sentences.append(release_vision(model, origin, folder, arguments.out.resolve().name))
+    print("\n".join([*sentences, f"{arguments.source} -> {arguments.out}"]))
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -215,26 +336,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--from", dest="origin", choices=("run", "reference"), default="run", help="what SOURCE is")
     parser.add_argument("--config", type=Path, metavar="JSON", help="model configuration of --from reference")
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.out.exists() and any(arguments.out.iterdir()):
-            raise UserError(f"{arguments.out}: is not empty; name a new folder")
-        if arguments.format == "reference" and arguments.part == "vision":
-            raise UserError("--format reference: the published layout holds the whole model; leave out --part vision")
-        if arguments.origin == "reference":
-            model, origin, vocabulary = read_reference(arguments.source, arguments.config)
-        else:
-            model, origin, vocabulary = read_run(arguments.source)
-        if arguments.format == "reference":
-            write_reference(model, vocabulary, arguments.out)
-        elif arguments.part == "full":
-            write_all(model, origin, arguments.out)
-        else:
-            print(release_vision(model, origin, arguments.out))
-    except UserError as error:
-        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
-        return 2
-    print(f"{arguments.source} -> {arguments.out}")
-    return 0
+    return run_command(lambda: convert(arguments))
 
 
 if __name__ == "__main__":

@@ -97,23 +97,29 @@ def write_whole(path: Path, data: bytes | str) -> None:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A new folder beside ``out`` that becomes ``out`` when the block succeeds and is removed when it does not.
+    """A new folder beside ``out`` that becomes ``out`` when the block succeeds and is removed when it does not, with
+    the parents that were made for it.
 
     Raises:
         UserError: ``out`` is a file, or a folder that is not empty.
         OSError: with a path.
     """
     check_new_folder(out)
-    partial = partial_name(out.resolve())
+    final = out.resolve()  # not a link, nor "."
+    partial = partial_name(final)
+    made = [parent for parent in partial.parents if not parent.exists()]
     try:
         partial.mkdir(parents=True)
         with naming(out):
             yield partial
-            if out.is_dir():
-                out.rmdir()  # an empty one
-            partial.rename(out)
+            if final.is_dir():
+                final.rmdir()  # an empty one
+            partial.rename(final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # never made, or in use by now
+                parent.rmdir()
         raise
 
 

@@ -8,6 +8,7 @@ import argparse
 import base64
 import json
 import sys
+import zlib
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -22,6 +23,8 @@ from lcl_ds.errors import UserError
 from lcl_ds.files import check_output, write_whole
 from lcl_ds.plots import Runs, column, loss_names, plot_losses, plot_schedule, plot_throughput
 
+REPORT, EVALUATION, RETRIEVAL_PICTURE = "report.html", "evaluation.json", "plots/retrieval.png"
+"""Files of a run folder."""
 FIGURES = {
     "losses": (plot_losses, "Losses, unweighted. Faint: every step; strong: moving average."),
     "schedule": (plot_schedule, "Learning rate, gradient norm before clipping, multiplier of the contrastive logits."),
@@ -41,6 +44,7 @@ PAGE = Template("""<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+$state
 <title>$title</title>
 <style>
 :root { color-scheme: light dark; --ink: #1f2933; --muted: #616e7c; --page: #f5f7fa; --card: #ffffff; --line: #e1e6eb; }
@@ -126,11 +130,11 @@ def write_report(run_dirs: list[Path], out: Path | None = None) -> Path:
     runs = _read_all(folders)
     first = run_dirs[0]
     single = len(folders) == 1
-    page = out or first / ("report.html" if single else "comparison.html")
+    page = out or first / (REPORT if single else "comparison.html")
     check_output("--out", page)
 
     # Everything that can be wrong with a file is found before anything is drawn.
-    evaluation = _evaluations(folders)
+    evaluation = _evaluations(folders, runs)
     differences = "" if single else _setting_differences(folders)
     figures = []
     for name, (draw, caption) in FIGURES.items():
@@ -141,8 +145,30 @@ def write_report(run_dirs: list[Path], out: Path | None = None) -> Path:
     body += [differences, _files(folders)]
     title = next(iter(folders)) if single else "Comparison: " + ", ".join(folders)
     subtitle = "Latent Compression Learning, training run" if single else "Latent Compression Learning, training runs"
-    write_whole(page, PAGE.substitute(title=escape(title), subtitle=subtitle, body="\n".join(filter(None, body))))
+    state = _state(first, next(iter(runs.values()))) if single else ""
+    content = "\n".join(filter(None, body))
+    write_whole(page, PAGE.substitute(title=escape(title), state=state, subtitle=subtitle, body=content))
     return page
+
+
+def is_current(run_dir: Path) -> bool:
+    """Whether the run's page shows its last recorded step and its evaluation as they are now.
+
+    Raises:
+        UserError: the run has no readable metrics.
+    """
+    page = run_dir / REPORT
+    if not page.is_file():
+        return False
+    return _state(run_dir, read_metrics(run_dir)) in page.read_text(encoding="utf-8", errors="replace")
+
+
+def _state(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """An invisible mark in a run's page of what the page was made from."""
+    path = folder / EVALUATION
+    evaluation = f"{zlib.crc32(path.read_bytes()):08x}" if path.is_file() else "none"
+    step = rows[-1]["step"] if rows else 0
+    return f'<meta name="lcl-state" content="step {step}, evaluation {evaluation}">'
 
 
 def key_figures(rows: list[dict[str, Any]]) -> dict[str, str]:
@@ -214,13 +240,17 @@ def _key_figures(runs: Runs) -> str:
     return "<h2>Key figures</h2>" + _table(["", *runs], rows)
 
 
-def _evaluations(folders: dict[str, Path]) -> str:
+def _evaluations(folders: dict[str, Path], runs: Runs) -> str:
     results = {name: _evaluation(folder) for name, folder in folders.items()}
-    known = {name: result for name, result in results.items() if result}
-    if not known:
-        return ""
     if len(folders) == 1:
-        return _closing_evaluation(next(iter(known.values())))
+        ((name, result),) = results.items()
+        last_step = runs[name][-1]["step"]
+        if result and "failed" not in result:
+            return _closing_evaluation(result, last_step)
+        reason = _why_missing(folders[name], result, last_step)
+        return f'<h2>Closing evaluation</h2><p class="note">{escape(reason)}</p>' if reason else ""
+    if not any(results.values()):
+        return ""
     cells = {name: _flat_evaluation(result) for name, result in results.items()}
     labels = dict.fromkeys(label for of_run in cells.values() for label in of_run)
     rows = [[label, *(of_run.get(label, ABSENT) for of_run in cells.values())] for label in labels]
@@ -228,7 +258,7 @@ def _evaluations(folders: dict[str, Path]) -> str:
 
 
 def _evaluation(folder: Path) -> dict[str, Any]:
-    path = folder / "evaluation.json"
+    path = folder / EVALUATION
     if not path.is_file():
         return {}
     try:
@@ -238,13 +268,35 @@ def _evaluation(folder: Path) -> dict[str, Any]:
     return results if isinstance(results, dict) else {}
 
 
-def _closing_evaluation(results: dict[str, Any]) -> str:
+def _why_missing(folder: Path, results: dict[str, Any], last_step: int) -> str:
+    """A sentence about why a run has no figures of an evaluation; empty where its folder does not say."""
+    if "failed" in results:
+        return f"It failed after step {results.get('step', last_step):,}: {results['failed']}"
+    settings = _settings(folder / "config.yaml")
+    if settings.get("evaluation.shards") == "None":
+        return "There is none: evaluation.shards names no held-out documents."
+    if "evaluation.shards" not in settings:
+        return ""
+    if last_step < int(settings.get("train.steps", 0)):
+        return f"There is none yet: it follows the last of {int(settings['train.steps']):,} steps."
+    return "There is none yet: the command that trained the run makes it."
+
+
+def caveats(results: dict[str, Any]) -> list[str]:
+    """Sentences about what an evaluation does not say: figures that are missing, samples that were not used."""
+    left_out = ", ".join(f"{reason} ({count:,})" for reason, count in (results.get("left_out") or {}).items())
+    return [*results.get("notes", []), *([f"left out: {left_out}"] if left_out else [])]
+
+
+def _closing_evaluation(results: dict[str, Any], last_step: int) -> str:
     parts = ["<h2>Closing evaluation</h2>"]
     facts = [
         f"{results[key]:,} {unit}" for key, unit in (("documents", "documents"), ("images", "images")) if key in results
     ]
     if "step" in results:
         facts.append(f"after step {results['step']:,}")
+        if results["step"] < last_step:
+            facts.append(f"before the run went on to step {last_step:,}")
     if facts:
         parts.append(f'<p class="note">Held out: {escape(", ".join(facts))}</p>')
     if probe := results.get("probe"):
@@ -256,6 +308,7 @@ def _closing_evaluation(results: dict[str, Any]) -> str:
         head = ["Retrieval", "recall at 1", "recall at 5", "median rank", "chance (recall at 1)"]
         cells = _retrieval_cells(retrieval)
         parts.append(_table(head, [[f"Image to context, {retrieval.get('pairs', 0):,} pairs", *cells]]))
+    parts += [f'<p class="note">{escape(sentence[:1].upper() + sentence[1:])}</p>' for sentence in caveats(results)]
     return "\n".join(parts)
 
 
@@ -271,6 +324,8 @@ def _retrieval_cells(retrieval: dict[str, Any]) -> list[str]:
 
 def _flat_evaluation(results: dict[str, Any]) -> dict[str, str]:
     """One label per figure, for a column of a comparison."""
+    if "failed" in results:
+        return {"Evaluation": "failed"}
     flat = {
         f"Linear probe: {label}, {shown}": _percent(scores.get(kind))
         for label, scores in (results.get("probe") or {}).items()
@@ -284,7 +339,7 @@ def _flat_evaluation(results: dict[str, Any]) -> dict[str, str]:
 
 
 def _retrieval(folders: dict[str, Path]) -> list[str]:
-    paths = {name: folder / "plots" / "retrieval.png" for name, folder in folders.items()}
+    paths = {name: folder / RETRIEVAL_PICTURE for name, folder in folders.items()}
     found = {name: path for name, path in paths.items() if path.is_file()}
     prefix = len(folders) > 1
     figures = [

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +117,7 @@ def document_of(
         if text is not None and text.strip():
             places[number] = len(segments)
             segments.append(_valid(text))
-        if isinstance(image, str) and image.lower() in sizes:
+        if _has_image(sizes, image):
             segments.append(len(suffixes))
             suffixes.append(image.lower())
             wanted.append(whole_number(match))
@@ -168,11 +168,42 @@ def whole_number(value: Any) -> int | None:
     return int(number) if number is not None and number.is_integer() else None
 
 
-def read_labels(source: Source, number: int) -> list[dict[str, Any] | None]:
-    """Evaluation labels of a document's images, in order; training never reads them."""
-    record = _load_json(source.read(number, "json"))
-    labels = record.get("labels", [])
-    return [label for label, image in zip(labels, record["images"], strict=True) if image is not None]
+def read_labels(source: Source, number: int, document: Document) -> list[dict[str, Any]] | None:
+    """Evaluation labels of each image of ``document``; training never reads them.
+
+    A document may hold a list ``labels``: for each of its ``images`` an object or null. The labels of a pair are the
+    keys of its ``.json``, where it has one: img2dataset keeps further columns of its input there.
+
+    Args:
+        document: what :func:`read_document` made of the sample; images that the sample lacks are left out.
+
+    Returns:
+        An object per image, empty where there are no labels; None where there is anything else.
+    """
+    sample = source.sample(number)
+    if "json" not in sample.parts:
+        return [{} for _ in document.images]
+    try:
+        record = _load_json(source.read(number, "json"))
+    except BadSampleError:
+        return None
+    if document.is_pair:
+        return [record]
+    images = record["images"]
+    labels = record.get("labels")
+    if labels is None:
+        labels = [None] * len(images)
+    if not isinstance(labels, list) or len(labels) != len(images):
+        return None
+    present = [label for label, image in zip(labels, images, strict=True) if _has_image(sample.parts, image)]
+    if not all(label is None or isinstance(label, dict) for label in present):
+        return None
+    return [label or {} for label in present]
+
+
+def _has_image(members: Container[str], image: Any) -> bool:
+    """Whether an entry of ``images`` names a member of the sample."""
+    return isinstance(image, str) and image.lower() in members
 
 
 def _load_json(data: bytes) -> dict[str, Any]:

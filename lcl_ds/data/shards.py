@@ -179,6 +179,10 @@ class Source:
         shard, place = self._locate(number)
         return self._opened(shard).index.sample(place)
 
+    def shard_of(self, number: int) -> Shard:
+        """The shard that holds a sample."""
+        return self.shards[self._locate(number)[0]]
+
     def where(self, number: int, is_read: bool = True) -> str:
         """``shard: key`` of a sample, for messages, or ``shard: sample 7`` where its key is out of reach.
 

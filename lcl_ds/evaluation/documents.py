@@ -1,53 +1,190 @@
-"""Held-out documents, decoded once."""
+"""Held-out documents: what the check before training tries and the evaluation after it reads."""
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lcl_ds.data.documents import read_document, read_labels
+from lcl_ds.config import Config
+from lcl_ds.data.documents import BadSampleError, Document, read_document, read_labels
 from lcl_ds.data.images import decode_image
+from lcl_ds.data.lanes import LaneSettings, encoder_of
+from lcl_ds.data.open_data import lane_settings
 from lcl_ds.data.packing import PackedSequence
 from lcl_ds.data.shards import Source, expand_paths, index_shard
-from lcl_ds.data.views import Encoder, View
+from lcl_ds.data.skips import reason_of
+from lcl_ds.data.views import Encoder
+from lcl_ds.errors import UserError
+from lcl_ds.models.build import image_size, tokens_per_image
+from lcl_ds.objectives import objective_module, view_of
+from lcl_ds.tokens import TextTokenizer, TokenSequence
+
+TEST_EVERY = 3
+"""Every third document tests the probes and the others train them: images of one document stay on one side."""
+
+UNUSABLE_LABELS = "json with 'labels' that are not an object or null for each of 'images'"
+
+Labels = dict[str, Any]
+"""Of one image; empty where it has none."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class HeldOut:
-    """Documents as sequences, and their images with labels."""
+    """What was read of held-out documents: pixels and labels for probes, sequences for retrieval."""
 
-    sequences: list[PackedSequence]
-    pixels: np.ndarray
-    """uint8 [images, 3, H, W], documents in order."""
-    labels: list[dict[str, Any]]
-    """Per image; empty where a document has none."""
-    document_of_image: np.ndarray
-    """int64 [images]."""
-    document_count: int
+    sequences: list[PackedSequence] = field(default_factory=list)
+    """Empty where the objective has no contrastive pairs."""
+    pixels: list[np.ndarray] = field(default_factory=list)
+    """uint8 [3, H, W] each, documents in order."""
+    labels: list[Labels] = field(default_factory=list)
+    """Per image."""
+    is_test: list[bool] = field(default_factory=list)
+    """Per image, whether it tests the probes."""
+    document_count: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
+    """How many documents, images and labels could not be used, by reason."""
 
 
-def read_held_out(paths: str | list[str], view: View, encoder: Encoder, image_size: int, max_documents: int) -> HeldOut:
-    """Read evaluation shards; a damaged sample is an error here, for figures must not depend on what was skipped.
+class HeldOutReader:
+    """The held-out samples of a run and the one way of reading them.
 
     Args:
-        view: how documents become sequences; whatever it draws depends on the document's number alone.
+        config: of the run; ``evaluation.shards`` must be set.
 
     Raises:
-        UserError: a shard is missing or unreadable.
-        BadSampleError: a sample is damaged.
+        UserError: a shard is missing or unreadable, or rows cannot hold what the evaluation shows.
     """
-    source = Source("held-out", [index_shard(path) for path in expand_paths(paths)])
-    sequences, pixels, labels, owner = [], [], [], []
-    count = min(max_documents, len(source))
-    for number in range(count):
-        document = read_document(source, number)
-        decoded = [decode_image(source.read(number, suffix), image_size) for suffix in document.images]
-        for piece in view.encode(document, encoder, np.random.default_rng(number)):
-            shown = np.stack([decoded[image] for image in piece.images]) if piece.images else None
-            empty = np.zeros((0, 3, image_size, image_size), np.uint8)
-            sequences.append(PackedSequence(document.key, piece, empty if shown is None else shown))
-        given = read_labels(source, number)
-        pixels += decoded
-        labels += [label or {} for label in given] if given else [{}] * len(decoded)
-        owner += [number] * len(decoded)
-    return HeldOut(sequences, np.stack(pixels), labels, np.array(owner), count)
+
+    def __init__(self, config: Config, tokenizer: TextTokenizer):
+        assert config.evaluation.shards is not None
+        self.config = config
+        cache = Path(config.data.cache)
+        try:
+            shards = [index_shard(path, cache) for path in expand_paths(config.evaluation.shards)]
+        except UserError as error:
+            raise UserError([f"evaluation.shards: {problem}" for problem in error.problems]) from None
+        self.source = Source("held-out", shards)
+        count = min(config.evaluation.max_documents, len(self.source))
+        self.numbers: list[int] = np.linspace(0, len(self.source) - 1, count).round().astype(int).tolist()
+        """Samples that are read, spread over all shards."""
+        # A pair is shown text first: an image that precedes its text is announced by nothing.
+        self.view = view_of(config.objective, image_first_probability=0.0)
+        self.has_pairs = "contrastive_loss" in objective_module(config.objective.name).Objective.losses
+        self.image_size = image_size(config.model)
+        self.tokens_per_image = tokens_per_image(config.model)
+        self.rows: LaneSettings | None = None
+        """None: the decoder is not needed."""
+        self._encoder: Encoder | None = None
+        if self.has_pairs:
+            self.rows = self._row_settings()
+            self._encoder = encoder_of(self.rows, tokenizer)
+
+    def _row_settings(self) -> LaneSettings:
+        try:
+            return lane_settings(self.config, self.view, self.tokens_per_image, self.image_size)
+        except UserError as error:
+            raise self._too_small(self.numbers[0], str(error)) from None
+
+    def _too_small(self, number: int, problem: str) -> UserError:
+        return UserError(
+            f"evaluation.shards: {self.source.where(number)}: {problem}; the evaluation shows every patch of an image, "
+            "also where model.vision.patch_dropout leaves some out in training; raise data.row_tokens or set "
+            "evaluation.shards=null"
+        )
+
+    def document(self, number: int) -> tuple[Document, list[Labels] | None]:
+        """One document without its pixels, and the labels of its images; None: labels that cannot be used.
+
+        Raises:
+            BadSampleError, OSError: it cannot be read.
+        """
+        document = read_document(self.source, number, self.config.data.max_text_bytes)
+        return document, read_labels(self.source, number, document)
+
+    def samples(self) -> Iterator[tuple[int, bool]]:
+        """The number of each sample that is read, and whether it tests the probes."""
+        for place, number in enumerate(self.numbers):
+            yield number, place % TEST_EVERY == 0
+
+    def read(self, number: int, is_test: bool, held_out: HeldOut) -> None:
+        """Add one sample to ``held_out``, as far as it can be used; what cannot is counted there.
+
+        Raises:
+            UserError: no row can hold it, or the shard changed.
+        """
+        try:
+            document, labels = self.document(number)
+        except (BadSampleError, OSError) as problem:
+            held_out.left_out[reason_of(problem)] += 1
+            return
+        if labels is None:
+            held_out.left_out[UNUSABLE_LABELS] += 1
+            labels = [{}] * len(document.images)
+        pixels = self._pixels(number, document, held_out.left_out)
+        if not pixels:
+            if not document.images and not document.missing_images:
+                held_out.left_out["a document without images"] += 1
+            return
+        held_out.document_count += 1
+        held_out.pixels += pixels.values()
+        held_out.labels += [labels[image] for image in pixels]
+        held_out.is_test += [is_test] * len(pixels)
+        try:
+            for piece in self.pieces(number, document):
+                held_out.sequences += self._with_pixels(document.key, piece, pixels)
+        except BadSampleError as problem:
+            held_out.left_out[reason_of(problem)] += 1
+
+    def _pixels(self, number: int, document: Document, left_out: Counter[str]) -> dict[int, np.ndarray]:
+        """By the number of the document's image; those that cannot be decoded are counted."""
+        pixels = {}
+        if document.missing_images:
+            left_out["an image that is not there"] += document.missing_images
+        for image, suffix in enumerate(document.images):
+            try:
+                data = self.source.read(number, suffix)
+                pixels[image] = decode_image(data, self.image_size, max_pixels=self.config.data.max_image_pixels)
+            except (BadSampleError, OSError) as problem:
+                left_out[reason_of(problem)] += 1
+        return pixels
+
+    def pieces(self, number: int, document: Document) -> list[TokenSequence]:
+        """Sequences of one document; none where the decoder is not needed. What is drawn depends on its number alone.
+
+        Raises:
+            BadSampleError: there is nothing in it for the objective.
+            UserError: no row can hold it.
+        """
+        if self._encoder is None:
+            return []
+        try:
+            return self.view.encode(document, self._encoder, np.random.default_rng(number))
+        except ValueError as error:
+            raise self._too_small(number, str(error)) from error
+
+    def pair_count(self, pieces: Iterable[TokenSequence]) -> int:
+        """Contrastive pairs in them."""
+        return sum(len(self.view.readings(tokens)["pairs"]) for tokens in pieces) if self.has_pairs else 0
+
+    def _with_pixels(self, key: str, piece: TokenSequence, pixels: dict[int, np.ndarray]) -> list[PackedSequence]:
+        """A sequence without the images that could not be decoded; nothing where nothing is left of it."""
+        lost = [image for image in piece.images if image not in pixels]
+        tokens = self.view.without_images(piece, lost, self.tokens_per_image) if lost else piece
+        if tokens is None:
+            return []
+        empty = np.zeros((0, 3, self.image_size, self.image_size), np.uint8)
+        return [PackedSequence(key, tokens, np.stack([pixels[i] for i in tokens.images]) if tokens.images else empty)]
+
+    def read_all(self) -> HeldOut:
+        """All samples.
+
+        Raises:
+            UserError: see :meth:`read`.
+        """
+        held_out = HeldOut()
+        for number, is_test in self.samples():
+            self.read(number, is_test, held_out)
+        return held_out

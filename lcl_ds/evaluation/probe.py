@@ -1,5 +1,10 @@
 """Linear probe: how much a linear classifier reads from frozen features."""
 
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -9,22 +14,61 @@ from lcl_ds.models.vision import VisionEncoder
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
 """Weights of the L2 penalty that are tried on a validation part of the training images."""
+LEAST_IMAGES = 10
+"""Labelled images that train a probe, and as many that test it; accuracies of fewer say nothing."""
+LEAST_CLASSES = 2
+
+
+def class_of(labels: dict[str, Any], name: str) -> str | None:
+    """The value of one image's label as a class; None where it has none, or one that names no class."""
+    value = labels.get(name)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, (str, int, float)) else None
+
+
+class ProbeImages:
+    """Which classes the images have that train and test one probe."""
+
+    def __init__(self) -> None:
+        self.train: Counter[str] = Counter()
+        self.test: Counter[str] = Counter()
+
+    def add(self, value: str | None, is_test: bool) -> None:
+        if value is not None:
+            (self.test if is_test else self.train)[value] += 1
+
+    def total(self) -> int:
+        return self.train.total() + self.test.total()
+
+    def shortage(self) -> str | None:
+        """Why there can be no probe; None where there can."""
+        if not self.total():
+            return "no image has this label"
+        counts = self.train.total(), self.test.total()
+        shared = len(self.train.keys() & self.test.keys())
+        if min(counts) >= LEAST_IMAGES and shared >= LEAST_CLASSES:
+            return None
+        return (
+            f"of the labelled images {counts[0]} would train and {counts[1]} test it, with {shared} classes in both; "
+            f"it needs {LEAST_IMAGES} each, with {LEAST_CLASSES} classes"
+        )
 
 
 @torch.no_grad()
-def encoder_features(encoder: VisionEncoder, pixels: np.ndarray, batch_size: int = 256) -> Tensor:
-    """uint8 [M, 3, H, W] -> mean patch token, fp32 [M, width] on the CPU."""
+def encoder_features(encoder: VisionEncoder, pixels: Sequence[np.ndarray], batch_size: int = 256) -> Tensor:
+    """uint8 [3, H, W] each -> mean patch token, fp32 [M, width] on the CPU."""
     device = next(encoder.parameters()).device
     parts = []
     for start in range(0, len(pixels), batch_size):
-        images = torch.from_numpy(pixels[start : start + batch_size]).to(device)
+        images = torch.from_numpy(np.stack(pixels[start : start + batch_size])).to(device)
         parts.append(encoder(encoder.normalize(images)).float().mean(1).cpu())
     return torch.cat(parts)
 
 
-def pixel_features(pixels: np.ndarray) -> Tensor:
-    """uint8 [M, 3, H, W] -> fp32 [M, 3*H*W]: the baseline without an encoder."""
-    return torch.from_numpy(pixels.reshape(len(pixels), -1)).float() / 255
+def pixel_features(pixels: Sequence[np.ndarray]) -> Tensor:
+    """uint8 [3, H, W] each -> fp32 [M, 3*H*W]: the baseline without an encoder."""
+    return torch.from_numpy(np.stack(pixels).reshape(len(pixels), -1)).float() / 255
 
 
 def linear_probe(features: Tensor, classes: Tensor, train: Tensor, test: Tensor) -> float:

@@ -11,6 +11,11 @@ from lcl_ds.data.views import View
 from lcl_ds.models.lcl import LCLModel
 from lcl_ds.tokens import Vocabulary
 
+LEAST_PAIRS = 2
+"""A single image is found among one, whatever the model."""
+QUERIES = 1024
+"""Queries that are ranked at a time: all at once would need a table of their number squared."""
+
 
 @dataclass(frozen=True)
 class PairFeatures:
@@ -26,6 +31,13 @@ class PairFeatures:
     """Token ids before the place where each context is read, from the beginning of its part."""
 
 
+def too_few_pairs(count: int) -> str:
+    """A sentence for where there are fewer than :data:`LEAST_PAIRS`."""
+    return (
+        f"image-to-context retrieval is left out: images with text that announces them: {count}, needed: {LEAST_PAIRS}"
+    )
+
+
 @torch.no_grad()
 def pair_features(
     model: LCLModel,
@@ -39,6 +51,7 @@ def pair_features(
     """Run held-out documents, packed as in training, and collect contrastive features.
 
     Args:
+        sequences: with at least one contrastive pair among them.
         view: what made ``sequences``.
     """
     device = next(model.parameters()).device
@@ -71,10 +84,13 @@ def retrieval_scores(queries: Tensor, targets: Tensor) -> dict[str, float]:
     Returns:
         ``recall_at_1``, ``recall_at_5``, ``median_rank`` (1 is best), ``chance`` (of recall at 1) and ``pairs``.
     """
-    similarity = queries @ targets.T
-    own = similarity.diagonal()[:, None]
-    # Ties count against the model: a constant feature must not look perfect.
-    rank = (similarity >= own).sum(1).float()
+    ranks = []
+    for start in range(0, len(queries), QUERIES):
+        similarity = queries[start : start + QUERIES] @ targets.T
+        own = similarity.diagonal(start)[:, None]
+        # Ties count against the model, and so do values that are not numbers: a constant feature must not look perfect.
+        ranks.append((~(similarity < own)).sum(1))
+    rank = torch.cat(ranks).float()
     return {
         "pairs": len(queries),
         "recall_at_1": float((rank <= 1).float().mean()),

@@ -144,6 +144,16 @@ def flat_patches(images: Tensor, patch_size: int) -> Tensor:
     return tiles.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
+def released_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """An encoder's weights under the names of every published checkpoint of its family.
+
+    transformers 5 took the outer ``vision_model`` away from CLIP and SigLIP and adds it when it reads; transformers 4
+    reads nothing else and would leave every weight random.
+    """
+    prefix = "" if model.config.model_type == "dinov2" else "vision_model."
+    return {prefix + name.removeprefix(prefix): weight for name, weight in model.state_dict().items()}
+
+
 def released_patch_tokens(model: Any, pixel_values: Tensor) -> Tensor:
     """Patch tokens [M, N, width] of a released folder's model, through the forward of its transformers class."""
     inputs: dict[str, Tensor] = {"pixel_values": pixel_values}

@@ -1,27 +1,24 @@
 """One run from settings to report: what ``launch/train.py`` does after its arguments are read."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
 from torch import distributed as dist
 
 from lcl_ds.config import Config
 from lcl_ds.data.lanes import LaneSettings
 from lcl_ds.data.loader import BatchLoader
 from lcl_ds.data.open_data import OpenData, lane_settings, open_data
-from lcl_ds.data.shards import expand_paths, index_shard
 from lcl_ds.errors import UserError
-from lcl_ds.evaluation.closing import closing_table, evaluate_model
+from lcl_ds.evaluation.check import check_held_out
+from lcl_ds.evaluation.closing import close_run
 from lcl_ds.models.build import build_model, check_attention_here, image_size, tokens_per_image
 from lcl_ds.models.lcl import LCLModel
 from lcl_ds.models.pretrained import initialize_parts
 from lcl_ds.objectives import build_objective, view_of
-from lcl_ds.report import write_report
 from lcl_ds.training.checkpoint import (
     Progress,
     check_resumable,
@@ -59,7 +56,8 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
         ds_config: from :func:`lcl_ds.training.engine.load_ds_config`.
 
     Returns:
-        Exit code: 0 when finished, 128 + signal when a signal stopped the run after a checkpoint.
+        Exit code: 0 when finished, 128 + signal when a signal stopped the run after a checkpoint, 1 or 2 when the
+        closing evaluation failed.
 
     Raises:
         UserError: settings and input that do not fit together, found before a model is built.
@@ -84,9 +82,7 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
     dist.destroy_process_group()
     if received is not None:
         return 128 + received
-    if place.is_first and not (steps_done >= config.train.steps and (run_dir / "report.html").exists()):
-        finish(config, run_dir, place.device)
-    return 0
+    return finish(config, run_dir, place.device) if place.is_first else 0
 
 
 def prepare(
@@ -154,7 +150,7 @@ def open_checked_data(config: Config) -> OpenData:
     """
     data = open_data(config.data)
     check_vocabulary(config, data)
-    check_evaluation(config)
+    check_evaluation(config, data)
     return data
 
 
@@ -177,14 +173,15 @@ def check_vocabulary(config: Config, data: OpenData) -> None:
         )
 
 
-def check_evaluation(config: Config) -> None:
-    """Raises: UserError when held-out shards are missing or unreadable, before a whole training goes by."""
+def check_evaluation(config: Config, data: OpenData) -> None:
+    """Try the closing evaluation's input before a whole training goes by; say what will be left out.
+
+    Raises:
+        UserError: held-out shards cannot be read, or nothing in one of them can be evaluated.
+    """
     if config.evaluation.shards is not None:
-        try:
-            for path in expand_paths(config.evaluation.shards):
-                index_shard(path)
-        except UserError as error:
-            raise UserError([f"evaluation.shards: {problem}" for problem in error.problems]) from None
+        for sentence in check_held_out(config, data.tokenizer):
+            logger.info("closing evaluation: %s", sentence)
 
 
 def check_same_run(checkpoint: Path, config: Config) -> None:
@@ -218,15 +215,12 @@ def _flatten(config: Config) -> dict[str, Any]:
     return walk(config.model_dump(mode="json"), "")
 
 
-def finish(config: Config, run_dir: Path, device: torch.device) -> None:
-    """Closing evaluation, where held-out documents are named, and the report; needs no process group."""
-    if config.evaluation.shards is not None:
-        (run_dir / "plots").mkdir(exist_ok=True)
-        model = load_model(resolve_checkpoint(run_dir)).to(device)
-        results = evaluate_model(model, config, run_dir / "plots" / "retrieval.png")
-        (run_dir / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
-        Console().print(closing_table(results))
-    logger.info("report: %s", write_report([run_dir]))
+def finish(config: Config, run_dir: Path, device: torch.device) -> int:
+    """Closing evaluation, where held-out documents are named, and the report, as far as they are not there; needs no
+    process group. Returns an exit code."""
+    checkpoint = resolve_checkpoint(run_dir)
+    step = read_state(checkpoint)["progress"]["step"]
+    return close_run(config, run_dir, step, lambda: load_model(checkpoint).to(device))
 
 
 def dry_run(config: Config, ds_config: dict[str, Any]) -> str:
