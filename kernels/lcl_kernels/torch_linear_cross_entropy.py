@@ -41,7 +41,7 @@ def sweep(
     weight = weight.to(operand)
     bias = None if bias is None else bias.to(dtype)
 
-    # Per class: the logit, with a softcap what its slope is made from, and whether it is above that of the label.
+    # Per class: the logit, with a softcap what its slope is made from, and a byte for comparisons with the target.
     keep_decay = options.softcap is not None and any(wanted)
     limits = (vocab * (dtype.itemsize * (2 if keep_decay else 1) + options.statistics), options.workspace_mb)
     workspace = _workspace(largest_chunk(len(rows), *limits), vocab, hidden, dtype)
@@ -99,7 +99,7 @@ def _statistics(
     """
     at_target = logits.gather(1, target)
     if options.statistics:
-        results.rank[chunk] = (logits > at_target).sum(1)
+        results.rank[chunk] = _count_above(logits, at_target)
     mean = logits.mean(1, keepdim=True) if options.label_smoothing else None
     top = logits.amax(1, keepdim=True)
     gap = top - at_target
@@ -110,6 +110,14 @@ def _statistics(
     loss = smoothed(cross_entropy, lse, mean, options.label_smoothing) + options.z_loss * lse.square()
     results.row_loss[chunk], results.lse[chunk] = loss.squeeze(1), lse.squeeze(1)
     return cross_entropy, lse, total
+
+
+def _count_above(logits: Tensor, bar: Tensor) -> Tensor:
+    """How many logits of each row are above its bar [rows, 1], in pieces: torch sums comparisons as a copy in int64."""
+    rank = torch.zeros_like(bar, dtype=torch.int64).squeeze(1)
+    for piece in logits.split(-(-logits.shape[1] // 16), 1):
+        rank += (piece > bar).sum(1)
+    return rank
 
 
 def _workspace(rows: int, vocab: int, like: Tensor, dtype: torch.dtype) -> Tensor:
