@@ -115,8 +115,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: [N, H], float32, bfloat16, float16 or float64. Only rows that count are read.
-        weight: [V, H], same dtype. bias: [V], same dtype, or None. Under autocast all three are cast as F.linear would, so
-            not from float64. A bias of -inf hides its class; the loss of a row with such a label is inf.
+        weight: [V, H], same dtype. bias: [V], same dtype, or None. Under autocast all three are cast as F.linear would,
+            so not from float64. A bias of -inf hides its class; a row with such a label costs inf.
         labels: [N], int64 or int32, in [0, V), or `ignore_index`.
         ignore_index: rows with this label count nowhere and cost nothing. A value inside [0, V) stays in the softmax.
         z_loss: weight of the squared log-sum-exp (PaLM, arXiv 2204.02311, section 5).
@@ -406,7 +406,7 @@ def _check_options(
             raise ValueError(f"normalizer must have one element, got {list(normalizer.shape)}")
     elif normalizer is not None and not 0 <= normalizer < math.inf:
         raise ValueError(f"normalizer must be a finite number that is not negative, got {normalizer}")
-    if not (isinstance(ignore_index, int) or isinstance(ignore_index, numbers.Integral)):
+    if not isinstance(ignore_index, (int, numbers.Integral)):
         raise ValueError(
             f"ignore_index must be an integer, got {ignore_index!r}; where every label counts leave it at -100"
         )

@@ -226,7 +226,7 @@ def _statistics_limits(columns: int, tile: Tile, workspace_mb: float) -> tuple[i
 
 
 def _parts(room: Tensor, tiles: int, length: int, bound: Tensor) -> tuple[Tensor, Tensor]:
-    """Tops and totals [tiles, length] in `room`. Tops start as the bound, which they are where the kernel writes none."""
+    """Tops and totals [tiles, length] in `room`; the tops are the bound, which stays where it is safe."""
     tops, totals = room[:, : tiles * length].view(2, tiles, length)
     return tops.copy_(bound.expand_as(tops)), totals
 

@@ -198,6 +198,41 @@ def test_features_may_be_slices():
     assert torch.equal(contrastive_loss(wide[:, 16:32], wide[:, 32:], torch.tensor(14.3)), expected)
 
 
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("layout", ["apart", "transposed", "expanded", "overlapping", "one row"])
+def test_features_in_any_layout(side, layout):
+    tensors = list(pairs(1 if layout == "one row" else 23))
+    plain = tensors[side]
+    view = {
+        "apart": lambda: torch.stack([plain, plain], 2)[..., 1],
+        "transposed": lambda: plain.t().contiguous().t(),
+        "expanded": lambda: plain[:1].expand_as(plain),
+        "overlapping": lambda: plain.flatten().as_strided(plain.shape, (3, 1)),
+        "one row": lambda: plain.as_strided(plain.shape, (0, 1)),
+    }[layout]()
+    results = []
+    for same in (view, view.clone(memory_format=torch.contiguous_format)):
+        tensors[side] = same
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        loss = contrastive_loss(*leaves, torch.tensor(14.3))
+        loss.backward()
+        results.append([loss, *(tensor.grad for tensor in leaves)])
+    for actual, wanted in zip(*results, strict=True):
+        assert relative_error(actual, wanted) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "view", [lambda s: s[1], lambda s: s[1:2, None], lambda s: s[1].expand(1, 1, 1), lambda s: s.flip(0)[1:2]]
+)
+def test_logit_scale_may_be_a_view(view):
+    x, y = pairs()
+    scales = torch.tensor([torch.nan, 14.3, torch.nan], requires_grad=True)
+    plain = torch.tensor(14.3, requires_grad=True)
+    for scale in (view(scales), plain):
+        contrastive_loss(x, y, scale).backward()
+    assert scales.grad[1] == plain.grad
+
+
 def test_autocast_does_not_reach_the_logits():
     x, y = pairs()
     expected = both(x, y, 100.0)[0]
@@ -265,6 +300,8 @@ def test_unusable_arguments_are_named():
     refused("x must have one of the dtypes float32, .*, got torch.int64", x.long(), y.long(), scale)
     refused("logit_scale must be a floating point tensor of one element", x, y, torch.ones(2))
     refused("logit_scale must be a floating point tensor of one element", x, y, 14.3)
+    refused("x must have one of the dtypes", x.to(torch.float8_e5m2), y.to(torch.float8_e5m2), scale)
+    refused("logit_scale must have one of the dtypes", x, y, scale.to(torch.float8_e5m2))
     refused("devices do not match", x, y.to("meta"), scale)
     refused("normalize must be", x, y, scale, normalize="local")
     for megabytes in (0, -1, math.inf, math.nan):

@@ -370,7 +370,13 @@ def test_unusable_arguments_are_named(monkeypatch):
     refused("normalizer must be", hidden, weight, labels, normalizer=math.nan)
     refused("normalizer must have one element", hidden, weight, labels, normalizer=torch.ones(2))
     refused("normalizer is 0, but", hidden, weight, labels, normalizer=0)
-    refused("softcap must be positive", hidden, weight, labels, softcap=0.0)
+    for value in (0.0, -1.0, 1e-45, math.nan):
+        refused("softcap must be positive", hidden, weight, labels, softcap=value)
+    for value in (None, -100.0, "no"):
+        refused("ignore_index must be an integer", hidden, weight, labels, ignore_index=value)
+    refused("ignore_index must fit into int64", hidden, weight, labels, ignore_index=2**63)
+    for dtype in (torch.uint8, torch.int16, torch.bool):
+        refused("labels must be int64 or int32", hidden, weight, labels.clamp(min=0).to(dtype))
     for value in (-0.1, math.inf, math.nan):
         refused("z_loss must be finite and must not be negative", hidden, weight, labels, z_loss=value)
     refused("workspace_mb must be positive", hidden, weight, labels, workspace_mb=0)
