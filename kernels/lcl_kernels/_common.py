@@ -198,8 +198,7 @@ def exclusive_cross_entropy(gap: Tensor, others: Tensor) -> Tensor:
     """
     half = torch.exp(0.5 * gap.clamp(max=170))  # in two steps, so that only a huge product can overflow
     odds = others * half * half
-    within = (odds < 1e30) & (gap < math.inf)
-    return torch.where(within, torch.log1p(odds), gap + torch.log(others + torch.exp(-gap)))
+    return torch.where(odds < 1e30, torch.log1p(odds), gap + torch.log(others + torch.exp(-gap)))
 
 
 def smoothed(cross_entropy: Tensor, lse: Tensor, mean: Tensor | None, smoothing: float) -> Tensor:
