@@ -150,7 +150,6 @@ def linear_cross_entropy(
     check_dtypes(hidden=hidden, weight=weight, bias=bias)
     if softcap is not None and softcap > LARGEST_SOFTCAP:
         softcap = None
-    labels = labels.long()
 
     wants = wants_gradients(hidden, weight, bias)
     tensors = (hidden, weight, bias, labels)

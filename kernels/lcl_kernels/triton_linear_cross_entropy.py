@@ -216,8 +216,12 @@ def _launch(
 
 def _tile(block: _Block) -> Tile:
     options = block.options
-    plain = block.bias is None and options.softcap is None and not options.label_smoothing
-    kernel = "logits_ranked" if options.statistics else "logits" if plain else "logits_general"
+    if options.statistics or options.softcap is not None:
+        kernel = "logits_crowded"
+    elif block.bias is not None or options.label_smoothing:
+        kernel = "logits_general"
+    else:
+        kernel = "logits"
     return tile_on(kernel, block.x, block.weight)
 
 

@@ -28,17 +28,17 @@ def target_logits_kernel(
     if HAS_BIAS:
         z += tl.load(bias + label).to(tl.float32)
     if HAS_SOFTCAP:
-        t, of_softcap = tanh_and_slope(z / softcap)
+        t, decay = tanh_and_decay(z / softcap)
         z = softcap * t
-        tl.store(slope + i, of_softcap)
+        tl.store(slope + i, slope_of(decay))
     z *= 1.4426950408889634
     tl.store(target + i, z)
     tl.store(anchor + i, tl.where(z > float("-inf"), tl.floor(z + lead + 0.5), -1.0e30))
 
 
 @triton.jit
-def tanh_and_slope(x):
-    """tanh(x) and its derivative, each with all its digits, near 0 (a polynomial, as in Cephes) as well as far."""
+def tanh_and_decay(x):
+    """tanh(x) with all its digits, near 0 (a polynomial, as in Cephes) as well as far; and exp(-2|x|)."""
     decay = tl.exp2(tl.abs(x) * -2.8853900817779268)
     far = (1.0 - decay) / (1.0 + decay)
     far = tl.where(x < 0.0, -far, far)
@@ -48,7 +48,13 @@ def tanh_and_slope(x):
     near = near * square + 1.33314422036e-1
     near = near * square - 3.33332819422e-1
     near = near * square * x + x
-    return tl.where(tl.abs(x) < 0.625, near, far), 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
+    return tl.where(tl.abs(x) < 0.625, near, far), decay
+
+
+@triton.jit
+def slope_of(decay):
+    """Derivative of tanh at x from exp(-2|x|), with all its digits, which 1 - tanh(x)^2 has not where x is large."""
+    return 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
 
 
 @triton.jit
@@ -86,9 +92,8 @@ def exp_logits_kernel(
             )  # fmt: skip
             if HAS_BIAS:
                 z += tl.load(bias + c, mask=c < vocab, other=0.0).to(tl.float32)[None, :]
-            slope = 1.0
             if HAS_SOFTCAP:
-                t, slope = tanh_and_slope(z / softcap)
+                t, decay = tanh_and_decay(z / softcap)
                 z = softcap * t
             z *= 1.4426950408889634
             label = tl.load(labels + r, mask=valid_row, other=-1).to(tl.int32)
@@ -112,7 +117,9 @@ def exp_logits_kernel(
                     if HAS_EXCESS:
                         less = tl.load(excess + r, mask=valid_row, other=0.0)
                         e = tl.where(other, e - less[:, None], 0.0)
-                    stored = round_to(e * slope, exponentials.dtype, UPCAST)
+                    if HAS_SOFTCAP:
+                        e *= slope_of(decay)
+                    stored = round_to(e, exponentials.dtype, UPCAST)
                     exponentials.store([row_tile * ROWS, column_tile * COLUMNS], stored)
 
 

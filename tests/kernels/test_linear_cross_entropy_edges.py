@@ -211,6 +211,13 @@ def test_softcaps_below_all_logits(softcap):
         assert torch.allclose(actual.double(), wanted, rtol=1e-4, atol=1e-12)  # 0 but where a logit is near 0
 
 
+def test_gradients_keep_their_digits_where_the_cap_binds():
+    """The slope is 6e-8 there, which 1 - tanh^2 gives as 0 or noise in float32."""
+    hidden, weight = torch.ones(1, 1), torch.tensor([[9.0], [-9.0], [8.0]])
+    check(hidden, weight, None, torch.tensor([0]), softcap=1.0)
+    check(hidden, weight, None, torch.tensor([1]), softcap=1.0)
+
+
 def test_a_smoothing_of_one_is_that_of_torch():
     check(*inputs(), label_smoothing=1.0)
     check(*inputs(), label_smoothing=1.0, reduction="none", z_loss=0.1)
