@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -11,8 +12,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Backend = Literal["auto", "triton", "torch"]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+"""Of features, weights and hidden states."""
 
 WORKSPACE_MB = {"cpu": 128.0, "cuda": 1024.0}
 """Default bound of the [rows, V] or [rows, M] values kept at a time.
@@ -52,8 +57,8 @@ def use_triton(backend: str, like: Tensor) -> bool:
 def resolve_workspace(workspace_mb: float | None, like: Tensor) -> float:
     if workspace_mb is None:
         return WORKSPACE_MB["cuda" if like.is_cuda else "cpu"]
-    if not workspace_mb > 0:
-        raise ValueError(f"workspace_mb must be positive, got {workspace_mb}")
+    if not 0 < workspace_mb < math.inf:
+        raise ValueError(f"workspace_mb must be positive and finite, got {workspace_mb}")
     return float(workspace_mb)
 
 
@@ -73,6 +78,71 @@ def check_same(attribute: Literal["dtype", "device"], **tensors: Tensor | None) 
     if len(set(found.values())) > 1:
         listing = ", ".join(f"{name} {value}" for name, value in found.items())
         raise ValueError(f"{attribute}s do not match: {listing}")
+
+
+def check_dtypes(**tensors: Tensor | None) -> None:
+    """All given tensors must have one of `DTYPES`, and the same."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in DTYPES:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise ValueError(f"{name} must have one of the dtypes {allowed}, got {tensor.dtype}")
+    check_same("dtype", **tensors)
+
+
+NO_FORWARD_MODE = (
+    "this loss has no forward-mode derivative (torch.func.jvp, jacfwd, dual tensors); "
+    "use backward(), or the reference_* function"
+)
+
+
+def wants_gradients(*tensors: Tensor | None) -> list[bool]:
+    """Which of the tensors a gradient will be asked for.
+
+    Has to be settled before an operator is called: inside, the grad mode is always off.
+
+    Raises:
+        RuntimeError: under forward-mode differentiation, whose tangents an operator would drop without a word, and
+            under torch.func.grad and its relatives, which differentiate through the gradient.
+    """
+    return [tensor is not None and _requires_gradient(tensor) and torch.is_grad_enabled() for tensor in tensors]
+
+
+def _requires_gradient(tensor: Tensor) -> bool:
+    """Whether a tensor, or the one that torch.vmap wrapped in it, requires a gradient that an operator can give."""
+    if torch.compiler.is_compiling():  # tensors do not tell their tangents then
+        if forward_ad._current_level >= 0:
+            raise RuntimeError(NO_FORWARD_MODE)
+        return tensor.requires_grad
+    functorch = torch._C._functorch
+    while is_batched(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    if forward_ad.unpack_dual(tensor).tangent is not None:
+        raise RuntimeError(NO_FORWARD_MODE)
+    if not functorch.is_gradtrackingtensor(tensor):
+        return tensor.requires_grad
+    if tensor.requires_grad:
+        raise RuntimeError(
+            "this loss cannot be differentiated by torch.func (grad, vjp, jacrev, hessian), which differentiates "
+            "through the gradient; use backward() or torch.autograd.grad, or the reference_* function"
+        )
+    return _requires_gradient(functorch.get_unwrapped(tensor))
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether torch.vmap, or autograd's is_grads_batched, runs over a dimension of this tensor."""
+    functorch = torch._C._functorch
+    return bool(functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor))
+
+
+def separate_rows(matrix: Tensor) -> Tensor:
+    """The matrix, copied unless its columns have a stride of one and its rows do not overlap.
+
+    Kernels and the copy engine of a GPU read such matrices only. `Tensor.contiguous` would not do: it keeps any row
+    stride when there is one row.
+    """
+    if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]:
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -131,9 +201,17 @@ def exclusive_cross_entropy(gap: Tensor, others: Tensor) -> Tensor:
     return torch.where(odds < 1e30, torch.log1p(odds), gap + torch.log(others + torch.exp(-gap)))
 
 
+def smoothed(cross_entropy: Tensor, lse: Tensor, mean: Tensor | None, smoothing: float) -> Tensor:
+    """Cross entropy against a smoothed label; `mean` is that of all logits of the row, None without smoothing.
+
+    Also where classes have a logit of -inf: no difference of infinities is taken.
+    """
+    return cross_entropy if mean is None else (1 - smoothing) * cross_entropy + smoothing * (lse - mean)
+
+
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """A new tensor, so that a graph kept with retain_graph=True can be used again; rounded to `dtype` once."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_batched(scale):
         return (gradient * scale).to(dtype)
     return torch.mul(gradient, scale, out=torch.empty_like(gradient, dtype=dtype))
 

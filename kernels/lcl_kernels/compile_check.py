@@ -202,7 +202,9 @@ def _launch_linear_cross_entropy() -> None:
         (torch.bfloat16, plain, Wanted(True, True, False), 771),  # rows that no descriptor can serve
         (torch.bfloat16, Options(1e-4, 30.0, 0.0, True, 64.0), everything, 768),
         (torch.bfloat16, Options(1e-4, 30.0, 0.1, True, 64.0), everything, 768),
+        (torch.bfloat16, Options(0.0, 30.0, 0.0, False, 64.0), Wanted(True, True, False), 768),
         (torch.float16, plain, everything, 768),
+        (torch.float16, Options(0.0, 30.0, 0.1, False, 64.0), everything, 768),
         (torch.float32, plain, everything, 768),
     ):
         hidden, weight = torch.zeros(256, width, dtype=dtype), torch.zeros(515, width, dtype=dtype)

@@ -20,7 +20,9 @@ from torch import Tensor
 
 from lcl_kernels import torch_contrastive
 from lcl_kernels._common import (
+    DTYPES,
     Backend,
+    check_dtypes,
     check_same,
     compute_dtype,
     exclusive_cross_entropy,
@@ -29,10 +31,11 @@ from lcl_kernels._common import (
     refuse_dtensor,
     resolve_workspace,
     scaled,
+    separate_rows,
     use_triton,
+    wants_gradients,
 )
 from lcl_kernels.exchange import (
-    DTYPES,
     Exchange,
     FeatureBlocks,
     GradientReturn,
@@ -75,9 +78,9 @@ def contrastive_loss(
       negatives on other ranks included. No reduction of feature gradients between ranks is needed or wanted.
     - The gradient of logit_scale is a part of that of the sum: the sum over ranks is the whole.
     - detach_remote=True: features of other ranks are constants, so feature gradients are those of this rank's share.
-
     - detach_keys=True: every feature is a constant where it stands in the softmax of others, on its own rank too, as in
       OpenCLIP's loss without --gather-with-grad; x_i then learns from the loss of its row only, y_i from its column.
+      Features of other ranks are constants then too, so detach_remote changes nothing beside it.
 
     The upstream gradient has to be the same number on all ranks. Data parallel wrappers that average parameter
     gradients over W ranks give 1/W of the gradient of the sum: scale the loss by W to undo it.
@@ -101,13 +104,12 @@ def contrastive_loss(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not match, here or between ranks; a DTensor; an unusable option.
-        RuntimeError: backend "triton" where it cannot run; differentiating twice.
+        RuntimeError: backend "triton" where it cannot run; differentiating twice, forward or by torch.func.
 
     Every rank of the group has to call it, with the same options.
     """
     _check(x, y, logit_scale, normalize, exchange)
-    # Inside an operator the grad mode is always off, so whether gradients are wanted has to be settled here.
-    wanted = [t.requires_grad and torch.is_grad_enabled() for t in (x, y, logit_scale)]
+    wanted = wants_gradients(x, y, logit_scale)
     name = group_name(group)
     loss, *_ = torch.ops.lcl_kernels.contrastive(
         x,
@@ -149,7 +151,7 @@ def _contrastive_op(
     ranks = meet(x, group_name, any(wanted), common, counts)
     with torch.autocast(x.device.type, enabled=False):
         scale = logit_scale.to(compute_dtype(x.dtype)).reshape(())
-        left, right = (t.to(operand_dtype(t)).contiguous() for t in (x, y))
+        left, right = (separate_rows(t.to(operand_dtype(t)).contiguous()) for t in (x, y))
         walk = _Walk(left, right, scale, ranks, FeatureBlocks(right, ranks, ring), backend, workspace_mb)
         cosine = (x.to(scale.dtype) * y.to(scale.dtype)).sum(1)
         losses = _losses(walk, cosine * scale)
@@ -281,11 +283,11 @@ def _check(x: Tensor, y: Tensor, logit_scale: Tensor, normalize: str, exchange: 
     refuse_dtensor(x=x, y=y, logit_scale=logit_scale)
     if x.dim() != 2 or x.shape != y.shape:
         raise ValueError(f"x and y must both be [m, D], got {list(x.shape)} and {list(y.shape)}")
-    check_same("dtype", x=x, y=y)
-    if x.dtype not in DTYPES:
-        raise ValueError(f"x and y must be one of {DTYPES}, got {x.dtype}")
+    check_dtypes(x=x, y=y)
     if not isinstance(logit_scale, Tensor) or logit_scale.numel() != 1 or not logit_scale.is_floating_point():
         raise ValueError("logit_scale must be a floating point tensor of one element, the multiplier itself")
+    if logit_scale.dtype not in DTYPES:
+        check_dtypes(logit_scale=logit_scale)
     check_same("device", x=x, y=y, logit_scale=logit_scale)
     if normalize not in ("global", "per_rank"):
         raise ValueError(f"normalize must be 'global' or 'per_rank', not {normalize!r}")

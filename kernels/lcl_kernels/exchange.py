@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lcl_kernels._common import DTYPES
+
 Exchange = Literal["auto", "gather", "ring"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 @dataclass(frozen=True)

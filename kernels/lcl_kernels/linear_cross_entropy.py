@@ -11,6 +11,7 @@ Two custom operators carry this through torch.compile: `linear_cross_entropy_sum
 from __future__ import annotations
 
 import math
+import numbers
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from lcl_kernels import torch_linear_cross_entropy
 from lcl_kernels._common import (
     Backend,
+    check_dtypes,
     check_same,
     compute_dtype,
     first_derivative_only,
@@ -26,10 +28,14 @@ from lcl_kernels._common import (
     resolve_workspace,
     scaled,
     use_triton,
+    wants_gradients,
 )
 from lcl_kernels.sweep import Options, Swept, Wanted
 
 Reduction = Literal["mean", "sum", "none"]
+LARGEST_SOFTCAP = 1e30
+"""A larger softcap moves no logit below 1e26 by as much as float32 can tell. The quotient would leave its range."""
+SMALLEST_SOFTCAP = 1e-30
 
 
 class TokenStatistics(NamedTuple):
@@ -109,12 +115,13 @@ def linear_cross_entropy(
 
     Args:
         hidden: [N, H], float32, bfloat16, float16 or float64. Only rows that count are read.
-        weight: [V, H], same dtype. bias: [V], same dtype, or None. Under autocast all three are cast as F.linear would.
+        weight: [V, H], same dtype. bias: [V], same dtype, or None. Under autocast all three are cast as F.linear would,
+            so not from float64. A bias of -inf hides its class; a row with such a label costs inf.
         labels: [N], int64 or int32, in [0, V), or `ignore_index`.
         ignore_index: rows with this label count nowhere and cost nothing. A value inside [0, V) stays in the softmax.
         z_loss: weight of the squared log-sum-exp (PaLM, arXiv 2204.02311, section 5).
-        softcap: bound of the logits, or None (Gemma 2, arXiv 2408.00118, section 2).
-        label_smoothing: in [0, 1), as in torch.nn.functional.cross_entropy. In Triton the logits are then computed
+        softcap: bound of the logits, at least 1e-30, or None (Gemma 2, arXiv 2408.00118, section 2).
+        label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy. In Triton the logits are then computed
             twice.
         normalizer: with reduction "mean", what the sum is divided by instead of the number of counted rows: a number
             or a tensor of one element (a constant, never read on the host). Use the global token count here.
@@ -135,18 +142,16 @@ def linear_cross_entropy(
         ValueError: shapes, dtypes or devices that do not match; a label out of range or a wrong `counted_rows` (on
             CUDA an asynchronous device assertion instead, so that nothing waits); an empty weight; a DTensor; an
             unusable option.
-        RuntimeError: backend "triton" where it cannot run; differentiating twice.
+        RuntimeError: backend "triton" where it cannot run; differentiating twice, forward or by torch.func.
     """
     _check_tensors(hidden, weight, labels, bias)
-    _check_options(reduction, normalizer, softcap, z_loss, label_smoothing, counted_rows, len(labels))
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    check_same("dtype", hidden=hidden, weight=weight, bias=bias)
+    _check_options(reduction, normalizer, ignore_index, softcap, z_loss, label_smoothing, counted_rows, len(labels))
+    hidden, weight, bias = (_autocast(tensor) for tensor in (hidden, weight, bias))
+    check_dtypes(hidden=hidden, weight=weight, bias=bias)
+    if softcap is not None and softcap > LARGEST_SOFTCAP:
+        softcap = None
 
-    # Inside an operator the grad mode is always off, so whether gradients are wanted has to be settled here.
-    wants = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)]
+    wants = wants_gradients(hidden, weight, bias)
     tensors = (hidden, weight, bias, labels)
     triton, workspace = use_triton(backend, hidden), resolve_workspace(workspace_mb, hidden)
     settings = (ignore_index, counted_rows, z_loss, softcap, label_smoothing, return_statistics, triton, workspace)
@@ -167,6 +172,13 @@ def linear_cross_entropy(
     return loss, TokenStatistics(row_loss.detach(), lse, z_part, rank)
 
 
+def _autocast(tensor: Tensor | None) -> Any:
+    """The tensor as F.linear reads it under autocast, which leaves float64 alone."""
+    if tensor is None or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
 def _divisor(
     reduction: Reduction, normalizer: float | Tensor | None, labels: Tensor, ignore_index: int, dtype: torch.dtype
 ) -> Tensor | None:
@@ -178,11 +190,19 @@ def _divisor(
         return count.clamp(min=1).to(dtype)
     if isinstance(normalizer, Tensor):
         divisor = normalizer.detach().to(labels.device, dtype).reshape(())
-    elif normalizer == 0 and bool(count):
-        raise ValueError(f"normalizer is 0, but {int(count)} labels count")
     else:
+        if normalizer == 0:
+            _check_no_row_counts(count)
         divisor = torch.full((), float(normalizer), dtype=dtype, device=labels.device)
     return torch.where(count == 0, 1.0, divisor)
+
+
+def _check_no_row_counts(count: Tensor) -> None:
+    """Refuse to divide by a normalizer of 0 when there is a loss to divide."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(count == 0, "normalizer is 0, but labels count")
+    elif count:
+        raise ValueError(f"normalizer is 0, but {int(count)} labels count")
 
 
 @torch.library.custom_op("lcl_kernels::linear_cross_entropy_sum", mutates_args=())
@@ -361,14 +381,15 @@ def _check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
         raise ValueError(f"bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
     if labels.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"labels must be int64 or int32, got {labels.dtype}")
-    if not hidden.is_floating_point():
-        raise ValueError(f"hidden must be floating point, got {hidden.dtype}")
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        check_dtypes(**{name: tensor})  # before autocast, which would take any floating point dtype
     check_same("device", hidden=hidden, weight=weight, labels=labels, bias=bias)
 
 
 def _check_options(
     reduction: str,
     normalizer: float | Tensor | None,
+    ignore_index: int,
     softcap: float | None,
     z_loss: float,
     label_smoothing: float,
@@ -382,13 +403,19 @@ def _check_options(
     if isinstance(normalizer, Tensor):
         if normalizer.numel() != 1:
             raise ValueError(f"normalizer must have one element, got {list(normalizer.shape)}")
-    elif normalizer is not None and not (math.isfinite(normalizer) and normalizer >= 0):
+    elif normalizer is not None and not 0 <= normalizer < math.inf:
         raise ValueError(f"normalizer must be a finite number that is not negative, got {normalizer}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap}")
-    if not z_loss >= 0:
-        raise ValueError(f"z_loss must not be negative, got {z_loss}")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if not isinstance(ignore_index, (int, numbers.Integral)):
+        raise ValueError(
+            f"ignore_index must be an integer, got {ignore_index!r}; where every label counts leave it at -100"
+        )
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit into int64, got {ignore_index}")
+    if softcap is not None and not softcap >= SMALLEST_SOFTCAP:
+        raise ValueError(f"softcap must be positive, {SMALLEST_SOFTCAP} at least, got {softcap}")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss must be finite and must not be negative, got {z_loss}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if counted_rows is not None and not 0 <= counted_rows <= rows:
         raise ValueError(f"counted_rows must be in [0, {rows}], got {counted_rows}")

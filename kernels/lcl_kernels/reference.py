@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -33,7 +34,7 @@ def reference_linear_cross_entropy(
         A scalar, or [N] with reduction "none" (0 at ignored rows). Without any counted row the sum 0.
     """
     logits = F.linear(hidden, weight, bias)
-    if softcap is not None:
+    if softcap is not None and softcap < math.inf:
         logits = softcap * torch.tanh(logits / softcap)
     counted = labels != ignore_index
     loss = F.cross_entropy(logits, labels.where(counted, 0).long(), reduction="none", label_smoothing=label_smoothing)

@@ -15,6 +15,7 @@ from lcl_kernels._common import (
     matmul_,
     operand_dtype,
     row_chunks,
+    smoothed,
 )
 from lcl_kernels.sweep import Options, Swept, Wanted, empty_results
 
@@ -40,10 +41,11 @@ def sweep(
     weight = weight.to(operand)
     bias = None if bias is None else bias.to(dtype)
 
-    keep_tanh = options.softcap is not None and any(wanted)
-    limits = (vocab * dtype.itemsize * (2 if keep_tanh else 1), options.workspace_mb)
+    # Per class: the logit, with a softcap what its slope is made from, and a byte for comparisons with the target.
+    keep_decay = options.softcap is not None and any(wanted)
+    limits = (vocab * (dtype.itemsize * (2 if keep_decay else 1) + options.statistics), options.workspace_mb)
     workspace = _workspace(largest_chunk(len(rows), *limits), vocab, hidden, dtype)
-    tanh_workspace = torch.empty_like(workspace) if keep_tanh else None
+    decay_workspace = torch.empty_like(workspace) if keep_decay else None
 
     for chunk in row_chunks(len(rows), *limits):
         x = hidden.index_select(0, rows[chunk]).to(operand)
@@ -51,12 +53,12 @@ def sweep(
         logits = matmul_(workspace[: len(x)], x, weight.t())
         if bias is not None:
             logits.add_(bias)
-        tanh = None
+        decay = None
         if options.softcap is not None:
-            logits.div_(options.softcap).tanh_()
-            if tanh_workspace is not None:
-                tanh = tanh_workspace[: len(x)].copy_(logits)
-            logits.mul_(options.softcap)
+            logits.div_(options.softcap)
+            if decay_workspace is not None:
+                decay = decay_workspace[: len(x)].copy_(logits).abs_().mul_(-2).exp_()
+            logits.tanh_().mul_(options.softcap)
 
         cross_entropy, lse, total = _statistics(logits, target, chunk, options, results)
         if not any(wanted):
@@ -70,8 +72,9 @@ def sweep(
         d_logits = logits.mul_(grad * (1 + pull) / total).scatter_(1, target, grad * at_target)
         if options.label_smoothing:
             d_logits.sub_(grad * (options.label_smoothing / vocab))
-        if tanh is not None:
-            d_logits.addcmul_(d_logits, tanh.square_(), value=-1)
+        if decay is not None:  # the slope of tanh at x is 4 u / (1 + u)^2, u = exp(-2 |x|); 1 - tanh^2 loses its digits
+            d_logits.mul_(decay).mul_(4)
+            d_logits.div_(decay.add_(1)).div_(decay)
         if wanted.bias:
             results.d_bias.add_(d_logits.sum(0))
         if wanted.hidden and len(rows) == len(hidden):
@@ -96,7 +99,7 @@ def _statistics(
     """
     at_target = logits.gather(1, target)
     if options.statistics:
-        results.rank[chunk] = (logits > at_target).sum(1)
+        results.rank[chunk] = _count_above(logits, at_target)
     mean = logits.mean(1, keepdim=True) if options.label_smoothing else None
     top = logits.amax(1, keepdim=True)
     gap = top - at_target
@@ -104,11 +107,17 @@ def _statistics(
     cross_entropy = exclusive_cross_entropy(gap, others)
     total = others + torch.exp(-gap)
     lse = top + total.log()
-    loss = cross_entropy + options.z_loss * lse.square()
-    if mean is not None:
-        loss = loss + options.label_smoothing * (at_target - mean)
+    loss = smoothed(cross_entropy, lse, mean, options.label_smoothing) + options.z_loss * lse.square()
     results.row_loss[chunk], results.lse[chunk] = loss.squeeze(1), lse.squeeze(1)
     return cross_entropy, lse, total
+
+
+def _count_above(logits: Tensor, bar: Tensor) -> Tensor:
+    """How many logits of each row are above its bar [rows, 1], in pieces: torch sums comparisons as a copy in int64."""
+    rank = torch.zeros_like(bar, dtype=torch.int64).squeeze(1)
+    for piece in logits.split(-(-logits.shape[1] // 16), 1):
+        rank += (piece > bar).sum(1)
+    return rank
 
 
 def _workspace(rows: int, vocab: int, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,12 +7,14 @@ kept per tile and added up in a fixed order: no atomics, the same bits every tim
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lcl_kernels._common import INTERPRETED, matmul_, row_chunks
+from lcl_kernels._common import INTERPRETED, largest_chunk, matmul_, row_chunks
 from lcl_kernels.similarity import ExpSums, merge
 from lcl_kernels.tiles import (
     LN2,
@@ -126,11 +128,14 @@ def statistics(x: Tensor, y: Tensor, scale: Tensor, *, diagonal: bool, workspace
         return ExpSums(row_top, row_total), columns
     tile = tile_on("statistics", x, y)
     bound = (scale * _largest_norm(x) * _largest_norm(y)).abs() * LOG2E
-    for chunk in row_chunks(len(x), *_statistics_limits(len(y), tile, workspace_mb)):
-        rows, row_tiles = chunk.stop - chunk.start, triton.cdiv(chunk.stop - chunk.start, tile.rows)
-        # Filled with the bound, which is the top wherever the kernel writes none.
-        row_parts = _parts(triton.cdiv(len(y), tile.columns), rows, bound)
-        column_parts = _parts(row_tiles, len(y), bound)
+    limits = _statistics_limits(len(y), tile, workspace_mb)
+    most_rows, column_tiles = largest_chunk(len(x), *limits), triton.cdiv(len(y), tile.columns)
+    row_room = scale.new_empty(2, column_tiles * most_rows)
+    column_room = scale.new_empty(2, triton.cdiv(most_rows, tile.rows) * len(y))
+    for chunk in row_chunks(len(x), *limits):
+        rows = chunk.stop - chunk.start
+        row_parts = _parts(row_room, column_tiles, rows, bound)
+        column_parts = _parts(column_room, triton.cdiv(rows, tile.rows), len(y), bound)
         for bounded in (True, False):
             _launch(
                 similarity_statistics_kernel, tile, x[chunk], y,
@@ -160,26 +165,35 @@ def gradients(
     if not (len(x) and len(y)):
         return d_y, d_scale
     tile = tile_on("gradient", x, y)
-    most_columns = max(tile.columns, int(workspace_mb * 2**20) // (LEAST_ROWS * x.itemsize))
-    for across in row_chunks(len(y), 1, most_columns / 2**20, tile.columns):
-        width = across.stop - across.start
-        stride = triton.cdiv(width, 64) * 64
-        for down in row_chunks(len(x), stride * x.itemsize, workspace_mb, tile.rows):
-            rows = down.stop - down.start
-            gradient = x.new_empty(rows, stride)[:, :width]
-            filled = operand(gradient, (tile.rows, tile.columns))[0]
-            sums = scale.new_empty(triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns))
-            _launch(
-                similarity_gradient_kernel, tile, x[down], y[across],
-                (scale, row_shift[down], column_shift[across], filled, sums),
-                (down.start - across.start,), DIAGONAL=diagonal,
-            )  # fmt: skip
-            d_scale = d_scale + sums.sum()
-            if d_x is not None:
-                matmul_(d_x[down], gradient, y[across], accumulate=True)
-            if d_y is not None:
-                matmul_(d_y[across], gradient.t(), x[down], accumulate=True)
+    parts = list(_gradient_parts(len(x), len(y), x.itemsize, tile, workspace_mb))
+    room = x.new_empty(max((down.stop - down.start) * stride for down, _, stride in parts))
+    for down, across, stride in parts:
+        rows, width = down.stop - down.start, across.stop - across.start
+        gradient = room[: rows * stride].view(rows, stride)[:, :width]
+        filled = operand(gradient, (tile.rows, tile.columns))[0]
+        sums = scale.new_empty(triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns))
+        _launch(
+            similarity_gradient_kernel, tile, x[down], y[across],
+            (scale, row_shift[down], column_shift[across], filled, sums),
+            (down.start - across.start,), DIAGONAL=diagonal,
+        )  # fmt: skip
+        d_scale = d_scale + sums.sum()
+        if d_x is not None:
+            matmul_(d_x[down], gradient, y[across], accumulate=True)
+        if d_y is not None:
+            matmul_(d_y[across], gradient.t(), x[down], accumulate=True)
     return d_y, d_scale
+
+
+def _gradient_parts(
+    rows: int, columns: int, itemsize: int, tile: Tile, workspace_mb: float
+) -> Iterator[tuple[slice, slice, int]]:
+    """Rows, columns and row stride of the parts of the similarities whose gradient is kept at a time."""
+    most_columns = max(tile.columns, int(workspace_mb * 2**20) // (LEAST_ROWS * itemsize))
+    for across in row_chunks(columns, 1, most_columns / 2**20, tile.columns):
+        stride = triton.cdiv(across.stop - across.start, 64) * 64
+        for down in row_chunks(rows, stride * itemsize, workspace_mb, tile.rows):
+            yield down, across, stride
 
 
 def _launch(
@@ -211,11 +225,16 @@ def _statistics_limits(columns: int, tile: Tile, workspace_mb: float) -> tuple[i
     return max(1, 8 * columns // tile.columns + 8 * columns // tile.rows), workspace_mb, tile.rows
 
 
-def _parts(tiles: int, length: int, bound: Tensor) -> tuple[Tensor, Tensor]:
-    return bound.expand(tiles, length).contiguous(), bound.new_empty(tiles, length)
+def _parts(room: Tensor, tiles: int, length: int, bound: Tensor) -> tuple[Tensor, Tensor]:
+    """Tops and totals [tiles, length] in `room`; the tops are the bound, which stays where it is safe."""
+    tops, totals = room[:, : tiles * length].view(2, tiles, length)
+    return tops.copy_(bound.expand_as(tops)), totals
 
 
 def _merged(parts: tuple[Tensor, Tensor]) -> ExpSums:
-    """Of all tiles, in nats."""
+    """Of all tiles, in nats; like `similarity.merge`, but in the room of the parts."""
     tops, totals = parts
-    return merge(tops * LN2, totals)
+    tops.mul_(LN2)
+    top = tops.amax(0)
+    factors = tops.sub_(top.clamp(min=torch.finfo(top.dtype).min)).exp_()
+    return ExpSums(top, factors.mul_(totals).sum(0))

@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lcl_kernels._common import INTERPRETED, exclusive_cross_entropy, matmul_, row_chunks
+from lcl_kernels._common import INTERPRETED, exclusive_cross_entropy, matmul_, row_chunks, separate_rows, smoothed
 from lcl_kernels.sweep import Options, Swept, Wanted, empty_results
 from lcl_kernels.tiles import (
     LN2,
@@ -62,17 +62,22 @@ def sweep(
     if len(rows) == 0:
         results.d_weight.zero_()
         return results
-    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
-    weight = weight.contiguous()
-    target, anchor = _target_logits(hidden, weight, bias, rows, labels, options)
+    hidden, weight = separate_rows(hidden), separate_rows(weight)
+    bias = None if bias is None else bias.contiguous()
+    target, slope, anchor = _target_logits(hidden, weight, bias, rows, labels, options)
     at_target = torch.empty_like(target)
+    room: Tensor | None = None
     # Float16 has too little range for anchored exponentials, and a smoothed label acts on every class by a term that
     # is no multiple of the exponential: both find the log-sum-exp first, and make the exponentials again from it.
     two_passes = any(wanted) and (hidden.dtype == torch.float16 or options.label_smoothing > 0)
     for chunk in row_chunks(len(rows), *_limits(hidden, weight, options, wanted)):
         x = hidden[chunk] if len(rows) == len(hidden) else hidden.index_select(0, rows[chunk])
-        block = _Block(x, weight, bias, labels[chunk], target[chunk], options)
-        made = _exponentials(block, anchor[chunk], store=any(wanted) and not two_passes)
+        of_softcap = None if slope is None else slope[chunk]
+        block = _Block(x, weight, bias, labels[chunk], target[chunk], of_softcap, options)
+        if any(wanted) and room is None:  # the first chunk is the largest
+            room = _room(block)
+        exponentials = None if room is None else room[: len(x)]
+        made = _exponentials(block, anchor[chunk], None if two_passes else exponentials)
         cross_entropy, lse, total = _losses(block, made)
         _keep(results, chunk, block, made, cross_entropy, lse)
         if not any(wanted):
@@ -81,13 +86,11 @@ def sweep(
         grad = torch.ones_like(lse) if row_grad is None else row_grad[chunk]
         at_target[chunk] = grad * _slope_at_target(block, cross_entropy, pull)
         factor = grad * (1 + pull)
-        exponentials = made.exponentials
+        assert exponentials is not None
         if two_passes:
-            excess = options.label_smoothing / len(weight) / (1 + pull)
-            exponentials = _softmax(block, lse, excess)
+            _softmax(block, lse, options.label_smoothing / len(weight) / (1 + pull), exponentials)
         else:
             factor = factor / total
-        assert exponentials is not None
         _gradients(block, exponentials, rows[chunk], factor, at_target[chunk], results, wanted, first=chunk.start == 0)
     if wanted.weight or wanted.bias:
         _add_targets(hidden, rows, labels, at_target, results, wanted)
@@ -102,13 +105,13 @@ class _Block(NamedTuple):
     bias: Tensor | None  # [V]
     labels: Tensor  # [C]
     target: Tensor  # [C], logit of the label in units of log 2
+    slope: Tensor | None  # [C], of the softcap at that logit
     options: Options
 
 
 class _Made(NamedTuple):
-    """What the launches of `exp_logits_kernel` made."""
+    """What the launches of `exp_logits_kernel` made besides the exponentials."""
 
-    exponentials: Tensor | None  # [C, V], operand dtype, rows at multiples of 128 bytes
     reference: Tensor  # [C], in units of log 2
     others: Tensor  # [C], sum of 2^(z - reference) without the target
     logit_sum: Tensor | None  # [C], in units of log 2, with the target
@@ -129,27 +132,28 @@ def _padded(vocab: int) -> int:
 
 def _target_logits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor, labels: Tensor, options: Options
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Of every counted row: the logit of its label, the slope of the softcap there, and the anchor."""
     target = hidden.new_empty(len(rows), dtype=torch.float32)
     anchor = torch.empty_like(target)
+    slope = None if options.softcap is None else torch.empty_like(target)
     width = hidden.shape[1]
     target_logits_kernel[(len(rows),)](
-        hidden, weight, bias, rows, labels, target, anchor, hidden.stride(0), weight.stride(0), width,
+        hidden, weight, bias, rows, labels, target, slope, anchor, hidden.stride(0), weight.stride(0), width,
         options.softcap or 0.0, LEAD * LOG2E,
         HAS_BIAS=bias is not None, HAS_SOFTCAP=options.softcap is not None,
         BLOCK=min(1024, triton.next_power_of_2(width)),
     )  # fmt: skip
-    return target, anchor
+    return target, slope, anchor
 
 
-def _exponentials(block: _Block, anchor: Tensor, *, store: bool) -> _Made:
-    """Anchored exponentials and their sums, those of rows that overflow at first included."""
+def _exponentials(block: _Block, anchor: Tensor, exponentials: Tensor | None) -> _Made:
+    """Fills `exponentials` [C, V], if given, and sums them, with rows that overflow at first made again."""
     rows, vocab, device = len(block.x), len(block.weight), anchor.device
     partials = (rows, triton.cdiv(vocab, _tile(block).columns))
     sums = anchor.new_empty(partials)
     logit_sums = anchor.new_empty(partials) if block.options.label_smoothing else None
     higher = torch.empty(partials, dtype=torch.int32, device=device) if block.options.statistics else None
-    exponentials = _room(block) if store else None
     _launch(block, anchor, exponentials=exponentials, sums=sums, logit_sums=logit_sums, higher=higher)
 
     # Rows with a logit far above their target. Rare, so found after the fact; without any, the launches are empty.
@@ -160,7 +164,6 @@ def _exponentials(block: _Block, anchor: Tensor, *, store: bool) -> _Made:
     anchor = torch.where(marked, tops.amax(1), anchor)
     _launch(block, anchor, overflowed=overflowed, exponentials=exponentials, sums=sums)
     return _Made(
-        exponentials,
         anchor,
         sums.sum(1),
         None if logit_sums is None else logit_sums.sum(1),
@@ -169,15 +172,13 @@ def _exponentials(block: _Block, anchor: Tensor, *, store: bool) -> _Made:
 
 
 def _room(block: _Block) -> Tensor:
-    """[C, V], uninitialised."""
+    """[C, V], operand dtype, uninitialised, rows at multiples of 128 bytes."""
     return block.x.new_empty(len(block.x), _padded(len(block.weight)))[:, : len(block.weight)]
 
 
-def _softmax(block: _Block, lse: Tensor, excess: Tensor) -> Tensor:
-    """exp(z - lse) - excess, 0 at the target."""
-    exponentials = _room(block)
+def _softmax(block: _Block, lse: Tensor, excess: Tensor, exponentials: Tensor) -> None:
+    """Fills `exponentials` with exp(z - lse) - excess, 0 at the target."""
     _launch(block, lse * LOG2E, exponentials=exponentials, excess=excess if block.options.label_smoothing else None)
-    return exponentials
 
 
 def _launch(
@@ -215,23 +216,28 @@ def _launch(
 
 def _tile(block: _Block) -> Tile:
     options = block.options
-    plain = block.bias is None and options.softcap is None and not options.label_smoothing
-    kernel = "logits_ranked" if options.statistics else "logits" if plain else "logits_general"
+    if options.statistics or options.softcap is not None:
+        kernel = "logits_crowded"
+    elif block.bias is not None or options.label_smoothing:
+        kernel = "logits_general"
+    else:
+        kernel = "logits"
     return tile_on(kernel, block.x, block.weight)
 
 
 def _losses(block: _Block, made: _Made) -> tuple[Tensor, Tensor, Tensor]:
     """Cross entropy [C], log-sum-exp [C], both in nats, and the sum [C] of 2^(z - reference) with the target."""
-    cross_entropy = exclusive_cross_entropy((made.reference - block.target) * LN2, made.others)
+    gap = (made.reference - block.target) * LN2
+    cross_entropy = exclusive_cross_entropy(gap, made.others)
     total = made.others + torch.exp2(block.target - made.reference)
-    return cross_entropy, block.target * LN2 + cross_entropy, total
+    # Far above the target, the reference is near the log-sum-exp, and finite where the target is -inf.
+    far = made.reference * LN2 + total.log()
+    return cross_entropy, torch.where(gap > LEAD + 10, far, block.target * LN2 + cross_entropy), total
 
 
 def _keep(results: Swept, chunk: slice, block: _Block, made: _Made, cross_entropy: Tensor, lse: Tensor) -> None:
-    loss = cross_entropy + block.options.z_loss * lse.square()
-    if made.logit_sum is not None:
-        mean = made.logit_sum / len(block.weight)
-        loss = loss + (block.options.label_smoothing * LN2) * (block.target - mean)
+    mean = None if made.logit_sum is None else made.logit_sum * (LN2 / len(block.weight))
+    loss = smoothed(cross_entropy, lse, mean, block.options.label_smoothing) + block.options.z_loss * lse.square()
     results.row_loss[chunk], results.lse[chunk] = loss, lse
     if made.higher is not None:
         results.rank[chunk] = made.higher
@@ -241,9 +247,7 @@ def _slope_at_target(block: _Block, cross_entropy: Tensor, pull: Tensor) -> Tens
     """d loss / d logit of the label, before softcap; 1 - p comes from the cross entropy, so it has all its digits."""
     smoothing = block.options.label_smoothing
     slope = torch.expm1(-cross_entropy) + pull * torch.exp(-cross_entropy) + smoothing - smoothing / len(block.weight)
-    if block.options.softcap is not None:
-        slope = slope * (1 - (block.target * (LN2 / block.options.softcap)).square())
-    return slope
+    return slope if block.slope is None else slope * block.slope
 
 
 def _gradients(

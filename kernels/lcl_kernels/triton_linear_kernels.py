@@ -10,10 +10,11 @@ from lcl_kernels.tiles import round_to, tile_position, tile_product
 
 @triton.jit
 def target_logits_kernel(
-    hidden, weight, bias, rows, labels, target, anchor, stride_h, stride_w, width, softcap, lead,
+    hidden, weight, bias, rows, labels, target, slope, anchor, stride_h, stride_w, width, softcap, lead,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """target[i] = logit of the label of row i, in units of log 2; anchor[i] = a whole number near target + lead."""
+    """target[i] = logit of the label of row i, in units of log 2; anchor[i] = a whole number near target + lead, finite
+    also where the target is -inf, so that other classes of -inf are 0 against it; slope[i] = that of the softcap."""
     i = tl.program_id(0)
     row = tl.load(rows + i)
     label = tl.load(labels + i)
@@ -27,16 +28,33 @@ def target_logits_kernel(
     if HAS_BIAS:
         z += tl.load(bias + label).to(tl.float32)
     if HAS_SOFTCAP:
-        z = softcap * bounded(z / softcap)
+        t, decay = tanh_and_decay(z / softcap)
+        z = softcap * t
+        tl.store(slope + i, slope_of(decay))
     z *= 1.4426950408889634
     tl.store(target + i, z)
-    tl.store(anchor + i, tl.floor(z + lead + 0.5))
+    tl.store(anchor + i, tl.where(z > float("-inf"), tl.floor(z + lead + 0.5), -1.0e30))
 
 
 @triton.jit
-def bounded(x):
-    """tanh(x)"""
-    return 1.0 - 2.0 / (1.0 + tl.exp2(x * 2.8853900817779268))
+def tanh_and_decay(x):
+    """tanh(x) with all its digits, near 0 (a polynomial, as in Cephes) as well as far; and exp(-2|x|)."""
+    decay = tl.exp2(tl.abs(x) * -2.8853900817779268)
+    far = (1.0 - decay) / (1.0 + decay)
+    far = tl.where(x < 0.0, -far, far)
+    square = x * x
+    near = -5.70498872745e-3 * square + 2.06390887954e-2
+    near = near * square - 5.37397155531e-2
+    near = near * square + 1.33314422036e-1
+    near = near * square - 3.33332819422e-1
+    near = near * square * x + x
+    return tl.where(tl.abs(x) < 0.625, near, far), decay
+
+
+@triton.jit
+def slope_of(decay):
+    """Derivative of tanh at x from exp(-2|x|), with all its digits, which 1 - tanh(x)^2 has not where x is large."""
+    return 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
 
 
 @triton.jit
@@ -74,11 +92,9 @@ def exp_logits_kernel(
             )  # fmt: skip
             if HAS_BIAS:
                 z += tl.load(bias + c, mask=c < vocab, other=0.0).to(tl.float32)[None, :]
-            slope = 1.0
             if HAS_SOFTCAP:
-                t = bounded(z / softcap)
+                t, decay = tanh_and_decay(z / softcap)
                 z = softcap * t
-                slope = 1.0 - t * t
             z *= 1.4426950408889634
             label = tl.load(labels + r, mask=valid_row, other=-1).to(tl.int32)
             inside = c[None, :] < vocab
@@ -101,7 +117,9 @@ def exp_logits_kernel(
                     if HAS_EXCESS:
                         less = tl.load(excess + r, mask=valid_row, other=0.0)
                         e = tl.where(other, e - less[:, None], 0.0)
-                    stored = round_to(e * slope, exponentials.dtype, UPCAST)
+                    if HAS_SOFTCAP:
+                        e *= slope_of(decay)
+                    stored = round_to(e, exponentials.dtype, UPCAST)
                     exponentials.store([row_tile * ROWS, column_tile * COLUMNS], stored)
 
 

@@ -1,13 +1,15 @@
 """Measures and watchers that the kernel tests share."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import lcl_kernels
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+from torch.profiler._utils import traverse_dfs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 running = SimpleNamespace(backend="torch")
@@ -45,17 +47,40 @@ def leaf(tensor: Tensor | None, dtype: torch.dtype | None = None) -> Any:
     return None if tensor is None else tensor.detach().clone().to(dtype or tensor.dtype).requires_grad_()
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the elements of the largest storage an operator returned, those of `known` tensors left aside."""
+class LargestTensor:
+    """Watches what torch's allocators hand out, also inside operators, where a dispatch mode sees nothing."""
 
-    def __init__(self, *known: Tensor) -> None:
-        super().__init__()
-        self.elements = 0
-        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
+    elements = 0
+    """Of the largest tensor, counted as float32 numbers."""
+    peak = 0
+    """The most bytes alive at once, besides those that were alive before."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self._known:
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.itemsize)
-        return result
+    def __enter__(self) -> Self:
+        self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True).__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._profiler.__exit__(*error)
+        events = traverse_dfs(self._profiler.profiler.kineto_results.experimental_event_tree())
+        changes = [
+            (event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size)
+            for event in events
+            if event.tag == _EventType.Allocation and event.extra_fields.device.type == DEVICE
+        ]
+        alive: dict[int, int] = {}
+        for _, address, size in sorted(changes):
+            if size < 0:
+                alive.pop(address, None)  # unknown: it was alive before
+                continue
+            alive[address] = size
+            self.peak = max(self.peak, sum(alive.values()))
+            self.elements = max(self.elements, size // 4)
+
+
+def memory_of(step: Callable[[], Any]) -> LargestTensor:
+    """What one call of `step` allocates."""
+    if DEVICE == "cuda":
+        step()  # cuBLAS keeps a workspace from its first call on
+    with LargestTensor() as memory:
+        step()
+    return memory

@@ -44,6 +44,47 @@ def test_linear_cross_entropy_in_one_graph(reduction):
             assert relative_error(actual, wanted) < 1e-6
 
 
+OPTIONS = {
+    "normalizer": [12.0, 13.5, 7, 1],
+    "z_loss": [1e-4, 1e-3, 0.0],
+    "softcap": [30.0, 20.5, None, 1e35],
+    "label_smoothing": [0.1, 0.2, 0.0],
+    "workspace_mb": [1.0, 2.5, 3],
+    "ignore_index": [-100, -7, 31],
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("dynamic", [None, True, False])
+def test_options_that_change_from_call_to_call_stay_in_one_graph(option, dynamic):
+    def step(hidden, weight, labels, value):
+        return linear_cross_entropy(hidden, weight, labels, **{option: value})
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for value in OPTIONS[option]:
+        hidden, weight, labels = linear_inputs(12)
+        if option == "ignore_index":
+            labels[::3] = value
+        expected = gradients_of(step, (hidden, weight), labels, value)
+        for actual, wanted in zip(gradients_of(compiled, (hidden, weight), labels, value), expected, strict=True):
+            assert relative_error(actual, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_normalizer_of_zero_in_one_graph(dynamic):
+    compiled = torch.compile(
+        lambda h, w, y, n: linear_cross_entropy(h, w, y, normalizer=n),
+        fullgraph=True,
+        dynamic=dynamic,
+        backend="aot_eager",
+    )
+    hidden, weight, labels = linear_inputs(12)
+    assert compiled(hidden, weight, torch.full_like(labels, -100), 0.0) == 0
+    if DEVICE == "cpu":  # on a GPU a device assertion, which ends the CUDA context
+        with pytest.raises(RuntimeError, match="normalizer is 0, but labels count"):
+            compiled(hidden, weight, labels, 0.0)
+
+
 def test_contrastive_loss_in_one_graph():
     def step(x, y, log_scale):
         x, y = (torch.nn.functional.normalize(t, dim=1) for t in (x, y))

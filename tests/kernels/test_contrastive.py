@@ -8,7 +8,7 @@ import torch
 from lcl_kernels import reference_contrastive_loss
 from safetensors.torch import load_file
 
-from tests.kernels.checks import DEVICE, LargestTensor, contrastive_loss, few_rows, leaf, relative_error, seeded
+from tests.kernels.checks import DEVICE, contrastive_loss, few_rows, leaf, memory_of, relative_error, seeded
 
 pytestmark = pytest.mark.usefixtures("backend")
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -198,6 +198,41 @@ def test_features_may_be_slices():
     assert torch.equal(contrastive_loss(wide[:, 16:32], wide[:, 32:], torch.tensor(14.3)), expected)
 
 
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("layout", ["apart", "transposed", "expanded", "overlapping", "one row"])
+def test_features_in_any_layout(side, layout):
+    tensors = list(pairs(1 if layout == "one row" else 23))
+    plain = tensors[side]
+    view = {
+        "apart": lambda: torch.stack([plain, plain], 2)[..., 1],
+        "transposed": lambda: plain.t().contiguous().t(),
+        "expanded": lambda: plain[:1].expand_as(plain),
+        "overlapping": lambda: plain.flatten().as_strided(plain.shape, (3, 1)),
+        "one row": lambda: plain.as_strided(plain.shape, (0, 1)),
+    }[layout]()
+    results = []
+    for same in (view, view.clone(memory_format=torch.contiguous_format)):
+        tensors[side] = same
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        loss = contrastive_loss(*leaves, torch.tensor(14.3))
+        loss.backward()
+        results.append([loss, *(tensor.grad for tensor in leaves)])
+    for actual, wanted in zip(*results, strict=True):
+        assert relative_error(actual, wanted) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "view", [lambda s: s[1], lambda s: s[1:2, None], lambda s: s[1].expand(1, 1, 1), lambda s: s.flip(0)[1:2]]
+)
+def test_logit_scale_may_be_a_view(view):
+    x, y = pairs()
+    scales = torch.tensor([torch.nan, 14.3, torch.nan], requires_grad=True)
+    plain = torch.tensor(14.3, requires_grad=True)
+    for scale in (view(scales), plain):
+        contrastive_loss(x, y, scale).backward()
+    assert scales.grad[1] == plain.grad
+
+
 def test_autocast_does_not_reach_the_logits():
     x, y = pairs()
     expected = both(x, y, 100.0)[0]
@@ -207,12 +242,41 @@ def test_autocast_does_not_reach_the_logits():
     assert torch.equal(gradients[0], expected[1][0])
 
 
-def test_all_similarities_never_exist():
-    m, megabytes = 512, 0.125
-    x, y, scale = (leaf(t) for t in (*pairs(m, 8), torch.tensor(14.3)))
-    with LargestTensor() as largest:
-        contrastive_loss(x, y, scale, workspace_mb=megabytes).backward()
-    assert largest.elements <= megabytes * 2**20 / 4 < m * m / 4
+def memory_of_a_step(megabytes, *, m=512, gradients=True):
+    """All that a call with its backward allocates, float32."""
+    x, y = pairs(m, 8)
+    scale = torch.tensor(14.3)
+    if gradients:
+        x, y, scale = leaf(x), leaf(y), leaf(scale)
+
+    def step():
+        loss = contrastive_loss(x, y, scale, workspace_mb=megabytes)
+        if gradients:
+            loss.backward()
+
+    return memory_of(step)
+
+
+def test_no_more_than_the_workspace_is_kept_of_the_similarities():
+    """Of 1 MB. Two blocks at once would not fit."""
+    megabytes, other = 0.25, 0.2
+    memory = memory_of_a_step(megabytes)
+    assert memory.peak < (megabytes + other) * 2**20
+    assert memory.elements <= megabytes * 2**20 / 4
+
+
+def test_a_larger_workspace_is_used_and_seen():
+    """Were the measure blind to what happens inside of the operator, the test above would mean nothing."""
+    memory = memory_of_a_step(1e6)
+    assert memory.elements >= 512 * 512
+    assert memory.peak >= 512 * 512 * 4
+
+
+def test_without_gradients_no_more_than_the_workspace_is_kept_of_the_sums(backend):
+    """In Triton two numbers for each row and column of a tile."""
+    megabytes, other = 0.05, 0.1
+    assert memory_of_a_step(megabytes, m=1024, gradients=False).peak < (megabytes + other) * 2**20
+    assert memory_of_a_step(1e6, m=1024, gradients=False).peak > (megabytes + other) * 2**20
 
 
 def test_second_derivatives_are_refused():
@@ -233,12 +297,15 @@ def test_unusable_arguments_are_named():
     refused(r"x and y must both be \[m, D\]", x, y[1:], scale)
     refused(r"x and y must both be \[m, D\]", x[0], y[0], scale)
     refused("dtypes do not match: x torch.float32, y torch.bfloat16", x, y.bfloat16(), scale)
-    refused("x and y must be one of", x.long(), y.long(), scale)
+    refused("x must have one of the dtypes float32, .*, got torch.int64", x.long(), y.long(), scale)
     refused("logit_scale must be a floating point tensor of one element", x, y, torch.ones(2))
     refused("logit_scale must be a floating point tensor of one element", x, y, 14.3)
+    refused("x must have one of the dtypes", x.to(torch.float8_e5m2), y.to(torch.float8_e5m2), scale)
+    refused("logit_scale must have one of the dtypes", x, y, scale.to(torch.float8_e5m2))
     refused("devices do not match", x, y.to("meta"), scale)
     refused("normalize must be", x, y, scale, normalize="local")
-    refused("workspace_mb must be positive", x, y, scale, workspace_mb=0)
+    for megabytes in (0, -1, math.inf, math.nan):
+        refused("workspace_mb must be positive and finite", x, y, scale, workspace_mb=megabytes)
     refused("backend must be", x, y, scale, backend="cuda")
     refused("no float64 kernels", x.double(), y.double(), scale, backend="triton")
     refused("exchange must be", x, y, scale, exchange="tree")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from lcl_kernels import reference_linear_cross_entropy
 
-from tests.kernels.checks import DEVICE, LargestTensor, few_rows, leaf, linear_cross_entropy, relative_error, seeded
+from tests.kernels.checks import DEVICE, few_rows, leaf, linear_cross_entropy, memory_of, relative_error, seeded
 
 pytestmark = pytest.mark.usefixtures("backend")
 on_cpu = pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU a device assertion, which ends the CUDA context")
@@ -277,34 +277,51 @@ def test_autocast_casts_as_a_linear_layer_does():
     assert weight.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_logits_of_all_rows_never_exist(dtype, reduction, softcap):
-    n, h, v, megabytes = 112, 8, 1001, 0.125
-    hidden, weight, bias, labels = (inputs(n, h, v, dtype=dtype, ignored=0.0)[i] for i in range(4))
-    with LargestTensor() as largest:
-        loss = linear_cross_entropy(
-            *(leaf(hidden), leaf(weight), labels),
-            bias=leaf(bias),
-            softcap=softcap,
-            reduction=reduction,
-            workspace_mb=megabytes,
-        )
-        loss.sum().backward()
-    assert largest.elements <= megabytes * 2**20 / 4 < n * v / 3
+def memory_of_a_step(megabytes, *, n=384, v=512, gradients=True, **options):
+    """All that a call with its backward allocates, float32: logits of all rows would be 0.75 MB."""
+    hidden, weight, bias, labels = inputs(n, 8, v, ignored=0.0)
+    if gradients:
+        hidden, weight, bias = leaf(hidden), leaf(weight), leaf(bias)
+
+    def step():
+        options.setdefault("return_statistics", True)
+        loss, _ = linear_cross_entropy(hidden, weight, labels, bias=bias, workspace_mb=megabytes, **options)
+        if gradients:
+            loss.sum().backward()
+
+    return memory_of(step)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"reduction": "none"}, {"softcap": 2.0, "label_smoothing": 0.1}],
+    ids=str,
+)
+def test_no_more_than_the_workspace_is_kept_of_the_logits(options):
+    """Three chunks of 128 rows. Two of them at once, or anything else of the size of one, would not fit."""
+    megabytes, other = 0.28, 0.2
+    memory = memory_of_a_step(megabytes, **options)
+    assert memory.peak < (megabytes + other) * 2**20
+    assert memory.elements <= megabytes * 2**20 / 4
+
+
+def test_a_larger_workspace_is_used_and_seen():
+    """Were the measure blind to what happens inside of the operator, the tests beside this one would mean nothing."""
+    memory = memory_of_a_step(1e6)
+    assert memory.elements >= 384 * 512
+    assert memory.peak >= 384 * 512 * 4
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_there_is_no_gradient_workspace(context):
-    hidden, weight, bias, labels = inputs(64, 256, 127, ignored=0.0)
-    leaves = hidden, weight, bias = leaf(hidden), leaf(weight), leaf(bias)
-    expected = linear_cross_entropy(hidden, weight, labels, bias=bias)
-    with context(), LargestTensor(*leaves) as largest:
-        loss = linear_cross_entropy(hidden, weight, labels, bias=bias, workspace_mb=8 * 127 * 4 / 2**20)
+def test_without_gradients_there_is_no_gradient_workspace(context, backend):
+    hidden, weight, bias, labels = inputs(64, 16, 127, ignored=0.0)
+    expected = linear_cross_entropy(leaf(hidden), leaf(weight), labels, bias=bias)
+    with context():
+        loss = linear_cross_entropy(leaf(hidden), leaf(weight), labels, bias=bias)
+        memory = memory_of_a_step(0.05 if backend == "torch" else 1e6, gradients=False)
     assert not loss.requires_grad
     assert torch.allclose(loss, expected)
-    assert largest.elements <= 8 * 256  # the hidden rows of one chunk of 8
+    assert memory.peak < 0.15 * 2**20
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -343,7 +360,7 @@ def test_unusable_arguments_are_named(monkeypatch):
     refused(r"labels must be \[N\] = \[23\], got \[22\]", hidden, weight, labels[1:])
     refused("bias must be", hidden, weight, labels, bias=bias[1:])
     refused("labels must be int64", hidden, weight, labels.float())
-    refused("floating point", hidden.long(), weight.long(), labels)
+    refused("hidden must have one of the dtypes float32, .*, got torch.int64", hidden.long(), weight, labels)
     refused("dtypes do not match: hidden torch.float32, weight torch.bfloat16", hidden, weight.bfloat16(), labels)
     refused("dtypes do not match", hidden, weight, labels, bias=bias.double())
     refused("devices do not match", hidden, weight.to("meta"), labels)
@@ -353,11 +370,18 @@ def test_unusable_arguments_are_named(monkeypatch):
     refused("normalizer must be", hidden, weight, labels, normalizer=math.nan)
     refused("normalizer must have one element", hidden, weight, labels, normalizer=torch.ones(2))
     refused("normalizer is 0, but", hidden, weight, labels, normalizer=0)
-    refused("softcap must be positive", hidden, weight, labels, softcap=0.0)
-    refused("z_loss must not be negative", hidden, weight, labels, z_loss=-0.1)
+    for value in (0.0, -1.0, 1e-45, math.nan):
+        refused("softcap must be positive", hidden, weight, labels, softcap=value)
+    for value in (None, -100.0, "no"):
+        refused("ignore_index must be an integer", hidden, weight, labels, ignore_index=value)
+    refused("ignore_index must fit into int64", hidden, weight, labels, ignore_index=2**63)
+    for dtype in (torch.uint8, torch.int16, torch.bool):
+        refused("labels must be int64 or int32", hidden, weight, labels.clamp(min=0).to(dtype))
+    for value in (-0.1, math.inf, math.nan):
+        refused("z_loss must be finite and must not be negative", hidden, weight, labels, z_loss=value)
     refused("workspace_mb must be positive", hidden, weight, labels, workspace_mb=0)
     refused("backend must be", hidden, weight, labels, backend="cuda")
-    refused("label_smoothing must be", hidden, weight, labels, label_smoothing=1.0)
+    refused("label_smoothing must be", hidden, weight, labels, label_smoothing=1.1)
     refused(r"counted_rows must be in \[0, 23\]", hidden, weight, labels, counted_rows=24)
     refused("no float64 kernels", hidden.double(), weight.double(), labels, backend="triton")
 

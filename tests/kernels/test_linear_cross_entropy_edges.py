@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.kernels.checks import few_rows, leaf, linear_cross_entropy, relative_error, seeded
+from tests.kernels.checks import DEVICE, few_rows, leaf, linear_cross_entropy, relative_error, seeded
 from tests.kernels.test_linear_cross_entropy import both, check, inputs, on_cpu
 
 pytestmark = [
@@ -82,6 +82,173 @@ def test_layouts():
     assert torch.allclose(linear_cross_entropy(hidden, table[:31], labels, bias=bias), expected[0], rtol=1e-6)
     unaligned = torch.cat([torch.zeros(1, dtype=torch.int64), labels])[1:]
     assert torch.equal(linear_cross_entropy(hidden, weight, unaligned, bias=bias), expected[0])
+
+
+def laid_out(tensor):
+    """(name, the same values in other memory) for every layout that comes to mind; what lies between is NaN."""
+    apart = torch.full((*tensor.shape, 2), torch.nan if tensor.is_floating_point() else 2**40, dtype=tensor.dtype)
+    apart[..., 1] = tensor
+    yield "a column of a wider one", apart[..., 1]
+    yield "last dimension first", tensor.movedim(-1, 0).contiguous().movedim(0, -1)
+    if tensor.dim() == 2:
+        wide = torch.full((len(tensor), tensor.shape[1] + 3), torch.nan, dtype=tensor.dtype)
+        wide[:, 1:-2] = tensor
+        yield "rows of a wider one", wide[:, 1:-2]
+
+
+def step(tensors, **options):
+    """Loss and gradients, of views also."""
+    hidden, weight, labels, bias = tensors
+    leaves = [tensor.detach().requires_grad_() for tensor in (hidden, weight, bias)]  # keeps the layout
+    loss = linear_cross_entropy(leaves[0], leaves[1], labels, bias=leaves[2], **options)
+    loss.sum().backward()
+    return [loss.detach(), *(tensor.grad for tensor in leaves)]
+
+
+@pytest.mark.parametrize("argument", range(4), ids=["hidden", "weight", "labels", "bias"])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none", "softcap": 3.0}, {"label_smoothing": 0.1}], ids=str)
+def test_any_argument_in_any_layout(argument, options):
+    hidden, weight, bias, labels = inputs(24, 16, 31)
+    tensors = [hidden, weight, labels, bias]
+    expected = step(tensors, **options)
+    for name, same in laid_out(tensors[argument]):
+        assert torch.equal(same, tensors[argument]), name
+        arguments = [*tensors]
+        arguments[argument] = same
+        for actual, wanted in zip(step(arguments, **options), expected, strict=True):
+            assert relative_error(actual, wanted) < 1e-6, name
+
+
+@pytest.mark.parametrize("argument", range(4), ids=["hidden", "weight", "labels", "bias"])
+@pytest.mark.parametrize("ignored", [0.0, 0.4])
+def test_rows_that_share_memory(argument, ignored):
+    """Expanded from one row, or windows over a line that overlap."""
+    hidden, weight, bias, labels = inputs(24, 16, 31, ignored=ignored)
+    tensors = [hidden, weight, labels, bias]
+    one = tensors[argument]
+    shared = [one[:1].expand_as(one)]
+    if one.dim() == 2:
+        shared.append(one.flatten().as_strided(one.shape, (3, 1)))
+    for view in shared:
+        arguments = [*tensors]
+        arguments[argument] = view
+        actual = step(arguments)
+        arguments[argument] = view.clone(memory_format=torch.contiguous_format)
+        for value, wanted in zip(actual, step(arguments), strict=True):
+            assert torch.allclose(value, wanted, rtol=1e-5, atol=1e-6)  # equal classes have gradients of 0
+
+
+def test_one_row_of_any_stride():
+    hidden, weight, bias, _ = inputs(1, 16, 31)
+    expected = linear_cross_entropy(hidden, weight, torch.tensor([3]), bias=bias)
+    for stride in (0, 1, 7):
+        row = hidden.as_strided((1, 16), (stride, 1))
+        assert torch.equal(linear_cross_entropy(row, weight, torch.tensor([3]), bias=bias), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none"}, {"label_smoothing": 0.1}, {"z_loss": 1e-3, "reduction": "sum"}], ids=str
+)
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_a_label_that_the_bias_hides_costs_infinity_and_harms_no_gradient(dtype, options):
+    """As padded classes are hidden: -inf for some of them, one of which is a label by mistake."""
+    hidden, weight, bias, labels = inputs(12, 16, 31, dtype=dtype, ignored=0.0)
+    bias[[3, 7, 30]] = -math.inf
+    labels[[2, 5]] = torch.tensor([3, 30])
+    labels[:2] = 6
+    (loss, gradients), (expected, expected_gradients) = both(hidden, weight, bias, labels, **options)
+    finite = expected.isfinite()
+    assert not finite.all()
+    assert torch.equal(loss[~finite].double(), expected[~finite])
+    assert torch.allclose(loss[finite].double(), expected[finite], rtol=1e-5)
+    for actual, wanted in zip(gradients, expected_gradients, strict=True):
+        assert wanted.isfinite().all()
+        assert relative_error(actual, wanted) < (1e-5 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_hidden_classes_that_are_no_labels_change_nothing_else():
+    hidden, weight, bias, labels = inputs(12, 16, 31, ignored=0.0)
+    labels = labels % 20
+    bias[20:] = -math.inf
+    (loss, gradients), _ = both(hidden, weight, bias, labels)
+    (expected, few), _ = both(hidden, weight[:20], bias[:20], labels)
+    assert relative_error(loss, expected) < 1e-6
+    assert relative_error(gradients[0], few[0]) < 1e-6
+    assert relative_error(gradients[1][:20], few[1]) < 1e-6
+    assert torch.equal(gradients[1][20:], torch.zeros_like(gradients[1][20:]))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered", "ignore:divide by zero")
+def test_a_row_without_any_class_is_nan_as_in_torch():
+    hidden, weight, bias, labels = inputs(3, 16, 31, ignored=0.0)
+    loss = linear_cross_entropy(hidden, weight, labels, bias=torch.full_like(bias, -math.inf), reduction="none")
+    assert loss.isnan().all()
+
+
+@pytest.mark.parametrize("far", [1e3, 1e5])
+def test_the_log_sum_exp_has_its_digits_where_the_target_is_far_below(far):
+    hidden, weight, bias, labels = inputs(6, 16, 31, ignored=0.0)
+    bias[labels] = -far
+    logits = torch.nn.functional.linear(hidden.double(), weight.double(), bias.double())
+    _, statistics = linear_cross_entropy(hidden, weight, labels, bias=bias, return_statistics=True)
+    assert torch.allclose(statistics.lse.double(), logits.logsumexp(1), rtol=1e-6)
+    check(hidden, weight, bias, labels, z_loss=0.1)
+
+
+@pytest.mark.parametrize("softcap", [0.2, 1.0, 50.0, 1e3, 1e5, 1e9, 1e20, 1e30, 1e38, 1e300, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_softcaps_of_any_size(softcap, dtype):
+    check(*inputs(dtype=dtype, spread=2.0), softcap=softcap, bar=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [1e-30, 1e-9, 1e-3])
+def test_softcaps_below_all_logits(softcap):
+    (loss, gradients), (expected, expected_gradients) = both(*inputs(), softcap=softcap)
+    assert relative_error(loss, expected) < 1e-6
+    for actual, wanted in zip(gradients, expected_gradients, strict=True):
+        assert torch.allclose(actual.double(), wanted, rtol=1e-4, atol=1e-12)  # 0 but where a logit is near 0
+
+
+def test_gradients_keep_their_digits_where_the_cap_binds():
+    """The slope is 6e-8 there, which 1 - tanh^2 gives as 0 or noise in float32."""
+    hidden, weight = torch.ones(1, 1), torch.tensor([[9.0], [-9.0], [8.0]])
+    check(hidden, weight, None, torch.tensor([0]), softcap=1.0)
+    check(hidden, weight, None, torch.tensor([1]), softcap=1.0)
+
+
+def test_a_smoothing_of_one_is_that_of_torch():
+    check(*inputs(), label_smoothing=1.0)
+    check(*inputs(), label_smoothing=1.0, reduction="none", z_loss=0.1)
+
+
+def test_an_ignore_index_that_the_labels_cannot_hold():
+    hidden, weight, bias, labels = inputs(ignored=0.0)
+    expected = linear_cross_entropy(hidden, weight, labels, bias=bias)
+    for value in (-(2**63), 2**40, 2**63 - 1):
+        assert torch.equal(linear_cross_entropy(hidden, weight, labels.int(), bias=bias, ignore_index=value), expected)
+
+
+def test_autocast_leaves_float64_alone_as_a_linear_layer_does():
+    hidden, weight, bias, labels = inputs(dtype=torch.float64)
+    expected = linear_cross_entropy(hidden, weight, labels, bias=bias)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(linear_cross_entropy(hidden, weight, labels, bias=bias), expected)
+        with pytest.raises(ValueError, match="dtypes do not match: hidden torch.float64, weight torch.bfloat16"):
+            linear_cross_entropy(hidden, weight.float(), labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_dtypes_without_a_loss_are_refused(dtype, autocast):
+    hidden, weight, bias, labels = inputs()
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        for i, name in enumerate(("hidden", "weight", "bias")):
+            tensors = [hidden, weight, bias]
+            tensors[i] = tensors[i].to(dtype)
+            with pytest.raises(ValueError, match=f"{name} must have one of the dtypes float32, .*, got {dtype}"):
+                linear_cross_entropy(tensors[0], tensors[1], labels, bias=tensors[2])
 
 
 def test_many_rows_with_the_same_label():
