@@ -42,7 +42,7 @@ def labelled(count=48, **lists):
 
 
 def pairs(count=30, **json_keys):
-    members = [[(f"{i:03}.jpg", picture(i)), (f"{i:03}.txt", b"a caption")] for i in range(count)]
+    members = [[(f"p{i:03}.jpg", picture(i)), (f"p{i:03}.txt", b"a caption")] for i in range(count)]
     if json_keys:
         for i, sample in enumerate(members):
             record = {
@@ -52,7 +52,7 @@ def pairs(count=30, **json_keys):
                 **json_keys,
                 "class": COLOURS[i // 3 % 2],
             }
-            sample.append((f"{i:03}.json", json.dumps(record).encode()))
+            sample.append((f"p{i:03}.json", json.dumps(record).encode()))
     return members
 
 
