@@ -270,7 +270,9 @@ def resize_positions(positions: Tensor, prefix: int, side: int, mode: str = "bic
 
 def _cut_positions(given: Tensor, here: Tensor) -> Tensor:
     if len(given) < len(here):
-        raise ValueError(f"positions for {len(given)} tokens, data.row_tokens asks for {len(here)}; lower it")
+        raise ValueError(
+            f"positions for {len(given)} tokens, documents may have {len(here)}; set data.document_tokens={len(given)}"
+        )
     return given[: len(here)]
 
 
