@@ -61,13 +61,8 @@ def measure_sizes(sources: list[Source], settings: "LaneSettings", tokenizer: Te
 
 def encoder_of(settings: "LaneSettings", tokenizer: TextTokenizer) -> Encoder:
     """Text to ids within the budgets of ``settings``."""
-    return Encoder(
-        tokenizer.encode,
-        tokenizer.vocabulary,
-        settings.image_tokens,
-        settings.document_tokens or settings.row_tokens,
-        settings.row_images,
-    )
+    longest = settings.document_tokens or settings.row_tokens
+    return Encoder(tokenizer.encode, tokenizer.vocabulary, settings.image_tokens, longest, settings.row_images)
 
 
 def keyed_rng(*key: int) -> np.random.Generator:

@@ -40,7 +40,9 @@ def evaluate_model(model: LCLModel, config: Config, picture: Path | None = None)
     tokenizer = TextTokenizer(config.data.tokenizer)
     vocabulary, data = tokenizer.vocabulary, config.data
     view = view_of(config.objective, data.image_first_probability)
-    encoder = Encoder(tokenizer.encode, vocabulary, tokens_per_image(config.model), data.row_tokens, data.row_images)
+    encoder = Encoder(
+        tokenizer.encode, vocabulary, tokens_per_image(config.model), data.longest_document, data.row_images
+    )
     limit = config.evaluation.max_documents
     held_out = read_held_out(config.evaluation.shards, view, encoder, image_size(config.model), limit)
     results = {

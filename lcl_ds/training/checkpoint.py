@@ -14,12 +14,12 @@ import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import yaml
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from pydantic import BaseModel, ConfigDict, Strict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import distributed as dist
 
 from lcl_ds.config import Config, validate_config
@@ -78,7 +78,7 @@ class SavedState(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    progress: Annotated[Progress, Strict(False)]
+    progress: dict[str, int]
     loader: SavedLoader
     world_size: int
     zero_stage: int
@@ -264,7 +264,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     state = read_json(checkpoint / STATE)
     try:
-        SavedState.model_validate(state)
+        Progress(**SavedState.model_validate(state).progress)
+    except TypeError as error:
+        raise UserError(f"{checkpoint / STATE}: progress: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

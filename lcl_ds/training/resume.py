@@ -117,7 +117,7 @@ def what_settings_come_to(config: Config) -> dict[str, Any]:
     tree = config.model_dump(mode="json")
     tree["data"]["shards"] = [{"name": source.name, "weight": _by_step(source.weight)} for source in config.data.shards]
     for purpose in ("init", "data", "augmentation"):
-        tree["train"][f"{purpose}_seed"] = config.seed(purpose)  # type: ignore[arg-type]
+        tree["train"][f"{purpose}_seed"] = config.seed(purpose)
     tree["data"]["document_tokens"] = config.data.longest_document
     factors = config.train.learning_rate_factors
     tree["train"]["learning_rate_factors"] = sorted((part, factor) for part, factor in factors.items() if factor != 1)

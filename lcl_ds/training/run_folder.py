@@ -45,7 +45,7 @@ def check_own_folder(run_dir: Path) -> None:
     content = [path for path in content if not any(path.match(pattern) for pattern in NO_CONTENT)]
     if content and not is_run(run_dir):
         raise UserError(
-            f"--run_dir {run_dir}: holds {content[0].name} and is not the folder of a run; name a new or an empty folder"
+            f"--run_dir {run_dir}: holds {content[0].name} and is no run's folder; name a new or an empty folder"
         )
 
 
