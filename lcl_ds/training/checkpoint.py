@@ -11,7 +11,8 @@ import json
 import logging
 import os
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch import distributed as dist
 from lcl_ds.config import Config, validate_config
 from lcl_ds.data.loader import LoaderState, merge_states
 from lcl_ds.errors import UserError
-from lcl_ds.files import read_json, read_yaml, write_whole
+from lcl_ds.files import read_json, read_yaml, sentence_of, write_whole, writing
 from lcl_ds.metrics import METRICS
 from lcl_ds.models.build import build_model
 from lcl_ds.models.lcl import LCLModel
@@ -47,6 +48,8 @@ FOLDERS = {
     "model.init_from": ("config.yaml", "*.safetensors"),
 }
 """Settings that name a folder, and which of its files count."""
+PROBE_BYTES = 4 << 20
+"""What is written to find out whether a disk is full."""
 HASHED_WHOLE = 64 << 20
 """Bytes up to which a file of such a folder is hashed as a whole; of a larger one its size and both ends are."""
 
@@ -179,27 +182,60 @@ def save_checkpoint(
     final = checkpoint_of(run_dir, progress.step)
     partial = final.with_name(f".partial_{final.name}")
     first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(partial), tag=ENGINE_TAG, save_latest=False)
-    states = gather_objects(loader_state)
-    if first:
-        state = {
-            "progress": asdict(progress),
-            "loader": merge_states(states),
-            "world_size": dist.get_world_size(),
-            "zero_stage": engine.zero_optimization_stage(),
-            "vocab_size": vocab_size,
-            "folders": folder_contents(config),
-        }
-        (partial / STATE).write_text(json.dumps(state))
-        (partial / CONFIG).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        (partial / METRICS).write_bytes(metrics)
-        _publish(partial, final, config.checkpoint.keep)
+    with _disk_errors_named(partial):
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        engine.save_checkpoint(str(partial), tag=ENGINE_TAG, save_latest=False)
+        states = gather_objects(loader_state)
+        if first:
+            state = {
+                "progress": asdict(progress),
+                "loader": merge_states(states),
+                "world_size": dist.get_world_size(),
+                "zero_stage": engine.zero_optimization_stage(),
+                "vocab_size": vocab_size,
+                "folders": folder_contents(config),
+            }
+            (partial / STATE).write_text(json.dumps(state))
+            (partial / CONFIG).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            (partial / METRICS).write_bytes(metrics)
+            _publish(partial, final, config.checkpoint.keep)
     dist.barrier()
     return final
+
+
+@contextmanager
+def _disk_errors_named(partial: Path) -> Iterator[None]:
+    """Turn what a disk refuses into a sentence, and remove what was written so far.
+
+    Raises:
+        UserError: on this rank alone.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch's writer has errors of its own, which do not say why
+        reason = sentence_of(error) if isinstance(error, OSError) else _what_the_disk_says(partial)
+        if reason is None:
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        step = partial.name.removeprefix(".partial_")
+        raise UserError(
+            f"checkpoint {step} could not be written: {reason}; those before it are whole, and running the same "
+            "command again continues from the newest",
+            on_every_rank=False,
+        ) from error
+
+
+def _what_the_disk_says(folder: Path) -> str | None:
+    try:
+        with writing(folder / "probe") as file:
+            file.write(bytes(PROBE_BYTES))
+        (folder / "probe").unlink()
+    except OSError as error:
+        return sentence_of(error)
+    return None
 
 
 def _publish(partial: Path, final: Path, keep: int) -> None:
@@ -347,4 +383,9 @@ def _fp32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints its progress
             return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE_TAG)
     states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-    return states["module"]
+    optimizer = states.get("optimizer") or {}
+    if "fp32_groups" not in optimizer:  # fp32: the weights themselves
+        return states["module"]
+    names = [group["param_names"] for group in optimizer["optimizer_state_dict"]["param_groups"]]
+    exact = zip(names, optimizer["fp32_groups"], strict=True)
+    return states["module"] | {name: w.detach() for group in exact for name, w in zip(*group, strict=True)}
