@@ -25,16 +25,24 @@ FIRST_JOB_PORT, JOB_PORTS = 20000, 10000
 
 def task_number() -> int:
     """This process's number among all that were started together."""
-    return _first_number("RANK", *(rank for _, rank, _ in TASK_VARIABLES), otherwise=0)
+    place = _place_among_tasks()
+    return int(os.environ.get("RANK") or (os.environ[place[1]] if place else 0))
 
 
 def task_count() -> int:
     """How many processes were started together."""
-    return _first_number("WORLD_SIZE", *(size for size, _, _ in TASK_VARIABLES), otherwise=1)
+    if "RANK" in os.environ:
+        return int(os.environ.get("WORLD_SIZE") or 1)
+    place = _place_among_tasks()
+    return int(os.environ[place[0]]) if place else 1
 
 
-def _first_number(*names: str, otherwise: int) -> int:
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), otherwise)
+def _place_among_tasks() -> tuple[str, str, str] | None:
+    """The launcher's variables, where it started several tasks; an allocation alone (``salloc``) numbers none."""
+    environment = os.environ
+    return next(
+        (names for names in TASK_VARIABLES if int(environment.get(names[0]) or 1) > 1 and names[1] in environment), None
+    )
 
 
 def fill_environment() -> None:
@@ -44,11 +52,8 @@ def fill_environment() -> None:
         UserError: one of several tasks that cannot know where to meet the others.
     """
     environment = os.environ
-    if "RANK" not in environment:
-        for size, rank, local_rank in TASK_VARIABLES:
-            if int(environment.get(size) or 1) > 1:
-                _take_place(size, rank, local_rank)
-                break
+    if "RANK" not in environment and (names := _place_among_tasks()):
+        _take_place(*names)
     if "RANK" not in environment:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -66,8 +71,6 @@ def _take_place(size: str, rank: str, local_rank: str) -> None:
     """From the variables of ``srun`` or ``mpirun``."""
     environment = os.environ
     tasks = environment[size]
-    if rank not in environment:
-        raise UserError(f"{size} is {tasks} but {rank} is not set: start all tasks with srun, or ask for one task")
     address = environment.get("MASTER_ADDR") or slurm_address()
     if address is None:
         raise UserError(

@@ -10,6 +10,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_local_fp32_param,
@@ -255,3 +256,10 @@ def apply_settings(engine: Any, options: list[dict[str, Any]], clipping: float) 
         group.update(own)
     if hasattr(engine.optimizer, "clip_grad"):
         engine.optimizer.clip_grad = clipping
+
+
+def release_engine(engine: Any) -> None:
+    """Let go of everything that DeepSpeed holds of an engine once the caller's own references are gone."""
+    engine.destroy()
+    # Stage 3 keeps the modules of the last forward pass in a list of the process, and they lead to all the rest.
+    FWD_MODULE_STACK.clear()

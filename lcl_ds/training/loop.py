@@ -20,7 +20,7 @@ from lcl_ds.errors import UserError
 from lcl_ds.objectives.common import Count, Counts, Objective
 from lcl_ds.training.checkpoint import Progress, save_checkpoint
 from lcl_ds.training.distributed import Place, all_reduce_sum, gather_integers, gather_objects, on_all_ranks
-from lcl_ds.training.engine import refresh_exact_scalars
+from lcl_ds.training.engine import refresh_exact_scalars, release_engine
 from lcl_ds.training.monitor import Monitor
 from lcl_ds.training.schedule import learning_rate
 from lcl_ds.training.signals import StopRequest
@@ -98,7 +98,7 @@ class Trainer:
 
     def release(self) -> None:
         """Give back the memory of weights, optimizer and batches; the trainer is of no use any more."""
-        self.engine.destroy()
+        release_engine(self.engine)
         del self.engine, self.loader
         gc.collect()
         if self.place.device.type == "cuda":
