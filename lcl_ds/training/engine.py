@@ -11,6 +11,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_local_fp32_param,
@@ -261,5 +262,9 @@ def apply_settings(engine: Any, options: list[dict[str, Any]], clipping: float) 
 def release_engine(engine: Any) -> None:
     """Let go of everything that DeepSpeed holds of an engine once the caller's own references are gone."""
     engine.destroy()
-    # Stage 3 keeps the modules of the last forward pass in a list of the process, and they lead to all the rest.
+    # Stage 3 keeps modules in a list and in the cache of a method, which live as long as the process.
     FWD_MODULE_STACK.clear()
+    for method in vars(PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():  # the cache is inside DeepSpeed's own decorator
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
