@@ -1,4 +1,7 @@
-"""Every ZeRO stage takes the same steps in fp32 and in bf16; ``python -m tests.distributed.test_stages`` prints them."""
+"""Every ZeRO stage takes the same steps, in fp32 and in bf16.
+
+``python -m tests.distributed.test_stages`` prints them.
+"""
 
 import tempfile
 from pathlib import Path
@@ -9,7 +12,7 @@ from tests.distributed.ranks import on_ranks
 from tests.distributed.workers import STAGES
 
 BF16_LOSS, BF16_NORM = 4e-3, 3e-2
-"""Relative: bf16 keeps 8 bits, so a loss of many terms is right to about one part in 2^8 and a gradient's norm to a few."""
+"""Relative: bf16 keeps 8 bits, so a loss of many terms is right to one part in 2^8 and a gradient's norm to a few."""
 
 
 @pytest.fixture(scope="module")
