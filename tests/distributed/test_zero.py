@@ -120,3 +120,8 @@ def test_a_non_finite_rank_makes_all_ranks_skip_names_documents_and_stops_in_the
         skipped = [json.loads(line) for line in (tmp_path / name / "skipped_steps.jsonl").read_text().splitlines()]
         assert [s["step"] for s in skipped] == [2, 4, 5, 6], name
         assert skipped[0]["documents"] == [f"test/{100 + 10 * rank + i}" for rank in (0, 1) for i in range(4)], name
+
+
+def test_a_released_trainer_leaves_nothing_in_memory(tmp_path):
+    for rank in on_ranks(2, "memory", tmp_path):
+        assert rank == {f"{stage}{precision}": [] for stage, precision in THREE_STEPS}

@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,24 @@ def ten_steps(place: Place, folder: Path) -> dict[str, Any]:
             again.train()
             results[run_dir.name] = {"whole": whole, "again": steps_of(run_dir)}
     return results
+
+
+def memory(place: Place, folder: Path) -> dict[str, Any]:
+    """Which of engine, optimizer, objective and fp32 weights outlive a trainer that was released, by stage."""
+    alive = {}
+    for stage, precision in THREE_STEPS:
+        config = small_config("train.global_batch_rows=4", "train.steps=2", f"precision={precision}")
+        batches = [batch_with_images(100 * step + 10 * place.rank) for step in range(2)]
+        trainer = trainer_of(config, stage, place, batches, folder / f"{stage}{precision}")
+        trainer.train()
+        engine = trainer.engine
+        held = {"engine": engine, "optimizer": engine.optimizer, "objective": engine.module}
+        held |= {f"group {i}": group["params"][0] for i, group in enumerate(engine.optimizer.param_groups)}
+        watched = {name: weakref.ref(thing) for name, thing in held.items()}
+        del engine, held
+        trainer.release()
+        alive[f"{stage}{precision}"] = [name for name, thing in watched.items() if thing() is not None]
+    return alive
 
 
 def steps_of(run_dir: Path) -> list[dict[str, Any]]:
