@@ -17,7 +17,7 @@ from torch import distributed as dist
 
 from lcl_ds.cli import problems_of
 from lcl_ds.errors import UserError
-from lcl_ds.tasks import fill_environment
+from lcl_ds.tasks import fill_environment, task_number
 
 PATIENCE_S = 20
 """How long a rank with a problem tries to reach the others before it speaks for itself."""
@@ -120,34 +120,25 @@ def _named(ranks: list[int]) -> str:
 def heard(problems: list[str], on_every_rank: bool) -> list[str]:
     """What this rank should print of problems that end it; [] where the first rank prints them.
 
+    A rank that has not joined the others does so now, to tell them and end them too; where it does not reach them in
+    time, it speaks for itself.
+
     Args:
         on_every_rank: whether, once ranks have joined, all of them end with the same problems.
     """
     if not dist.is_initialized():
-        return tell_other_ranks(problems)
-    if on_every_rank:
-        return problems if dist.get_rank() == 0 else []
-    return [f"rank {dist.get_rank()} on {socket.gethostname()}: {problem}" for problem in problems]
-
-
-def tell_other_ranks(problems: list[str]) -> list[str]:
-    """What a rank should print that found ``problems`` before it joined the others; [] where another rank prints it.
-
-    Joins the others for this, so that they end too; a rank that does not reach them in time speaks for itself.
-    """
-    try:
-        fill_environment()
-    except UserError:  # there is no way to the others
-        return problems if os.environ.get("SLURM_PROCID", "0") == "0" else []
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return problems
-    try:
-        raise_for_all(problems, init_distributed(PATIENCE_S))
-    except UserError as error:
-        return error.problems if os.environ["RANK"] == "0" else []
-    except (RuntimeError, ValueError, OSError):  # whatever the rendezvous raises when nobody comes
-        pass
-    return [f"rank {os.environ['RANK']} on {socket.gethostname()}: {problem}" for problem in problems]
+        try:
+            raise_for_all(problems, init_distributed(PATIENCE_S))
+        except UserError as error:  # what all ranks found; or there is no way to meet them
+            problems, on_every_rank = error.problems if dist.is_initialized() else problems, True
+        except (RuntimeError, ValueError, OSError):  # whatever the rendezvous raises when nobody comes
+            on_every_rank = False
+    if not on_every_rank:
+        return [f"rank {task_number()} on {socket.gethostname()}: {problem}" for problem in problems]
+    if dist.is_initialized():
+        # Threads of a group that is still open when Python ends abort the process.
+        dist.destroy_process_group()
+    return problems if task_number() == 0 else []
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:

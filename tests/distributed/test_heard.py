@@ -82,7 +82,7 @@ def test_tasks_of_srun_become_one_run(recipe, tmp_path):
 
 def test_a_run_without_finite_gradients_ends_with_a_sentence(recipe, tmp_path):
     """The learning rate is such that weights overflow after the first step."""
-    overrides = ["train.learning_rate=1e38", "train.weight_decay=0", "train.warmup_steps=0"]
+    overrides = ["train.learning_rate=1.0e+20", "train.weight_decay=0", "train.warmup_steps=0"]
     overrides += ["train.max_skipped_steps=2", "evaluation.shards=null"]
     ranks = Ranks(2, train_command(recipe, tmp_path / "run", *overrides), tmp_path / "log")
     assert ranks.wait(300) == [2, 2], ranks.output()
