@@ -10,10 +10,13 @@ from typing import Any, Literal
 
 from lcl_ds.config import Config
 from lcl_ds.errors import UserError
+from lcl_ds.files import read_json
 from lcl_ds.models.build import vision_config
 from lcl_ds.models.decoder import build_decoder_config
 from lcl_ds.training.checkpoint import FOLDERS, folder_contents, load_config_of, read_state
+from lcl_ds.training.engine import ENGINE_KEYS
 from lcl_ds.training.optimizer import group_shape
+from lcl_ds.training.run_folder import DS_CONFIG
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +109,24 @@ def check_same_run(checkpoint: Path, config: Config) -> list[str]:
     if problems or other:
         raise UserError(problems + other)
     return sentences + moved + _moved_shards(earlier, config)
+
+
+def engine_changes(run_dir: Path, ds_config: dict[str, Any]) -> list[str]:
+    """Sentences about engine settings that differ from those of the last start; all of them are applied."""
+    try:
+        before = read_json(run_dir / DS_CONFIG)
+    except UserError:  # a copy for people: the run does not depend on it
+        return []
+    if not isinstance(before, dict):
+        return []
+    saved, now = ({key: tree[key] for key in ENGINE_KEYS & tree.keys()} for tree in (before, ds_config))
+    saved, now = flatten(saved), flatten(now)
+    return [
+        f"engine setting changed since the last start and applied from now on: {key} {saved.get(key)!r} -> "
+        f"{now.get(key)!r}"
+        for key in sorted({*saved, *now})
+        if saved.get(key) != now.get(key)
+    ]
 
 
 def what_settings_come_to(config: Config) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from lcl_ds.training.engine import (
 )
 from lcl_ds.training.loop import Trainer
 from lcl_ds.training.optimizer import options_of
-from lcl_ds.training.resume import check_same_run
+from lcl_ds.training.resume import check_same_run, engine_changes
 from lcl_ds.training.run_folder import check_own_folder, write_run_files
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
     checkpoint = newest_checkpoint(run_dir, place)
     if checkpoint is not None:
         with on_all_ranks(place):
-            changes = check_same_run(checkpoint, config)
+            changes = check_same_run(checkpoint, config) + engine_changes(run_dir, full_ds_config)
         for sentence in changes if place.is_first else []:
             logger.info("%s", sentence)
     received = None

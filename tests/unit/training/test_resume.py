@@ -10,7 +10,7 @@ from lcl_ds.errors import UserError
 from lcl_ds.objectives import NAMES
 from lcl_ds.training.checkpoint import CONFIG, STATE, folder_contents
 from lcl_ds.training.optimizer import group_shape, parameter_groups
-from lcl_ds.training.resume import DECISIONS, check_same_run, decision_of, what_settings_come_to
+from lcl_ds.training.resume import DECISIONS, check_same_run, decision_of, engine_changes, what_settings_come_to
 from tests.small import DECODERS, small_config, small_model
 
 
@@ -172,6 +172,15 @@ def test_a_batch_of_another_size_goes_with_weights_that_do_not_count_steps(conti
     continued([], ["train.global_batch_rows=256"])
     with pytest.raises(UserError, match="weights by step"):
         continued([by_step], [by_step, "train.global_batch_rows=256"])
+
+
+def test_engine_settings_that_changed_are_named(tmp_path):
+    before = {"zero_optimization": {"stage": 3}, "train_batch_size": 8}
+    now = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}, "train_batch_size": 9}
+    assert engine_changes(tmp_path, now) == []
+    (tmp_path / "ds_config.json").write_text(json.dumps(before))
+    (sentence,) = engine_changes(tmp_path, now)
+    assert "zero_optimization.offload_optimizer.device None -> 'cpu'" in sentence
 
 
 FACTORS = ["{}", "{vision: 0}", "{vision: 0.1}", "{vision: 0.3}", "{vision: 0.1, decoder: 0.1}"]
