@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import yaml
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import distributed as dist
@@ -195,6 +196,7 @@ def save_checkpoint(
                 "loader": merge_states(states),
                 "world_size": dist.get_world_size(),
                 "zero_stage": engine.zero_optimization_stage(),
+                "sub_group_size": engine.zero_sub_group_size() if engine.zero_optimization_stage() == 3 else None,
                 "vocab_size": vocab_size,
                 "folders": folder_contents(config),
             }
@@ -310,18 +312,25 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def check_resumable(checkpoint: Path, state: dict[str, Any], world_size: int, zero_stage: int) -> None:
+def check_resumable(checkpoint: Path, state: dict[str, Any], world_size: int, zero: DeepSpeedZeroConfig) -> None:
     """Refuse what the engine's files cannot continue.
 
     Raises:
-        UserError: another number of ranks or another ZeRO stage.
+        UserError: another number of ranks, another ZeRO stage, or at stage 3 other groups of weights.
     """
-    for name, now in (("world_size", world_size), ("zero_stage", zero_stage)):
-        if state[name] != now:
+    now = {"world_size": world_size, "zero_stage": int(zero.stage), "sub_group_size": _sub_group_size(zero)}
+    for name, value in now.items():
+        before = state.get(name, value)  # older checkpoints lack the last one
+        if before != value:
             raise UserError(
-                f"{checkpoint}: was written with {name} {state[name]}, this run has {now}; "
-                f"continue with {name} {state[name]} or start a new --run_dir"
+                f"{checkpoint}: was written with {name} {before}, this run has {value}; "
+                f"continue with {name} {before} or start a new --run_dir"
             )
+
+
+def _sub_group_size(zero: DeepSpeedZeroConfig) -> int | None:
+    """Into how large groups stage 3 cuts the optimizer's state; None at other stages, which do not."""
+    return zero.sub_group_size if zero.stage == 3 else None
 
 
 def load_engine(engine: Any, checkpoint: Path) -> None:

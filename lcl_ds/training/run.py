@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import yaml
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from rich.console import Console
 from torch import distributed as dist
 
@@ -69,11 +70,10 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
         if place.is_first:
             check_own_folder(run_dir)
     checkpoint = newest_checkpoint(run_dir, place)
+    changes: list[str] = []
     if checkpoint is not None:
         with on_all_ranks(place):
             changes = check_same_run(checkpoint, config) + engine_changes(run_dir, full_ds_config)
-        for sentence in changes if place.is_first else []:
-            logger.info("%s", sentence)
     received = None
     steps_done = read_state(checkpoint)["progress"]["step"] if checkpoint else 0
     if steps_done >= config.train.steps:
@@ -82,6 +82,8 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
         with on_all_ranks(place):
             check_writable(run_dir)
         trainer = prepare(config, full_ds_config, run_dir, place, data, checkpoint)
+        for sentence in changes if place.is_first else []:
+            logger.info("%s", sentence)
         with on_all_ranks(place):
             if place.is_first:
                 write_run_files(run_dir, config, full_ds_config, place.world_size, steps_done)
@@ -120,8 +122,8 @@ def prepare(
             pin_memory=place.device.type == "cuda",
         )
         if checkpoint and state:
-            stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-            check_resumable(checkpoint, state, place.world_size, stage)
+            zero = DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
+            check_resumable(checkpoint, state, place.world_size, zero)
         model = build_model(config.model, vocab_size, config.data.longest_document, config.seed("init"))
         sentences = [] if checkpoint else give_weights(model, config, data)
         objective = build_objective(model, config.objective, config.seed("init"))
