@@ -5,14 +5,14 @@ Works the same under ``deepspeed``, ``torchrun``, ``srun`` and as plain ``python
 
 import argparse
 import logging
-import os
 import sys
 from pathlib import Path
 
 import yaml
 
+from lcl_ds.cli import run_command
 from lcl_ds.config import load_config, recipe_path
-from lcl_ds.errors import UserError
+from lcl_ds.tasks import heard_from_any_task, task_number
 
 HERE = Path(__file__).resolve().parent
 
@@ -34,25 +34,25 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-    logging.basicConfig(level=logging.INFO if first else logging.WARNING, format="[%(levelname)s] %(message)s")
-    try:
-        config = load_config(recipe_path(arguments.recipe), arguments.overrides)
-        if arguments.print_config:
-            print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
-            return 0
-        from lcl_ds.training import run
-        from lcl_ds.training.engine import load_ds_config
+    level = logging.INFO if task_number() == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="[%(levelname)s] %(message)s")
+    return run_command(lambda: heard_from_any_task(lambda: train(arguments)))
 
-        ds_config = load_ds_config(arguments.ds_config)
-        if arguments.dry_run:
-            print(run.dry_run(config, ds_config), end="")
-            return 0
-        return run.run(config, ds_config, arguments.run_dir or Path("runs") / config.name)
-    except UserError as error:
-        if first or not error.on_every_rank:
-            print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr, flush=True)
-        return 2
+
+def train(arguments: argparse.Namespace) -> int:
+    """What the arguments ask for; returns the exit code."""
+    config = load_config(recipe_path(arguments.recipe), arguments.overrides)
+    if arguments.print_config:
+        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+        return 0
+    from lcl_ds.training import run
+    from lcl_ds.training.engine import load_ds_config
+
+    ds_config = load_ds_config(arguments.ds_config)
+    if arguments.dry_run:
+        print(run.dry_run(config, ds_config), end="")
+        return 0
+    return run.run(config, ds_config, arguments.run_dir or Path("runs") / config.name)
 
 
 if __name__ == "__main__":

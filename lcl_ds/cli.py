@@ -53,7 +53,7 @@ def problems_of(error: BaseException) -> list[str] | None:
 
 
 def print_errors(problems: list[str]) -> None:
-    print("\n".join(f"error: {problem}" for problem in problems), file=sys.stderr, flush=True)
+    print("".join(f"error: {problem}\n" for problem in problems), end="", file=sys.stderr, flush=True)
 
 
 def print_any_name() -> None:

@@ -47,6 +47,12 @@ class DataSettings(Settings):
     tokenizer: str = Field(description="Folder with tokenizer.json, or a Hugging Face name.")
     demo: str | None = Field(None, description="Make the embedded demo corpus in this folder when it is missing.")
     row_tokens: int = Field(gt=8, description="Length of a packed row in tokens.")
+    document_tokens: int | None = Field(
+        None,
+        gt=8,
+        description="Longest document in tokens, and the length of a learned position table of the decoder; what is "
+        "longer goes on in another sequence. None: row_tokens.",
+    )
     row_images: int = Field(16, ge=1, description="Largest number of images in a row: bounds the encoder's memory.")
     image_first_probability: float = Field(0.5, ge=0, le=1, description="Share of pairs whose image precedes its text.")
     crop_scale: tuple[float, float] = Field((0.9, 1.0), description="Area range of the random crop; (1, 1): none.")
@@ -107,10 +113,17 @@ class DataSettings(Settings):
                 raise ValueError(f"shards: at step {step} all weights are 0")
         if self.row_pool < self.group_rows:
             raise ValueError("row_pool is smaller than group_rows")
+        if self.document_tokens is not None and self.document_tokens > self.row_tokens:
+            raise ValueError(f"document_tokens: {self.document_tokens} is more than row_tokens ({self.row_tokens})")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError("crop_scale: needs 0 < low <= high <= 1")
         return self
+
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document that a row can hold as one sequence."""
+        return self.document_tokens or self.row_tokens
 
 
 if TYPE_CHECKING:

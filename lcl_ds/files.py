@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -145,7 +146,8 @@ def check_writable(folder: Path) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable.{os.getpid()}"
+        # Process numbers repeat: ranks on many hosts may try one folder at once.
+        probe = folder / f".writable.{secrets.token_hex(8)}"
         probe.write_bytes(b"\n")
         probe.unlink()
     except OSError as error:

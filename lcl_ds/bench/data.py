@@ -158,7 +158,7 @@ def compare_with_training(repeats: int, overrides: Sequence[str] = ()) -> dict[s
 
 def _training_speed(config: Config, tokenizer: TextTokenizer, batches: list[Any]) -> float:
     torch.set_num_threads(1)
-    model = build_model(config.model, tokenizer.vocabulary.size, config.data.row_tokens, seed=0)
+    model = build_model(config.model, tokenizer.vocabulary.size, config.data.longest_document, seed=0)
     objective = build_objective(model, config.objective, seed=0)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4)
     started = done = 0.0

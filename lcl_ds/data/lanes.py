@@ -96,9 +96,8 @@ def choose_lanes(sources: Sequence[Source], settings: "LaneSettings", tokenizer:
 
 def encoder_of(settings: "LaneSettings", tokenizer: TextTokenizer) -> Encoder:
     """Text to ids within the budgets of ``settings``."""
-    return Encoder(
-        tokenizer.encode, tokenizer.vocabulary, settings.image_tokens, settings.row_tokens, settings.row_images
-    )
+    longest = settings.document_tokens or settings.row_tokens
+    return Encoder(tokenizer.encode, tokenizer.vocabulary, settings.image_tokens, longest, settings.row_images)
 
 
 def keyed_rng(*key: int) -> np.random.Generator:
@@ -124,6 +123,8 @@ class LaneSettings:
     row_images: int
     image_tokens: int
     image_size: int
+    document_tokens: int | None = None
+    """Longest document in tokens; None: as long as a row."""
     rows_per_step: int = 1
     """Rows of one optimizer step: what turns a row's number into the step that weights of sources depend on."""
     mix_by: str = "samples"

@@ -85,13 +85,15 @@ def _index_all(entry: SourceSettings, cache: Path) -> list[Shard]:
 def lane_settings(config: Config, view: View, image_tokens: int, image_size: int) -> LaneSettings:
     """What the lanes need to know of a run's settings."""
     data = config.data
-    if image_tokens + 4 > data.row_tokens:
-        raise UserError(f"data.row_tokens: {data.row_tokens} cannot hold one image of {image_tokens} tokens plus 4")
+    if image_tokens + 4 > data.longest_document:
+        name = "row_tokens" if data.document_tokens is None else "document_tokens"
+        raise UserError(f"data.{name}: {data.longest_document} cannot hold one image of {image_tokens} tokens plus 4")
     return LaneSettings(
         lanes=data.lanes or 0,
         data_seed=config.seed("data"),
         augmentation_seed=config.seed("augmentation"),
         row_tokens=data.row_tokens,
+        document_tokens=data.document_tokens,
         row_images=data.row_images,
         image_tokens=image_tokens,
         image_size=image_size,

@@ -103,7 +103,8 @@ class Row:
 def collate(rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: Vocabulary, view: View) -> Batch:
     """Lay rows side by side; see :class:`lcl_ds.batch.Batch` for what comes out.
 
-    Padding is a document of its own without labels.
+    Padding is cut into documents without labels, none longer than the longest part of a real one, so that no position
+    runs past the decoder's table.
 
     Args:
         view: what made the sequences; says where labels and readings are.
@@ -111,6 +112,8 @@ def collate(rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: V
     shape = len(rows), row_tokens
     input_ids = np.full(shape, vocabulary.eot, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
+    parts = [np.diff([*s.tokens.starts, len(s.tokens.input_ids)]) for row in rows for s in row.sequences]
+    longest = int(np.concatenate(parts).max()) if parts else 1
     labels, label_positions = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     slots: list[tuple[int, int]] = []  # (flat position, image of the batch)
     readings: dict[str, list[tuple[int, int]]] = {name: [] for name in view.reading_names}
@@ -133,7 +136,7 @@ def collate(rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: V
             pixels.append(sequence.pixels)
             seeds += sequence.image_seeds or (0,) * len(tokens.images)
             start = end
-        position_ids[r, start:] = np.arange(row_tokens - start)
+        position_ids[r, start:] = np.arange(row_tokens - start) % longest
     image_count = len(seeds)
     if image_count == 0:
         pixels = [np.full((1, 3, image_size, image_size), 127, dtype=np.uint8)]

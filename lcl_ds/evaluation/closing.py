@@ -152,7 +152,7 @@ def _probes(
     trained = encoder_features(model.vision, held_out.pixels)
     if not trained.isfinite().all():
         return {}, [*notes, "linear probes are left out: the trained encoder's features are not finite"]
-    untrained = build_model(config.model, vocab_size, config.data.row_tokens, config.seed("init")).eval()
+    untrained = build_model(config.model, vocab_size, config.data.longest_document, config.seed("init")).eval()
     features = {
         "trained": trained,
         "untrained": encoder_features(untrained.vision.to(next(model.parameters()).device), held_out.pixels),

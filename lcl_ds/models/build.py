@@ -7,7 +7,7 @@ import torch
 from lcl_ds.config import ModelSettings
 from lcl_ds.errors import UserError
 from lcl_ds.models.attention import Mode, unavailable, unsupported
-from lcl_ds.models.decoder import build_decoder_config, check_isolation
+from lcl_ds.models.decoder import build_decoder_config, check_isolation, check_positions
 from lcl_ds.models.lcl import LCLModel
 from lcl_ds.models.patches import kept_count
 from lcl_ds.models.vision import build_vision_config, image_tokens
@@ -36,17 +36,22 @@ def image_size(settings: ModelSettings) -> int:
     return vision_config(settings).image_size
 
 
-def build_model(settings: ModelSettings, vocab_size: int, row_tokens: int, seed: int) -> LCLModel:
+def build_model(settings: ModelSettings, vocab_size: int, document_tokens: int, seed: int) -> LCLModel:
     """An fp32 model on the CPU; the same seed gives the same weights whatever the rank or ZeRO stage.
 
     It is built plainly and partitioned by ``deepspeed.initialize`` afterwards: initialisation under ``zero.Init``
     acts on empty tensors and is silently lost.
 
+    Args:
+        document_tokens: of the longest document; a learned position table has as many rows.
+
     Raises:
         UserError: the settings do not fit together; names the key.
     """
     try:
-        decoder = build_decoder_config(settings.decoder.model_type, settings.decoder.hf_keys, vocab_size, row_tokens)
+        decoder = build_decoder_config(
+            settings.decoder.model_type, settings.decoder.hf_keys, vocab_size, document_tokens
+        )
         vision = vision_config(settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -63,6 +68,7 @@ def build_model(settings: ModelSettings, vocab_size: int, row_tokens: int, seed:
                 patch_dropout=settings.vision.patch_dropout,
             )
         check_isolation(model.decoder)
+        check_positions(model.decoder, document_tokens)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
     _check_attention(model)

@@ -13,6 +13,8 @@ FINAL_NORMS = ("norm", "ln_f", "decoder.final_layer_norm")
 
 TESTED_FAMILIES = ("llama", "gpt2", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "opt")
 """Families that the tests hold to keeping packed documents apart; any other is tried out when it is built."""
+POSITION_TABLES = ("wpe", "embed_positions")
+"""How the supported families call a learned position table."""
 DROPOUT_ENDINGS = ("dropout", "pdrop", "layerdrop", "dropout_prob", "drop_path_rate")
 """How transformers' configuration keys of dropout end."""
 
@@ -28,7 +30,8 @@ def build_decoder_config(model_type: str, hf_keys: dict[str, Any], vocab_size: i
     """
     defaults = AutoConfig.for_model(model_type, vocab_size=vocab_size, bos_token_id=None, eos_token_id=None)
     quiet = {key: 0.0 for key in defaults.to_dict() if key.endswith(DROPOUT_ENDINGS)}
-    positions = {"max_position_embeddings": max_positions}
+    given = defaults.attribute_map.get("max_position_embeddings") in hf_keys  # GPT-2 calls it n_positions
+    positions = {} if given else {"max_position_embeddings": max_positions}
     tokens = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     keys = {**quiet, **positions, **hf_keys, **tokens, "tie_word_embeddings": False}
     config = AutoConfig.for_model(model_type, **keys)
@@ -90,6 +93,17 @@ def check_isolation(decoder: PreTrainedModel) -> None:
     # Not to the last bit: experts sum in an order that depends on the tokens of the row.
     if not all(torch.allclose(ours, same, rtol=1e-4, atol=1e-5) for same in (theirs, alone)):
         raise ValueError(f"decoder {family}: packed documents would see each other; {others}")
+
+
+def check_positions(decoder: PreTrainedModel, document_tokens: int) -> None:
+    """Raises: ValueError when a learned position table is shorter than the longest document."""
+    learned = any(name.endswith(POSITION_TABLES) for name, _ in decoder.named_modules())
+    rows = decoder.config.max_position_embeddings
+    if learned and rows < document_tokens:
+        raise ValueError(
+            f"decoder: its position table has {rows} rows, documents may have {document_tokens} tokens; "
+            f"set data.document_tokens={rows} or leave the table's length out"
+        )
 
 
 def _states_of_last(decoder: PreTrainedModel, documents: list[torch.Tensor]) -> torch.Tensor:

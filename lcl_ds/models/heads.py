@@ -47,7 +47,37 @@ class ContextHead(nn.Module):
         return self.proj(self.norm(hidden_states))
 
 
-class LogitScale(nn.Module):
+class ExactScalar(nn.Module):
+    """A learned number that stays exact where weights are rounded to bf16.
+
+    Near 2.66 bf16 has steps of 0.016, so a temperature would stand still for hundreds of steps and then jump. What
+    rounding took away is kept beside the weight and added back; gradients reach the weight as ever.
+    """
+
+    rounded_off: Tensor
+    """fp32 [1], the exact value less the weight; 0 where the weight is fp32. Made anew from the optimizer's fp32
+    weights, so no checkpoint holds it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rounded_off", torch.zeros(1), persistent=False)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The one weight, [1]."""
+        (weight,) = self.parameters()
+        return weight
+
+    def value(self) -> Tensor:
+        """fp32 [1]."""
+        return self.weight.float() + self.rounded_off
+
+    def remember(self, exact: Tensor) -> None:
+        """Note the exact value of a weight that is its rounding."""
+        self.rounded_off = (exact.float() - exact.to(self.weight.dtype).float()).view(1)
+
+
+class LogitScale(ExactScalar):
     """The learned temperature multiplier, kept as its logarithm; shape [1] because DeepSpeed refuses 0-d weights."""
 
     def __init__(self, init: float):
@@ -56,4 +86,4 @@ class LogitScale(nn.Module):
 
     def forward(self) -> Tensor:
         """fp32 [1], the multiplier."""
-        return self.log_scale.float().exp()
+        return self.value().exp()

@@ -270,7 +270,10 @@ def resize_positions(positions: Tensor, prefix: int, side: int, mode: str = "bic
 
 def _cut_positions(given: Tensor, here: Tensor) -> Tensor:
     if len(given) < len(here):
-        raise ValueError(f"positions for {len(given)} tokens, data.row_tokens asks for {len(here)}; lower it")
+        raise ValueError(
+            f"positions for {len(given)} tokens, the model has {len(here)}; lower data.document_tokens (by default "
+            f"data.row_tokens) by {len(here) - len(given)} or more"
+        )
     return given[: len(here)]
 
 

@@ -5,27 +5,34 @@ then renamed to ``step_NNNNNNNN``; ``latest`` is replaced after that. A run kill
 checkpoints as they were. DeepSpeed's own ``latest`` is not used: it is written before other ranks have finished.
 """
 
+import hashlib
 import io
 import json
 import logging
 import os
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import distributed as dist
 
 from lcl_ds.config import Config, validate_config
 from lcl_ds.data.loader import LoaderState, merge_states
 from lcl_ds.errors import UserError
+from lcl_ds.files import read_json, read_yaml, sentence_of, write_whole, writing
+from lcl_ds.metrics import METRICS
 from lcl_ds.models.build import build_model
 from lcl_ds.models.lcl import LCLModel
-from lcl_ds.training.distributed import Place, gather_objects
+from lcl_ds.training.distributed import Place, gather_objects, on_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +41,19 @@ ENGINE_TAG = "engine"
 MANIFEST = "COMPLETE.json"
 STATE = "trainer_state.json"
 CONFIG = "config.yaml"
+
+
+FOLDERS = {
+    "data.tokenizer": ("tokenizer.json",),
+    "model.vision.pretrained": ("config.json", "*.safetensors"),
+    "model.decoder.pretrained": ("config.json", "*.safetensors"),
+    "model.init_from": ("config.yaml", "*.safetensors"),
+}
+"""Settings that name a folder, and which of its files count."""
+PROBE_BYTES = 4 << 20
+"""What is written to find out whether a disk is full."""
+HASHED_WHOLE = 64 << 20
+"""Bytes up to which a file of such a folder is hashed as a whole; of a larger one its size and both ends are."""
 
 
 @dataclass
@@ -47,79 +67,206 @@ class Progress:
     skipped_in_a_row: int = 0
 
 
+class SavedLoader(BaseModel):
+    """What it must hold about the position in the data."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    next_row: int
+    lanes: dict[str, dict[str, Any]]
+    lane_count: int
+    fingerprint: dict[str, Any]
+
+
+class SavedState(BaseModel):
+    """What ``trainer_state.json`` must hold; further keys are kept."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    progress: dict[str, int]
+    loader: SavedLoader
+    world_size: int
+    zero_stage: int
+    vocab_size: int
+
+
+def folder_contents(config: Config) -> dict[str, str]:
+    """What stands in the folders that settings name, as hashes by setting; folders that are not there are left out."""
+    contents = {}
+    for key, patterns in FOLDERS.items():
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value and (found := _hash_of_folder(Path(value), patterns)):
+            contents[key] = found
+    return contents
+
+
+@lru_cache
+def _hash_of_folder(folder: Path, patterns: tuple[str, ...]) -> str | None:
+    """Made once: every checkpoint keeps it, and weights are large. None: no such files."""
+    files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return hashlib.sha256(b"".join(_file_contents(path) for path in files)).hexdigest() if files else None
+
+
+def _file_contents(path: Path) -> bytes:
+    """A hash of name, size and bytes; large files are weights, whose header and last values tell them apart."""
+    size = path.stat().st_size
+    hashed = hashlib.sha256(f"{path.name} {size}".encode())
+    with path.open("rb") as file:
+        if size <= HASHED_WHOLE:
+            hashed.update(file.read())
+        else:
+            hashed.update(file.read(HASHED_WHOLE // 2))
+            file.seek(-HASHED_WHOLE // 2, os.SEEK_END)
+            hashed.update(file.read())
+    return hashed.digest()
+
+
 def checkpoints_folder(run_dir: Path) -> Path:
     return run_dir / "checkpoints"
 
 
+def checkpoint_of(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint after ``step`` steps stands, if there is one."""
+    return checkpoints_folder(run_dir) / f"step_{step:08d}"
+
+
 def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first; folders whose files do not match their manifest are left out."""
-    return [path for path in sorted(checkpoints_folder(run_dir).glob("step_*")) if is_complete(path)]
+    """Checkpoints of a run that can be used, oldest first."""
+    return [path for path in sorted(checkpoints_folder(run_dir).glob("step_*")) if problem_of(path) is None]
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether every file of the manifest is there with its size."""
+def problem_of(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be used; None where every file is as the manifest says and can be read."""
     try:
-        sizes = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError):
-        return False
-    return all((checkpoint / n).is_file() and (checkpoint / n).stat().st_size == size for n, size in sizes.items())
+        _check_files(checkpoint)
+        load_config_of(checkpoint)
+        read_state(checkpoint)
+    except UserError as error:
+        return error.problems[0].removeprefix(f"{checkpoint}/")
+    return None
+
+
+def _check_files(checkpoint: Path) -> None:
+    """Raises: UserError when a file of the manifest is missing or another, or there is no manifest."""
+    manifest = read_json(checkpoint / MANIFEST)
+    if not isinstance(manifest, dict) or not {STATE, CONFIG} <= manifest.keys():
+        raise UserError(f"{checkpoint / MANIFEST}: is no list of the checkpoint's files")
+    for name, entry in manifest.items():
+        path = checkpoint / name
+        size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (entry, None)
+        if not path.is_file():
+            raise UserError(f"{path}: is missing")
+        if path.stat().st_size != size:
+            raise UserError(f"{path}: has {path.stat().st_size} bytes, the manifest says {size}")
+        if digest is not None and _sha256(path) != digest:
+            raise UserError(f"{path}: is not what was written: its hash differs from the manifest's")
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def save_checkpoint(
-    engine: Any, run_dir: Path, config: Config, progress: Progress, loader_state: LoaderState, vocab_size: int
+    engine: Any,
+    run_dir: Path,
+    config: Config,
+    progress: Progress,
+    loader_state: LoaderState,
+    vocab_size: int,
+    metrics: bytes = b"",
 ) -> Path:
     """Write and publish a checkpoint; every rank must call this at the same step.
 
     Args:
         loader_state: this rank's; those of all ranks are merged, so another number of ranks could read it.
         vocab_size: of the model, to rebuild it.
+        metrics: lines of ``metrics.jsonl`` since the checkpoint before, kept as a copy.
+
+    Raises:
+        UserError: the disk took no whole checkpoint; those before are as they were.
     """
-    folder = checkpoints_folder(run_dir)
-    final = folder / f"step_{progress.step:08d}"
-    partial = folder / f".partial_{final.name}"
+    final = checkpoint_of(run_dir, progress.step)
+    partial = final.with_name(f".partial_{final.name}")
     first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
-    engine.save_checkpoint(str(partial), tag=ENGINE_TAG, save_latest=False)
-    states = gather_objects(loader_state)
-    if first:
-        state = {
-            "progress": asdict(progress),
-            "loader": merge_states(states),
-            "world_size": dist.get_world_size(),
-            "zero_stage": engine.zero_optimization_stage(),
-            "vocab_size": vocab_size,
-        }
-        (partial / STATE).write_text(json.dumps(state))
-        (partial / CONFIG).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        _publish(partial, final, config.checkpoint.keep)
+    with _disk_errors_named(partial):
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        engine.save_checkpoint(str(partial), tag=ENGINE_TAG, save_latest=False)
+        states = gather_objects(loader_state)
+        if first:
+            state = {
+                "progress": asdict(progress),
+                "loader": merge_states(states),
+                "world_size": dist.get_world_size(),
+                "zero_stage": engine.zero_optimization_stage(),
+                "sub_group_size": engine.zero_sub_group_size() if engine.zero_optimization_stage() == 3 else None,
+                "vocab_size": vocab_size,
+                "folders": folder_contents(config),
+            }
+            (partial / STATE).write_text(json.dumps(state))
+            (partial / CONFIG).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+            (partial / METRICS).write_bytes(metrics)
+            _publish(partial, final, config.checkpoint.keep)
     dist.barrier()
     return final
 
 
+@contextmanager
+def _disk_errors_named(partial: Path) -> Iterator[None]:
+    """Turn what a disk refuses into a sentence, and remove what was written so far.
+
+    Raises:
+        UserError: on this rank alone.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch's writer has errors of its own, which do not say why
+        reason = sentence_of(error) if isinstance(error, OSError) else _what_the_disk_says(partial)
+        if reason is None:
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+        step = partial.name.removeprefix(".partial_")
+        raise UserError(
+            f"checkpoint {step} could not be written: {reason}; those before it are whole, and running the same "
+            "command again continues from the newest",
+            on_every_rank=False,
+        ) from error
+
+
+def _what_the_disk_says(folder: Path) -> str | None:
+    try:
+        with writing(folder / "probe") as file:
+            file.write(bytes(PROBE_BYTES))
+        (folder / "probe").unlink()
+    except OSError as error:
+        return sentence_of(error)
+    return None
+
+
 def _publish(partial: Path, final: Path, keep: int) -> None:
     files = [path for path in partial.rglob("*") if path.is_file()]
-    sizes = {str(path.relative_to(partial)): path.stat().st_size for path in files}
-    (partial / MANIFEST).write_text(json.dumps(sizes, indent=1))
+    manifest = {str(path.relative_to(partial)): _manifest_entry(path) for path in files}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in [*files, partial / MANIFEST, *(p for p in partial.rglob("*") if p.is_dir()), partial]:
         _flush(path)
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
     _flush(final.parent)
-    _write_latest(final)
+    write_whole(final.parent / "latest", final.name + "\n")
+    _flush(final.parent)
     for old in complete_checkpoints(final.parent.parent)[:-keep]:
         shutil.rmtree(old)
 
 
-def _write_latest(checkpoint: Path) -> None:
-    temporary = checkpoint.parent / ".latest.tmp"
-    temporary.write_text(checkpoint.name + "\n")
-    _flush(temporary)
-    temporary.replace(checkpoint.parent / "latest")
-    _flush(checkpoint.parent)
+def _manifest_entry(path: Path) -> dict[str, Any]:
+    """Size of a file; of the small ones, which people can read and change, the hash as well."""
+    entry: dict[str, Any] = {"bytes": path.stat().st_size}
+    return entry | ({"sha256": _sha256(path)} if path.name in (STATE, CONFIG, METRICS) else {})
 
 
 def _flush(path: Path) -> None:
@@ -131,35 +278,66 @@ def _flush(path: Path) -> None:
 
 
 def newest_checkpoint(run_dir: Path, place: Place) -> Path | None:
-    """The newest complete checkpoint, as the first rank sees it, on every rank."""
-    found: list[Any] = [None]
-    if place.is_first:
-        complete = complete_checkpoints(run_dir)
-        found = [str(complete[-1]) if complete else None]
-        for path in checkpoints_folder(run_dir).glob("step_*"):
-            if path not in complete:
-                logger.warning("checkpoint %s is incomplete and is not used", path)
-    dist.broadcast_object_list(found, src=0)
-    return Path(found[0]) if found[0] else None
+    """The newest checkpoint that can be used, as the first rank sees it, on every rank; others are named.
+
+    Raises:
+        UserError: on every rank, when there are checkpoints and none can be used.
+    """
+    newest: list[Any] = [None]
+    with on_all_ranks(place):
+        if place.is_first:
+            problems = {path: problem_of(path) for path in sorted(checkpoints_folder(run_dir).glob("step_*"))}
+            for path, problem in problems.items():
+                if problem is not None:
+                    logger.warning("checkpoint %s is incomplete and is not used: %s", path, problem)
+            usable = [str(path) for path, problem in problems.items() if problem is None]
+            if problems and not usable:
+                raise UserError(
+                    f"{checkpoints_folder(run_dir)}: none of the {len(problems)} checkpoints can be used (see above); "
+                    "restore one of them, or start anew in another --run_dir"
+                )
+            newest = [usable[-1] if usable else None]
+    dist.broadcast_object_list(newest, src=0)
+    return Path(newest[0]) if newest[0] else None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """``progress``, ``loader``, ``world_size``, ``zero_stage`` and ``vocab_size`` of a checkpoint."""
-    return json.loads((checkpoint / STATE).read_text())
+    """``progress``, ``loader``, ``world_size``, ``zero_stage`` and ``vocab_size`` of a checkpoint.
+
+    Raises:
+        UserError: the file cannot be read or lacks one of them.
+    """
+    state = read_json(checkpoint / STATE)
+    try:
+        Progress(**SavedState.model_validate(state).progress)
+    except TypeError as error:
+        raise UserError(f"{checkpoint / STATE}: progress: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{checkpoint / STATE}: {key or 'whole file'}: {first['msg'].lower()}") from None
+    return state
 
 
-def check_resumable(checkpoint: Path, state: dict[str, Any], world_size: int, zero_stage: int) -> None:
+def check_resumable(checkpoint: Path, state: dict[str, Any], world_size: int, zero: DeepSpeedZeroConfig) -> None:
     """Refuse what the engine's files cannot continue.
 
     Raises:
-        UserError: another number of ranks or another ZeRO stage.
+        UserError: another number of ranks, another ZeRO stage, or at stage 3 other groups of weights.
     """
-    for name, now in (("world_size", world_size), ("zero_stage", zero_stage)):
-        if state[name] != now:
+    now = {"world_size": world_size, "zero_stage": int(zero.stage), "sub_group_size": _sub_group_size(zero)}
+    for name, value in now.items():
+        before = state.get(name, value)  # older checkpoints lack the last one
+        if before != value:
             raise UserError(
-                f"{checkpoint}: was written with {name} {state[name]}, this run has {now}; "
-                f"continue with {name} {state[name]} or start a new --run_dir"
+                f"{checkpoint}: was written with {name} {before}, this run has {value}; "
+                f"continue with {name} {before} or start a new --run_dir"
             )
+
+
+def _sub_group_size(zero: DeepSpeedZeroConfig) -> int | None:
+    """Into how large groups stage 3 cuts the optimizer's state; None at other stages, which do not."""
+    return zero.sub_group_size if zero.stage == 3 else None
 
 
 def load_engine(engine: Any, checkpoint: Path) -> None:
@@ -180,8 +358,8 @@ def resolve_checkpoint(run_or_checkpoint: Path) -> Path:
         UserError: there is none.
     """
     if (run_or_checkpoint / MANIFEST).is_file():
-        if not is_complete(run_or_checkpoint):
-            raise UserError(f"{run_or_checkpoint}: files of this checkpoint are missing or cut short")
+        if problem := problem_of(run_or_checkpoint):
+            raise UserError(f"{run_or_checkpoint}: this checkpoint cannot be used: {problem}")
         return run_or_checkpoint
     complete = complete_checkpoints(run_or_checkpoint)
     if not complete:
@@ -190,14 +368,21 @@ def resolve_checkpoint(run_or_checkpoint: Path) -> Path:
 
 
 def load_config_of(checkpoint: Path) -> Config:
-    """The settings a checkpoint was trained with."""
-    return validate_config(yaml.safe_load((checkpoint / CONFIG).read_text()), str(checkpoint / CONFIG))
+    """The settings a checkpoint was trained with.
+
+    Raises:
+        UserError: the file cannot be read, or not by this version.
+    """
+    tree = read_yaml(checkpoint / CONFIG)
+    if not isinstance(tree, dict):
+        raise UserError(f"{checkpoint / CONFIG}: a mapping of settings is expected, found {type(tree).__name__}")
+    return validate_config(tree, str(checkpoint / CONFIG))
 
 
 def load_model(checkpoint: Path) -> LCLModel:
     """The trained network in fp32 on the CPU, without DeepSpeed; from any ZeRO stage and number of ranks."""
     config, state = load_config_of(checkpoint), read_state(checkpoint)
-    model = build_model(config.model, state["vocab_size"], config.data.row_tokens, config.seed("init"))
+    model = build_model(config.model, state["vocab_size"], config.data.longest_document, config.seed("init"))
     prefix = "model."
     weights = {
         name.removeprefix(prefix): weight.float()
@@ -214,4 +399,9 @@ def _fp32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints its progress
             return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE_TAG)
     states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-    return states["module"]
+    optimizer = states.get("optimizer") or {}
+    if "fp32_groups" not in optimizer:  # fp32: the weights themselves
+        return states["module"]
+    names = [group["param_names"] for group in optimizer["optimizer_state_dict"]["param_groups"]]
+    exact = zip(names, optimizer["fp32_groups"], strict=True)
+    return states["module"] | {name: w.detach() for group in exact for name, w in zip(*group, strict=True)}

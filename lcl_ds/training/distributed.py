@@ -1,10 +1,13 @@
-"""This process's place among the ranks, however it was started."""
+"""This process's place among the ranks, however it was started, and how all ranks hear of one rank's problem."""
 
 import logging
 import os
 import socket
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import deepspeed
 import torch
@@ -12,6 +15,12 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch import distributed as dist
 
+from lcl_ds.cli import problems_of
+from lcl_ds.errors import UserError
+from lcl_ds.tasks import fill_environment, task_number
+
+PATIENCE_S = 20
+"""How long a rank with a problem tries to reach the others before it speaks for itself."""
 # DeepSpeed reports each start at length, and torch its own renaming of the collectives that DeepSpeed calls.
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor).*", category=FutureWarning)
@@ -32,12 +41,18 @@ class Place:
         return self.rank == 0
 
 
-def init_distributed() -> Place:
+def init_distributed(timeout_s: float | None = None) -> Place:
     """Join the process group of ``deepspeed``, ``torchrun`` or ``srun``, or be the only process.
 
     GPUs and NCCL where there are some, otherwise the CPU and gloo.
+
+    Args:
+        timeout_s: how long to wait for the other ranks; None: as long as DeepSpeed does.
+
+    Raises:
+        UserError: one of several Slurm tasks that cannot know where to meet the others.
     """
-    _fill_environment()
+    fill_environment()
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() == "cpu":
@@ -56,24 +71,74 @@ def init_distributed() -> Place:
         dist_backend=accelerator.communication_backend_name() if device.type != "cpu" else "gloo",
         auto_mpi_discovery=False,
         verbose=False,
+        **({} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}),
     )
     return Place(dist.get_rank(), local_rank, dist.get_world_size(), device)
 
 
-def _fill_environment() -> None:
-    environment = os.environ
-    if "RANK" not in environment and "SLURM_PROCID" in environment and "MASTER_ADDR" in environment:
-        environment["RANK"] = environment["SLURM_PROCID"]
-        environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
-        environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-    if "RANK" not in environment:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        environment.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-        )
-    environment.setdefault("LOCAL_RANK", "0")
+@contextmanager
+def on_all_ranks(place: Place) -> Iterator[None]:
+    """Do something for which no rank needs another; where it fails on one, all fail and know why.
+
+    Raises:
+        UserError: on every rank, the same: what went wrong, with rank and host where not all ranks found it.
+    """
+    problems: list[str] = []
+    try:
+        yield
+    except Exception as error:
+        sentences = problems_of(error)
+        if sentences is None:
+            raise
+        problems = sentences
+    raise_for_all(problems, place)
+
+
+def raise_for_all(problems: list[str], place: Place) -> None:
+    """Tell all ranks of this one's problems; collective.
+
+    Raises:
+        UserError: on every rank, when any of them has a problem.
+    """
+    counts = gather_integers([len(problems)], place.device)
+    if not any(count for (count,) in counts):
+        return
+    told = gather_objects((socket.gethostname(), problems))
+    common = [problem for problem in told[0][1] if all(problem in others for _, others in told)]
+    ranks: dict[tuple[str, str], list[int]] = {}
+    for rank, (host, found) in enumerate(told):
+        for problem in found:
+            if problem not in common:
+                ranks.setdefault((host, problem), []).append(rank)
+    raise UserError([*common, *(f"{_named(found)} on {host}: {problem}" for (host, problem), found in ranks.items())])
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def heard(problems: list[str], on_every_rank: bool) -> list[str]:
+    """What this rank should print of problems that end it; [] where the first rank prints them.
+
+    A rank that has not joined the others does so now, to tell them and end them too; where it does not reach them in
+    time, it speaks for itself.
+
+    Args:
+        on_every_rank: whether, once ranks have joined, all of them end with the same problems.
+    """
+    if not dist.is_initialized():
+        try:
+            raise_for_all(problems, init_distributed(PATIENCE_S))
+        except UserError as error:  # what all ranks found; or there is no way to meet them
+            problems, on_every_rank = error.problems if dist.is_initialized() else problems, True
+        except (RuntimeError, ValueError, OSError):  # whatever the rendezvous raises when nobody comes
+            on_every_rank = False
+    if not on_every_rank:
+        return [f"rank {task_number()} on {socket.gethostname()}: {problem}" for problem in problems]
+    if dist.is_initialized():
+        # Threads of a group that is still open when Python ends abort the process.
+        dist.destroy_process_group()
+    return problems if task_number() == 0 else []
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:

@@ -8,11 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_local_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_local_fp32_param,
+)
 from pydantic import ValidationError
+from torch import Tensor, nn
 
 from lcl_ds.config import Config
 from lcl_ds.errors import UserError
+from lcl_ds.models.heads import ExactScalar
 from lcl_ds.objectives.common import Objective
 from lcl_ds.training.distributed import Place
 from lcl_ds.training.optimizer import BoundedAdamW, parameter_groups
@@ -155,7 +166,14 @@ def start_engine(objective: Objective, config: Config, ds_config: dict[str, Any]
     if frozen := total - sum(sizes.values()):
         sizes["frozen"] = frozen
     optimizer = BoundedAdamW(groups, config.train, max_norm)
+    exact = {scalar: scalar.weight.detach().clone() for scalar in exact_scalars(objective)}
+    optimizer.starting = True
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)
+    optimizer.starting = False
+    if engine.bfloat16_enabled():  # DeepSpeed makes its fp32 weights from those that it has just rounded
+        for scalar, value in exact.items():
+            set_fp32_weight(engine, scalar.weight, value)
+    refresh_exact_scalars(engine)
     if place.is_first:
         logger.info(
             "%s, decoder passes per sample %d; world size %d, ZeRO stage %d, %s on %s; %s parameters, %s per rank; "
@@ -177,3 +195,76 @@ def parameters_of_this_rank(engine: Any) -> int:
     """Elements of the weights that this rank holds for good: its partition at stage 3, all of them below."""
     weights = engine.module.parameters()
     return sum(weight.ds_tensor.numel() if hasattr(weight, "ds_tensor") else weight.numel() for weight in weights)
+
+
+def exact_scalars(model: nn.Module) -> list[ExactScalar]:
+    """The numbers a model learns that bf16 would coarsen."""
+    scalars = [module for module in model.modules() if isinstance(module, ExactScalar)]
+    return [scalar for scalar in scalars if scalar.weight.requires_grad]
+
+
+def refresh_exact_scalars(engine: Any) -> None:
+    """Let the model compute with the optimizer's fp32 values of its :class:`ExactScalar` numbers; collective.
+
+    To be called whenever the optimizer's weights have changed. A frozen one stays as bf16 has it.
+    """
+    if not engine.bfloat16_enabled():
+        return
+    for scalar in exact_scalars(engine.module):
+        scalar.remember(fp32_weight(engine, scalar.weight))
+
+
+def fp32_weight(engine: Any, weight: nn.Parameter) -> Tensor:
+    """The optimizer's fp32 value of a trained weight, on every rank; collective."""
+    if (master := _own_master(engine, weight)) is not None:
+        return master.detach()
+    value = safe_get_full_fp32_param(weight)
+    assert value is not None, "DeepSpeed no longer links weights to the optimizer's"
+    return value.to(weight.device)
+
+
+def set_fp32_weight(engine: Any, weight: nn.Parameter, value: Tensor) -> None:
+    """Replace it by ``value`` [1]; collective. The model's own copy stays as it is."""
+    if (master := _own_master(engine, weight)) is not None:
+        master.data.copy_(value)
+    elif engine.zero_optimization_partition_weights():
+        # DeepSpeed's setter of whole weights fails where there are fewer elements than ranks.
+        part = safe_get_local_fp32_param(weight)
+        safe_set_local_fp32_param(weight, torch.full_like(part, value.item()))
+    else:
+        safe_set_full_fp32_param(weight, value.to(weight.device))
+
+
+def _own_master(engine: Any, weight: nn.Parameter) -> Tensor | None:
+    """At stage 0 every rank holds all fp32 weights: DeepSpeed's copies in bf16, the weights themselves in fp32."""
+    if engine.zero_optimization_stage() > 0:
+        return None
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "fp32_groups"):
+        return weight
+    pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    return next(m for low, high in pairs for w, m in zip(low, high, strict=True) if w is weight)
+
+
+def apply_settings(engine: Any, options: list[dict[str, Any]], clipping: float) -> None:
+    """Put the settings of this start in the place of those that a checkpoint brought back.
+
+    Args:
+        options: from :func:`lcl_ds.training.optimizer.options_of`, before the checkpoint was loaded.
+        clipping: largest gradient norm; DeepSpeed's stages 1 and 2 save it and bring it back as well.
+    """
+    for group, own in zip(engine.optimizer.param_groups, options, strict=True):
+        group.update(own)
+    if hasattr(engine.optimizer, "clip_grad"):
+        engine.optimizer.clip_grad = clipping
+
+
+def release_engine(engine: Any) -> None:
+    """Let go of everything that DeepSpeed holds of an engine once the caller's own references are gone."""
+    engine.destroy()
+    # Stage 3 keeps modules in a list and in the cache of a method, which live as long as the process.
+    FWD_MODULE_STACK.clear()
+    for method in vars(PartitionedParameterCoordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():  # the cache is inside DeepSpeed's own decorator
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()

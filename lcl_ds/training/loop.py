@@ -1,5 +1,6 @@
 """The training loop."""
 
+import gc
 import json
 import logging
 import signal
@@ -8,15 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lcl_ds.batch import Batch
 from lcl_ds.config import Config
 from lcl_ds.data.loader import BatchLoader
+from lcl_ds.errors import UserError
 from lcl_ds.objectives.common import Count, Counts, Objective
 from lcl_ds.training.checkpoint import Progress, save_checkpoint
-from lcl_ds.training.distributed import Place, all_reduce_sum, gather_integers, gather_objects
+from lcl_ds.training.distributed import Place, all_reduce_sum, gather_integers, gather_objects, on_all_ranks
+from lcl_ds.training.engine import refresh_exact_scalars, release_engine
 from lcl_ds.training.monitor import Monitor
 from lcl_ds.training.schedule import learning_rate
 from lcl_ds.training.signals import StopRequest
@@ -55,7 +59,8 @@ class Trainer:
             None at the end; the signal's number if one asked to stop, after a checkpoint was saved.
 
         Raises:
-            FloatingPointError: ``train.max_skipped_steps`` steps in a row had no finite gradient.
+            UserError: on all ranks: ``train.max_skipped_steps`` steps in a row had no finite gradient, or what a rank
+                finds wrong with its data.
         """
         monitor = Monitor(
             self.run_dir, self.config.train.steps, self.progress.step, self.config.log.every, self.place.is_first
@@ -73,9 +78,11 @@ class Trainer:
         while self.progress.step < self.config.train.steps:
             metrics, received = self._step(stop.received or 0)
             monitor.step(metrics)
+            self._check_skipped()
             at_end = self.progress.step == self.config.train.steps
             if at_end or received or self.progress.step - last_saved >= self.config.checkpoint.every:
-                path = self.save()
+                path = self.save(monitor.unsaved_lines())
+                monitor.saved()
                 last_saved = self.progress.step
                 if received and self.place.is_first:
                     logger.info("signal %d: saved %s; run the same command again to continue", received, path)
@@ -83,16 +90,26 @@ class Trainer:
                 return received
         return None
 
-    def save(self) -> Path:
-        """A checkpoint of this moment; collective."""
+    def save(self, metrics: bytes = b"") -> Path:
+        """A checkpoint of this moment, with the lines of metrics since the last one; collective."""
         return save_checkpoint(
-            self.engine, self.run_dir, self.config, self.progress, self.loader.state(), self.vocab_size
+            self.engine, self.run_dir, self.config, self.progress, self.loader.state(), self.vocab_size, metrics
         )
+
+    def release(self) -> None:
+        """Give back the memory of weights, optimizer and batches; the trainer is of no use any more."""
+        release_engine(self.engine)
+        del self.engine, self.loader
+        gc.collect()
+        if self.place.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _step(self, stop_signal: int) -> tuple[dict[str, Any], int]:
         """One optimizer step; returns its metrics and the signal that this or, as SIGTERM, another rank received."""
         started = time.perf_counter()
-        batches = [next(self.loader) for _ in range(self.config.train.accumulation_steps)]
+        with on_all_ranks(self.place):
+            batches = [next(self.loader) for _ in range(self.config.train.accumulation_steps)]
+        torch.manual_seed(step_seed(self.config.train.seed, self.place.rank, self.progress.step))
         data_s = time.perf_counter() - started
         lr = learning_rate(self.progress.applied_steps, self.config.train)
         for group in self.engine.optimizer.param_groups:
@@ -106,6 +123,8 @@ class Trainer:
             sums += torch.stack([outputs[name].detach() for name in self.losses])
             self.engine.step()
         applied = self.engine.was_step_applied()
+        if applied:
+            refresh_exact_scalars(self.engine)
         self._advance(applied, batches)
         mine = sums.new_tensor([*self._counts(batches), *self._source_counts(batches), float(stop_signal > 0)])
         totals = all_reduce_sum(torch.cat([sums, mine])).tolist()
@@ -149,10 +168,13 @@ class Trainer:
             logger.warning("step %d: gradients are not finite, skipped on all ranks", self.progress.step)
             with (self.run_dir / "skipped_steps.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.progress.step, "documents": keys}) + "\n")
+
+    def _check_skipped(self) -> None:
         if self.progress.skipped_in_a_row >= self.config.train.max_skipped_steps:
-            raise FloatingPointError(
-                f"{self.progress.skipped_in_a_row} steps in a row had no finite gradient; the documents of each are "
-                f"in {self.run_dir / 'skipped_steps.jsonl'}; lower train.learning_rate or start from a checkpoint"
+            raise UserError(
+                f"step {self.progress.step}: {self.progress.skipped_in_a_row} steps in a row had no finite gradient; "
+                f"the documents of each are in {self.run_dir / 'skipped_steps.jsonl'}; lower train.learning_rate and "
+                "start again, which continues from the last checkpoint"
             )
 
     def _counts(self, batches: list[Batch]) -> list[float]:
@@ -207,3 +229,8 @@ class Trainer:
         if self._peak is None:
             return memory
         return {"mfu": flops / step_s / self.place.world_size / self._peak, **memory}
+
+
+def step_seed(seed: int, rank: int, step: int) -> int:
+    """What dropout draws from at one step on one rank: a continued run draws what an uninterrupted one draws."""
+    return int(np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))

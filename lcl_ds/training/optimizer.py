@@ -1,13 +1,13 @@
 """AdamW and the groups of weights it treats alike."""
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lcl_ds.config import TrainSettings
 from lcl_ds.models.heads import LogitScale
-from lcl_ds.models.settings import part_of
+from lcl_ds.models.settings import Part, part_of
 
 NO_DECAY_NAMES = (
     "class_embedding",
@@ -36,12 +36,16 @@ class BoundedAdamW(torch.optim.AdamW):
     def __init__(self, groups: list[dict[str, Any]], settings: TrainSettings, max_norm: float | None = None):
         super().__init__(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
         self.max_norm = max_norm
+        self.starting = False
+        """While DeepSpeed starts it takes steps with gradients of 0, to make room; they are no part of training."""
         if max_norm is not None:
             self.overflow = False
             self._global_grad_norm = 0.0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if self.starting:
+            return
         if self.max_norm is not None and not self._gradients_are_finite():
             return
         super().step(closure)
@@ -69,8 +73,9 @@ def parameter_groups(model: nn.Module, settings: TrainSettings, log_scale_bounds
     Raises:
         AssertionError: no weight of a kind was found, which means that names no longer match.
     """
+    base = base_factor(settings)
     kinds: dict[tuple[str, float], list[tuple[str, Tensor]]] = {
-        (kind, 1.0): [] for kind in ("decay", "no_decay", "logit_scale")
+        (kind, base): [] for kind in ("decay", "no_decay", "logit_scale")
     }
     for module_name, module in model.named_modules():
         for name, weight in module.named_parameters(module_name, recurse=False):
@@ -96,6 +101,25 @@ def parameter_groups(model: nn.Module, settings: TrainSettings, log_scale_bounds
         for (kind, factor), weights in kinds.items()
         if weights
     ]
+
+
+def base_factor(settings: TrainSettings) -> float:
+    """The factor whose groups come first: 1, or that of the first part that learns where none has 1."""
+    factors = [settings.learning_rate_factors.get(part, 1.0) for part in get_args(Part)]
+    return 1.0 if 1.0 in factors else next((factor for factor in factors if factor), 1.0)
+
+
+def group_shape(settings: TrainSettings) -> list[str]:
+    """How learning-rate factors divide the parts into groups: settings of one shape can continue each other's runs."""
+    factors = {part: settings.learning_rate_factors.get(part, 1.0) for part in get_args(Part)}
+    base = base_factor(settings)
+    named = {0.0: "frozen", base: "base"}
+    return [named.setdefault(factor, part) for part, factor in factors.items()]
+
+
+def options_of(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the settings say about each group, without its weights."""
+    return [{key: value for key, value in group.items() if not key.startswith("param")} for group in groups]
 
 
 def _group(

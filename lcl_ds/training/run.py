@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import yaml
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import distributed as dist
 
 from lcl_ds.config import Config
@@ -15,6 +16,7 @@ from lcl_ds.data.open_data import OpenData, lane_settings, open_data
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.check import check_held_out
 from lcl_ds.evaluation.closing import close_run
+from lcl_ds.files import check_writable
 from lcl_ds.models.build import build_model, check_attention_here, image_size, tokens_per_image
 from lcl_ds.models.lcl import LCLModel
 from lcl_ds.models.pretrained import initialize_parts
@@ -22,31 +24,26 @@ from lcl_ds.objectives import build_objective, view_of
 from lcl_ds.training.checkpoint import (
     Progress,
     check_resumable,
-    load_config_of,
     load_engine,
     load_model,
     newest_checkpoint,
     read_state,
     resolve_checkpoint,
 )
-from lcl_ds.training.distributed import Place, init_distributed
-from lcl_ds.training.engine import complete_ds_config, rows_per_micro_step, start_engine
+from lcl_ds.training.distributed import Place, init_distributed, on_all_ranks, raise_for_all
+from lcl_ds.training.engine import (
+    apply_settings,
+    complete_ds_config,
+    refresh_exact_scalars,
+    rows_per_micro_step,
+    start_engine,
+)
 from lcl_ds.training.loop import Trainer
-from lcl_ds.training.monitor import write_run_files
+from lcl_ds.training.optimizer import options_of
+from lcl_ds.training.resume import check_same_run, engine_changes
+from lcl_ds.training.run_folder import check_own_folder, write_run_files
 
 logger = logging.getLogger(__name__)
-
-FIXED_IN_A_RUN = ("model", "data", "precision", "objective")
-"""Settings that a resumed run may not change ..."""
-FREE_IN_A_RUN = (
-    "data.workers",
-    "data.demo",
-    "data.max_image_pixels",
-    "data.max_bad_share",
-    "data.stall_seconds",
-    "data.cache",
-)
-"""... but for these."""
 
 
 def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
@@ -64,21 +61,33 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
     """
     data = open_checked_data(config)
     place = init_distributed()
+    raise_for_all([], place)  # hears what other ranks found before they came here
     check_attention_here(config.model, place.device.type, config.precision)
     full_ds_config = complete_ds_config(ds_config, config, place.world_size)
+    with on_all_ranks(place):
+        if place.is_first:
+            check_own_folder(run_dir)
     checkpoint = newest_checkpoint(run_dir, place)
+    changes: list[str] = []
     if checkpoint is not None:
-        check_same_run(checkpoint, config)
+        with on_all_ranks(place):
+            changes = check_same_run(checkpoint, config) + engine_changes(run_dir, full_ds_config)
     received = None
     steps_done = read_state(checkpoint)["progress"]["step"] if checkpoint else 0
     if steps_done >= config.train.steps:
         logger.info("%s is finished: %d of %d steps done", run_dir, steps_done, config.train.steps)
     else:
+        with on_all_ranks(place):
+            check_writable(run_dir)
         trainer = prepare(config, full_ds_config, run_dir, place, data, checkpoint)
-        if place.is_first:
-            write_run_files(run_dir, config, full_ds_config, place.world_size)
+        for sentence in changes if place.is_first else []:
+            logger.info("%s", sentence)
+        with on_all_ranks(place):
+            if place.is_first:
+                write_run_files(run_dir, config, full_ds_config, place.world_size, steps_done)
         received = trainer.train()
-        del trainer  # its memory is the evaluation's
+        trainer.release()  # its memory is the evaluation's
+        del trainer
     dist.destroy_process_group()
     if received is not None:
         return 128 + received
@@ -95,33 +104,34 @@ def prepare(
 ) -> Trainer:
     """Loader, model and engine of this rank, at the start or where ``checkpoint`` stands."""
     state = read_state(checkpoint) if checkpoint else None
-    loader = BatchLoader(
-        data.sources,
-        row_settings(config),
-        data.tokenizer,
-        rows_per_micro_step(config, place.world_size),
-        place.rank,
-        place.world_size,
-        config.data.workers,
-        state["loader"] if state else None,
-        pin_memory=place.device.type == "cuda",
-    )
-    if checkpoint and state:
-        stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-        check_resumable(checkpoint, state, place.world_size, stage)
     vocab_size = data.tokenizer.vocabulary.size
-    model = build_model(config.model, vocab_size, config.data.row_tokens, config.seed("init"))
-    if not checkpoint:
-        for sentence in give_weights(model, config, data):
-            if place.is_first:
-                logger.info("%s", sentence)
-    objective = build_objective(model, config.objective, config.seed("init"))
-    # A model with dropout draws from torch's generator: apart on every rank, the same in every run.
-    torch.manual_seed(config.train.seed + place.rank)
+    with on_all_ranks(place):
+        loader = BatchLoader(
+            data.sources,
+            row_settings(config),
+            data.tokenizer,
+            rows_per_micro_step(config, place.world_size),
+            place.rank,
+            place.world_size,
+            config.data.workers,
+            state["loader"] if state else None,
+            pin_memory=place.device.type == "cuda",
+        )
+        if checkpoint and state:
+            zero = DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
+            check_resumable(checkpoint, state, place.world_size, zero)
+        model = build_model(config.model, vocab_size, config.data.longest_document, config.seed("init"))
+        sentences = [] if checkpoint else give_weights(model, config, data)
+        objective = build_objective(model, config.objective, config.seed("init"))
+    for sentence in sentences if place.is_first else []:
+        logger.info("%s", sentence)
     engine = start_engine(objective, config, ds_config, place)
     progress = Progress(**state["progress"]) if state else Progress()
     if checkpoint:
+        options = options_of(engine.optimizer.param_groups)
         load_engine(engine, checkpoint)
+        apply_settings(engine, options, ds_config["gradient_clipping"])
+        refresh_exact_scalars(engine)
         if place.is_first:
             logger.info("continuing %s at step %d", checkpoint, progress.step)
     return Trainer(engine, loader, config, place, run_dir, vocab_size, progress)
@@ -184,37 +194,6 @@ def check_evaluation(config: Config, data: OpenData) -> None:
             logger.info("closing evaluation: %s", sentence)
 
 
-def check_same_run(checkpoint: Path, config: Config) -> None:
-    """Refuse to continue a run with another model or other data; log other changes.
-
-    Raises:
-        UserError: names every setting that differs.
-    """
-    saved, now = _flatten(load_config_of(checkpoint)), _flatten(config)
-    changed = [key for key in sorted({*saved, *now}) if saved.get(key) != now.get(key)]
-    fixed = [key for key in changed if key.split(".")[0] in FIXED_IN_A_RUN and key not in FREE_IN_A_RUN]
-    fixed += [key for key in changed if key.endswith("seed") and key not in fixed]
-    if fixed:
-        raise UserError(
-            [
-                f"{key}: the run was started with {saved.get(key)!r}, now it is {now.get(key)!r}; "
-                f"undo the change or choose another --run_dir ({checkpoint.parent.parent} keeps the old run)"
-                for key in fixed
-            ]
-        )
-    for key in changed:
-        logger.warning("setting changed since the checkpoint: %s %r -> %r", key, saved.get(key), now.get(key))
-
-
-def _flatten(config: Config) -> dict[str, Any]:
-    def walk(value: Any, prefix: str) -> dict[str, Any]:
-        if isinstance(value, dict):
-            return {k: v for key, sub in value.items() for k, v in walk(sub, f"{prefix}.{key}").items()}
-        return {prefix[1:]: value}
-
-    return walk(config.model_dump(mode="json"), "")
-
-
 def finish(config: Config, run_dir: Path, device: torch.device) -> int:
     """Closing evaluation, where held-out documents are named, and the report, as far as they are not there; needs no
     process group. Returns an exit code."""
@@ -232,7 +211,8 @@ def dry_run(config: Config, ds_config: dict[str, Any]) -> str:
     data = open_checked_data(config)
     complete = complete_ds_config(ds_config, config, 1)
     rows = rows_per_micro_step(config, 1)
-    model = build_model(config.model, data.tokenizer.vocabulary.size, config.data.row_tokens, config.seed("init"))
+    vocab_size = data.tokenizer.vocabulary.size
+    model = build_model(config.model, vocab_size, config.data.longest_document, config.seed("init"))
     given = give_weights(model, config, data)
     objective = build_objective(model, config.objective, config.seed("init"))
     batch = next(BatchLoader(data.sources, row_settings(config), data.tokenizer, rows))

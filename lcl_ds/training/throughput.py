@@ -1,6 +1,9 @@
 """How much arithmetic a step needs, and what share of the GPU's peak that is."""
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor
 
 from lcl_ds.models.lcl import LCLModel
 
@@ -9,18 +12,33 @@ PEAK_BF16_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 31
 
 
 def flops_per_token(model: LCLModel) -> dict[str, float]:
-    """Forward plus backward matmul FLOPs (6 per weight and token) of each part, without attention scores.
+    """Matmul FLOPs of one step per token of each part, without attention scores.
+
+    Per weight: 2 forward, 2 for its own gradient where it is trained, and 2 for the gradient that passes through, where
+    the part itself or one before it is trained.
+
+    Args:
+        model: also one whose weights ZeRO has partitioned.
 
     Returns:
         ``vision`` per patch token, ``decoder`` per row token, ``head`` per label.
     """
-    size = {name: sum(w.numel() for w in module.parameters()) for name, module in model.named_children()}
-    embeddings = sum(w.numel() for w in model.decoder.get_input_embeddings().parameters())
-    return {
-        "vision": 6.0 * (size["vision"] + size["pooling"]),
-        "decoder": 6.0 * (size["decoder"] - embeddings),
-        "head": 6.0 * size["lm_head"],
-    }
+    flops: dict[str, float] = {}
+    learning = False
+    for name in ("vision", "pooling", "decoder", "lm_head"):
+        weights = list(getattr(model, name).parameters())
+        trained = [weight for weight in weights if weight.requires_grad]
+        learning = learning or bool(trained)
+        if name == "decoder":  # a table that is looked up
+            table = model.decoder.get_input_embeddings().weight
+            weights, trained = ([w for w in some if w is not table] for some in (weights, trained))
+        flops[name] = (4.0 if learning else 2.0) * size_of(weights) + 2.0 * size_of(trained)
+    return {"vision": flops["vision"] + flops["pooling"], "decoder": flops["decoder"], "head": flops["lm_head"]}
+
+
+def size_of(weights: Iterable[Tensor]) -> int:
+    """Elements of whole weights, also of those of which this rank holds a part."""
+    return sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lcl_ds.errors import UserError
 from lcl_ds.models.build import build_model
 from lcl_ds.models.settings import part_of
-from lcl_ds.training.checkpoint import load_config_of, load_model
+from lcl_ds.training.checkpoint import load_config_of, load_model, problem_of, read_state, resolve_checkpoint
 from tests.distributed.ranks import ROOT, Ranks, free_port, run_ranks, train_command
 
 TIMING = ("step_s", "data_s", "images_per_s", "tokens_per_s")
@@ -154,3 +155,105 @@ def test_frozen_and_slower_parts_at_stage_3_and_after_a_restart(recipe, tmp_path
     for name, weight in trained.named_parameters():
         assert torch.equal(weight, resumed[name]), name
         assert torch.equal(weight, initial.get_parameter(name)) == (part_of(name) == "vision"), name
+
+
+DROPOUT = "model.decoder={model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 2, resid_pdrop: 0.1, embd_pdrop: 0.1}"
+
+
+def test_with_dropout_a_continued_run_equals_the_uninterrupted_one(recipe, tmp_path):
+    run_dir = tmp_path / "run"
+    overrides = [DROPOUT, "train.steps=6", "checkpoint.every=3", "evaluation.shards=null"]
+    command = train_command(recipe, run_dir, *overrides)
+    run_ranks(2, command, tmp_path / "log")
+    whole = metrics_of(run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000006")
+    run_ranks(2, command, tmp_path / "log")
+    assert without_timing(metrics_of(run_dir)) == without_timing(whole)
+
+
+DAMAGE = {
+    "no manifest": ("COMPLETE.json", lambda text: "", "COMPLETE.json: is not valid JSON"),
+    "foreign manifest": ("COMPLETE.json", lambda text: "[1]", "COMPLETE.json: is no list of the checkpoint's files"),
+    "settings": ("config.yaml", lambda text: text.replace("steps", "stepz"), "config.yaml: is not what was written"),
+    "cut settings": ("config.yaml", lambda text: text[:99], "config.yaml: has 99 bytes, the manifest says"),
+    "position": (
+        "trainer_state.json",
+        lambda text: text.replace('"step": 30', '"step": 29'),
+        "is not what was written",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_small_file_of_a_checkpoint_is_named(whole_run, tmp_path, damage):
+    checkpoint = shutil.copytree(whole_run / "checkpoints" / "step_00000030", tmp_path / "step_00000030")
+    name, change, message = DAMAGE[damage]
+    path = checkpoint / name
+    path.write_text(change(path.read_text()))
+    assert message in str(problem_of(checkpoint))
+    with pytest.raises(UserError, match=r"this checkpoint cannot be used|neither a complete"):
+        resolve_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("[]", "whole file"),
+        ("{}", "progress: field required"),
+        (None, "is not valid JSON"),
+        ('{"progress": {"stepp": 1}, "loader": {"next_row": 0, "lanes": {}, "lane_count": 1, "fingerprint": {}}, '
+         '"world_size": 1, "zero_stage": 0, "vocab_size": 9}', "progress: "),
+    ],
+)  # fmt: skip
+def test_a_state_that_lacks_what_is_needed_is_named(tmp_path, state, message):
+    (tmp_path / "trainer_state.json").write_text("\0\0" if state is None else state)
+    with pytest.raises(UserError, match=message):
+        read_state(tmp_path)
+
+
+def test_damaged_settings_and_metrics_cost_nothing_but_a_warning(whole_run, recipe, tmp_path):
+    """The checkpoint before is used; a line of metrics that was lost is taken from that checkpoint."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole_run, run_dir)
+    (run_dir / "checkpoints" / "step_00000030" / "config.yaml").write_text("\0\0")
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "metrics.jsonl").write_text("".join([*lines[:22], "foreign\n", *lines[23:]]))
+    output = run_ranks(2, train_command(recipe, run_dir), tmp_path / "log")
+    assert "step_00000030 is incomplete and is not used: config.yaml" in output
+    assert "step 23 is taken from the checkpoint" in output
+    assert without_timing(metrics_of(run_dir)) == without_timing(metrics_of(whole_run))
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(whole_run, recipe, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole_run, run_dir)
+    for manifest in run_dir.glob("checkpoints/*/COMPLETE.json"):
+        manifest.unlink()
+    ranks = Ranks(2, train_command(recipe, run_dir), tmp_path / "log")
+    assert ranks.wait() == [2, 2], ranks.output()
+    assert "none of the 2 checkpoints can be used" in ranks.output()
+    assert len(metrics_of(run_dir)) == 30
+
+
+@pytest.mark.parametrize("ds_config", ["zero1", "zero3"])
+def test_optimizer_settings_changed_at_a_restart_are_those_of_the_groups(recipe, tmp_path, ds_config):
+    """Each change must change the losses after the restart, and only those."""
+    first = ["train.steps=4", "checkpoint.every=2", "evaluation.shards=null", "train.warmup_steps=0"]
+    run_ranks(1, train_command(recipe, tmp_path / "whole", *first, ds_config=ds_config), tmp_path / "log")
+    expected = metrics_of(tmp_path / "whole")
+    for change in (
+        "train.weight_decay=100",
+        "train.betas=[0.1, 0.1]",
+        "train.eps=0.1",
+        "train.gradient_clipping=0.001",
+        "train.learning_rate_factors={vision: 0.1, pooling: 0.1, decoder: 0.1, heads: 0.1}",
+    ):
+        run_dir = tmp_path / "changed"
+        shutil.rmtree(run_dir, ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", run_dir)
+        shutil.rmtree(run_dir / "checkpoints" / "step_00000004")
+        output = run_ranks(1, train_command(recipe, run_dir, *first, change, ds_config=ds_config), tmp_path / "log")
+        assert f"applied from now on: {change.split('=')[0]}" in output
+        losses = [step["loss"] for step in metrics_of(run_dir)]
+        assert losses[:3] == [step["loss"] for step in expected[:3]], change
+        assert losses[3] != expected[3]["loss"], change

@@ -94,7 +94,7 @@ def test_every_weight_moves_within_three_steps(three_steps, setting):
     for rank in three_steps[1]:
         before, after = rank[setting]["before"], rank[setting]["after"]
         still = [name for name in before if torch.equal(before[name], after[name])]
-        # In bf16 a temperature near 2.66 moves by less than one unit; its fp32 master does move (see the fp32 rows).
+        # In bf16 the weight of the temperature moves by less than one unit; what it loses is kept (see test_stages).
         assert still == (["model.logit_scale.log_scale"] if "bf16" in setting and still else [])
 
 
@@ -112,11 +112,16 @@ def test_a_non_finite_rank_makes_all_ranks_skip_names_documents_and_stops_in_the
     for name, result in results[0].items():
         assert result["finite"], name
         assert result["applied_steps"] == 2, name
-        assert result["stopped"].startswith("3 steps in a row"), name
+        assert result["stopped"].startswith("step 6: 3 steps in a row"), name
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         metrics = [json.loads(line) for line in lines]
-        assert [m["applied"] for m in metrics] == [True, False, True, False, False], name
+        assert [m["applied"] for m in metrics] == [True, False, True, False, False, False], name
         assert metrics[1]["lr"] == metrics[2]["lr"], name
         skipped = [json.loads(line) for line in (tmp_path / name / "skipped_steps.jsonl").read_text().splitlines()]
         assert [s["step"] for s in skipped] == [2, 4, 5, 6], name
         assert skipped[0]["documents"] == [f"test/{100 + 10 * rank + i}" for rank in (0, 1) for i in range(4)], name
+
+
+def test_a_released_trainer_leaves_nothing_in_memory(tmp_path):
+    for rank in on_ranks(2, "memory", tmp_path):
+        assert rank == {f"{stage}{precision}": [] for stage, precision in THREE_STEPS}

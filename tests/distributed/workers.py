@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from torch import distributed as dist
 
 from lcl_ds.batch import Batch
 from lcl_ds.config import Config
+from lcl_ds.errors import UserError
 from lcl_ds.objectives import NAMES, build_objective
-from lcl_ds.training.checkpoint import Progress, newest_checkpoint
+from lcl_ds.training.checkpoint import Progress, load_engine, newest_checkpoint
 from lcl_ds.training.distributed import Place, all_reduce_sum, init_distributed
-from lcl_ds.training.engine import complete_ds_config, start_engine
+from lcl_ds.training.engine import apply_settings, complete_ds_config, refresh_exact_scalars, start_engine
 from lcl_ds.training.loop import Trainer
+from lcl_ds.training.optimizer import options_of
 from lcl_ds.training.run import open_checked_data, prepare
 from tests.small import (
     VOCABULARY,
@@ -32,6 +35,12 @@ from tests.small import (
 
 STAGES = (0, 1, 2, 3)
 THREE_STEPS = ((0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16"))
+
+
+TEN_STEPS = (
+    *("train.global_batch_rows=4", "train.steps=10", "train.warmup_steps=0", "train.learning_rate=1e-3"),
+    *("train.weight_decay=0.1", "checkpoint.every=5"),
+)
 
 
 class GivenBatches:
@@ -47,7 +56,7 @@ class GivenBatches:
         return next(self._batches)
 
     def state(self) -> dict[str, Any]:
-        return {"next_row": 0, "lanes": {}}
+        return {"next_row": 0, "lanes": {}, "lane_count": 4, "fingerprint": {}}
 
 
 def trainer_of(config: Config, stage: int, place: Place, batches: list[Batch], run_dir: Path) -> Trainer:
@@ -96,6 +105,55 @@ def three_steps(place: Place, folder: Path) -> dict[str, Any]:
         after = full_weights(trainer)
         results[f"{stage}{precision}"] = {"before": before, "after": after}
     return results
+
+
+def ten_steps(place: Place, folder: Path) -> dict[str, Any]:
+    """Metrics of ten steps at the full learning rate, by stage and precision, and those of the last five again.
+
+    The second five are taken a second time by another engine, from the checkpoint of the first five.
+    """
+    results: dict[str, Any] = {}
+    for precision in ("fp32", "bf16"):
+        for stage in STAGES:
+            run_dir = folder / f"{stage}{precision}"
+            config = small_config(*TEN_STEPS, f"precision={precision}")
+            batches = [batch_with_images(100 * step + 10 * place.rank) for step in range(10)]
+            trainer_of(config, stage, place, batches, run_dir).train()
+            whole = steps_of(run_dir)
+            dist.barrier()
+            again = trainer_of(config, stage, place, batches[5:], run_dir)
+            options = options_of(again.engine.optimizer.param_groups)
+            load_engine(again.engine, run_dir / "checkpoints" / "step_00000005")
+            apply_settings(again.engine, options, config.train.gradient_clipping)
+            refresh_exact_scalars(again.engine)
+            again.progress = Progress(step=5, applied_steps=5)
+            again.train()
+            results[run_dir.name] = {"whole": whole, "again": steps_of(run_dir)}
+    return results
+
+
+def memory(place: Place, folder: Path) -> dict[str, Any]:
+    """Which of engine, optimizer, objective and fp32 weights outlive a trainer that was released, by stage."""
+    alive = {}
+    for stage, precision in THREE_STEPS:
+        config = small_config("train.global_batch_rows=4", "train.steps=2", f"precision={precision}")
+        batches = [batch_with_images(100 * step + 10 * place.rank) for step in range(2)]
+        trainer = trainer_of(config, stage, place, batches, folder / f"{stage}{precision}")
+        trainer.train()
+        engine = trainer.engine
+        held = {"engine": engine, "optimizer": engine.optimizer, "objective": engine.module}
+        held |= {f"group {i}": group["params"][0] for i, group in enumerate(engine.optimizer.param_groups)}
+        watched = {name: weakref.ref(thing) for name, thing in held.items()}
+        del engine, held
+        trainer.release()
+        alive[f"{stage}{precision}"] = [name for name, thing in watched.items() if thing() is not None]
+    return alive
+
+
+def steps_of(run_dir: Path) -> list[dict[str, Any]]:
+    keys = "step", "loss", "logit_scale", "grad_norm"
+    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: step[key] for key in keys} for step in metrics]
 
 
 def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -148,7 +206,7 @@ def non_finite(place: Place, folder: Path) -> dict[str, Any]:
         stopped = ""
         try:
             trainer.train()
-        except FloatingPointError as error:
+        except UserError as error:
             stopped = str(error)
         weights = full_weights(trainer)
         finite = all(bool(torch.isfinite(weight).all()) for weight in weights.values())

@@ -8,10 +8,15 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel
 
 from lcl_ds.convert import main
+from lcl_ds.data.packing import Row, collate
+from lcl_ds.data.views import DocumentView
 from lcl_ds.errors import UserError
+from lcl_ds.models.build import build_model
+from lcl_ds.models.pretrained import initialize_parts
 from lcl_ds.models.reference import load_reference, read_reference_config
 from lcl_ds.models.vision import released_patch_tokens
-from tests.unit.test_reference_parity import GOLDEN, Golden
+from tests.small import small_config, small_model
+from tests.unit.test_reference_parity import GOLDEN, Golden, sequences_of
 
 
 @pytest.fixture
@@ -102,3 +107,43 @@ def test_mistakes_are_sentences(golden, config_file, tmp_path, capsys):
     assert "other.json: not a configuration of the published LCL: 'text_cfg' is missing" in capsys.readouterr().err
     assert convert(source, out, "--config", config_file, "--format", "reference", "--part", "vision") == 2
     assert "leave out --part vision" in capsys.readouterr().err
+
+
+def test_a_published_model_is_continued_with_rows_longer_than_its_position_table(golden, config_file, tmp_path):
+    """Documents stay as long as the table; a row packs as many as it holds, and its padding stays within the table."""
+    save_file(golden.weights, tmp_path / "model.safetensors")
+    assert convert(tmp_path / "model.safetensors", tmp_path / "out", "--config", config_file, "--part", "full") == 0
+    reference = read_reference_config(golden.config)
+    towers = reference.model.model_dump(mode="json")
+    keys = {part: {k: v for k, v in towers[part].items() if k != "attention"} for part in ("vision", "decoder")}
+    table = reference.context_length
+    config = small_config(
+        *(f"model.{part}={json.dumps(values)}" for part, values in keys.items()),
+        f"model.pooling.num_attention_heads={reference.model.pooling.num_attention_heads}",
+        *(f"model.init_from={tmp_path / 'out'}", f"data.row_tokens={4 * table}", f"data.document_tokens={table}"),
+    )
+    model = build_model(config.model, reference.vocab_size, config.data.longest_document, seed=1)
+    initialize_parts(model, config.model, reference.vocabulary.text_size, seed=1)
+    published = load_reference(golden.weights, golden.config)
+    assert all(torch.equal(weight, published.state_dict()[name]) for name, weight in model.state_dict().items())
+
+    sequences = sequences_of(golden, reference)
+    image_size = reference.model.vision.hf_keys["image_size"]
+    row = [sequences[0], sequences[1]]
+    packed = collate([Row(tuple(row))], 4 * table, image_size, reference.vocabulary, DocumentView("reference"))
+    alone = collate([Row((row[1],))], table, image_size, reference.vocabulary, DocumentView("reference"))
+    lengths = [len(sequence.tokens.input_ids) for sequence in row]
+    with torch.no_grad():
+        second = model(packed)[0][lengths[0] : sum(lengths)]
+        torch.testing.assert_close(second, published(alone)[0][: lengths[1]], rtol=1e-4, atol=1e-5)
+
+    longer = build_model(config.model, reference.vocab_size, table + 1, seed=1)
+    with pytest.raises(UserError, match="lower data.document_tokens"):
+        initialize_parts(longer, config.model, reference.vocabulary.text_size, seed=1)
+
+
+def test_a_table_that_is_given_too_short_is_refused():
+    config = small_config("model.decoder.n_positions=40", decoder="gpt2")
+    with pytest.raises(UserError, match="position table has 40 rows, documents may have 48 tokens"):
+        small_model(config)
+    small_model(small_config("model.decoder.max_position_embeddings=40"))  # rotary: no table

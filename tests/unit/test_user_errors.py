@@ -6,10 +6,10 @@ import sys
 
 import pytest
 import yaml
+from torch import distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from launch.train import main
-from lcl_ds.errors import UserError
 from lcl_ds.models import build
 from tests.distributed.ranks import ROOT
 from tests.small import small_config
@@ -34,7 +34,9 @@ def start(tmp_path, demo_folder, monkeypatch, capsys):
         (tmp_path / "ds.json").write_text(json.dumps(ds_config or {"zero_optimization": {"stage": 3}}))
         files = ["--recipe", str(tmp_path / "recipe.yaml"), "--ds_config", str(tmp_path / "ds.json")]
         code = main([*files, "--run_dir", str(tmp_path / "run"), *overrides])
-        assert not (tmp_path / "run").exists()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        assert not (tmp_path / "run" / "config.yaml").exists()
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err
         return code, captured.err
@@ -146,12 +148,16 @@ def test_a_mistake_shows_no_traceback_in_a_process_of_its_own(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("on_every_rank", "printed"), [(True, ""), (False, "error: one rank's shard is damaged\n")])
-def test_what_one_rank_finds_is_printed_by_that_rank(on_every_rank, printed, monkeypatch, capsys):
-    def fail(*_):
-        raise UserError("one rank's shard is damaged", on_every_rank)
+def test_a_folder_that_is_no_run_s_is_refused_before_anything_is_written(start, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    code, err = start()
+    assert (code, "run: holds thesis.tex and is no run's folder" in err) == (2, True)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("lcl_ds.training.run.run", fail)
-    assert main([]) == 2
-    assert capsys.readouterr().err == printed
+
+def test_a_run_folder_that_cannot_be_made_is_found_before_a_model_is_built(start, tmp_path):
+    (tmp_path / "file").touch()
+    code, err = start("--run_dir", str(tmp_path / "file" / "run"))
+    assert code == 2
+    assert f"error: {tmp_path}/file/run: cannot be written to" in err

@@ -34,9 +34,18 @@ def test_rows_come_fullest_first():
     assert pack([5, 3, 7, 2], [0] * 4, 10, 9) == [[2, 1], [0, 3]]
 
 
-def test_positions_restart_in_every_document_and_in_padding():
+def test_positions_restart_in_every_document_and_in_padding_that_is_cut_like_documents():
     batch = batch_of([packed("a", ["xx"]), packed("b", ["y", 0])])
-    assert batch.position_ids[0].tolist() == [*range(4), *range(9), *range(ROW - 13)]
+    padding = [position % 9 for position in range(ROW - 13)]
+    assert batch.position_ids[0].tolist() == [*range(4), *range(9), *padding]
+    assert batch.max_seqlen == 9
+    assert batch.cu_seqlens.tolist() == [*(0, 4), *range(13, ROW, 9), ROW]
+
+
+def test_rows_of_nothing_are_padding_throughout():
+    batch = batch_of([])
+    assert batch.position_ids.max() == 0
+    assert batch.token_count == batch.document_count == len(batch.labels) == 0
 
 
 def test_flat_positions_point_at_placeholders_and_soi():

@@ -1,0 +1,128 @@
+"""The folder of a run: whose it is, whether it can be written, and what every start leaves in it."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from lcl_ds.config import Config
+from lcl_ds.errors import UserError
+from lcl_ds.files import read_yaml, write_whole
+from lcl_ds.training.checkpoint import MANIFEST, checkpoints_folder
+
+CONFIG, DS_CONFIG, ENVIRONMENT = "config.yaml", "ds_config.json", "environment.json"
+HISTORY = "history"
+"""Holds one folder per start with the three files as of that start."""
+PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "webdataset", "triton", "safetensors", "numpy")
+NO_CONTENT = ("lost+found", "*.log", "*.out", "*.err")
+"""What may stand in a new run's folder: people send the output of a run there."""
+
+
+def check_own_folder(run_dir: Path) -> None:
+    """Refuse a folder that holds something else than a run, before anything is written there.
+
+    Raises:
+        UserError: it is a file, or not empty and no run's.
+    """
+    if not run_dir.is_dir():
+        if os.path.lexists(run_dir):
+            raise UserError(f"--run_dir {run_dir}: is a file; name a folder")
+        return
+    try:
+        content = sorted(path for path in run_dir.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"--run_dir {run_dir}: cannot be read: {error.strerror}") from error
+    content = [path for path in content if not any(path.match(pattern) for pattern in NO_CONTENT)]
+    if content and not is_run(run_dir):
+        raise UserError(
+            f"--run_dir {run_dir}: holds {content[0].name} and is no run's folder; name a new or an empty folder"
+        )
+
+
+def is_run(folder: Path) -> bool:
+    """Whether an earlier start wrote there, whatever has become of single files since."""
+    if any(checkpoints_folder(folder).glob(f"step_*/{MANIFEST}")) or (folder / HISTORY).is_dir():
+        return True
+    if all((folder / name).is_file() for name in (CONFIG, DS_CONFIG, ENVIRONMENT)):
+        return True
+    try:
+        tree = read_yaml(folder / CONFIG)
+    except UserError:
+        return False
+    return isinstance(tree, dict) and {"name", "data", "model", "train"} <= tree.keys()
+
+
+def write_run_files(run_dir: Path, config: Config, ds_config: dict[str, Any], world_size: int, step: int = 0) -> None:
+    """``config.yaml``, ``ds_config.json`` and ``environment.json``, enough to repeat the run, and their history.
+
+    Args:
+        step: where this start continues.
+    """
+    files = {
+        CONFIG: yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
+        DS_CONFIG: json.dumps(ds_config, indent=2) + "\n",
+        ENVIRONMENT: json.dumps(_environment(world_size, step), indent=2) + "\n",
+    }
+    run_dir.mkdir(parents=True, exist_ok=True)
+    history = run_dir / HISTORY
+    if not history.is_dir():
+        _keep_older_files(run_dir, history)
+    _write_all(_next_start(history), files)
+    _write_all(run_dir, files)
+
+
+def _keep_older_files(run_dir: Path, history: Path) -> None:
+    """A run that was begun before there was a history: what it has is the first entry."""
+    older = [run_dir / name for name in (CONFIG, DS_CONFIG, ENVIRONMENT) if (run_dir / name).is_file()]
+    if older:
+        first = _next_start(history)
+        for path in older:
+            shutil.copy2(path, first)
+
+
+def _next_start(history: Path) -> Path:
+    numbers = [int(path.name) for path in history.glob("*") if path.name.isdigit()]
+    folder = history / f"{max(numbers, default=0) + 1:04d}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _write_all(folder: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        write_whole(folder / name, text)
+
+
+def _environment(world_size: int, step: int) -> dict[str, Any]:
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
+    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "argv": sys.argv,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "continued_at_step": step,
+        "world_size": world_size,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "gpu": gpu,
+        "cpu_count": os.cpu_count(),
+        "git_commit": git.stdout.strip() or None,
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

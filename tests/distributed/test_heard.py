@@ -1,0 +1,93 @@
+"""What one rank finds wrong is printed once, with rank and host, and ends the others as well."""
+
+import os
+import socket
+import subprocess
+
+import pytest
+
+from tests.distributed.ranks import ROOT, Ranks, free_port, rank_environment, train_command
+
+HOST = socket.gethostname()
+
+
+@pytest.fixture
+def command(recipe, tmp_path):
+    return train_command(recipe, tmp_path / "run", "train.steps=2", "evaluation.shards=null")
+
+
+class DifferentRanks(Ranks):
+    """Ranks of which the second gets further arguments, as where a node lacks a mount."""
+
+    def __init__(self, command: list[str], further: list[str], log):
+        port = free_port()
+        self.logs = [log.with_name(f"{log.name}.rank{rank}") for rank in (0, 1)]
+        self.processes = [
+            subprocess.Popen(
+                command + (further if rank else []),
+                env=rank_environment(rank, 2, port),
+                cwd=ROOT,
+                stdout=self.logs[rank].open("w"),
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            for rank in (0, 1)
+        ]
+
+
+def test_a_problem_of_one_rank_is_printed_by_the_first_and_ends_both(command, tmp_path):
+    ranks = DifferentRanks(command, ["data.shards=/not/mounted/*.tar"], tmp_path / "log")
+    assert ranks.wait(300) == [2, 2], ranks.output()
+    message = f"error: rank 1 on {HOST}: data.shards: data: data path /not/mounted/*.tar: no such file\n"
+    assert ranks.output().count("no such file") == 1
+    assert message in ranks.logs[0].read_text()
+
+
+def test_a_problem_of_all_ranks_is_printed_once_as_such(command, tmp_path):
+    ranks = Ranks(2, [*command, "data.shards=/not/mounted/*.tar"], tmp_path / "log")
+    assert ranks.wait(300) == [2, 2], ranks.output()
+    assert ranks.output().count("error:") == 1
+    assert "error: data.shards: data: data path /not/mounted/*.tar: no such file" in ranks.logs[0].read_text()
+
+
+def test_a_rank_that_reaches_nobody_speaks_for_itself(command):
+    environment = rank_environment(1, 2, free_port())
+    further = ["data.shards=/not/mounted/*.tar"]
+    done = subprocess.run(command + further, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert f"error: rank 1 on {HOST}: data.shards: data: data path /not/mounted/*.tar: no such file" in done.stderr
+
+
+def test_tasks_of_srun_become_one_run(recipe, tmp_path):
+    command = train_command(recipe, tmp_path / "run", "train.steps=1", "evaluation.shards=null")
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in launcher}
+    environment |= {"SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": str(free_port())}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    tasks = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for task in (0, 1)
+    ]
+    output = "\n".join(task.communicate(timeout=300)[0] for task in tasks)
+    assert [task.returncode for task in tasks] == [0, 0], output
+    assert output.count("world size 2") == 1
+
+
+def test_a_run_without_finite_gradients_ends_with_a_sentence(recipe, tmp_path):
+    """The learning rate is such that weights overflow after the first step."""
+    overrides = ["train.learning_rate=1.0e+20", "train.weight_decay=0", "train.warmup_steps=0"]
+    overrides += ["train.max_skipped_steps=2", "evaluation.shards=null"]
+    ranks = Ranks(2, train_command(recipe, tmp_path / "run", *overrides), tmp_path / "log")
+    assert ranks.wait(300) == [2, 2], ranks.output()
+    output = ranks.output()
+    assert output.count("2 steps in a row had no finite gradient") == 1
+    assert "Traceback" not in output
+    step = int(output.split("error: step ")[1].split(":")[0])
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == step

@@ -1,0 +1,66 @@
+"""Every ZeRO stage takes the same steps, in fp32 and in bf16.
+
+``python -m tests.distributed.test_stages`` prints them.
+"""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.ranks import on_ranks
+from tests.distributed.workers import STAGES
+
+BF16_LOSS, BF16_NORM = 4e-3, 3e-2
+"""Relative: bf16 keeps 8 bits, so a loss of many terms is right to one part in 2^8 and a gradient's norm to a few."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return on_ranks(2, "ten_steps", tmp_path_factory.mktemp("ten_steps"), timeout=400)[0]
+
+
+def column(run, key):
+    return [step[key] for step in run["whole"]]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("key", ["loss", "logit_scale", "grad_norm"])
+def test_fp32_steps_are_those_of_stage_0(runs, stage, key):
+    assert column(runs[f"{stage}fp32"], key) == pytest.approx(column(runs["0fp32"], key), rel=2e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_steps_are_those_of_fp32_within_the_rounding_of_bf16(runs, stage):
+    exact, rounded = runs["0fp32"], runs[f"{stage}bf16"]
+    assert column(rounded, "loss") == pytest.approx(column(exact, "loss"), rel=BF16_LOSS)
+    assert column(rounded, "grad_norm") == pytest.approx(column(exact, "grad_norm"), rel=BF16_NORM)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_temperature_of_a_bf16_run_is_not_rounded_to_bf16(runs, stage):
+    exact, rounded = column(runs["0fp32"], "logit_scale"), column(runs[f"{stage}bf16"], "logit_scale")
+    assert rounded[0] == pytest.approx(1 / 0.07, rel=1e-6)
+    assert len(set(rounded)) == 10
+    # A unit of bf16 is 1.6 % here; Adam moves the logarithm by at most the learning rate a step.
+    assert rounded == pytest.approx(exact, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_continued_run_takes_the_same_steps_to_the_last_bit(runs, stage, precision):
+    run = runs[f"{stage}{precision}"]
+    assert run["again"] == run["whole"]
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        runs = on_ranks(2, "ten_steps", Path(folder), timeout=400)[0]
+    for key in ("loss", "logit_scale", "grad_norm"):
+        print(f"{key:12}" + "".join(f"{name:>12}" for name in runs))
+        for step in range(10):
+            print(f"{step + 1:12}" + "".join(f"{run['whole'][step][key]:12.5f}" for run in runs.values()))
+
+
+if __name__ == "__main__":
+    main()

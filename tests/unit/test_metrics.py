@@ -1,0 +1,138 @@
+"""``metrics.jsonl`` has every step once, whatever happened to it or to the disk."""
+
+import json
+import logging
+import resource
+from contextlib import contextmanager
+
+import pytest
+
+from lcl_ds.metrics import MetricsFile, keep_metrics
+
+
+def line(step, loss=1.0):
+    return json.dumps({"step": step, "loss": loss}) + "\n"
+
+
+def lines(*steps):
+    return "".join(line(step) for step in steps)
+
+
+def steps_in(path):
+    return [json.loads(text)["step"] for text in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "metrics.jsonl"
+
+
+def test_steps_after_the_checkpoint_are_left_to_the_continued_run(path):
+    path.write_text(lines(1, 2, 3, 4))
+    keep_metrics(path, 2)
+    assert path.read_text() == lines(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ('{"step": 2, "lo', "line 2 is not valid JSON"),
+        ("\0\0\0\0", "line 2 has bytes that are zero"),
+        ('{"loss": 1}', "line 2 names no step"),
+        ('{"step": "2"}', "line 2 names no step"),
+        ('{"step": true}', "line 2 names no step"),
+        ("[2]", "line 2 names no step"),
+        ("a line of somebody's log", "line 2 is not valid JSON"),
+        ('{"step": 2, "x": ' + "[" * 100_000, "line 2 is not valid JSON"),
+    ],
+    ids=["torn", "zeros", "no step", "text", "bool", "list", "foreign", "deep"],
+)
+def test_a_damaged_line_is_named_and_set_aside(path, caplog, damage, reason):
+    path.write_text(line(1) + damage + "\n" + line(3))
+    keep_metrics(path, 3)
+    assert steps_in(path) == [1, 3]
+    assert reason in caplog.text
+    assert "step 2 is missing" in caplog.text
+    assert path.with_name("metrics.damaged").read_text() == damage + "\n"
+
+
+def test_bytes_that_are_no_text_are_one_line_s_damage(path, caplog):
+    path.write_bytes(line(1).encode() + b"\xff\xfe{}\n" + line(2).encode())
+    keep_metrics(path, 2)
+    assert steps_in(path) == [1, 2]
+    assert "line 2 is not valid JSON" in caplog.text
+
+
+def test_a_lost_tail_is_taken_from_the_checkpoint(path, tmp_path, caplog):
+    path.write_text(lines(1, 2, 3) + line(4)[:9])
+    (tmp_path / "spare").write_text(lines(3, 4, 5))
+    keep_metrics(path, 5, tmp_path / "spare")
+    assert path.read_text() == lines(1, 2, 3, 4, 5)
+    assert "steps 4 to 5 are taken from the checkpoint" in caplog.text
+
+
+def test_a_gap_that_nothing_fills_is_named(path, caplog):
+    path.write_text(lines(1, 5, 6, 8))
+    keep_metrics(path, 9)
+    assert "steps 2 to 4, 7, 9 are missing" in caplog.text
+
+
+def test_a_file_that_went_away_is_a_gap(path, caplog):
+    keep_metrics(path, 3)
+    assert "steps 1 to 3 are missing" in caplog.text
+
+
+def test_a_step_that_stands_twice_is_kept_once(path):
+    path.write_text(line(1) + line(2, loss=5.0) + line(2, loss=6.0) + line(3))
+    keep_metrics(path, 3)
+    assert path.read_text() == line(1) + line(2, loss=6.0) + line(3)
+
+
+def test_a_whole_file_is_not_touched(path, caplog):
+    path.write_text(lines(1, 2))
+    before = path.stat().st_ino
+    keep_metrics(path, 2)
+    assert (path.stat().st_ino, caplog.text) == (before, "")
+
+
+@contextmanager
+def largest_file(size):
+    """No file of this process may grow beyond ``size``: the system then refuses bytes in the middle of a write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_lines_that_the_disk_refuses_are_written_when_it_takes_them_again(path, caplog):
+    file = MetricsFile(path)
+    file.append({"step": 1, "loss": 1.0})
+    with largest_file(path.stat().st_size + 10):
+        for step in (2, 3):
+            file.append({"step": step, "loss": 1.0})
+            assert path.read_text() == line(1), "a torn line stands in the file"
+    file.append({"step": 4, "loss": 1.0})
+    assert path.read_text() == lines(1, 2, 3, 4)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING], "said once"
+    assert "training goes on" in caplog.text
+    file.close()
+
+
+def test_lines_that_never_found_room_are_counted_at_the_end(path, caplog):
+    file = MetricsFile(path)
+    with largest_file(10):
+        file.append({"step": 1})
+        file.append({"step": 2})
+        file.close()
+    assert "the last 2 lines could not be written" in caplog.text
+
+
+def test_a_checkpoint_gets_the_lines_since_the_one_before(path):
+    file = MetricsFile(path)
+    file.append({"step": 1})
+    file.flush_to_disk()
+    file.append({"step": 2, "loss": float("nan")})
+    assert b"".join(file.since_saved) == b'{"step": 2, "loss": null}\n'
+    file.close()
