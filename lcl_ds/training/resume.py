@@ -140,6 +140,7 @@ def what_settings_come_to(config: Config) -> dict[str, Any]:
     for purpose in ("init", "data", "augmentation"):
         tree["train"][f"{purpose}_seed"] = config.seed(purpose)
     tree["data"]["document_tokens"] = config.data.longest_document
+    tree["data"].pop("lanes")  # chosen from the corpus where it is not set; the loader compares the number
     factors = config.train.learning_rate_factors
     tree["train"]["learning_rate_factors"] = sorted((part, factor) for part, factor in factors.items() if factor != 1)
     towers = {
