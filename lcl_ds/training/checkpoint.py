@@ -97,21 +97,19 @@ def folder_contents(config: Config) -> dict[str, str]:
         value: Any = config
         for part in key.split("."):
             value = getattr(value, part)
-        if value and (found := _hash_of_folder(Path(value), patterns)):
-            contents[key] = found
+        files = [path for pattern in patterns for path in sorted(Path(value).glob(pattern))] if value else []
+        if files:
+            hashes = (_file_contents(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+            contents[key] = hashlib.sha256(b"".join(hashes)).hexdigest()
     return contents
 
 
 @lru_cache
-def _hash_of_folder(folder: Path, patterns: tuple[str, ...]) -> str | None:
-    """Made once: every checkpoint keeps it, and weights are large. None: no such files."""
-    files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
-    return hashlib.sha256(b"".join(_file_contents(path) for path in files)).hexdigest() if files else None
+def _file_contents(path: Path, size: int, _mtime_ns: int) -> bytes:
+    """A hash of name, size and bytes, made once for all checkpoints as long as the file is not touched.
 
-
-def _file_contents(path: Path) -> bytes:
-    """A hash of name, size and bytes; large files are weights, whose header and last values tell them apart."""
-    size = path.stat().st_size
+    Large files are weights, whose header and last values tell them apart.
+    """
     hashed = hashlib.sha256(f"{path.name} {size}".encode())
     with path.open("rb") as file:
         if size <= HASHED_WHOLE:

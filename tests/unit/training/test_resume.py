@@ -86,7 +86,6 @@ def test_what_is_applied_is_logged(continued, change):
         ("precision=fp32", "precision"),
         ("data.row_tokens=64", "data.row_tokens"),
         ("data.document_tokens=24", "data.document_tokens"),
-        ("data.lanes=8", "data.lanes"),
         ("objective.contrastive_weight=0.5", "objective.contrastive_weight"),
         ("objective.name=generation", "objective.name"),
         ("model.decoder.num_hidden_layers=1", "model.decoder.num_hidden_layers"),
