@@ -50,8 +50,15 @@ def sentence_of(error: OSError) -> str | None:
     remedy = REMEDIES.get(error.errno or 0)
     if remedy is None:
         return None
-    paths = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
+    paths = [
+        printable(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))
+    ]
     return f"{' -> '.join(paths)}: {remedy}" if paths else remedy
+
+
+def printable(text: str) -> str:
+    """A name from outside with line breaks, terminal commands and bytes that are no text written as escapes."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lcl_ds.data.documents import MAX_TEXT_BYTES, BadSampleError, document_of, printable, text_bytes
+from lcl_ds.data.documents import MAX_TEXT_BYTES, BadSampleError, document_of, text_bytes
 from lcl_ds.data.formats import READERS
 from lcl_ds.data.formats.local_images import open_images
 from lcl_ds.data.formats.record import IMAGE_MEMBERS, ReadOptions, SourceDocument
@@ -35,8 +35,9 @@ from lcl_ds.data.formats.tars import read_tar
 from lcl_ds.data.images import check_image
 from lcl_ds.data.shards import index_shard
 from lcl_ds.data.storage import INDEX_SUFFIX, expand_paths, is_remote
+from lcl_ds.data.tar_members import COMPRESSED
 from lcl_ds.errors import UserError
-from lcl_ds.files import PARTIAL, naming, only_one, write_whole, writing
+from lcl_ds.files import PARTIAL, naming, only_one, printable, write_whole, writing
 
 VERSION = 2
 WORK, MANIFEST, LIST = ".build", "manifest.json", "shards.txt"
@@ -45,14 +46,6 @@ REPORT_EVERY = 64
 """Documents between two reports of a worker."""
 EXAMPLES = 3
 """Keys of records that are kept for each reason why something was left out."""
-COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\0": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"\x04\x22\x4d\x18": "lz4",
-}
-"""First bytes of compressed files."""
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from lcl_ds.data.documents import BadSampleError, read_document
 from lcl_ds.data.images import check_image
 from lcl_ds.data.shard_index import BrokenShardError, Sample, index_shard
 from lcl_ds.data.shards import Source
-from lcl_ds.data.storage import printable
 from lcl_ds.data.tar_members import CUT
 from lcl_ds.errors import UserError
+from lcl_ds.files import printable
 
 SHOWN = 20
 """Problems of a shard that are named; all are counted."""

@@ -146,11 +146,6 @@ def text_bytes(texts: Iterable[str]) -> int:
     return sum(len(text.encode("utf-8")) for text in texts)
 
 
-def printable(name: str) -> str:
-    """A name as text that can be written: bytes of a file's name that are not UTF-8 are escaped."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
 def number_or_none(value: Any) -> float | None:
     """A finite number, also one that was written as a string; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):

@@ -15,9 +15,10 @@ from typing import IO, Any, TypeVar, overload
 import numpy as np
 
 from lcl_ds.data.shard_index import OUT_OF_DESCRIPTORS, Sample, Shard, ShardIndex, index_shard
-from lcl_ds.data.storage import error_text, expand_paths, is_remote, open_file, printable, read_range
+from lcl_ds.data.storage import error_text, expand_paths, is_remote, open_file, read_range
 from lcl_ds.data.tar_members import BLOCK, header_hash
 from lcl_ds.errors import UserError
+from lcl_ds.files import printable
 
 __all__ = ["Sample", "Shard", "Source", "expand_paths", "index_shard"]
 

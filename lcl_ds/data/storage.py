@@ -364,11 +364,6 @@ def _resolve(location: str) -> tuple[Any, str]:
     return filesystem, path
 
 
-def printable(text: str) -> str:
-    """A name from outside with line breaks, terminal commands and bytes that are no text written as escapes."""
-    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
-
-
 def error_text(error: OSError) -> str:
     """What is wrong and what to do, without the path."""
     number = errno.ENOENT if isinstance(error, FileNotFoundError) else error.errno

@@ -30,12 +30,19 @@ PROBLEMS = ("", SPARSE, TOO_LARGE, TWICE, SCATTERED, CUT)
 """Why a sample cannot be used, by the number that an index keeps; 0: it can be."""
 
 NO_END_MARK = "it is cut short: it ends without the tar end mark, so its last sample may be incomplete"
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x04\x22\x4d\x18": "lz4",
+}
+"""First bytes of compressed files."""
 _NOT_A_TAR = {
-    b"\x1f\x8b": "it is compressed with gzip; unpack it, for samples are read from their place in the tar",
-    b"BZh": "it is compressed with bzip2; unpack it, for samples are read from their place in the tar",
-    b"\xfd7zXZ\0": "it is compressed with xz; unpack it, for samples are read from their place in the tar",
-    b"\x28\xb5\x2f\xfd": "it is compressed with zstd; unpack it, for samples are read from their place in the tar",
-    b"\x04\x22\x4d\x18": "it is compressed with lz4; unpack it, for samples are read from their place in the tar",
+    **{
+        start: f"it is compressed with {name}; unpack it, for samples are read from their place in the tar"
+        for start, name in COMPRESSED.items()
+    },
     b"PK\x03\x04": "it is a zip archive and no tar",
     b"PAR1": "it is a Parquet file and no tar; make shards of it with python -m lcl_ds.data build",
     b"version https://git-lfs": "it is a Git LFS pointer; fetch the file itself with git lfs pull",

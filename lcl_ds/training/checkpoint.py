@@ -90,13 +90,19 @@ class SavedState(BaseModel):
     vocab_size: int
 
 
+def value_of(config: Config, key: str) -> Any:
+    """A setting by its dotted name."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
 def folder_contents(config: Config) -> dict[str, str]:
     """What stands in the folders that settings name, as hashes by setting; folders that are not there are left out."""
     contents = {}
     for key, patterns in FOLDERS.items():
-        value: Any = config
-        for part in key.split("."):
-            value = getattr(value, part)
+        value = value_of(config, key)
         files = [path for pattern in patterns for path in sorted(Path(value).glob(pattern))] if value else []
         if files:
             hashes = (_file_contents(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)

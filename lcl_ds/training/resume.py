@@ -13,7 +13,7 @@ from lcl_ds.errors import UserError
 from lcl_ds.files import read_json
 from lcl_ds.models.build import vision_config
 from lcl_ds.models.decoder import build_decoder_config
-from lcl_ds.training.checkpoint import FOLDERS, folder_contents, load_config_of, read_state
+from lcl_ds.training.checkpoint import FOLDERS, folder_contents, load_config_of, read_state, value_of
 from lcl_ds.training.engine import ENGINE_KEYS
 from lcl_ds.training.optimizer import group_shape
 from lcl_ds.training.run_folder import DS_CONFIG
@@ -209,7 +209,7 @@ def _folders(checkpoint: Path, earlier: Config, config: Config) -> tuple[list[st
     saved, now = read_state(checkpoint).get("folders", {}), folder_contents(config)
     moved, other = [], []
     for key in FOLDERS:
-        before, after = (_value_at(settings, key) for settings in (earlier, config))
+        before, after = (value_of(settings, key) for settings in (earlier, config))
         known = key in saved and key in now
         same = known and saved[key] == now[key]
         if before == after:
@@ -224,13 +224,6 @@ def _folders(checkpoint: Path, earlier: Config, config: Config) -> tuple[list[st
                 f"same; undo the change or choose another --run_dir ({checkpoint.parent.parent} keeps the old run)"
             )
     return moved, other
-
-
-def _value_at(config: Config, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _moved_shards(earlier: Config, config: Config) -> list[str]:

@@ -13,10 +13,10 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lcl_ds.data.documents import IMAGE_SUFFIXES, BadSampleError, printable
+from lcl_ds.data.documents import IMAGE_SUFFIXES, BadSampleError
 from lcl_ds.data.shard_index import MAX_MEMBER_BYTES, member_place
 from lcl_ds.errors import UserError
-from lcl_ds.files import partial_name
+from lcl_ds.files import partial_name, printable
 
 NOT_THERE = "an image that is not there"
 AMBIGUOUS = "an image whose name fits several files"

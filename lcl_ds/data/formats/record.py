@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from lcl_ds.data.documents import MAX_TEXT_BYTES, TOO_MUCH_TEXT, BadSampleError, printable, text_bytes
+from lcl_ds.data.documents import MAX_TEXT_BYTES, TOO_MUCH_TEXT, BadSampleError, text_bytes
 from lcl_ds.data.formats.local_images import LocalImages
 from lcl_ds.data.images import MAX_PIXELS, check_image
 from lcl_ds.errors import UserError
+from lcl_ds.files import printable
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,9 @@ from lcl_ds.data.documents import read_document
 from lcl_ds.data.lanes import Lane
 from lcl_ds.data.open_data import open_data
 from lcl_ds.data.shards import Source, index_shard
-from lcl_ds.data.storage import cached_name, expand_paths, materialise, printable, read_range
+from lcl_ds.data.storage import cached_name, expand_paths, materialise, read_range
 from lcl_ds.errors import UserError
+from lcl_ds.files import printable
 from lcl_ds.tokens import TextTokenizer
 from tests.unit.data.test_lanes import SETTINGS, same
 from tests.unit.data.test_shards import write_tar
