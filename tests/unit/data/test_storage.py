@@ -379,3 +379,11 @@ def test_a_server_that_does_not_tell_the_size_is_named(tmp_path, memory, monkeyp
     monkeypatch.setattr(type(memory), "size", lambda self, path: None)
     with pytest.raises(UserError, match="does not tell the size; download"):
         index_shard("memory://bucket/a.tar", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["stream.tar", "stream.txt"])
+def test_a_stream_among_shards_is_refused_and_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name}: is no plain file"):
+        for path in expand_paths(f"{tmp_path}/{name}"):
+            index_shard(path)
