@@ -238,7 +238,7 @@ def read_range(location: str, start: int, end: int) -> bytes:
         UserError: a server knows no ranges.
     """
     if not is_remote(location):
-        with open(location, "rb") as file:
+        with open(location, "rb", opener=_open_without_waiting) as file:
             return os.pread(file.fileno(), end - start, start)
     filesystem, path = _resolve(location)
     data = bytes(_retried(location, lambda: filesystem.cat_file(path, start=start, end=end)))
@@ -248,6 +248,11 @@ def read_range(location: str, start: int, end: int) -> bytes:
             f"came); {DOWNLOAD}"
         )
     return data
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """A stream in the place of a file is then an error of reading; opened as usual it would wait for a writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_all(location: str) -> bytes:

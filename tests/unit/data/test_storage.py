@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import threading
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -388,3 +389,13 @@ def test_a_stream_in_place_of_a_shard_or_a_list_is_refused_and_not_waited_for(tm
         index_shard(tmp_path / "stream.tar")
     with pytest.raises(UserError, match=r"stream\.txt: is no plain file"):
         expand_paths(f"{tmp_path}/stream.txt")
+
+
+def test_a_stream_in_place_of_an_index_is_left_alone_and_not_waited_for(tmp_path, tar):
+    stream = Path(f"{tar}.index")
+    stream.unlink(missing_ok=True)
+    os.mkfifo(stream)
+    for _ in range(2):
+        shard = index_shard(tar, tmp_path / "cache")
+        assert Source("s", [shard]).sample(0).parts
+    assert stream.is_fifo()
