@@ -73,8 +73,11 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[IO[bytes]]:
+def writing(path: Path, sync: bool = True) -> Iterator[IO[bytes]]:
     """A file to write beside ``path``, put in its place when the block succeeds and removed when it does not.
+
+    Args:
+        sync: wait for the disk; False for what is checked before it is believed, and quickly made again.
 
     Raises:
         OSError: with a path.
@@ -85,7 +88,8 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
             with partial.open("wb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
             partial.replace(path)
     except BaseException:
         with suppress(OSError):  # the first error is the one to report
@@ -93,13 +97,16 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
-def write_whole(path: Path, data: bytes | str) -> None:
+def write_whole(path: Path, data: bytes | str, sync: bool = True) -> None:
     """Put a file in place in one step, flushed to disk, so that no reader ever sees a part of it.
+
+    Args:
+        sync: see :func:`writing`.
 
     Raises:
         OSError: with a path; what was there before stays.
     """
-    with writing(path) as file:
+    with writing(path, sync) as file:
         file.write(data.encode("utf-8") if isinstance(data, str) else data)
 
 

@@ -418,10 +418,10 @@ def _write_documents(job: Job, files: "_ShardFiles", findings: _Findings) -> Non
             else:
                 findings.add(document)
         findings.leave_out(document.key, reasons)
+        findings.counts["records"] += 1
         if findings.counts["records"] % REPORT_EVERY == 0:
             with _counter.get_lock():
                 _counter.value += REPORT_EVERY
-        findings.counts["records"] += 1
     if not findings.counts["records"]:
         raise UserError(f"{job.source}: it holds no records")
 

@@ -15,6 +15,7 @@ from lcl_ds.data.documents import BadSampleError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Formats that are opened; Pillow would also run PostScript and read multi-page files."""
 MAX_PIXELS = 89_000_000
+Image.MAX_IMAGE_PIXELS = None  # the limit is our own setting, and is kept from the header as well
 MIN_SIDE = 3
 """Smaller images are tracking pixels."""
 MAX_ASPECT = 20
@@ -38,6 +39,8 @@ JPEG_START, PNG_START = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 EXIF_START = b"Exif\0\0"
 JPEG_NOTES = frozenset((*range(0xE1, 0xEE), 0xEF, 0xFE))
 """JPEG segments that no pixel depends on: EXIF, profiles, previews, comments. JFIF and Adobe tell the colour space."""
+JPEG_LEAST_BYTES = {0xE0: 16, 0xEE: 14}
+"""Of the JFIF and Adobe segments; a shorter one says nothing, and Pillow stumbles over it."""
 JPEG_SCAN = 0xDA
 PNG_TRANSPARENCY, PNG_EXIF = b"tRNS", b"eXIf"
 
@@ -146,8 +149,6 @@ def _damage_as(reason: str) -> Iterator[None]:
         yield
     except UnidentifiedImageError:
         raise BadSampleError("an image in none of the accepted formats") from None
-    except Image.DecompressionBombError:
-        raise BadSampleError("an image with too many pixels") from None
     except MemoryError:
         raise BadSampleError("an image that does not fit into memory") from None
     except Exception:
@@ -171,11 +172,14 @@ def _jpeg_without_notes(data: bytes) -> tuple[bytes, bytes]:
     kept, exif = [data[:2]], []
     at = 2
     while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        if data[at + 1] == 0xFF:  # filling
+            at += 1
+            continue
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         end = at + 2 + length
-        if marker in (JPEG_SCAN, 0xFF) or length < 2 or end > len(data):
+        if marker == JPEG_SCAN or length < 2 or end > len(data):
             break
-        if marker not in JPEG_NOTES:
+        if marker not in JPEG_NOTES and length >= JPEG_LEAST_BYTES.get(marker, 2):
             kept.append(data[at:end])
         elif marker == 0xE1 and data.startswith(EXIF_START, at + 4):
             exif.append(data[at + 4 + len(EXIF_START) : end])

@@ -24,9 +24,10 @@ from lcl_ds.data.images import decode_image
 from lcl_ds.data.mixing import Mixture, change_steps, spread_samples
 from lcl_ds.data.packing import PackedSequence, Row, choose_group, pack
 from lcl_ds.data.shards import Blocks, Source
-from lcl_ds.data.skips import Skips
+from lcl_ds.data.skips import Skips, reason_of
 from lcl_ds.data.stalls import StallWatch
 from lcl_ds.data.views import DocumentView, Encoder, View
+from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer, TokenSequence
 
 SOURCE, EPOCH, WINDOW, ROWS, SEQUENCES, CROP, IMAGE = range(7)
@@ -402,7 +403,21 @@ class Lane:
         return [_Piece(source, sample, draw, i, 0, document, tokens) for i, tokens in enumerate(sequences)]
 
     def _piece_at(self, source: int, sample: int, draw: int, piece: int, carries: int) -> _Piece:
-        return replace(self._pieces(source, sample, draw)[piece], carries=carries)
+        """A piece that waited when the position was saved.
+
+        Raises:
+            UserError: its document can no longer be read as it was.
+        """
+        try:
+            pieces, problem = self._pieces(source, sample, draw), "its text is another one"
+        except (BadSampleError, OSError) as error:
+            pieces, problem = [], reason_of(error)
+        if piece >= len(pieces):
+            raise UserError(
+                f"shard {self.sources[source].where(sample)}: a document that waits for its row cannot be read as it "
+                f"was when the position was saved: {problem}; restore the shard and resume, or start a new run"
+            )
+        return replace(pieces[piece], carries=carries)
 
     def _with_pixels(self, piece: _Piece) -> PackedSequence | None:
         """The piece with its images decoded, as far as they can be; None when nothing is left."""

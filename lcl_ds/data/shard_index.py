@@ -328,7 +328,7 @@ def _keep(scan: Scan, path: str, sidecars: Sequence[str]) -> str | None:
                 logger.warning("%s: it is no index of ours and stays as it is; the index is kept elsewhere", place)
                 continue
             Path(place).parent.mkdir(parents=True, exist_ok=True)
-            write_whole(Path(place), data)
+            write_whole(Path(place), data, sync=False)  # many thousands, each with its hash
         except OSError as error:  # a folder for reading only, a full disk: the next place, or memory
             logger.debug("%s: the index cannot be kept there: %s", place, error_text(error))
             continue

@@ -14,6 +14,7 @@ import os
 import posixpath
 import re
 import shutil
+import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -215,10 +216,13 @@ def size_of(location: str) -> int:
 
     Raises:
         OSError: it is not there or out of reach.
-        UserError: a server does not tell the size.
+        UserError: a server does not tell the size, or it is a stream, which might be waited for without end.
     """
     if not is_remote(location):
-        return os.stat(location).st_size
+        status = os.stat(location)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise UserError(f"{location}: is no plain file; write what it gives to one and name that")
+        return status.st_size
     filesystem, path = _resolve(location)
     size = _retried(location, lambda: filesystem.size(path))
     if size is None:
@@ -234,7 +238,7 @@ def read_range(location: str, start: int, end: int) -> bytes:
         UserError: a server knows no ranges.
     """
     if not is_remote(location):
-        with open(location, "rb") as file:
+        with open(location, "rb", opener=_open_without_waiting) as file:
             return os.pread(file.fileno(), end - start, start)
     filesystem, path = _resolve(location)
     data = bytes(_retried(location, lambda: filesystem.cat_file(path, start=start, end=end)))
@@ -244,6 +248,11 @@ def read_range(location: str, start: int, end: int) -> bytes:
             f"came); {DOWNLOAD}"
         )
     return data
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """A stream in the place of a file is then an error of reading; opened as usual it would wait for a writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_all(location: str) -> bytes:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 import sys
+import tarfile
 import tempfile
 import time
 from dataclasses import replace
@@ -18,7 +19,7 @@ import pytest
 from lcl_ds.data.demo import build_demo
 from lcl_ds.data.lanes import Lane, LaneSettings
 from lcl_ds.data.loader import BatchLoader, check_same_data, merge_states, shard_differences
-from lcl_ds.data.shards import Source, expand_paths, index_shard
+from lcl_ds.data.shards import AT_HAND, Source, expand_paths, index_shard
 from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer
 from tests.unit.data.test_shards import write_tar
@@ -236,3 +237,28 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+@pytest.mark.parametrize("damage", [b"\xff", b"1", None], ids=["no text", "no object", "gone"])
+def test_a_document_that_waits_for_a_row_and_was_damaged_meanwhile_is_a_sentence(demo_folder, tmp_path, damage):
+    path = shutil.copy(next(demo_folder.glob("train-documents-*.tar")), tmp_path)
+    settings, tokenizer = replace(SETTINGS, lanes=1), TextTokenizer(demo_folder / "tokenizer")
+    sources = [Source("documents", [index_shard(path)])]
+    loader = BatchLoader(sources, settings, tokenizer, rows_per_batch=12)
+    for _ in range(4):
+        next(loader)
+    state = loader.state()
+    assert state["lanes"]["0"]["carried"]
+    with tarfile.open(path) as tar:
+        places = [(member.offset_data, member.size) for member in tar if member.name.endswith(".json")]
+    if damage is None:
+        Path(path).unlink()
+    else:
+        with open(path, "r+b") as file:
+            for offset, size in places:
+                file.seek(offset)
+                file.write(damage * size)
+    AT_HAND._keep(0)
+    loader = BatchLoader(sources, settings, tokenizer, rows_per_batch=12, state=state)
+    with pytest.raises(UserError, match="waits for its row"):
+        next(loader)

@@ -162,10 +162,10 @@ def test_an_index_that_is_not_the_shards_is_made_anew(shard, change, scans):
 def test_where_nothing_can_be_written_beside_the_shard_the_index_lies_in_the_cache(shard, tmp_path, scans, monkeypatch):
     write = shard_index.write_whole
 
-    def read_only(path, data):
+    def read_only(path, data, **options):
         if path.parent == shard.parent:
             raise PermissionError("read-only")
-        write(path, data)
+        write(path, data, **options)
 
     monkeypatch.setattr(shard_index, "write_whole", read_only)
     expected = contents(index_shard(shard, tmp_path / "cache"))
@@ -332,3 +332,10 @@ def test_a_shard_that_went_away_can_be_named(shard):
     assert source.where(7) == f"{shard}: sample 7"
     with pytest.raises(FileNotFoundError):
         source.sample(7)
+
+
+def test_opening_many_shards_does_not_wait_for_the_disk_for_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda file: pytest.fail("an index is made again when it is damaged"))
+    path = write_tar(tmp_path / "a.tar", [("a.txt", b"a"), ("a.jpg", b"b")])
+    index_shard(path)
+    assert (tmp_path / "a.tar.index").exists()

@@ -4,6 +4,7 @@ import http.server
 import json
 import os
 import threading
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -380,3 +381,22 @@ def test_a_server_that_does_not_tell_the_size_is_named(tmp_path, memory, monkeyp
     monkeypatch.setattr(type(memory), "size", lambda self, path: None)
     with pytest.raises(UserError, match="does not tell the size; download"):
         index_shard("memory://bucket/a.tar", tmp_path / "cache")
+
+
+def test_a_stream_in_place_of_a_shard_or_a_list_is_refused_and_not_waited_for(tmp_path):
+    for name in ("stream.tar", "stream.txt"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=r"stream\.tar: is no plain file"):
+        index_shard(tmp_path / "stream.tar")
+    with pytest.raises(UserError, match=r"stream\.txt: is no plain file"):
+        expand_paths(f"{tmp_path}/stream.txt")
+
+
+def test_a_stream_in_place_of_an_index_is_left_alone_and_not_waited_for(tmp_path, tar):
+    stream = Path(f"{tar}.index")
+    stream.unlink(missing_ok=True)
+    os.mkfifo(stream)
+    for _ in range(2):
+        shard = index_shard(tar, tmp_path / "cache")
+        assert Source("s", [shard]).sample(0).parts
+    assert stream.is_fifo()
