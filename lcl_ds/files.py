@@ -89,11 +89,13 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
 def write_whole(path: Path, data: bytes | str) -> None:
     """Put a file in place in one step, flushed to disk, so that no reader ever sees a part of it.
 
+    Text is written as UTF-8, and what is not valid Unicode, as parts of file names may be, escaped.
+
     Raises:
         OSError: with a path; what was there before stays.
     """
     with writing(path) as file:
-        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+        file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
 
 
 @contextmanager

@@ -5,12 +5,14 @@ then renamed to ``step_NNNNNNNN``; ``latest`` is replaced after that. A run kill
 checkpoints as they were. DeepSpeed's own ``latest`` is not used: it is written before other ranks have finished.
 """
 
+import glob
 import hashlib
 import io
 import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -43,8 +45,9 @@ STATE = "trainer_state.json"
 CONFIG = "config.yaml"
 
 
+TOKENIZER_FILE = "tokenizer.json"
 FOLDERS = {
-    "data.tokenizer": ("tokenizer.json",),
+    "data.tokenizer": (TOKENIZER_FILE,),
     "model.vision.pretrained": ("config.json", "*.safetensors"),
     "model.decoder.pretrained": ("config.json", "*.safetensors"),
     "model.init_from": ("config.yaml", "*.safetensors"),
@@ -110,7 +113,12 @@ def _hash_of_folder(folder: Path, patterns: tuple[str, ...]) -> str | None:
 
 
 def _file_contents(path: Path) -> bytes:
-    """A hash of name, size and bytes; large files are weights, whose header and last values tell them apart."""
+    """A hash of name, size and bytes; large files are weights, whose header and last values tell them apart.
+
+    A tokenizer counts by its values, however they are set out, and without what it does to lengths, which we never use.
+    """
+    if path.name == TOKENIZER_FILE and (value := _tokenizer_of(path)) is not None:
+        return hashlib.sha256(value).digest()
     size = path.stat().st_size
     hashed = hashlib.sha256(f"{path.name} {size}".encode())
     with path.open("rb") as file:
@@ -121,6 +129,17 @@ def _file_contents(path: Path) -> bytes:
             file.seek(-HASHED_WHOLE // 2, os.SEEK_END)
             hashed.update(file.read())
     return hashed.digest()
+
+
+def _tokenizer_of(path: Path) -> bytes | None:
+    """What a ``tokenizer.json`` says about tokens; None where it is none."""
+    try:
+        tree = read_json(path)
+    except UserError:
+        return None
+    if not isinstance(tree, dict):
+        return None
+    return json.dumps(tree | {"truncation": None, "padding": None}, sort_keys=True).encode()
 
 
 def checkpoints_folder(run_dir: Path) -> Path:
@@ -346,9 +365,22 @@ def load_engine(engine: Any, checkpoint: Path) -> None:
     Raises:
         RuntimeError: DeepSpeed found nothing to load.
     """
-    path, _ = engine.load_checkpoint(str(checkpoint), tag=ENGINE_TAG)
+    with _without_wildcards(checkpoint) as folder:
+        path, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
     if path is None:
         raise RuntimeError(f"{checkpoint}: DeepSpeed loaded nothing")
+
+
+@contextmanager
+def _without_wildcards(folder: Path) -> Iterator[Path]:
+    """A name of ``folder`` for DeepSpeed, which reads brackets, stars and question marks of a path as patterns."""
+    if glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        link = Path(place) / "checkpoint"
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+        yield link
 
 
 def resolve_checkpoint(run_or_checkpoint: Path) -> Path:
@@ -397,7 +429,8 @@ def _fp32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     folder = checkpoint / ENGINE_TAG
     if any(folder.glob("*zero_pp_rank_*_optim_states.pt")):
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints its progress
-            return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE_TAG)
+            with _without_wildcards(checkpoint) as plain:
+                return get_fp32_state_dict_from_zero_checkpoint(str(plain), tag=ENGINE_TAG)
     states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
     optimizer = states.get("optimizer") or {}
     if "fp32_groups" not in optimizer:  # fp32: the weights themselves

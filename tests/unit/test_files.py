@@ -40,6 +40,11 @@ def test_a_file_replaces_another_whole_and_has_the_mode_of_the_umask(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
+def test_text_with_names_that_are_not_unicode_can_be_written(tmp_path):
+    write_whole(tmp_path / "page", os.fsdecode(b"caf\xe9"))
+    assert (tmp_path / "page").read_bytes() == b"caf\\udce9"
+
+
 def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path, small_file_limit):
     path = tmp_path / "index"
     path.write_text("old")
