@@ -2,10 +2,12 @@
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -138,6 +140,19 @@ def check_new_folder(out: Path) -> None:
 def partial_name(path: Path) -> Path:
     """Where ``path`` is written before it is whole; another name in every process."""
     return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+
+
+@contextmanager
+def plain_name(folder: Path) -> Iterator[Path]:
+    """A name of ``folder`` for libraries that read brackets and stars in a path as patterns, or take only Unicode."""
+    name = str(folder)
+    if name.isprintable() and glob.escape(name) == name:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        link = Path(place) / "folder"
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+        yield link
 
 
 def check_writable(folder: Path) -> None:

@@ -5,14 +5,12 @@ then renamed to ``step_NNNNNNNN``; ``latest`` is replaced after that. A run kill
 checkpoints as they were. DeepSpeed's own ``latest`` is not used: it is written before other ranks have finished.
 """
 
-import glob
 import hashlib
 import io
 import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -30,7 +28,7 @@ from torch import distributed as dist
 from lcl_ds.config import Config, validate_config
 from lcl_ds.data.loader import LoaderState, merge_states
 from lcl_ds.errors import UserError
-from lcl_ds.files import read_json, read_yaml, sentence_of, write_whole, writing
+from lcl_ds.files import plain_name, read_json, read_yaml, sentence_of, write_whole, writing
 from lcl_ds.metrics import METRICS
 from lcl_ds.models.build import build_model
 from lcl_ds.models.lcl import LCLModel
@@ -365,22 +363,10 @@ def load_engine(engine: Any, checkpoint: Path) -> None:
     Raises:
         RuntimeError: DeepSpeed found nothing to load.
     """
-    with _without_wildcards(checkpoint) as folder:
+    with plain_name(checkpoint) as folder:
         path, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
     if path is None:
         raise RuntimeError(f"{checkpoint}: DeepSpeed loaded nothing")
-
-
-@contextmanager
-def _without_wildcards(folder: Path) -> Iterator[Path]:
-    """A name of ``folder`` for DeepSpeed, which reads brackets, stars and question marks of a path as patterns."""
-    if glob.escape(str(folder)) == str(folder):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as place:
-        link = Path(place) / "checkpoint"
-        link.symlink_to(folder.resolve(), target_is_directory=True)
-        yield link
 
 
 def resolve_checkpoint(run_or_checkpoint: Path) -> Path:
@@ -428,9 +414,9 @@ def load_model(checkpoint: Path) -> LCLModel:
 def _fp32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     folder = checkpoint / ENGINE_TAG
     if any(folder.glob("*zero_pp_rank_*_optim_states.pt")):
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints its progress
-            with _without_wildcards(checkpoint) as plain:
-                return get_fp32_state_dict_from_zero_checkpoint(str(plain), tag=ENGINE_TAG)
+        nowhere = io.StringIO()  # it prints its progress
+        with plain_name(checkpoint) as plain, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            return get_fp32_state_dict_from_zero_checkpoint(str(plain), tag=ENGINE_TAG)
     states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
     optimizer = states.get("optimizer") or {}
     if "fp32_groups" not in optimizer:  # fp32: the weights themselves

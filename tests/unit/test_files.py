@@ -1,6 +1,7 @@
 """Files are whole or not there, and the machine's errors are sentences with a path."""
 
 import errno
+import glob
 import os
 import resource
 import signal
@@ -13,7 +14,16 @@ import pytest
 
 from lcl_ds.cli import INTERRUPTED, USER_ERROR, run_command
 from lcl_ds.errors import UserError
-from lcl_ds.files import check_writable, read_json, read_yaml, sentence_of, whole_folder, write_whole, writing
+from lcl_ds.files import (
+    check_writable,
+    plain_name,
+    read_json,
+    read_yaml,
+    sentence_of,
+    whole_folder,
+    write_whole,
+    writing,
+)
 
 
 @pytest.fixture
@@ -165,3 +175,15 @@ def test_a_file_written_piece_by_piece_is_put_in_place_at_the_end(tmp_path: Path
         assert not path.exists()
         file.write(b"3")
     assert path.read_bytes() == b"123"
+
+
+def test_a_folder_has_a_name_without_wildcards_and_foreign_bytes(tmp_path):
+    for name in (b"plain", b"[1]", b"caf\xe9", b"a\nb"):
+        folder = tmp_path / os.fsdecode(name)
+        folder.mkdir()
+        (folder / "file").write_text("text")
+        with plain_name(folder) as plain:
+            assert [Path(path).name for path in glob.glob(f"{plain}/*")] == ["file"]
+            str(plain).encode()
+            assert (plain == folder) == (name == b"plain")
+        assert (folder / "file").read_text() == "text"
