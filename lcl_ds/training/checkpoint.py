@@ -381,6 +381,9 @@ def resolve_checkpoint(run_or_checkpoint: Path) -> Path:
         return run_or_checkpoint
     complete = complete_checkpoints(run_or_checkpoint)
     if not complete:
+        if steps := sorted(checkpoints_folder(run_or_checkpoint).glob("step_*")):
+            newest = f"{steps[-1].name}: {problem_of(steps[-1])}"
+            raise UserError(f"{run_or_checkpoint}: none of its {len(steps)} checkpoints can be used; {newest}")
         raise UserError(f"{run_or_checkpoint}: neither a complete checkpoint nor a run folder with one")
     return complete[-1]
 

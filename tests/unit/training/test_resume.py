@@ -8,7 +8,7 @@ import yaml
 from lcl_ds.config import Config
 from lcl_ds.errors import UserError
 from lcl_ds.objectives import NAMES
-from lcl_ds.training.checkpoint import CONFIG, STATE, _hash_of_folder, folder_contents
+from lcl_ds.training.checkpoint import CONFIG, MANIFEST, STATE, _hash_of_folder, folder_contents, resolve_checkpoint
 from lcl_ds.training.optimizer import group_shape, parameter_groups
 from lcl_ds.training.resume import DECISIONS, check_same_run, decision_of, engine_changes, what_settings_come_to
 from tests.small import DECODERS, small_config, small_model
@@ -183,6 +183,18 @@ def test_a_batch_of_another_size_goes_with_weights_that_do_not_count_steps(conti
     continued([], ["train.global_batch_rows=256"])
     with pytest.raises(UserError, match="weights by step"):
         continued([by_step], [by_step, "train.global_batch_rows=256"])
+
+
+def test_a_run_whose_checkpoints_are_of_another_version_says_so(tmp_path):
+    folder = tmp_path / "checkpoints" / "step_00000005"
+    folder.parent.mkdir()
+    saved(folder, small_config())
+    (folder / CONFIG).write_text("new_setting: 1\n" + (folder / CONFIG).read_text())
+    (folder / MANIFEST).write_text(json.dumps({name: (folder / name).stat().st_size for name in (CONFIG, STATE)}))
+    with pytest.raises(
+        UserError, match=r"none of its 1 checkpoints can be used; step_00000005: .*new_setting: unknown"
+    ):
+        resolve_checkpoint(tmp_path)
 
 
 def test_engine_settings_that_changed_are_named(tmp_path):
