@@ -191,9 +191,7 @@ def test_a_run_whose_checkpoints_are_of_another_version_says_so(tmp_path):
     saved(folder, small_config())
     (folder / CONFIG).write_text("new_setting: 1\n" + (folder / CONFIG).read_text())
     (folder / MANIFEST).write_text(json.dumps({name: (folder / name).stat().st_size for name in (CONFIG, STATE)}))
-    with pytest.raises(
-        UserError, match=r"none of its 1 checkpoints can be used; step_00000005: .*new_setting: unknown"
-    ):
+    with pytest.raises(UserError, match=r"none of its 1 checkpoints can be used; .*new_setting: unknown"):
         resolve_checkpoint(tmp_path)
 
 
