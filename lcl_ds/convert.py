@@ -33,7 +33,7 @@ from lcl_ds.data.documents import BadSampleError, read_document
 from lcl_ds.data.images import decode_image
 from lcl_ds.data.shards import Source, expand_paths, index_shard
 from lcl_ds.errors import UserError
-from lcl_ds.files import whole_folder
+from lcl_ds.files import plain_name, whole_folder
 from lcl_ds.models.lcl import LCLModel
 from lcl_ds.models.reference import (
     load_reference,
@@ -138,7 +138,7 @@ def release_vision(model: LCLModel, origin: Origin, folder: Path, name: str = ""
         kind=origin.pixels_kind,
         settings=yaml.safe_dump(origin.settings, sort_keys=False),
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     return (
         f"parity with the training model: max abs difference {difference:.1e} over {len(origin.pixels)} "
         f"{origin.pixels_kind}"
@@ -296,7 +296,8 @@ def release_folder(out: Path) -> Iterator[Path]:
     """
     with whole_folder(out) as folder:
         try:
-            yield folder
+            with plain_name(folder) as plain:
+                yield plain
         except SafetensorError as error:
             # safetensors hides the system's error in a sentence of its own.
             if found := re.search(r"\(os error (\d+)\)", str(error)):

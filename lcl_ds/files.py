@@ -2,10 +2,12 @@
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -100,6 +102,8 @@ def writing(path: Path, sync: bool = True) -> Iterator[IO[bytes]]:
 def write_whole(path: Path, data: bytes | str, sync: bool = True) -> None:
     """Put a file in place in one step, flushed to disk, so that no reader ever sees a part of it.
 
+    Text is written as UTF-8, and what is not valid Unicode, as parts of file names may be, escaped.
+
     Args:
         sync: see :func:`writing`.
 
@@ -107,7 +111,7 @@ def write_whole(path: Path, data: bytes | str, sync: bool = True) -> None:
         OSError: with a path; what was there before stays.
     """
     with writing(path, sync) as file:
-        file.write(data.encode("utf-8") if isinstance(data, str) else data)
+        file.write(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
 
 
 @contextmanager
@@ -150,6 +154,19 @@ def check_new_folder(out: Path) -> None:
 def partial_name(path: Path) -> Path:
     """Where ``path`` is written before it is whole; another name in every process."""
     return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+
+
+@contextmanager
+def plain_name(folder: Path) -> Iterator[Path]:
+    """A name of ``folder`` for libraries that read brackets and stars in a path as patterns, or take only Unicode."""
+    name = str(folder)
+    if name.isprintable() and glob.escape(name) == name:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        link = Path(place) / "folder"
+        link.symlink_to(folder.resolve(), target_is_directory=True)
+        yield link
 
 
 def check_writable(folder: Path) -> None:

@@ -1,9 +1,11 @@
 """The file ``metrics.jsonl`` of a run: one JSON object per optimizer step, each step once, in order."""
 
+import codecs
 import json
 import logging
 import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -92,26 +94,25 @@ def finite(metrics: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
 
 
-def keep_metrics(path: Path, step: int, spare: Path | None = None) -> None:
+def keep_metrics(path: Path, step: int, spares: Iterable[Path] = ()) -> None:
     """Leave the lines of the steps up to ``step``, each once: a continued run writes the later ones again.
 
-    Damaged lines are named and moved to ``metrics.damaged``; steps that are then missing are taken from ``spare``, and
+    Damaged lines are named and moved to ``metrics.damaged``; steps that are then missing are taken from ``spares``, and
     named where they are not there either.
 
     Args:
-        spare: the lines that the checkpoint of ``step`` keeps.
+        spares: the lines that checkpoints keep, each those since the checkpoint before it.
     """
     before = path.read_bytes() if path.exists() else b""
     lines, damaged = _read_lines(before)
     kept = {number: line for number, line in lines.items() if number <= step}
     if damaged:
         _set_aside(path, damaged)
-    if spare is not None and spare.is_file():
-        copies, _ = _read_lines(spare.read_bytes())
-        found = {number: line for number, line in copies.items() if number <= step and number not in kept}
-        if found:
-            kept |= found
-            logger.warning("%s: %s taken from the checkpoint", path, _steps(sorted(found)))
+    copies = [_read_lines(spare.read_bytes())[0] for spare in spares if spare.is_file()]
+    found = {number: line for some in copies for number, line in some.items() if number <= step and number not in kept}
+    if found:
+        kept |= found
+        logger.warning("%s: %s taken from the checkpoints", path, _steps(sorted(found)))
     if missing := sorted(set(range(1, step + 1)) - kept.keys()):
         logger.warning("%s: %s missing; the weights have them, the figures are lost", path, _steps(missing))
     after = b"".join(kept[number] for number in sorted(kept))
@@ -123,7 +124,7 @@ def _read_lines(content: bytes) -> tuple[dict[int, bytes], dict[int, tuple[bytes
     """Lines by their step, a later one in place of an earlier one, and damaged ones by number, with the reason."""
     lines: dict[int, bytes] = {}
     damaged: dict[int, tuple[bytes, str]] = {}
-    for number, line in enumerate(content.split(b"\n"), start=1):
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
         step = step_of(line)
@@ -137,7 +138,7 @@ def _read_lines(content: bytes) -> tuple[dict[int, bytes], dict[int, tuple[bytes
 def step_of(line: bytes) -> int | str:
     """The step that a line is about; a reason where it is no line of metrics."""
     try:
-        metrics = json.loads(line)
+        metrics = json.loads(line.decode())  # of bytes it would guess the encoding
     except (ValueError, RecursionError):
         return "has bytes that are zero" if b"\0" in line else "is not valid JSON"
     step = metrics.get("step") if isinstance(metrics, dict) else None

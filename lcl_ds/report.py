@@ -20,7 +20,7 @@ import yaml
 
 from lcl_ds.cli import run_command
 from lcl_ds.errors import UserError
-from lcl_ds.files import check_output, write_whole
+from lcl_ds.files import check_output, printable, write_whole
 from lcl_ds.plots import Runs, column, loss_names, plot_losses, plot_schedule, plot_throughput
 
 REPORT, EVALUATION, RETRIEVAL_PICTURE = "report.html", "evaluation.json", "plots/retrieval.png"
@@ -98,7 +98,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; name a run folder in which training has begun")
     rows: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -211,7 +211,7 @@ def _by_name(run_dirs: Iterable[Path]) -> dict[str, Path]:
     depth = 1
     while len(names := {"/".join(folder.parts[-depth:]): path for folder, path in folders.items()}) < len(folders):
         depth += 1
-    return names
+    return {printable(name): path for name, path in names.items()}
 
 
 def _read_all(folders: dict[str, Path]) -> Runs:

@@ -161,7 +161,7 @@ def run_inspect(arguments: argparse.Namespace, console: Console) -> int:
         show_rows(batch, data.tokenizer, console)
     else:
         title = f"{', '.join(arguments.shards)}, as {config.objective.name} sees it"
-        write_whole(arguments.html, page(batch, data.tokenizer, title).encode("utf-8", "backslashreplace"))
+        write_whole(arguments.html, page(batch, data.tokenizer, title))
         console.print(str(arguments.html), highlight=False, markup=False, soft_wrap=True)
     return 0
 

@@ -28,7 +28,7 @@ from torch import distributed as dist
 from lcl_ds.config import Config, validate_config
 from lcl_ds.data.loader import LoaderState, merge_states
 from lcl_ds.errors import UserError
-from lcl_ds.files import read_json, read_yaml, sentence_of, write_whole, writing
+from lcl_ds.files import plain_name, read_json, read_yaml, sentence_of, write_whole, writing
 from lcl_ds.metrics import METRICS
 from lcl_ds.models.build import build_model
 from lcl_ds.models.lcl import LCLModel
@@ -43,8 +43,9 @@ STATE = "trainer_state.json"
 CONFIG = "config.yaml"
 
 
+TOKENIZER_FILE = "tokenizer.json"
 FOLDERS = {
-    "data.tokenizer": ("tokenizer.json",),
+    "data.tokenizer": (TOKENIZER_FILE,),
     "model.vision.pretrained": ("config.json", "*.safetensors"),
     "model.decoder.pretrained": ("config.json", "*.safetensors"),
     "model.init_from": ("config.yaml", "*.safetensors"),
@@ -114,8 +115,11 @@ def folder_contents(config: Config) -> dict[str, str]:
 def _file_contents(path: Path, size: int, _mtime_ns: int) -> bytes:
     """A hash of name, size and bytes, made once for all checkpoints as long as the file is not touched.
 
-    Large files are weights, whose header and last values tell them apart.
+    Large files are weights, whose header and last values tell them apart. A tokenizer counts by its values, however they
+    are set out, and without what it does to lengths, which we never use.
     """
+    if path.name == TOKENIZER_FILE and (value := _tokenizer_of(path)) is not None:
+        return hashlib.sha256(value).digest()
     hashed = hashlib.sha256(f"{path.name} {size}".encode())
     with path.open("rb") as file:
         if size <= HASHED_WHOLE:
@@ -125,6 +129,17 @@ def _file_contents(path: Path, size: int, _mtime_ns: int) -> bytes:
             file.seek(-HASHED_WHOLE // 2, os.SEEK_END)
             hashed.update(file.read())
     return hashed.digest()
+
+
+def _tokenizer_of(path: Path) -> bytes | None:
+    """What a ``tokenizer.json`` says about tokens; None where it is none."""
+    try:
+        tree = read_json(path)
+    except UserError:
+        return None
+    if not isinstance(tree, dict):
+        return None
+    return json.dumps(tree | {"truncation": None, "padding": None}, sort_keys=True).encode()
 
 
 def checkpoints_folder(run_dir: Path) -> Path:
@@ -350,7 +365,8 @@ def load_engine(engine: Any, checkpoint: Path) -> None:
     Raises:
         RuntimeError: DeepSpeed found nothing to load.
     """
-    path, _ = engine.load_checkpoint(str(checkpoint), tag=ENGINE_TAG)
+    with plain_name(checkpoint) as folder:
+        path, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
     if path is None:
         raise RuntimeError(f"{checkpoint}: DeepSpeed loaded nothing")
 
@@ -367,6 +383,9 @@ def resolve_checkpoint(run_or_checkpoint: Path) -> Path:
         return run_or_checkpoint
     complete = complete_checkpoints(run_or_checkpoint)
     if not complete:
+        if steps := sorted(checkpoints_folder(run_or_checkpoint).glob("step_*")):
+            newest = f"{steps[-1].name}: {problem_of(steps[-1])}"
+            raise UserError(f"{run_or_checkpoint}: none of its {len(steps)} checkpoints can be used; {newest}")
         raise UserError(f"{run_or_checkpoint}: neither a complete checkpoint nor a run folder with one")
     return complete[-1]
 
@@ -400,8 +419,9 @@ def load_model(checkpoint: Path) -> LCLModel:
 def _fp32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     folder = checkpoint / ENGINE_TAG
     if any(folder.glob("*zero_pp_rank_*_optim_states.pt")):
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it prints its progress
-            return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=ENGINE_TAG)
+        nowhere = io.StringIO()  # it prints its progress
+        with plain_name(checkpoint) as plain, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            return get_fp32_state_dict_from_zero_checkpoint(str(plain), tag=ENGINE_TAG)
     states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
     optimizer = states.get("optimizer") or {}
     if "fp32_groups" not in optimizer:  # fp32: the weights themselves

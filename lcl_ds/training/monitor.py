@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from lcl_ds.metrics import METRICS, MetricsFile, keep_metrics
-from lcl_ds.training.checkpoint import checkpoint_of
+from lcl_ds.training.checkpoint import checkpoints_folder
 
 
 class Monitor:
@@ -23,7 +23,7 @@ class Monitor:
             return
         self.total_steps, self.print_every = total_steps, print_every
         self.console = Console(stderr=False, highlight=False)
-        keep_metrics(run_dir / METRICS, first_step, checkpoint_of(run_dir, first_step) / METRICS)
+        keep_metrics(run_dir / METRICS, first_step, kept_metrics(run_dir))
         self._file = MetricsFile(run_dir / METRICS)
         self._progress: Progress | None = None
         if self.console.is_terminal:
@@ -67,6 +67,11 @@ class Monitor:
             self._file.close()
             if self._progress is not None:
                 self._progress.stop()
+
+
+def kept_metrics(run_dir: Path) -> list[Path]:
+    """The copies of ``metrics.jsonl`` in a run's checkpoints, oldest first."""
+    return sorted(checkpoints_folder(run_dir).glob(f"step_*/{METRICS}"))
 
 
 def time_left(seconds: float) -> str:

@@ -16,7 +16,7 @@ from lcl_ds.data.open_data import OpenData, lane_settings, open_data
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.check import check_held_out
 from lcl_ds.evaluation.closing import close_run
-from lcl_ds.files import check_writable
+from lcl_ds.metrics import METRICS, keep_metrics
 from lcl_ds.models.build import build_model, check_attention_here, image_size, tokens_per_image
 from lcl_ds.models.lcl import LCLModel
 from lcl_ds.models.pretrained import initialize_parts
@@ -39,9 +39,10 @@ from lcl_ds.training.engine import (
     start_engine,
 )
 from lcl_ds.training.loop import Trainer
+from lcl_ds.training.monitor import kept_metrics
 from lcl_ds.training.optimizer import options_of
 from lcl_ds.training.resume import check_same_run, engine_changes
-from lcl_ds.training.run_folder import check_own_folder, write_run_files
+from lcl_ds.training.run_folder import check_own_folder, check_run_writable, write_run_files
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
         logger.info("%s is finished: %d of %d steps done", run_dir, steps_done, config.train.steps)
     else:
         with on_all_ranks(place):
-            check_writable(run_dir)
+            check_run_writable(run_dir)
         trainer = prepare(config, full_ds_config, run_dir, place, data, checkpoint)
         for sentence in changes if place.is_first else []:
             logger.info("%s", sentence)
@@ -199,6 +200,7 @@ def finish(config: Config, run_dir: Path, device: torch.device) -> int:
     process group. Returns an exit code."""
     checkpoint = resolve_checkpoint(run_dir)
     step = read_state(checkpoint)["progress"]["step"]
+    keep_metrics(run_dir / METRICS, step, kept_metrics(run_dir))  # the report reads them
     return close_run(config, run_dir, step, lambda: load_model(checkpoint).to(device))
 
 

@@ -17,7 +17,7 @@ import yaml
 
 from lcl_ds.config import Config
 from lcl_ds.errors import UserError
-from lcl_ds.files import read_yaml, write_whole
+from lcl_ds.files import check_writable, read_yaml, write_whole
 from lcl_ds.training.checkpoint import MANIFEST, checkpoints_folder
 
 CONFIG, DS_CONFIG, ENVIRONMENT = "config.yaml", "ds_config.json", "environment.json"
@@ -51,7 +51,7 @@ def check_own_folder(run_dir: Path) -> None:
 
 def is_run(folder: Path) -> bool:
     """Whether an earlier start wrote there, whatever has become of single files since."""
-    if any(checkpoints_folder(folder).glob(f"step_*/{MANIFEST}")) or (folder / HISTORY).is_dir():
+    if any(checkpoints_folder(folder).glob(f"step_*/{MANIFEST}")) or any((folder / HISTORY).glob(f"[0-9]*/{CONFIG}")):
         return True
     if all((folder / name).is_file() for name in (CONFIG, DS_CONFIG, ENVIRONMENT)):
         return True
@@ -59,7 +59,24 @@ def is_run(folder: Path) -> bool:
         tree = read_yaml(folder / CONFIG)
     except UserError:
         return False
-    return isinstance(tree, dict) and {"name", "data", "model", "train"} <= tree.keys()
+    needed = {name for name, field in Config.model_fields.items() if field.is_required()}
+    return (
+        isinstance(tree, dict)
+        and needed <= tree.keys() <= Config.model_fields.keys()
+        and isinstance(tree["data"], dict)
+        and {"shards", "tokenizer"} <= tree["data"].keys()  # other programs have groups of these names as well
+    )
+
+
+def check_run_writable(run_dir: Path) -> None:
+    """Try to write into the folder and into that of its checkpoints, which may be a link to another disk.
+
+    Raises:
+        UserError: it cannot be done, and why.
+    """
+    check_writable(run_dir)
+    if os.path.lexists(checkpoints := checkpoints_folder(run_dir)):
+        check_writable(checkpoints)
 
 
 def write_run_files(run_dir: Path, config: Config, ds_config: dict[str, Any], world_size: int, step: int = 0) -> None:

@@ -111,6 +111,30 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(whole_run, recipe
     assert without_timing(metrics_of(run_dir)) == without_timing(metrics_of(whole_run))
 
 
+def test_a_run_is_continued_and_read_whatever_its_folder_is_called(whole_run, recipe, tmp_path):
+    run_dir = tmp_path / os.fsdecode(b"run [1] {2} *? \xe9")
+    shutil.copytree(whole_run, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000030")
+    output = run_ranks(2, train_command(recipe, run_dir), tmp_path / "log")
+    assert "at step 25" in output
+    assert without_timing(metrics_of(run_dir)) == without_timing(metrics_of(whole_run))
+    ours, theirs = (load_model(resolve_checkpoint(folder)).state_dict() for folder in (run_dir, whole_run))
+    assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
+def test_a_finished_run_whose_metrics_were_damaged_has_its_report_all_the_same(whole_run, recipe, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole_run, run_dir)
+    (run_dir / "report.html").unlink()
+    lines = (run_dir / "metrics.jsonl").read_bytes().split(b"\n")
+    lines[27] = lines[27][:10]
+    (run_dir / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    output = run_ranks(2, train_command(recipe, run_dir), tmp_path / "log")
+    assert "step 28 is taken from the checkpoints" in output
+    assert (run_dir / "report.html").is_file()
+    assert without_timing(metrics_of(run_dir)) == without_timing(metrics_of(whole_run))
+
+
 @pytest.mark.parametrize(
     ("world_size", "overrides", "message"),
     [

@@ -205,6 +205,16 @@ def test_an_out_that_is_a_file_or_in_use_is_refused_before_anything_is_read(tmp_
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "something", "used"]
 
 
+@LAYOUTS
+@pytest.mark.parametrize("name", [b"caf\xe9", b"[1] {2} *?", b"new\nline"], ids=str)
+def test_a_release_may_be_called_anything(published, tmp_path, layout, name):
+    out = tmp_path / os.fsdecode(name)
+    assert main([*published, str(out), *layout]) == 0
+    assert (out / "model.safetensors").is_file()
+    assert out.is_dir()
+    assert not out.is_symlink()
+
+
 def test_an_empty_folder_becomes_the_release_even_as_a_dot(published, tmp_path, monkeypatch):
     (tmp_path / "encoder").mkdir()
     monkeypatch.chdir(tmp_path / "encoder")

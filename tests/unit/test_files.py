@@ -1,6 +1,7 @@
 """Files are whole or not there, and the machine's errors are sentences with a path."""
 
 import errno
+import glob
 import os
 import resource
 import signal
@@ -13,7 +14,16 @@ import pytest
 
 from lcl_ds.cli import INTERRUPTED, USER_ERROR, run_command
 from lcl_ds.errors import UserError
-from lcl_ds.files import check_writable, read_json, read_yaml, sentence_of, whole_folder, write_whole, writing
+from lcl_ds.files import (
+    check_writable,
+    plain_name,
+    read_json,
+    read_yaml,
+    sentence_of,
+    whole_folder,
+    write_whole,
+    writing,
+)
 
 
 @pytest.fixture
@@ -38,6 +48,11 @@ def test_a_file_replaces_another_whole_and_has_the_mode_of_the_umask(tmp_path):
     assert path.read_text(encoding="utf-8") == "new \u00fc"
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_text_with_names_that_are_not_unicode_can_be_written(tmp_path):
+    write_whole(tmp_path / "page", os.fsdecode(b"caf\xe9"))
+    assert (tmp_path / "page").read_bytes() == b"caf\\udce9"
 
 
 def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path, small_file_limit):
@@ -160,3 +175,15 @@ def test_a_file_written_piece_by_piece_is_put_in_place_at_the_end(tmp_path: Path
         assert not path.exists()
         file.write(b"3")
     assert path.read_bytes() == b"123"
+
+
+def test_a_folder_has_a_name_without_wildcards_and_foreign_bytes(tmp_path):
+    for name in (b"plain", b"[1]", b"caf\xe9", b"a\nb"):
+        folder = tmp_path / os.fsdecode(name)
+        folder.mkdir()
+        (folder / "file").write_text("text")
+        with plain_name(folder) as plain:
+            assert [Path(path).name for path in glob.glob(f"{plain}/*")] == ["file"]
+            str(plain).encode()
+            assert (plain == folder) == (name == b"plain")
+        assert (folder / "file").read_text() == "text"

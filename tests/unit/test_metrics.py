@@ -66,9 +66,31 @@ def test_bytes_that_are_no_text_are_one_line_s_damage(path, caplog):
 def test_a_lost_tail_is_taken_from_the_checkpoint(path, tmp_path, caplog):
     path.write_text(lines(1, 2, 3) + line(4)[:9])
     (tmp_path / "spare").write_text(lines(3, 4, 5))
-    keep_metrics(path, 5, tmp_path / "spare")
+    keep_metrics(path, 5, [tmp_path / "spare"])
     assert path.read_text() == lines(1, 2, 3, 4, 5)
     assert "steps 4 to 5 are taken from the checkpoint" in caplog.text
+
+
+def test_a_lost_file_is_taken_from_all_checkpoints_that_are_left(path, tmp_path, caplog):
+    for number, kept in enumerate([lines(3, 4), lines(5, 6), lines(7)]):
+        (tmp_path / f"spare{number}").write_text(kept)
+    keep_metrics(path, 6, [tmp_path / f"spare{number}" for number in (0, 1, 2, 3)])
+    assert path.read_text() == lines(3, 4, 5, 6)
+    assert "steps 3 to 6 are taken from the checkpoints" in caplog.text
+    assert "steps 1 to 2 are missing" in caplog.text
+
+
+def test_a_byte_order_mark_is_taken_off(path, caplog):
+    path.write_text(lines(1, 2), encoding="utf-8-sig")
+    keep_metrics(path, 2)
+    assert (path.read_text(), caplog.text) == (lines(1, 2), "")
+
+
+def test_another_encoding_is_damage(path, caplog):
+    path.write_text(lines(1, 2), encoding="utf-16")
+    keep_metrics(path, 2)
+    assert path.read_text() == ""
+    assert "line 1 has bytes that are zero" in caplog.text
 
 
 def test_a_gap_that_nothing_fills_is_named(path, caplog):

@@ -1,4 +1,5 @@
 import json
+import os
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,18 @@ def test_a_torn_last_line_is_ignored(run, torn):
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert rows[0] == metrics(1)
     assert rows[3]["contrastive_loss"] is None
+
+
+def test_a_byte_order_mark_is_no_damage(run):
+    path = run / "metrics.jsonl"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 3, 4]
+
+
+def test_runs_whose_names_are_not_unicode_are_drawn(tmp_path):
+    runs = [make_run(tmp_path / os.fsdecode(name)) for name in (b"caf\xe9", b"two [red]")]
+    assert "caf\\udce9" in write_report(runs[:1]).read_text()
+    assert "caf\\udce9" in write_report(runs).read_text()
 
 
 def test_a_broken_line_before_the_last_is_named(run):

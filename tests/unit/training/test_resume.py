@@ -8,7 +8,7 @@ import yaml
 from lcl_ds.config import Config
 from lcl_ds.errors import UserError
 from lcl_ds.objectives import NAMES
-from lcl_ds.training.checkpoint import CONFIG, STATE, folder_contents
+from lcl_ds.training.checkpoint import CONFIG, MANIFEST, STATE, folder_contents, resolve_checkpoint
 from lcl_ds.training.optimizer import group_shape, parameter_groups
 from lcl_ds.training.resume import DECISIONS, check_same_run, decision_of, engine_changes, what_settings_come_to
 from tests.small import DECODERS, small_config, small_model
@@ -157,6 +157,17 @@ def test_a_tokenizer_under_another_path_is_the_same_when_it_holds_the_same(conti
         continued([here], [other])
 
 
+def test_a_tokenizer_that_is_set_out_in_another_way_is_the_same(continued, tmp_path):
+    trees = {"here": {"model": {"a": 1, "é": 2}}, "saved_again": {"truncation": {"max_length": 9}, "padding": None}}
+    for name, tree in trees.items():
+        (tmp_path / name).mkdir()
+        text = json.dumps(trees["here"] | tree, indent=2 if tree else None, ensure_ascii=name == "here")
+        (tmp_path / name / "tokenizer.json").write_text(text)
+    here, again = (f"data.tokenizer={tmp_path / name}" for name in trees)
+    (sentence,) = continued([here], [again])
+    assert "holds the same" in sentence
+
+
 def test_a_tokenizer_that_became_another_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     config = small_config(f"data.tokenizer={tmp_path}")
@@ -171,6 +182,16 @@ def test_a_batch_of_another_size_goes_with_weights_that_do_not_count_steps(conti
     continued([], ["train.global_batch_rows=256"])
     with pytest.raises(UserError, match="weights by step"):
         continued([by_step], [by_step, "train.global_batch_rows=256"])
+
+
+def test_a_run_whose_checkpoints_are_of_another_version_says_so(tmp_path):
+    folder = tmp_path / "checkpoints" / "step_00000005"
+    folder.parent.mkdir()
+    saved(folder, small_config())
+    (folder / CONFIG).write_text("new_setting: 1\n" + (folder / CONFIG).read_text())
+    (folder / MANIFEST).write_text(json.dumps({name: (folder / name).stat().st_size for name in (CONFIG, STATE)}))
+    with pytest.raises(UserError, match=r"none of its 1 checkpoints can be used; .*new_setting: unknown"):
+        resolve_checkpoint(tmp_path)
 
 
 def test_engine_settings_that_changed_are_named(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from lcl_ds.errors import UserError
-from lcl_ds.training.run_folder import check_own_folder, write_run_files
+from lcl_ds.training.run_folder import check_own_folder, check_run_writable, write_run_files
 from tests.small import small_config
 
 
@@ -28,11 +28,16 @@ def test_a_new_or_empty_folder_is_free(tmp_path):
         {"photo.jpg": ""},
         {"config.yaml": "learning_rate: 1\n"},
         {"config.yaml": "[a"},
+        {"config.yaml": "{name: other, data: mnist, model: resnet, train: {epochs: 3}}"},
+        {"config.yaml": "{name: other, data: {root: /d}, model: {}, train: {}}"},
+        {"config.yaml": "{name: a, data: {shards: a.tar, tokenizer: t}, model: {}, train: {}, trainer: lightning}"},
+        {"history/notes.txt": ""},
+        {"history/2024/run.csv": ""},
         {"metrics.jsonl": "{}\n"},
         {"checkpoints/model.ckpt": ""},
         {"checkpoints/step_100/model.pt": ""},
     ],
-    ids=lambda files: next(iter(files)),
+    ids=lambda files: " ".join(next(iter(files.items()))),
 )
 def test_a_folder_of_something_else_is_refused(tmp_path, files):
     for name, text in files.items():
@@ -46,6 +51,21 @@ def test_a_file_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file; name a folder"):
         check_own_folder(tmp_path / "file")
+
+
+def test_checkpoints_that_cannot_be_written_are_said_before_the_work(tmp_path):
+    check_run_writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.symlink_to(tmp_path / "another_disk")
+    with pytest.raises(UserError, match="checkpoints: cannot be written to"):
+        check_run_writable(tmp_path)
+    (tmp_path / "another_disk").mkdir()
+    check_run_writable(tmp_path)
+    checkpoints.unlink()
+    checkpoints.touch()
+    with pytest.raises(UserError, match="checkpoints: cannot be written to"):
+        check_run_writable(tmp_path)
 
 
 @pytest.mark.parametrize("lost", ["config.yaml", "ds_config.json", "environment.json", "history"])
