@@ -115,8 +115,8 @@ def folder_contents(config: Config) -> dict[str, str]:
 def _file_contents(path: Path, size: int, _mtime_ns: int) -> bytes:
     """A hash of name, size and bytes, made once for all checkpoints as long as the file is not touched.
 
-    Large files are weights, whose header and last values tell them apart. A tokenizer counts by its values, however they
-    are set out, and without what it does to lengths, which we never use.
+    Large files are weights, whose header and last values tell them apart. A tokenizer counts by its values, however
+    they are set out, and without what it does to lengths, which we never use.
     """
     if path.name == TOKENIZER_FILE and (value := _tokenizer_of(path)) is not None:
         return hashlib.sha256(value).digest()
