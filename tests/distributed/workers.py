@@ -142,9 +142,10 @@ def memory(place: Place, folder: Path) -> dict[str, Any]:
         trainer.train()
         engine = trainer.engine
         held = {"engine": engine, "optimizer": engine.optimizer, "objective": engine.module}
-        held |= {f"group {i}": group["params"][0] for i, group in enumerate(engine.optimizer.param_groups)}
+        groups = [group["params"] for group in engine.optimizer.param_groups]  # at stage 3 they are empty between steps
+        held |= {f"group {i}": weights[0] for i, weights in enumerate(groups) if weights}
         watched = {name: weakref.ref(thing) for name, thing in held.items()}
-        del engine, held
+        del engine, held, groups
         trainer.release()
         alive[f"{stage}{precision}"] = [name for name, thing in watched.items() if thing() is not None]
     return alive
