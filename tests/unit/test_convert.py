@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import resource
 import stat
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from transformers import AutoModel
 from lcl_ds.convert import Origin, _damage_named, _pixels_of, main, release_vision
 from lcl_ds.errors import UserError
 from lcl_ds.models.vision import released_patch_tokens
+from tests.disks import no_file_larger_than
 from tests.small import IMAGE_SIZE, VISION_TOWERS, small_config, small_model
 from tests.unit.data.corpora import picture
 from tests.unit.data.test_shards import write_tar
@@ -183,12 +183,8 @@ def test_files_may_be_read_by_whom_the_umask_lets(published, tmp_path, layout, u
 
 @LAYOUTS
 def test_a_disk_without_room_is_a_sentence_and_leaves_nothing_behind(published, tmp_path, layout, capsys):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # stands in for a small disk
-    try:
+    with no_file_larger_than(20_000):
         assert main([*published, str(tmp_path / "new" / "deep" / "out"), *layout]) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "the file would be larger than the system allows" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]

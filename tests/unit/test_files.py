@@ -3,7 +3,6 @@
 import errno
 import glob
 import os
-import resource
 import signal
 import stat
 from concurrent.futures import ProcessPoolExecutor
@@ -24,17 +23,7 @@ from lcl_ds.files import (
     write_whole,
     writing,
 )
-
-
-@pytest.fixture
-def small_file_limit():
-    """No file of this process may grow beyond 64 KiB: the nearest thing to a full disk that needs no rights."""
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+from tests.disks import no_file_larger_than
 
 
 def test_a_file_replaces_another_whole_and_has_the_mode_of_the_umask(tmp_path):
@@ -55,10 +44,10 @@ def test_text_with_names_that_are_not_unicode_can_be_written(tmp_path):
     assert (tmp_path / "page").read_bytes() == b"caf\\udce9"
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path, small_file_limit):
+def test_a_file_that_cannot_be_written_leaves_the_old_one_and_nothing_else(tmp_path):
     path = tmp_path / "index"
     path.write_text("old")
-    with pytest.raises(OSError, match="File too large") as failure:
+    with no_file_larger_than(1 << 16), pytest.raises(OSError, match="File too large") as failure:
         write_whole(path, bytes(1 << 20))
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["index"]
@@ -75,13 +64,13 @@ def test_a_folder_appears_when_all_of_it_is_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["release"]
 
 
-def test_a_folder_whose_writing_fails_is_not_there(tmp_path, small_file_limit):
+def test_a_folder_whose_writing_fails_is_not_there(tmp_path):
     def release() -> None:
         with whole_folder(tmp_path / "new" / "release") as partial:
             (partial / "config").write_text("settings")
             (partial / "model").write_bytes(bytes(1 << 20))
 
-    with pytest.raises(OSError, match="File too large"):
+    with no_file_larger_than(1 << 16), pytest.raises(OSError, match="File too large"):
         release()
     assert list(tmp_path.iterdir()) == []  # nor are the parents that were made for it
 

@@ -2,12 +2,11 @@
 
 import json
 import logging
-import resource
-from contextlib import contextmanager
 
 import pytest
 
 from lcl_ds.metrics import MetricsFile, keep_metrics
+from tests.disks import no_file_larger_than
 
 
 def line(step, loss=1.0):
@@ -117,21 +116,10 @@ def test_a_whole_file_is_not_touched(path, caplog):
     assert (path.stat().st_ino, caplog.text) == (before, "")
 
 
-@contextmanager
-def largest_file(size):
-    """No file of this process may grow beyond ``size``: the system then refuses bytes in the middle of a write."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_lines_that_the_disk_refuses_are_written_when_it_takes_them_again(path, caplog):
     file = MetricsFile(path)
     file.append({"step": 1, "loss": 1.0})
-    with largest_file(path.stat().st_size + 10):
+    with no_file_larger_than(path.stat().st_size + 10):
         for step in (2, 3):
             file.append({"step": step, "loss": 1.0})
             assert path.read_text() == line(1), "a torn line stands in the file"
@@ -144,7 +132,7 @@ def test_lines_that_the_disk_refuses_are_written_when_it_takes_them_again(path, 
 
 def test_lines_that_never_found_room_are_counted_at_the_end(path, caplog):
     file = MetricsFile(path)
-    with largest_file(10):
+    with no_file_larger_than(10):
         file.append({"step": 1})
         file.append({"step": 2})
         file.close()

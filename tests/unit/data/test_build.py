@@ -5,13 +5,11 @@ import gzip
 import json
 import lzma
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ from lcl_ds.data.formats import READERS
 from lcl_ds.data.lanes import Lane, LaneSettings
 from lcl_ds.data.shards import Source, expand_paths, index_shard
 from lcl_ds.tokens import TextTokenizer
+from tests.disks import no_file_larger_than
 from tests.distributed.ranks import ROOT
 from tests.unit.data.corpora import MAKERS, PARQUET, make_img2dataset, make_mmc4, make_shards, picture
 from tests.unit.data.test_shards import write_tar
@@ -337,17 +336,6 @@ def test_shards_of_a_finished_build_must_be_there_and_what_they_were(change, tmp
 
 
 # what the machine does
-
-
-@contextmanager
-def no_file_larger_than(size):
-    """What a full disk does: writing fails."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size", [0, 100, 1024, 9000, 15_000])

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tarfile
@@ -15,6 +14,7 @@ from lcl_ds.data.shards import Source, index_shard
 from lcl_ds.data.storage import cached_name
 from lcl_ds.data.tar_members import Member
 from lcl_ds.errors import UserError
+from tests.disks import no_file_larger_than
 from tests.distributed.ranks import ROOT
 from tests.unit.data.test_shards import write_tar
 
@@ -224,18 +224,10 @@ def test_what_killed_processes_left_of_a_copy_is_removed(command):
 
 
 def test_a_full_disk_ends_a_command_with_a_sentence_and_nothing_is_left(command, monkeypatch):
-    import signal
-
     command.gives(("a.jpg", bytes(1 << 20)))
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
-    try:
-        with pytest.raises(UserError, match=r"its output cannot be kept in .*larger than the system allows"):
-            index_shard(command.text, command.cache)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    full = r"its output cannot be kept in .*larger than the system allows"
+    with no_file_larger_than(1 << 16), pytest.raises(UserError, match=full):
+        index_shard(command.text, command.cache)
     assert [path.suffix for path in command.cache.iterdir()] == [".lock"]
 
 
