@@ -103,8 +103,8 @@ class Row:
 def collate(rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: Vocabulary, view: View) -> Batch:
     """Lay rows side by side; see :class:`lcl_ds.batch.Batch` for what comes out.
 
-    Padding is cut into documents without labels, none longer than the longest part of a real one, so that no position
-    runs past the decoder's table.
+    Padding is cut into documents without labels, none longer than the longest of its row, so that no position runs past
+    the decoder's table and a row is the same whatever other rows it is laid beside.
 
     Args:
         view: what made the sequences; says where labels and readings are.
@@ -112,17 +112,16 @@ def collate(rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: V
     shape = len(rows), row_tokens
     input_ids = np.full(shape, vocabulary.eot, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
-    parts = [np.diff([*s.tokens.starts, len(s.tokens.input_ids)]) for row in rows for s in row.sequences]
-    longest = int(np.concatenate(parts).max()) if parts else 1
     labels, label_positions = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     slots: list[tuple[int, int]] = []  # (flat position, image of the batch)
     readings: dict[str, list[tuple[int, int]]] = {name: [] for name in view.reading_names}
     pixels: list[np.ndarray] = []
     seeds: list[int] = []
     for r, row in enumerate(rows):
-        start = 0
+        start, longest = 0, 1
         for sequence in row.sequences:
             tokens = sequence.tokens
+            longest = max(longest, int(np.diff([*tokens.starts, len(tokens.input_ids)]).max()))
             end, offset = start + len(tokens.input_ids), r * row_tokens + start
             input_ids[r, start:end] = tokens.input_ids
             position_ids[r, start:end] = _positions(tokens)

@@ -130,9 +130,9 @@ def test_bounds_of_documents_are_those_of_rows_laid_end_to_end():
     long, short = sequence(["abc", 0, "de"], seed=1), sequence(["xyz"], seed=2)
     batch = batch_of([long, short], [short])
     first, second = len(long.tokens.input_ids), len(short.tokens.input_ids)
-    # Padding is cut into documents as long as the longest real one.
+    # Padding is cut into documents as long as the longest of its row.
     starts = [0, first, *range(first + second, ROW_TOKENS, first)]
-    starts += [ROW_TOKENS, *range(ROW_TOKENS + second, 2 * ROW_TOKENS, first), 2 * ROW_TOKENS]
+    starts += [*range(ROW_TOKENS, 2 * ROW_TOKENS, second), 2 * ROW_TOKENS]
     assert batch.cu_seqlens.tolist() == starts
     assert batch.cu_seqlens.dtype == torch.int32
     assert batch.max_seqlen == first
