@@ -20,7 +20,7 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["lcl_ds", "lcl_ds.*"]), "lcl_kernels"],
     package_dir={"lcl_kernels": "kernels/lcl_kernels"},
-    package_data={"lcl_ds": ["assets/*"]},
+    package_data={"lcl_ds": ["assets/*"], "lcl_kernels": ["tuned.json"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8",

@@ -1,8 +1,9 @@
 """Compiles every Triton kernel for GPUs that need not be there: ``python -m lcl_kernels.compile_check [--json F]``.
 
 The losses run as ever, on small CPU tensors, but each launch only compiles, for the target's tile settings. The table
-tells registers, spills, shared memory and whether the tensor cores' wgmma instruction is used; the exit code is 1 when
-a kernel does not compile, spills, needs more shared memory than there is, or misses wgmma on Hopper.
+tells registers, spills, shared memory, how many programs fit on a multiprocessor and how many are started there, and
+whether the tensor cores' wgmma instruction is used; the exit code is 1 when a kernel does not compile, spills, needs
+more shared memory than there is, starts more programs than fit, or misses wgmma on Hopper.
 """
 
 from __future__ import annotations
@@ -19,14 +20,39 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
-TARGETS = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-"""Shared memory in bytes that one program can have on each target."""
-COLUMNS = ("target", "kernel", "setting", "registers", "spills", "shared", "hgmma", "error")
+
+class Multiprocessor(NamedTuple):
+    """What one multiprocessor (AMD: compute unit) has for the programs that run on it at the same time."""
+
+    shared: int
+    """Bytes of shared memory, of all programs together."""
+    most_shared: int
+    """Bytes of shared memory that one program can have."""
+    reserved: int
+    """Bytes of shared memory that each program takes besides its own."""
+    warps: int
+    registers: int
+    """Of 32 bits and one thread, of all warps together."""
+    granularity: int
+    """Registers of a thread are handed out in multiples of this."""
+
+
+TARGETS = {
+    # CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; AMD CDNA 3 ISA: four SIMDs of 512
+    # vector registers and eight waves each.
+    "sm_80": Multiprocessor(167_936, 166_912, 1024, 64, 2048, 8),
+    "sm_90": Multiprocessor(233_472, 232_448, 1024, 64, 2048, 8),
+    "sm_100": Multiprocessor(233_472, 232_448, 1024, 64, 2048, 8),
+    "gfx942": Multiprocessor(65_536, 65_536, 0, 32, 2048, 8),
+}
+MULTIPROCESSORS = 132
+"""Of the GPUs that are compiled for; the number goes into the kernels as a constant."""
+COLUMNS = ("target", "kernel", "setting", "registers", "spills", "shared", "warps", "fit", "started", "hgmma", "error")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,11 +83,21 @@ def problem_of(row: dict[str, Any]) -> str | None:
         return f"{name}: {row['error']}"
     if row["spills"] and "retry" not in row["setting"]:  # those run only when a token costs more than about 70 nats
         return f"{name}: spills {row['spills']} bytes"
-    if row["shared"] > TARGETS[row["target"]]:
-        return f"{name}: needs {row['shared']} bytes of shared memory, {row['target']} has {TARGETS[row['target']]}"
+    most = TARGETS[row["target"]].most_shared
+    if row["shared"] > most:
+        return f"{name}: needs {row['shared']} bytes of shared memory, {row['target']} has {most}"
+    if row["started"] and row["started"] > row["fit"]:
+        return f"{name}: starts {row['started']} programs on each multiprocessor, where {row['fit']} fit"
     if row["hgmma"] is False:
         return f"{name}: no HGMMA instruction"
     return None
+
+
+def resident_programs(target: str, registers: int, warps: int, shared: int) -> int:
+    """How many programs of a kernel fit on a multiprocessor at the same time, `registers` being those of a thread."""
+    has = TARGETS[target]
+    per_thread = -(-max(1, registers) // has.granularity) * has.granularity
+    return min(has.registers // (per_thread * warps), has.warps // warps, has.shared // (shared + has.reserved or 1))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -113,7 +149,11 @@ def _compiling_for(target: str, rows: list[dict[str, Any]]) -> Iterator[None]:
     launch, seen = JITFunction.run, set()
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        row = dict.fromkeys(COLUMNS) | {"target": target, "kernel": self.__name__, "setting": _setting(args, kwargs)}
+        row: dict[str, Any] = dict.fromkeys(COLUMNS) | {
+            "target": target,
+            "kernel": self.__name__,
+            "setting": _setting(args, kwargs),
+        }
         if (key := (row["kernel"], row["setting"])) in seen:
             return
         seen.add(key)
@@ -122,13 +162,17 @@ def _compiling_for(target: str, rows: list[dict[str, Any]]) -> Iterator[None]:
             kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
             half = getattr(args[0], "base", args[0]).dtype.itemsize == 2
             row.update(_resources(kernel, wgmma=target == "sm_90" and half and "INNER" in kwargs))
+            row["warps"] = kernel.metadata.num_warps
+            row["fit"] = resident_programs(target, row["registers"], row["warps"], row["shared"])
+            if "PROGRAMS" in kwargs:
+                row["started"] = -(-kwargs["PROGRAMS"] // MULTIPROCESSORS)
         except Exception as error:  # every way a compiler can fail belongs into the table
             row["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
 
     with (
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(tiles, "target_of", return_value=arch if cuda else tiles.HIP),
-        mock.patch.object(tiles, "multiprocessors", return_value=132),
+        mock.patch.object(tiles, "multiprocessors", return_value=MULTIPROCESSORS),
     ):
         yield
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import math
+import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,7 +30,28 @@ class Tile(NamedTuple):
     inner: int
     warps: int
     stages: int
+    programs: int = 1
+    """Persistent programs to start on each multiprocessor; compile_check.py tells how many fit."""
+    group: int = 8
+    """Height, in tiles, of the blocks of tiles that run at the same time (`tile_position`)."""
 
+
+class TunedTile(NamedTuple):
+    """The fastest tile that was measured on a device, for operands of one width and number of columns."""
+
+    device: str
+    """As torch.cuda.get_device_name says."""
+    kernel: str
+    """A key of `TILES`."""
+    width: int
+    columns: int
+    tile: Tile
+
+
+TUNED_FILE = Path(__file__).with_name("tuned.json")
+SPARE_MULTIPROCESSORS = 8
+"""Left free when there are other ranks. The programs of a collective need multiprocessors of their own; where none is
+free, a persistent kernel and the collective run one after the other."""
 
 HIP = "hip"
 BLACKWELL, HOPPER, AMPERE = 100, 90, 80
@@ -66,19 +93,72 @@ def tile_on(kernel: str, a: Tensor, b: Tensor) -> Tile:
         return INTERPRETER_TILE
     if a.dtype == torch.float32:
         return FLOAT32_TILE
-    settings, target = TILES[kernel if _aligned(a) and _aligned(b) else POINTERS], target_of(a)
+    aligned = _aligned(a) and _aligned(b)
+    if aligned and (tuned := nearest_tuned(tuned_tiles(), device_name(a), kernel, a.shape[1], b.shape[0])):
+        return tuned.tile
+    settings, target = TILES[kernel if aligned else POINTERS], target_of(a)
     if isinstance(target, int):
         target = max(least for least in settings if isinstance(least, int) and (least <= target or least == AMPERE))
     return settings[target]
+
+
+@functools.cache
+def tuned_tiles() -> tuple[TunedTile, ...]:
+    """What was measured on GPUs: the records of the package, then those of the file that LCL_KERNELS_TUNED names.
+
+    Raises:
+        ValueError: a file is not a list of such records.
+    """
+    extra = os.environ.get("LCL_KERNELS_TUNED")
+    return tuple(record for path in (TUNED_FILE, *([Path(extra)] if extra else [])) for record in read_tuned(path))
+
+
+def read_tuned(path: Path) -> list[TunedTile]:
+    """The records of a JSON file: a list of objects with the fields of `TunedTile`, and more that are not read."""
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(records, list):
+            raise TypeError(f"a {type(records).__name__}")
+        return [
+            TunedTile(**{name: record[name] for name in TunedTile._fields[:-1]}, tile=Tile(**record["tile"]))
+            for record in records
+        ]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a list of tuned tiles: {type(error).__name__}: {error}") from error
+
+
+def nearest_tuned(
+    records: tuple[TunedTile, ...], device: str, kernel: str, width: int, columns: int
+) -> TunedTile | None:
+    """The record of this device and kernel whose shape is nearest, as factors go; the last of equals. None without any.
+
+    The width decides first: it is the length of the inner loop.
+    """
+
+    def distance(record: TunedTile) -> tuple[float, float]:
+        return abs(math.log(record.width / max(1, width))), abs(math.log(record.columns / max(1, columns)))
+
+    own = [record for record in records if (record.device, record.kernel) == (device, kernel)]
+    return min(reversed(own), key=distance, default=None)
+
+
+def device_name(like: Tensor) -> str:
+    return torch.cuda.get_device_name(like.device) if like.is_cuda else "cpu"
 
 
 def _aligned(matrix: Tensor) -> bool:
     return matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.itemsize % 16 == 0
 
 
-def programs_on(like: Tensor) -> int:
-    """How many programs of a persistent kernel to start: one for each multiprocessor."""
-    return 2 if INTERPRETED else multiprocessors(like)
+def programs_on(like: Tensor, tile: Tile) -> int:
+    """How many programs of a persistent kernel to start, so that all of them run at once."""
+    if INTERPRETED:
+        return 2
+    return tile.programs * (multiprocessors(like) - (SPARE_MULTIPROCESSORS if _other_ranks() else 0))
+
+
+def _other_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def multiprocessors(like: Tensor) -> int:

@@ -30,7 +30,6 @@ from lcl_kernels.tiles import (
     tile_product,
 )
 
-GROUP = 8
 SAFE_BOUND = 40.0 * LOG2E
 """While |S| is at most 40 nats, exp(S - bound) is at least e^-80 and a normal float32: one exponential serves the row
 and the column, and no maximum is needed."""
@@ -207,11 +206,11 @@ def _launch(
 ) -> None:
     left, stride_x, x_descriptor = operand(x, (tile.rows, tile.inner))
     right, stride_y, y_descriptor = operand(y, (tile.columns, tile.inner))
-    programs = programs_on(x)
+    programs = programs_on(x, tile)
     kernel[(programs,)](
         left, right, *tensors, len(x), len(y), x.shape[1], stride_x, stride_y, *numbers,
         X_DESCRIPTOR=x_descriptor, Y_DESCRIPTOR=y_descriptor,
-        ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, GROUP=GROUP, PROGRAMS=programs,
+        ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, GROUP=tile.group, PROGRAMS=programs,
         PRECISION=precision_of(x), UPCAST=INTERPRETED, **launch_options(tile), **options,
     )  # fmt: skip
 

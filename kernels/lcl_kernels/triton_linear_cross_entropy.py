@@ -43,7 +43,6 @@ LEAD = 30.0
 """Anchor minus target logit, in nats: rows may have logits from 57 below to about 70 above their target."""
 LIMIT = 2.0**60
 """Sum of exponentials of a row above which it is made again: gradient factors and products stay in range too."""
-GROUP = 8
 SEGMENT_ROWS = 16
 
 
@@ -199,7 +198,7 @@ def _launch(
     left, stride_h, h_descriptor = operand(x, (tile.rows, tile.inner))
     right, stride_w, w_descriptor = operand(weight, (tile.columns, tile.inner))
     filled = None if exponentials is None else operand(exponentials, (tile.rows, tile.columns))[0]
-    programs = programs_on(x)
+    programs = programs_on(x, tile)
     exp_logits_kernel[(programs,)](
         left, right, block.bias, block.labels, block.target, anchor, overflowed, excess, filled, sums, tops,
         logit_sums, higher,
@@ -208,7 +207,7 @@ def _launch(
         STORE=exponentials is not None, SUMS=sums is not None, TOPS=tops is not None,
         SUM_LOGITS=logit_sums is not None, RANK=higher is not None, RETRY=overflowed is not None,
         H_DESCRIPTOR=h_descriptor, W_DESCRIPTOR=w_descriptor,
-        ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, GROUP=GROUP, PROGRAMS=programs,
+        ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, GROUP=tile.group, PROGRAMS=programs,
         PRECISION=precision_of(x), UPCAST=INTERPRETED,
         **launch_options(tile),
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """`lcl_kernels.compile_check` tells good kernels from bad ones. That ours are good is `make compile-check`."""
 
 import pytest
-from lcl_kernels.compile_check import COLUMNS, problem_of, table
+from lcl_kernels.compile_check import COLUMNS, problem_of, resident_programs, table
 
-GOOD = dict(zip(COLUMNS, ("sm_90", "kernel", "bfloat16 128x256x64", 200, 0, 200_000, True, None), strict=True))
+GOOD = dict(zip(COLUMNS, ("sm_90", "kernel", "bfloat16 128x256x64", 200, 0, 200_000, 8, 1, 1, True, None), strict=True))
 
 
 def test_a_good_kernel_is_no_problem():
@@ -16,6 +16,7 @@ def test_a_good_kernel_is_no_problem():
     [
         ({"spills": 8}, "sm_90 kernel bfloat16 128x256x64: spills 8 bytes"),
         ({"shared": 240_000}, "needs 240000 bytes of shared memory, sm_90 has 232448"),
+        ({"started": 2}, "starts 2 programs on each multiprocessor, where 1 fit"),
         ({"hgmma": False}, "no HGMMA instruction"),
         ({"error": "CompilationError: at 3:4"}, "CompilationError: at 3:4"),
     ],
@@ -28,3 +29,19 @@ def test_spills_of_the_rare_second_launch_are_shown_but_no_problem():
     row = GOOD | {"spills": 64, "setting": "bfloat16 128x256x64 retry"}
     assert problem_of(row) is None
     assert "64" in table([row]).splitlines()[1].split()
+
+
+@pytest.mark.parametrize(
+    ("target", "registers", "warps", "shared", "programs"),
+    [
+        ("sm_90", 128, 8, 100_000, 2),  # 65,536 registers of 32 bits
+        ("sm_90", 129, 8, 100_000, 1),  # handed out by eights
+        ("sm_90", 32, 8, 116_736, 1),  # each program takes 1 KiB of shared memory more
+        ("sm_90", 32, 8, 115_712, 2),
+        ("sm_90", 16, 4, 0, 16),  # 64 warps
+        ("sm_80", 255, 4, 0, 2),
+        ("gfx942", 128, 8, 32_768, 2),
+    ],
+)
+def test_programs_that_fit_on_a_multiprocessor(target, registers, warps, shared, programs):
+    assert resident_programs(target, registers, warps, shared) == programs
