@@ -15,3 +15,5 @@ __all__ = [
     "reference_contrastive_loss",
     "reference_linear_cross_entropy",
 ]
+
+__version__ = "0.1.0"
