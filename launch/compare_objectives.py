@@ -24,8 +24,8 @@ from rich.table import Table
 from lcl_ds.bench.table import open_console
 from lcl_ds.cli import run_command
 from lcl_ds.config import Config, load_config, recipe_path
-from lcl_ds.data.loader import BatchLoader
-from lcl_ds.data.open_data import open_data
+from lcl_ds.data.corpus import open_data
+from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.errors import UserError
 from lcl_ds.files import check_output, write_whole
 from lcl_ds.objectives import NAMES, objective_module

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 from webdataset import TarWriter
 
-from lcl_ds.data.demo import FILLER, JPEG_QUALITY, build_demo, make_document
-from lcl_ds.data.demo_scenes import render_scene
+from lcl_ds.data.demo.corpus import FILLER, JPEG_QUALITY, build_demo, make_document
+from lcl_ds.data.demo.scenes import render_scene
 from lcl_ds.tokens import CONTROL_TOKENS
 
 VOCABULARY = 49_411

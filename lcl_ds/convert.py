@@ -31,18 +31,18 @@ from lcl_ds.cli import run_command
 from lcl_ds.config import Config
 from lcl_ds.data.documents import BadSampleError, read_document
 from lcl_ds.data.images import decode_image
-from lcl_ds.data.shards import Source, expand_paths, index_shard
+from lcl_ds.data.shards.source import Source, expand_paths, index_shard
 from lcl_ds.errors import UserError
 from lcl_ds.files import plain_name, whole_folder
-from lcl_ds.models.lcl import LCLModel
-from lcl_ds.models.reference import (
+from lcl_ds.models.network import LCLModel
+from lcl_ds.models.vision import image_tokens, released_patch_tokens, released_weights
+from lcl_ds.models.weights.published import (
     load_reference,
     read_reference_config,
     read_reference_json,
     to_reference,
     write_reference_config,
 )
-from lcl_ds.models.vision import image_tokens, released_patch_tokens, released_weights
 from lcl_ds.tokens import CONTROL_TOKENS, Vocabulary
 from lcl_ds.training.checkpoint import load_config_of, load_model, read_state, resolve_checkpoint
 

@@ -6,7 +6,7 @@ from transformers import masking_utils, modeling_flash_attention_utils
 from transformers.integrations import flash_attention as flash_integration
 from transformers.integrations import flex_attention as flex_integration
 
-from lcl_ds.models import attention
+from lcl_ds.models.attention import masks as attention
 
 
 def flash_attn_varlen_func(

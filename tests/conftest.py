@@ -9,7 +9,7 @@ import torch
 if not torch.cuda.is_available():  # Triton reads it when the kernels are imported
     os.environ["TRITON_INTERPRET"] = "1"
 
-from lcl_ds.data.demo import build_demo
+from lcl_ds.data.demo.corpus import build_demo
 
 
 @pytest.fixture(scope="session")

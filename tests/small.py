@@ -8,10 +8,10 @@ import torch
 from lcl_ds.batch import Batch, Readings
 from lcl_ds.config import RECIPES, Config, load_config
 from lcl_ds.data.documents import Document
-from lcl_ds.data.packing import PackedSequence, Row, collate
-from lcl_ds.data.views import DocumentView, Encoder
+from lcl_ds.data.sequences import DocumentView, Encoder
+from lcl_ds.data.stream.packing import PackedSequence, Row, collate
 from lcl_ds.models.build import build_model, tokens_per_image
-from lcl_ds.models.lcl import LCLModel
+from lcl_ds.models.network import LCLModel
 from lcl_ds.objectives import lcl, view_of
 from lcl_ds.tokens import Vocabulary, encode_sequence
 

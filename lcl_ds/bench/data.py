@@ -19,15 +19,15 @@ from rich.console import Console
 from rich.table import Table
 
 from lcl_ds.config import Config, load_config, recipe_path
+from lcl_ds.data.corpus import lane_settings, open_data
 from lcl_ds.data.images import random_box
-from lcl_ds.data.lanes import Lane, LaneSettings
-from lcl_ds.data.loader import BatchLoader
-from lcl_ds.data.open_data import lane_settings, open_data
-from lcl_ds.data.shards import Source, index_shard
+from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.stream.lanes import Lane, LaneSettings
+from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.models.build import build_model, image_size, tokens_per_image
 from lcl_ds.models.vision import IMAGE_MEAN, IMAGE_STD
 from lcl_ds.objectives import build_objective, view_of
-from lcl_ds.objectives.common import local_counts
+from lcl_ds.objectives.base import local_counts
 from lcl_ds.tokens import TextTokenizer, Vocabulary
 
 SIZE = 224

@@ -1,6 +1,6 @@
 """Figures of a benchmark as PNG files, drawn from the rows of its JSON document.
 
-Only matplotlib's object interface is used, in the style of the figures of a run (``lcl_ds/plots.py``).
+Only matplotlib's object interface is used, in the style of the figures of a run (``lcl_ds/report/figures.py``).
 """
 
 import math
@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from lcl_ds.plots import COLOURS, DPI, GRID, INK, MUTED
+from lcl_ds.report.figures import COLOURS, DPI, GRID, INK, MUTED
 
 Row = dict[str, Any]
 MARKERS = "osD^vPX*"

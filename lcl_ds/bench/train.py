@@ -26,14 +26,14 @@ from torch import Tensor
 
 from lcl_ds.batch import Batch
 from lcl_ds.bench.peers import DTYPES
-from lcl_ds.data.packing import PackedSequence, Row, collate, pack
-from lcl_ds.data.views import DocumentView
+from lcl_ds.data.sequences import DocumentView
+from lcl_ds.data.stream.packing import PackedSequence, Row, collate, pack
 from lcl_ds.errors import UserError
 from lcl_ds.models.build import build_model
-from lcl_ds.models.lcl import LCLModel
+from lcl_ds.models.network import LCLModel
 from lcl_ds.models.settings import ModelSettings
 from lcl_ds.objectives import lcl
-from lcl_ds.objectives.common import local_counts
+from lcl_ds.objectives.base import local_counts
 from lcl_ds.tokens import CONTROL_TOKENS, IMAGE_OVERHEAD, TokenSequence, Vocabulary, encode_sequence
 
 OURS, PADDED, PUBLISHED, IS_CAUSAL = "lcl_ds", "lcl_ds, padded", "published", "published, is_causal"

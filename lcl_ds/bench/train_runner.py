@@ -25,7 +25,7 @@ from lcl_ds.bench.measure import (
 from lcl_ds.bench.runner import Record, relative_error
 from lcl_ds.bench.table import note_of, number
 from lcl_ds.bench.train import OURS, PUBLISHED, TrainCase, is_packed, loss_of
-from lcl_ds.models.lcl import LCLModel
+from lcl_ds.models.network import LCLModel
 
 SHORT = 512
 """Tokens of the rows that are compared, and that set up thread pools before memory is measured."""

@@ -13,12 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from lcl_ds.cli import run_command
-from lcl_ds.data.build import build, local_files
-from lcl_ds.data.check import check_shards, show, total_of
+from lcl_ds.data.corpora import READERS
+from lcl_ds.data.corpora.build import build, local_files
+from lcl_ds.data.corpora.check import check_shards, show, total_of
+from lcl_ds.data.corpora.record import ReadOptions
 from lcl_ds.data.documents import MAX_TEXT_BYTES
-from lcl_ds.data.formats import READERS
-from lcl_ds.data.formats.record import ReadOptions
-from lcl_ds.data.storage import expand_paths
+from lcl_ds.data.shards.storage import expand_paths
 from lcl_ds.files import check_output, write_whole
 
 WIDTH = 150
@@ -141,12 +141,12 @@ def run_check(arguments: argparse.Namespace, console: Console) -> int:
 def run_inspect(arguments: argparse.Namespace, console: Console) -> int:
     # Sizes and the objective's view are the recipe's; the data package itself knows neither models nor objectives.
     from lcl_ds.config import load_config, recipe_path
-    from lcl_ds.data.inspection import page
-    from lcl_ds.data.inspection import show as show_rows
-    from lcl_ds.data.loader import BatchLoader
-    from lcl_ds.data.open_data import lane_settings, open_data
+    from lcl_ds.data.corpus import lane_settings, open_data
+    from lcl_ds.data.stream.loader import BatchLoader
     from lcl_ds.models.build import image_size, tokens_per_image
     from lcl_ds.objectives import view_of
+    from lcl_ds.report.batch_page import page
+    from lcl_ds.report.batch_page import show as show_rows
 
     check_output("--html", arguments.html)
     shards = json.dumps([{"name": "inspected", "paths": arguments.shards}])

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from lcl_ds.config import Config
+from lcl_ds.data.corpus import lane_settings
 from lcl_ds.data.documents import BadSampleError, Document, read_document, read_labels
 from lcl_ds.data.images import decode_image
-from lcl_ds.data.lanes import LaneSettings, encoder_of
-from lcl_ds.data.open_data import lane_settings
-from lcl_ds.data.packing import PackedSequence
-from lcl_ds.data.shards import Source, expand_paths, index_shard
-from lcl_ds.data.skips import reason_of
-from lcl_ds.data.views import Encoder
+from lcl_ds.data.sequences import Encoder
+from lcl_ds.data.shards.source import Source, expand_paths, index_shard
+from lcl_ds.data.stream.lanes import LaneSettings, encoder_of
+from lcl_ds.data.stream.packing import PackedSequence
+from lcl_ds.data.stream.skips import reason_of
 from lcl_ds.errors import UserError
 from lcl_ds.models.build import image_size, tokens_per_image
 from lcl_ds.objectives import objective_module, view_of

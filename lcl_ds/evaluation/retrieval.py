@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lcl_ds.data.packing import PackedSequence, Row, collate, pack
-from lcl_ds.data.views import View
-from lcl_ds.models.lcl import LCLModel
+from lcl_ds.data.sequences import View
+from lcl_ds.data.stream.packing import PackedSequence, Row, collate, pack
+from lcl_ds.models.network import LCLModel
 from lcl_ds.tokens import Vocabulary
 
 LEAST_PAIRS = 2

@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-from lcl_ds.config import ModelSettings
 from lcl_ds.errors import UserError
-from lcl_ds.models.attention import Mode, unavailable, unsupported
+from lcl_ds.models.attention.masks import Mode, unavailable, unsupported
+from lcl_ds.models.counter_rng import kept_count
 from lcl_ds.models.decoder import build_decoder_config, check_isolation, check_positions
-from lcl_ds.models.lcl import LCLModel
-from lcl_ds.models.patches import kept_count
+from lcl_ds.models.network import LCLModel
+from lcl_ds.models.settings import ModelSettings
 from lcl_ds.models.vision import build_vision_config, image_tokens
 
 

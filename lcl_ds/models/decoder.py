@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from lcl_ds.models.attention import LAYER_TYPES, attention_arguments
+from lcl_ds.models.attention.masks import LAYER_TYPES, attention_arguments
 
 FINAL_NORMS = ("norm", "ln_f", "decoder.final_layer_norm")
 """Where the supported families keep the norm after their last block."""

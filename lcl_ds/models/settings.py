@@ -5,8 +5,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, ValidationInfo, model_validator
 from transformers import CONFIG_MAPPING
 
-from lcl_ds.models.folder import with_architecture
 from lcl_ds.models.vision import IMAGE_MEAN, IMAGE_STD, SHAPES
+from lcl_ds.models.weights.hf_folder import with_architecture
 from lcl_ds.settings import Settings, suggest
 
 Part = Literal["vision", "pooling", "decoder", "heads"]
@@ -17,7 +17,7 @@ READ_FOLDERS = object()
 
 
 def part_of(name: str) -> Part:
-    """Which part of :class:`lcl_ds.models.lcl.LCLModel` a weight belongs to; an
+    """Which part of :class:`lcl_ds.models.network.LCLModel` a weight belongs to; an
     objective's own count as heads."""
     top = name.removeprefix("model.").split(".")[0]
     return top if top in ("vision", "pooling", "decoder") else "heads"  # type: ignore[return-value]

@@ -1,6 +1,6 @@
 """What is trained for: one module per objective, found by its name.
 
-A module holds ``Settings`` (a subclass of :class:`lcl_ds.objectives.common.ObjectiveSettings` whose ``name`` is the
+A module holds ``Settings`` (a subclass of :class:`lcl_ds.objectives.base.ObjectiveSettings` whose ``name`` is the
 module's), ``view(settings, image_first_probability)`` (how documents become sequences) and ``Objective(model,
 settings)``. A new objective is a new module here; no other file names it.
 """
@@ -11,11 +11,11 @@ from types import ModuleType
 
 import torch
 
-from lcl_ds.data.views import View
-from lcl_ds.models.lcl import LCLModel
-from lcl_ds.objectives.common import Objective, ObjectiveSettings
+from lcl_ds.data.sequences import View
+from lcl_ds.models.network import LCLModel
+from lcl_ds.objectives.base import Objective, ObjectiveSettings
 
-NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "common"))
+NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base"))
 
 
 def objective_module(name: str) -> ModuleType:

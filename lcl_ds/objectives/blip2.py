@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lcl_ds.batch import Batch
-from lcl_ds.data.views import PairView
-from lcl_ds.models.lcl import LCLModel
-from lcl_ds.models.patches import uniform
-from lcl_ds.objectives import common
-from lcl_ds.objectives.common import Counts, ObjectiveSettings
+from lcl_ds.data.sequences import PairView
+from lcl_ds.models.counter_rng import uniform
+from lcl_ds.models.network import LCLModel
+from lcl_ds.objectives import base
+from lcl_ds.objectives.base import Counts, ObjectiveSettings
 
 
 class Settings(ObjectiveSettings):
@@ -36,7 +36,7 @@ def view(settings: Settings, image_first_probability: float) -> PairView:
     return PairView(("text", "caption", "match"))
 
 
-class Objective(common.Objective):
+class Objective(base.Objective):
     """The weighted sum of the three losses."""
 
     losses: ClassVar[tuple[str, ...]] = ("contrastive_loss", "generation_loss", "matching_loss")

@@ -10,10 +10,10 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from lcl_ds.batch import Batch
-from lcl_ds.data.views import PairView
-from lcl_ds.models.lcl import LCLModel
-from lcl_ds.objectives import common
-from lcl_ds.objectives.common import Counts, ObjectiveSettings
+from lcl_ds.data.sequences import PairView
+from lcl_ds.models.network import LCLModel
+from lcl_ds.objectives import base
+from lcl_ds.objectives.base import Counts, ObjectiveSettings
 
 
 class Settings(ObjectiveSettings):
@@ -27,7 +27,7 @@ def view(settings: Settings, image_first_probability: float) -> PairView:
     return PairView(("text",))
 
 
-class Objective(common.Objective):
+class Objective(base.Objective):
     """The contrastive loss alone."""
 
     losses: ClassVar[tuple[str, ...]] = ("contrastive_loss",)

@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Tensor
 
 from lcl_ds.batch import Batch
-from lcl_ds.data.views import PairView
-from lcl_ds.models.lcl import LCLModel
-from lcl_ds.objectives import common
-from lcl_ds.objectives.common import Counts, ObjectiveSettings
+from lcl_ds.data.sequences import PairView
+from lcl_ds.models.network import LCLModel
+from lcl_ds.objectives import base
+from lcl_ds.objectives.base import Counts, ObjectiveSettings
 
 
 class Settings(ObjectiveSettings):
@@ -30,7 +30,7 @@ def view(settings: Settings, image_first_probability: float) -> PairView:
     return PairView(("text", "caption"))
 
 
-class Objective(common.Objective):
+class Objective(base.Objective):
     """``contrastive_weight * contrastive + generation_weight * captioning``."""
 
     losses: ClassVar[tuple[str, ...]] = ("contrastive_loss", "generation_loss")

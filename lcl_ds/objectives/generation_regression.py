@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lcl_ds.batch import Batch
-from lcl_ds.data.views import DocumentView
-from lcl_ds.models.lcl import LCLModel
-from lcl_ds.objectives import common
-from lcl_ds.objectives.common import Counts, ObjectiveSettings
+from lcl_ds.data.sequences import DocumentView
+from lcl_ds.models.network import LCLModel
+from lcl_ds.objectives import base
+from lcl_ds.objectives.base import Counts, ObjectiveSettings
 
 
 class Settings(ObjectiveSettings):
@@ -33,7 +33,7 @@ def view(settings: Settings, image_first_probability: float) -> DocumentView:
     return DocumentView(image_first_probability=image_first_probability)
 
 
-class Objective(common.Objective):
+class Objective(base.Objective):
     """``generation + regression_weight * regression``."""
 
     losses: ClassVar[tuple[str, ...]] = ("generation_loss", "regression_loss")

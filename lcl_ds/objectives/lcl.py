@@ -6,10 +6,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from lcl_ds.batch import Batch
-from lcl_ds.data.views import DocumentView
-from lcl_ds.models.lcl import LCLModel
-from lcl_ds.objectives import common
-from lcl_ds.objectives.common import Counts, ObjectiveSettings
+from lcl_ds.data.sequences import DocumentView
+from lcl_ds.models.network import LCLModel
+from lcl_ds.objectives import base
+from lcl_ds.objectives.base import Counts, ObjectiveSettings
 
 
 class Settings(ObjectiveSettings):
@@ -39,7 +39,7 @@ def view(settings: Settings, image_first_probability: float) -> DocumentView:
     return DocumentView(settings.context_rule, image_first_probability)
 
 
-class Objective(common.Objective):
+class Objective(base.Objective):
     """``generation_weight * generation + contrastive_weight * contrastive``."""
 
     losses: ClassVar[tuple[str, ...]] = ("contrastive_loss", "generation_loss")

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lcl_ds.batch import Batch
-from lcl_ds.data.views import MaskedView
+from lcl_ds.data.sequences import MaskedView
 from lcl_ds.errors import UserError
-from lcl_ds.models.lcl import LCLModel
-from lcl_ds.models.patches import patch_order
+from lcl_ds.models.counter_rng import patch_order
+from lcl_ds.models.network import LCLModel
 from lcl_ds.models.vision import flat_patches
-from lcl_ds.objectives import common
-from lcl_ds.objectives.common import Counts, ObjectiveSettings
+from lcl_ds.objectives import base
+from lcl_ds.objectives.base import Counts, ObjectiveSettings
 
 
 class Settings(ObjectiveSettings):
@@ -37,7 +37,7 @@ def view(settings: Settings, image_first_probability: float) -> MaskedView:
     return MaskedView(image_first_probability=image_first_probability, text_share=settings.text_share)
 
 
-class Objective(common.Objective):
+class Objective(base.Objective):
     """``generation + image_weight * image``; the generation loss is that of the hidden text tokens."""
 
     losses: ClassVar[tuple[str, ...]] = ("generation_loss", "image_loss")

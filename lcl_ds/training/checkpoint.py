@@ -26,12 +26,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import distributed as dist
 
 from lcl_ds.config import Config, validate_config
-from lcl_ds.data.loader import LoaderState, merge_states
+from lcl_ds.data.stream.loader import LoaderState, merge_states
 from lcl_ds.errors import UserError
 from lcl_ds.files import plain_name, read_json, read_yaml, sentence_of, write_whole, writing
 from lcl_ds.metrics import METRICS
 from lcl_ds.models.build import build_model
-from lcl_ds.models.lcl import LCLModel
+from lcl_ds.models.network import LCLModel
 from lcl_ds.training.distributed import Place, gather_objects, on_all_ranks
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lcl_ds.config import Config
 from lcl_ds.errors import UserError
 from lcl_ds.models.heads import ExactScalar
-from lcl_ds.objectives.common import Objective
+from lcl_ds.objectives.base import Objective
 from lcl_ds.training.distributed import Place
 from lcl_ds.training.optimizer import BoundedAdamW, parameter_groups
 

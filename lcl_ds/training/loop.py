@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lcl_ds.batch import Batch
 from lcl_ds.config import Config
-from lcl_ds.data.loader import BatchLoader
+from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.errors import UserError
-from lcl_ds.objectives.common import Count, Counts, Objective
+from lcl_ds.objectives.base import Count, Counts, Objective
 from lcl_ds.training.checkpoint import Progress, save_checkpoint
 from lcl_ds.training.distributed import Place, all_reduce_sum, gather_integers, gather_objects, on_all_ranks
 from lcl_ds.training.engine import refresh_exact_scalars, release_engine

@@ -5,9 +5,9 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from lcl_ds.config import TrainSettings
 from lcl_ds.models.heads import LogitScale
 from lcl_ds.models.settings import Part, part_of
+from lcl_ds.training.settings import TrainSettings
 
 NO_DECAY_NAMES = (
     "class_embedding",

@@ -10,16 +10,16 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import distributed as dist
 
 from lcl_ds.config import Config
-from lcl_ds.data.lanes import LaneSettings
-from lcl_ds.data.loader import BatchLoader
-from lcl_ds.data.open_data import OpenData, lane_settings, open_data
+from lcl_ds.data.corpus import OpenData, lane_settings, open_data
+from lcl_ds.data.stream.lanes import LaneSettings
+from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.check import check_held_out
-from lcl_ds.evaluation.closing import close_run
+from lcl_ds.evaluation.final import close_run
 from lcl_ds.metrics import METRICS, keep_metrics
 from lcl_ds.models.build import build_model, check_attention_here, image_size, tokens_per_image
-from lcl_ds.models.lcl import LCLModel
-from lcl_ds.models.pretrained import initialize_parts
+from lcl_ds.models.network import LCLModel
+from lcl_ds.models.weights.transfer import initialize_parts
 from lcl_ds.objectives import build_objective, view_of
 from lcl_ds.training.checkpoint import (
     Progress,

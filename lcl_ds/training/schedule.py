@@ -2,7 +2,7 @@
 
 import math
 
-from lcl_ds.config import TrainSettings
+from lcl_ds.training.settings import TrainSettings
 
 
 def learning_rate(applied_steps: int, settings: TrainSettings) -> float:

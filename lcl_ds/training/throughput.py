@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lcl_ds.models.lcl import LCLModel
+from lcl_ds.models.network import LCLModel
 
 PEAK_BF16_TFLOPS = {"H200": 989.0, "H100 PCIe": 756.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0, "L40S": 362.0}
 """Dense bf16 tensor-core peaks from the vendor's data sheets; more specific names first."""

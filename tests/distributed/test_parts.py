@@ -7,12 +7,12 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lcl_ds.convert import main
-from lcl_ds.data.loader import BatchLoader
-from lcl_ds.data.open_data import open_data
+from lcl_ds.data.corpus import open_data
+from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.models.build import build_model
 from lcl_ds.models.settings import part_of
 from lcl_ds.objectives import build_objective
-from lcl_ds.objectives.common import local_counts
+from lcl_ds.objectives.base import local_counts
 from lcl_ds.training.run import row_settings
 from tests.distributed.ranks import on_ranks
 from tests.distributed.test_run import without_timing

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lcl_ds.objectives import NAMES, build_objective
-from lcl_ds.objectives.common import local_counts
+from lcl_ds.objectives.base import local_counts
 from lcl_ds.training.checkpoint import load_model, resolve_checkpoint
 from tests.distributed.ranks import on_ranks
 from tests.distributed.workers import STAGES, THREE_STEPS, batch_of_rank

@@ -20,15 +20,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lcl_ds.data.demo import build_demo
+from lcl_ds.data.corpora import READERS
+from lcl_ds.data.corpora.local_images import open_images
+from lcl_ds.data.corpora.record import ReadOptions
+from lcl_ds.data.demo.corpus import build_demo
 from lcl_ds.data.documents import BadSampleError
-from lcl_ds.data.formats import READERS
-from lcl_ds.data.formats.local_images import open_images
-from lcl_ds.data.formats.record import ReadOptions
 from lcl_ds.data.images import check_image, decode_image
-from lcl_ds.data.lanes import Lane, LaneSettings, keyed_rng
-from lcl_ds.data.packing import collate
-from lcl_ds.data.shards import Source, index_shard
+from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.stream.lanes import Lane, LaneSettings, keyed_rng
+from lcl_ds.data.stream.packing import collate
 from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer
 from tests.unit.data.corpora import MAKERS, PARQUET, mmc4_record, picture

@@ -10,7 +10,7 @@ import copy
 import torch
 from lcl_kernels import contrastive_loss
 
-from lcl_ds.objectives.common import local_counts
+from lcl_ds.objectives.base import local_counts
 from lcl_ds.tokens import TextTokenizer, labels_of
 from tests.small import VOCABULARY, batch_of, batch_with_images, lcl_objective, merged, sequence, small_model
 

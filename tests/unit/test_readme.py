@@ -8,10 +8,11 @@ import yaml
 
 from launch import compare_objectives
 from launch.train import parse_arguments
-from lcl_ds import convert, report
+from lcl_ds import convert
 from lcl_ds.bench import __main__ as bench
 from lcl_ds.config import load_config, recipe_path
 from lcl_ds.data import __main__ as data
+from lcl_ds.report import __main__ as report
 from tests.distributed.ranks import ROOT
 
 README = (ROOT / "README.md").read_text()

@@ -8,13 +8,13 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionModel
 
 from lcl_ds.convert import main
-from lcl_ds.data.packing import Row, collate
-from lcl_ds.data.views import DocumentView
+from lcl_ds.data.sequences import DocumentView
+from lcl_ds.data.stream.packing import Row, collate
 from lcl_ds.errors import UserError
 from lcl_ds.models.build import build_model
-from lcl_ds.models.pretrained import initialize_parts
-from lcl_ds.models.reference import load_reference, read_reference_config
 from lcl_ds.models.vision import released_patch_tokens
+from lcl_ds.models.weights.published import load_reference, read_reference_config
+from lcl_ds.models.weights.transfer import initialize_parts
 from tests.small import small_config, small_model
 from tests.unit.test_reference_parity import GOLDEN, Golden, sequences_of
 

@@ -15,11 +15,11 @@ import torch
 from safetensors import safe_open
 from torch.nn import functional as F
 
-from lcl_ds.data.packing import PackedSequence, Row, collate, pack
-from lcl_ds.data.views import DocumentView
-from lcl_ds.models.lcl import LCLModel
-from lcl_ds.models.reference import PAD, Reference, load_reference, read_reference_config, to_reference
-from lcl_ds.objectives.common import local_counts
+from lcl_ds.data.sequences import DocumentView
+from lcl_ds.data.stream.packing import PackedSequence, Row, collate, pack
+from lcl_ds.models.network import LCLModel
+from lcl_ds.models.weights.published import PAD, Reference, load_reference, read_reference_config, to_reference
+from lcl_ds.objectives.base import local_counts
 from lcl_ds.tokens import ImageSlot, TokenSequence
 from tests.small import lcl_objective
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lcl_ds import plots
+import lcl_ds
 from lcl_ds.errors import UserError
-from lcl_ds.plots import RetrievalExample, column, moving_average, plot_retrieval
-from lcl_ds.report import key_figures, main, read_metrics, write_report
+from lcl_ds.report import figures
+from lcl_ds.report.__main__ import main
+from lcl_ds.report.figures import RetrievalExample, column, moving_average, plot_retrieval
+from lcl_ds.report.page import key_figures, read_metrics, write_report
 
 EVALUATION = {
     "step": 600,
@@ -62,7 +64,7 @@ def run(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_figures(monkeypatch):
-    monkeypatch.setattr(plots, "DPI", 60)
+    monkeypatch.setattr(figures, "DPI", 60)
 
 
 @pytest.mark.parametrize("torn", ["{", '{"step": 5, "lo', '{"step": 5, "loss": 1', "[", '"'])
@@ -199,7 +201,7 @@ def test_column_has_a_value_per_row():
 
 
 def test_retrieval_frames_the_right_image_green(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "DPI", 100)
+    monkeypatch.setattr(figures, "DPI", 100)
     images = [np.full((16, 16, 3), 40 * i, np.uint8) for i in range(5)]
     examples = [
         RetrievalExample("costs $5 or $6 " * 30, images, [i == 2 for i in range(5)]),
@@ -214,7 +216,7 @@ def test_retrieval_frames_the_right_image_green(tmp_path, monkeypatch):
 
 
 def test_figure_of_the_method_is_well_formed():
-    path = Path(plots.__file__).parent / "assets" / "lcl.svg"
+    path = Path(lcl_ds.__file__).parent / "assets" / "lcl.svg"
     text = " ".join(" ".join(ElementTree.parse(path).getroot().itertext()).split())
     for words in ("causal decoder", "attentive pooling", "contrastive loss", "generation loss", "keep the ViT"):
         assert words in text

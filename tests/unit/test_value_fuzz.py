@@ -24,10 +24,10 @@ import pytest
 import torch
 
 from lcl_ds.data.__main__ import main as run_data
-from lcl_ds.data.demo import build_demo
-from lcl_ds.data.lanes import Lane, LaneSettings
-from lcl_ds.data.packing import collate
-from lcl_ds.data.shards import Source, index_shard
+from lcl_ds.data.demo.corpus import build_demo
+from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.stream.lanes import Lane, LaneSettings
+from lcl_ds.data.stream.packing import collate
 from lcl_ds.tokens import TextTokenizer
 from tests.unit.data.corpora import picture, tiff_of, url_of
 from tests.unit.data.test_shards import write_tar

@@ -11,11 +11,11 @@ from collections import Counter
 
 import pytest
 
-from lcl_ds.data.check import check_shard
+from lcl_ds.data.corpora.check import check_shard
+from lcl_ds.data.corpora.tars import read_tar
+from lcl_ds.data.corpus import open_data
 from lcl_ds.data.documents import BadSampleError, read_document
-from lcl_ds.data.formats.tars import read_tar
-from lcl_ds.data.open_data import open_data
-from lcl_ds.data.shards import Source, index_shard
+from lcl_ds.data.shards.source import Source, index_shard
 from lcl_ds.errors import UserError
 from tests.unit.data.corpora import picture
 from tests.unit.data.test_shards import write_tar

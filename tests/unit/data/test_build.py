@@ -17,11 +17,11 @@ import pytest
 import webdataset
 
 from lcl_ds.data.__main__ import main
-from lcl_ds.data.build import first_of_each
+from lcl_ds.data.corpora import READERS
+from lcl_ds.data.corpora.build import first_of_each
 from lcl_ds.data.documents import BadSampleError, read_document
-from lcl_ds.data.formats import READERS
-from lcl_ds.data.lanes import Lane, LaneSettings
-from lcl_ds.data.shards import Source, expand_paths, index_shard
+from lcl_ds.data.shards.source import Source, expand_paths, index_shard
+from lcl_ds.data.stream.lanes import Lane, LaneSettings
 from lcl_ds.tokens import TextTokenizer
 from tests.disks import no_file_larger_than
 from tests.distributed.ranks import ROOT
@@ -196,7 +196,7 @@ def test_publishing_may_be_interrupted_anywhere(tmp_path, monkeypatch):
     sources, options = several(tmp_path)
     rest = [*options, "--deduplicate", "--workers", "1"]
     assert main(["build", *sources, str(tmp_path / "whole"), *rest]) == 0
-    from lcl_ds.data import build as module
+    from lcl_ds.data.corpora import build as module
 
     real = module._put_in_place
     out = tmp_path / "out"
@@ -251,7 +251,7 @@ def test_a_source_that_cannot_be_read_ends_the_build_and_mended_goes_on(tmp_path
 def test_a_source_that_changed_between_two_tries_is_read_again(tmp_path, monkeypatch):
     sources, options = several(tmp_path)
     rest = [*options, "--workers", "1", "--shard-samples", "2"]
-    from lcl_ds.data import build as module
+    from lcl_ds.data.corpora import build as module
 
     real, calls = module._put_in_place, iter(range(100))
 
@@ -370,7 +370,7 @@ def test_what_killed_tries_left_is_removed_at_the_next_start(tmp_path, monkeypat
         (tmp_path / "out" / ".000000-00000.tar.7.partial").touch()
         raise SystemExit
 
-    monkeypatch.setattr("lcl_ds.data.build._remove_parts", lambda out: None)
+    monkeypatch.setattr("lcl_ds.data.corpora.build._remove_parts", lambda out: None)
     monkeypatch.setitem(READERS, "shards", killed)
     with pytest.raises(SystemExit):
         main(command)

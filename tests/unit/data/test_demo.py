@@ -12,9 +12,9 @@ import webdataset
 from PIL import Image
 from transformers import AutoTokenizer
 
-from lcl_ds.data import demo
-from lcl_ds.data.demo_scenes import COLOURS, SHAPES
-from lcl_ds.data.shards import Source, index_shard
+from lcl_ds.data.demo import corpus as demo
+from lcl_ds.data.demo.scenes import COLOURS, SHAPES
+from lcl_ds.data.shards.source import Source, index_shard
 from lcl_ds.errors import UserError
 
 

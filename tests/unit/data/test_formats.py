@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from lcl_ds.data.corpora import READERS
+from lcl_ds.data.corpora.local_images import LocalImages, open_images
+from lcl_ds.data.corpora.record import ReadOptions, read_each
 from lcl_ds.data.documents import BadSampleError
-from lcl_ds.data.formats import READERS
-from lcl_ds.data.formats.local_images import LocalImages, open_images
-from lcl_ds.data.formats.record import ReadOptions, read_each
 from lcl_ds.errors import UserError
 from tests.unit.data.corpora import MAKERS, PAGES, PARQUET, SENTENCES, mmc4_record, picture, write_parquet
 from tests.unit.data.test_shards import write_tar
@@ -219,7 +219,7 @@ def test_a_zip_that_cannot_be_read_is_named(tmp_path, make):
 
 
 def test_a_line_that_is_too_long_is_counted_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("lcl_ds.data.formats.record.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("lcl_ds.data.corpora.record.MAX_LINE_BYTES", 100)
     good = json.dumps({"text_list": ["a"], "image_info": []}).encode()
     (tmp_path / "x.jsonl").write_bytes(b"\n".join([good, b"x" * 250, good, b"y" * 99, b"z" * 200 + b"\n" + good]))
     read = list(READERS["mmc4"](tmp_path / "x.jsonl", ReadOptions(min_images=0)))

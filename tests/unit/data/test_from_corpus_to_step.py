@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from lcl_ds.data.__main__ import main
-from lcl_ds.data.loader import BatchLoader
-from lcl_ds.data.open_data import open_data
+from lcl_ds.data.corpus import open_data
+from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.models.build import build_model
 from lcl_ds.objectives import build_objective
-from lcl_ds.objectives.common import local_counts
+from lcl_ds.objectives.base import local_counts
 from lcl_ds.training.run import row_settings
 from tests.small import small_config
 from tests.unit.data.corpora import MAKERS, PARQUET

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
+from lcl_ds.data.corpora.record import IMAGE_MEMBERS
 from lcl_ds.data.documents import IMAGE_SUFFIXES, BadSampleError
-from lcl_ds.data.formats.record import IMAGE_MEMBERS
 from lcl_ds.data.images import FORMATS, ORIENTATION, _decode, check_image, decode_image, open_image, random_box
-from lcl_ds.data.lanes import keyed_rng
+from lcl_ds.data.stream.lanes import keyed_rng
 
 SIDE = 48
 

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from lcl_ds.data.__main__ import main
-from lcl_ds.data.inspection import page, parts_of
-from lcl_ds.data.lanes import LaneSettings
-from lcl_ds.data.loader import BatchLoader
-from lcl_ds.data.shards import Source, expand_paths, index_shard
+from lcl_ds.data.shards.source import Source, expand_paths, index_shard
+from lcl_ds.data.stream.lanes import LaneSettings
+from lcl_ds.data.stream.loader import BatchLoader
+from lcl_ds.report.batch_page import page, parts_of
 from lcl_ds.tokens import TextTokenizer
 from tests.unit.data.corpora import picture
 from tests.unit.data.test_shards import write_tar

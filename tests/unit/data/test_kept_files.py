@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lcl_ds.data import shard_index
-from lcl_ds.data.shards import Source, index_shard
-from lcl_ds.data.storage import cached_name
-from lcl_ds.data.tar_members import Member
+from lcl_ds.data.shards import index as shard_index
+from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.storage import cached_name
+from lcl_ds.data.shards.tar_members import Member
 from lcl_ds.errors import UserError
 from tests.disks import no_file_larger_than
 from tests.distributed.ranks import ROOT
@@ -134,7 +134,7 @@ def test_more_kinds_of_suffix_than_fit_into_two_bytes():
 
 FULL = """
 import sys, resource, signal
-from lcl_ds.data.shards import index_shard
+from lcl_ds.data.shards.source import index_shard
 from pathlib import Path
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

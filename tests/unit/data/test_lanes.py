@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from lcl_ds.data.lanes import Lane, LaneSettings
-from lcl_ds.data.loader import BatchLoader, merge_states
-from lcl_ds.data.shards import Source, expand_paths, index_shard
-from lcl_ds.data.views import without_images
+from lcl_ds.data.sequences import without_images
+from lcl_ds.data.shards.source import Source, expand_paths, index_shard
+from lcl_ds.data.stream.lanes import Lane, LaneSettings
+from lcl_ds.data.stream.loader import BatchLoader, merge_states
 from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer, Vocabulary, encode_sequence
 from tests.unit.data.test_shards import write_tar

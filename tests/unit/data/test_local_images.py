@@ -5,8 +5,8 @@ import tarfile
 
 import pytest
 
+from lcl_ds.data.corpora.local_images import AMBIGUOUS, NOT_THERE, open_images, url_digest
 from lcl_ds.data.documents import BadSampleError
-from lcl_ds.data.formats.local_images import AMBIGUOUS, NOT_THERE, open_images, url_digest
 from lcl_ds.errors import UserError
 from tests.unit.data.corpora import picture, url_of
 from tests.unit.data.test_shards import write_tar

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lcl_ds.config import SourceSettings
-from lcl_ds.data.lanes import Lane
-from lcl_ds.data.mixing import Mixture, images_per_sample, weight_at
-from lcl_ds.data.packing import choose_group, pack
-from lcl_ds.data.shards import Source, index_shard
+from lcl_ds.data.settings import SourceSettings
+from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.stream.lanes import Lane
+from lcl_ds.data.stream.mixing import Mixture, images_per_sample, weight_at
+from lcl_ds.data.stream.packing import choose_group, pack
 from lcl_ds.errors import UserError
 from tests.unit.data.test_lanes import SETTINGS, batches_of, rows_of, same, sources, tokenizer  # noqa: F401
 from tests.unit.data.test_shards import write_tar
@@ -143,7 +143,7 @@ def test_groups_must_divide_the_rows_of_a_rank(sources, tokenizer):  # noqa: F81
 
 
 def test_documents_and_images_are_counted_by_source(sources, tokenizer):  # noqa: F811
-    from lcl_ds.data.loader import BatchLoader
+    from lcl_ds.data.stream.loader import BatchLoader
 
     batch = next(BatchLoader(sources, SETTINGS, tokenizer, 8))
     assert set(batch.sources) == {"documents", "pairs"}

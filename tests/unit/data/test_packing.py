@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from lcl_ds.data.packing import PackedSequence, Row, collate, pack
-from lcl_ds.data.views import DocumentView
+from lcl_ds.data.sequences import DocumentView
+from lcl_ds.data.stream.packing import PackedSequence, Row, collate, pack
 from lcl_ds.tokens import Vocabulary, encode_sequence
 
 VOCABULARY = Vocabulary(text_size=50)

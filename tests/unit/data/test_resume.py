@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lcl_ds.data.demo import build_demo
-from lcl_ds.data.lanes import Lane, LaneSettings
-from lcl_ds.data.loader import BatchLoader, check_same_data, merge_states, shard_differences
-from lcl_ds.data.shards import AT_HAND, Source, expand_paths, index_shard
+from lcl_ds.data.demo.corpus import build_demo
+from lcl_ds.data.shards.source import AT_HAND, Source, expand_paths, index_shard
+from lcl_ds.data.stream.lanes import Lane, LaneSettings
+from lcl_ds.data.stream.loader import BatchLoader, check_same_data, merge_states, shard_differences
 from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer
 from tests.unit.data.test_shards import write_tar

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lcl_ds.data import shard_index, shards
-from lcl_ds.data.shards import Blocks, Source, expand_paths, index_shard
+from lcl_ds.data.shards import index as shard_index
+from lcl_ds.data.shards import source as shards
+from lcl_ds.data.shards.source import Blocks, Source, expand_paths, index_shard
 from lcl_ds.errors import UserError
 
 

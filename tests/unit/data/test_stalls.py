@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from lcl_ds.data.loader import BatchLoader
-from lcl_ds.data.stalls import StallWatch
+from lcl_ds.data.stream.loader import BatchLoader
+from lcl_ds.data.stream.stalls import StallWatch
 from tests.unit.data.test_lanes import SETTINGS, sources, tokenizer  # noqa: F401
 
 

@@ -10,13 +10,13 @@ import fsspec
 import pytest
 
 from lcl_ds.config import load_config, recipe_path
-from lcl_ds.data import storage
 from lcl_ds.data.__main__ import main
+from lcl_ds.data.corpus import open_data
 from lcl_ds.data.documents import read_document
-from lcl_ds.data.lanes import Lane
-from lcl_ds.data.open_data import open_data
-from lcl_ds.data.shards import Source, index_shard
-from lcl_ds.data.storage import cached_name, expand_paths, materialise, read_range
+from lcl_ds.data.shards import storage
+from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.storage import cached_name, expand_paths, materialise, read_range
+from lcl_ds.data.stream.lanes import Lane
 from lcl_ds.errors import UserError
 from lcl_ds.files import printable
 from lcl_ds.tokens import TextTokenizer
@@ -91,7 +91,7 @@ def test_an_index_beside_a_remote_shard_is_used(tmp_path, tar, memory, monkeypat
     index_shard(tar)
     memory.pipe("/bucket/a.tar", tar.read_bytes())
     memory.pipe("/bucket/a.tar.index", (tmp_path / "a.tar.index").read_bytes())
-    monkeypatch.setattr("lcl_ds.data.shard_index.scan_shard", lambda *_: pytest.fail("the headers were read again"))
+    monkeypatch.setattr("lcl_ds.data.shards.index.scan_shard", lambda *_: pytest.fail("the headers were read again"))
     assert everything(Source("s", [index_shard("memory://bucket/a.tar", tmp_path / "cache")]))[3][1] == MEMBERS[6][1]
 
 

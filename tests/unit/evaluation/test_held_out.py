@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcl_ds.data.build import build
+from lcl_ds.data.corpora.build import build
+from lcl_ds.data.corpora.record import ReadOptions
 from lcl_ds.data.documents import read_document, read_labels
-from lcl_ds.data.formats.record import ReadOptions
-from lcl_ds.data.shards import Source, index_shard
+from lcl_ds.data.shards.source import Source, index_shard
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.check import check_held_out
-from lcl_ds.evaluation.closing import evaluate_model
+from lcl_ds.evaluation.final import evaluate_model
 from lcl_ds.models.build import build_model
 from lcl_ds.objectives import NAMES
 from lcl_ds.tokens import TextTokenizer

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lcl_ds.data.views import DocumentView
+from lcl_ds.data.sequences import DocumentView
 from lcl_ds.evaluation.probe import linear_probe
 from lcl_ds.evaluation.retrieval import pair_features, retrieval_scores
 from tests.small import ROW_TOKENS, VOCABULARY, sequence, small_model

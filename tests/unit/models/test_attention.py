@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from lcl_ds.errors import UserError
-from lcl_ds.models import attention, decoder
-from lcl_ds.models.attention import attention_arguments, choose_implementation, image_blocks
+from lcl_ds.models import decoder
+from lcl_ds.models.attention import masks as attention
+from lcl_ds.models.attention.masks import attention_arguments, choose_implementation, image_blocks
 from lcl_ds.models.build import check_attention_here
 from lcl_ds.models.decoder import TESTED_FAMILIES, build_decoder, build_decoder_config, check_isolation
-from lcl_ds.objectives.common import local_counts
+from lcl_ds.objectives.base import local_counts
 from tests.attention_kernels import use_plain_kernels
 from tests.small import (
     DECODERS,

@@ -15,7 +15,7 @@ from lcl_ds.evaluation.probe import encoder_features
 from lcl_ds.models.build import build_model, image_size, tokens_per_image
 from lcl_ds.models.settings import ModelSettings
 from lcl_ds.models.vision import SHAPES, build_vision_config, flat_patches
-from lcl_ds.objectives.common import local_counts
+from lcl_ds.objectives.base import local_counts
 from tests.small import (
     IMAGE_SIZE,
     IMAGE_TOKENS,

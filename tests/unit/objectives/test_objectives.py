@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from lcl_ds.data.documents import Document
 from lcl_ds.models.vision import flat_patches
 from lcl_ds.objectives import NAMES, build_objective, objective_module
+from lcl_ds.objectives.base import local_counts
 from lcl_ds.objectives.blip2 import mismatched_images, with_mismatched_images
-from lcl_ds.objectives.common import local_counts
 from lcl_ds.objectives.masked import without_patches
 from lcl_ds.training.optimizer import parameter_groups
 from tests.distributed.ranks import ROOT

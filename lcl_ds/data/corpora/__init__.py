@@ -1,0 +1,23 @@
+"""Readers of published interleaved and paired corpora, by the name that ``python -m lcl_ds.data build`` knows.
+
+Each is a generator of :class:`lcl_ds.data.corpora.record.SourceDocument` over one file.
+"""
+
+from lcl_ds.data.corpora.comm import read_comm
+from lcl_ds.data.corpora.mint_pdf import read_mint_pdf
+from lcl_ds.data.corpora.mmc4 import read_mmc4, read_mmc4_tar
+from lcl_ds.data.corpora.parallel_lists import read_parallel_lists
+from lcl_ds.data.corpora.record import Reader
+from lcl_ds.data.corpora.shards import read_shard
+
+READERS: dict[str, Reader] = {
+    "mmc4": read_mmc4,
+    "mmc4-tar": read_mmc4_tar,
+    "obelics": read_parallel_lists,
+    "omnicorpus": read_parallel_lists,
+    "mint-html": read_parallel_lists,
+    "mint-pdf": read_mint_pdf,
+    "comm": read_comm,
+    "img2dataset": read_shard,
+    "shards": read_shard,
+}

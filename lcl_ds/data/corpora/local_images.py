@@ -1,0 +1,336 @@
+"""Images on disk that documents name by file name or by URL."""
+
+import errno
+import hashlib
+import json
+import os
+import sqlite3
+import tarfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from lcl_ds.data.documents import IMAGE_SUFFIXES, BadSampleError
+from lcl_ds.data.shards.index import MAX_MEMBER_BYTES, member_place
+from lcl_ds.errors import UserError
+from lcl_ds.files import partial_name, printable
+
+NOT_THERE = "an image that is not there"
+AMBIGUOUS = "an image whose name fits several files"
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+"""What the system says of a name that no file has."""
+UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO)
+"""What it says of a single file that is there and cannot be read; other errors are of the whole machine."""
+
+SCHEMA = """
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+CREATE TABLE tars (number INTEGER PRIMARY KEY, path BLOB, problem TEXT);
+CREATE TABLE names (key BLOB, tar INTEGER, offset INTEGER, size INTEGER, PRIMARY KEY (key, tar)) WITHOUT ROWID;
+CREATE TABLE urls (digest BLOB PRIMARY KEY, tar INTEGER, offset INTEGER, size INTEGER) WITHOUT ROWID;
+CREATE TABLE flat (is_flat INTEGER);
+"""
+Place = tuple[int, int, int]
+"""Number of a tar, offset and size of a member's bytes."""
+
+
+@dataclass(frozen=True)
+class LocalImages:
+    """Folders of image files, and tars of images by their index.
+
+    Files are found by their name, or by their URL where they are named by its SHA-256, with or without a suffix. In
+    tars, as img2dataset writes them, the ``url`` of the ``.json`` beside an image counts too.
+
+    Names are compared whole. Where several places have one of that name, loose files come before tars, and each in the
+    order in which they were named; within a tar the last one counts, as it would after unpacking. Since a tar may have
+    been packed further up or further down, a member is also taken where its name ends in the wanted one or the wanted
+    one in its name, if no other one fits as well.
+    """
+
+    folders: tuple[Path, ...] = ()
+    index: Path | None = None
+    """Made by :func:`index_images`."""
+
+    def find(self, name: Any, url: Any, digest: str | None = None) -> bytes:
+        """An image by its file name, else by its URL; what is no string is no name.
+
+        Args:
+            digest: the source's own hash of the URL, where it has one, by which files may be named too.
+
+        Raises:
+            BadSampleError: it is not there, its name fits several files, or it cannot be read.
+        """
+        problem = BadSampleError(NOT_THERE)
+        try:
+            data = self.by_name(name) if isinstance(name, str) else None
+        except BadSampleError as ambiguous:
+            data, problem = None, ambiguous
+        if data is None and isinstance(url, str):
+            data = self.by_url(url, digest)
+        if data is None:
+            raise problem
+        return data
+
+    def by_name(self, name: str) -> bytes | None:
+        """An image by file name, which may have folders in it; None when there is none.
+
+        Names come from outside: those that lead out of the folder find nothing.
+
+        Raises:
+            BadSampleError: the name fits several files, or the file cannot be read.
+        """
+        parts = _parts(name)
+        if not parts:
+            return None
+        for folder in self.folders:
+            data = _read_inside(folder, parts)
+            if data is not None:
+                return data
+        place = self._place_of(parts)
+        return None if place is None else self._read(place)
+
+    def by_url(self, url: str, digest: str | None = None) -> bytes | None:
+        """An image by its URL; None when there is none.
+
+        Args:
+            digest: see :meth:`find`.
+
+        Raises:
+            BadSampleError: the file cannot be read.
+        """
+        digests = [url_digest(url).encode(), *(_parts(digest) if digest else ())]
+        for name in digests:
+            for folder in self.folders:
+                for suffix in (b"", *(f".{suffix}".encode() for suffix in IMAGE_SUFFIXES)):
+                    data = _read_inside(folder, (name + suffix,))
+                    if data is not None:
+                        return data
+        found = self._rows("SELECT tar, offset, size FROM urls WHERE digest = ?", digests[0])
+        for name in digests:
+            found = found or self._rows(
+                "SELECT tar, offset, size FROM names WHERE key >= ? AND key < ? ORDER BY tar LIMIT 1",
+                name + b".",  # its suffix, or the slash that ends a key without one
+                name + b"0",
+            )
+        return self._read(found[0]) if found else None
+
+    def _place_of(self, parts: tuple[bytes, ...]) -> Place | None:
+        """Raises: BadSampleError when several members fit alike."""
+        key = _key(parts)
+        found = self._rows("SELECT tar, offset, size FROM names WHERE key = ? ORDER BY tar LIMIT 1", key)
+        if found:
+            return found[0]
+        longer = self._rows("SELECT DISTINCT key FROM names WHERE key > ? AND key < ? LIMIT 2", key, key[:-1] + b"0")
+        if len(longer) > 1:
+            raise BadSampleError(AMBIGUOUS)
+        if longer:
+            return self._place_of(tuple(reversed(longer[0][0][:-1].split(b"/"))))
+        is_flat = bool(self._rows("SELECT 1 FROM flat WHERE is_flat"))
+        # Where there are folders, a name without any is not that of a file in a folder.
+        for first in range(1, len(parts) if is_flat else len(parts) - 1):
+            found = self._rows("SELECT tar, offset, size FROM names WHERE key = ? LIMIT 2", _key(parts[first:]))
+            if len(found) > 1:
+                raise BadSampleError(AMBIGUOUS)
+            if found:
+                return found[0]
+        return None
+
+    def _rows(self, query: str, *values: bytes) -> list[Any]:
+        if self.index is None:
+            return []
+        try:
+            return _database(self.index, os.getpid()).execute(query, values).fetchall()
+        except sqlite3.Error as error:
+            raise UserError(f"{self.index}: the index of --images cannot be read ({error}); remove it") from error
+
+    def _read(self, place: Place) -> bytes:
+        tar, offset, size = place
+        ((path,),) = self._rows(f"SELECT path FROM tars WHERE number = {tar:d}")
+        with _one_files_errors(), open(path, "rb") as file:
+            data = os.pread(file.fileno(), size, offset)
+        if len(data) != size:
+            raise UserError(f"--images {os.fsdecode(path)}: it became shorter while it was being read; start again")
+        return data
+
+
+@lru_cache
+def _database(index: Path, pid: int) -> sqlite3.Connection:
+    """The open index; a connection must not be shared with a forked process, hence ``pid``."""
+    return sqlite3.connect(f"{index.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+
+
+def url_digest(url: str) -> str:
+    """By which an image is found whose URL is known."""
+    return hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def open_images(places: Sequence[Path], work: Path, skip_unreadable: bool = False) -> tuple[LocalImages, list[str]]:
+    """Images of folders and tars, and what could not be read; tars are indexed once into ``work``.
+
+    Args:
+        skip_unreadable: go on with what is whole in tars that are damaged.
+
+    Raises:
+        UserError: a place that is not there, or a tar that cannot be read.
+    """
+    folders: list[Path] = []
+    tars: dict[Path, None] = {}  # an ordered set
+    for place in places:
+        if place.is_dir():
+            folders.append(place)
+            tars.update(dict.fromkeys(path.resolve() for path in sorted(place.glob("*.tar")) if path.is_file()))
+        elif place.is_file():
+            tars[place.resolve()] = None
+        else:
+            raise UserError(f"--images {place}: no such file or folder")
+    if not tars:
+        return LocalImages(tuple(folders)), []
+    index = index_images(list(tars), work)
+    images = LocalImages(tuple(folders), index)
+    problems = [problem for (problem,) in images._rows("SELECT problem FROM tars WHERE problem != ''")]
+    if problems and not skip_unreadable:
+        index.unlink()  # so that they are read again once they were replaced
+        raise UserError([*problems, "replace these tars, or go on with what is whole in them: --skip-unreadable"])
+    return images, problems
+
+
+def index_images(tars: Sequence[Path], work: Path) -> Path:
+    """Names and URL digests of the images in tars to their places, as an SQLite file.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    listing = repr([(os.fsencode(tar), tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars])
+    path = work / f"images-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.sqlite"
+    if path.exists():
+        return path
+    work.mkdir(parents=True, exist_ok=True)
+    partial = partial_name(path)
+    partial.unlink(missing_ok=True)
+    try:
+        with _full_disk_as_os_error(partial), closing(sqlite3.connect(partial)) as database:
+            database.executescript(SCHEMA)
+            for number, tar in enumerate(tars):
+                database.execute("INSERT INTO tars VALUES (?, ?, '')", (number, os.fsencode(tar)))
+                _index_tar(database, number, tar)
+            database.execute(
+                "INSERT INTO flat SELECT NOT EXISTS (SELECT 1 FROM names WHERE instr(key, x'2f') < length(key))"
+            )
+            database.commit()
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+@contextmanager
+def _full_disk_as_os_error(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = errno.ENOSPC if error.sqlite_errorcode == sqlite3.SQLITE_FULL else errno.EIO
+        raise OSError(code, str(error), str(path)) from error
+
+
+def _index_tar(database: sqlite3.Connection, number: int, tar: Path) -> None:
+    """Names and URLs of one tar; what is whole in a damaged one is indexed and its problem noted."""
+    names: dict[bytes, Place] = {}
+    urls: dict[bytes, Place] = {}
+    key, url, image = "", None, None
+    try:
+        for sample, suffix, member, its_url in _members_in(tar):
+            if sample != key:
+                key, url, image = sample, None, None
+            place = number, member.offset_data, member.size
+            names[_key(_parts(member.name.lstrip("/")))] = place
+            image = place if suffix in IMAGE_SUFFIXES else image
+            url = its_url or url
+            if url and image:
+                urls[url_digest(url).encode()] = image
+    except (OSError, tarfile.TarError, ValueError) as error:
+        problem = printable(f"--images {tar}: cannot be read to its end: {error}")
+        database.execute("UPDATE tars SET problem = ? WHERE number = ?", (problem, number))
+    database.executemany("INSERT INTO names VALUES (?, ?, ?, ?)", ((name, *place) for name, place in names.items()))
+    database.executemany(
+        "INSERT OR IGNORE INTO urls VALUES (?, ?, ?, ?)", ((url, *place) for url, place in urls.items())
+    )
+
+
+def _members_in(tar: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, str | None]]:
+    """Key, suffix and header of a tar's files; of ``.json`` files also the URL that they tell."""
+    size = tar.stat().st_size
+    # Tars may lie one behind the other, and what is damaged costs what is damaged.
+    with tarfile.open(tar, "r:", ignore_zeros=True) as opened:
+        for member in opened:
+            opened.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+            try:
+                placed = member_place(member, size)
+            except ValueError:
+                if member.offset_data + member.size > size:
+                    raise
+                continue  # sparse or too large
+            if placed is not None:
+                file = opened.extractfile(member) if placed[1] == "json" else None
+                yield *placed, member, _url_in(file.read()) if file else None
+
+
+def _url_in(data: bytes) -> str | None:
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    url = record.get("url") if isinstance(record, dict) else None
+    return url if isinstance(url, str) else None
+
+
+def _parts(name: str) -> tuple[bytes, ...]:
+    """Folders and file of a name, as the disk knows them; none where it leads elsewhere or no file can be called so."""
+    path = PurePosixPath(name)
+    if "\0" in name or path.is_absolute() or ".." in path.parts:
+        return ()
+    try:
+        return tuple(os.fsencode(part) for part in path.parts)
+    except UnicodeEncodeError:  # half a surrogate pair
+        return ()
+
+
+def _key(parts: Sequence[bytes]) -> bytes:
+    """A name from its end: all keys that begin with it are those of names that end in this one."""
+    return b"".join(part + b"/" for part in reversed(parts))
+
+
+def _read_inside(folder: Path, parts: tuple[bytes, ...]) -> bytes | None:
+    """A regular file of a folder; None when there is none, or a link leads out of the folder.
+
+    Raises:
+        BadSampleError: it cannot be read.
+    """
+    root = os.path.realpath(os.fsencode(folder)).rstrip(b"/") + b"/"
+    with _one_files_errors():
+        try:
+            path = os.path.realpath(root + b"/".join(parts), strict=True)
+            if not path.startswith(root) or not os.path.isfile(path):
+                return None
+            with open(path, "rb") as file:
+                data = file.read(MAX_MEMBER_BYTES + 1)
+        except OSError as error:
+            if error.errno in ABSENT:
+                return None
+            raise
+    if len(data) > MAX_MEMBER_BYTES:
+        raise BadSampleError("an image file that is too large")
+    return data
+
+
+@contextmanager
+def _one_files_errors() -> Iterator[None]:
+    """Raises: BadSampleError for errors of a single file; OSError for those of the machine."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in UNREADABLE:
+            raise BadSampleError("an image that cannot be read") from None
+        raise

@@ -1,0 +1,104 @@
+"""Parquet files of parallel lists ``texts`` and ``images``: OBELICS, OmniCorpus and the HTML part of MINT-1T.
+
+In each place one of text and image URL is null. OBELICS keeps ``general_metadata`` as a JSON string; OmniCorpus as a
+struct, with ``metadata`` a list of structs, one per image, whose ``img_url_sha`` may name the file. The files hold
+URLs, not pixels: images come from :class:`lcl_ds.data.corpora.local_images.LocalImages`.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lcl_ds.data.corpora.record import (
+    Draft,
+    ReadOptions,
+    SourceDocument,
+    list_of,
+    parse_object,
+    read_each,
+    reading,
+    string_or_none,
+)
+from lcl_ds.data.documents import BadSampleError
+from lcl_ds.errors import UserError
+
+CONTENT = ("texts", "images")
+FACTS = {"url": (), "metadata": ("img_url_sha",), "general_metadata": ("url",)}
+"""Further columns, and what is read of those that are structs: the rest may hold values that no Python object has."""
+ROWS = 64
+"""Read at a time."""
+
+Row = Any
+"""A record batch of one row: pyarrow is not installed everywhere."""
+
+
+def read_parallel_lists(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
+    """Documents of a parquet file.
+
+    Raises:
+        UserError: pyarrow is not installed, or the file cannot be read.
+    """
+    return read_each(_rows(path), partial(_read_row, options=options))
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Row]]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{path}: reading parquet needs pyarrow: pip install 'lcl_ds[parquet]'") from None
+    number = 0
+    # Given a path, pyarrow would take some of them for URLs and could not take those that are not UTF-8.
+    with reading(path, "parquet"), path.open("rb") as opened, parquet.ParquetFile(opened) as file:
+        columns = [column.path for column in file.schema if _is_wanted(column.path)]
+        for group in range(file.num_row_groups):  # across groups pyarrow cannot read lists of every type
+            for batch in file.iter_batches(batch_size=ROWS, row_groups=[group], columns=columns):
+                for row in range(batch.num_rows):
+                    yield f"{path.name}:{number}", batch.slice(row, 1)
+                    number += 1
+
+
+def _is_wanted(column: str) -> bool:
+    """Whether values are read; ``column`` is a path such as ``metadata.list.element.img_url_sha``."""
+    first, *rest = column.split(".")
+    return first in CONTENT or (first in FACTS and (not rest or rest[-1] in FACTS[first]))
+
+
+def _read_row(key: str, row: Row, options: ReadOptions) -> SourceDocument:
+    record = {name: _value(row, name) for name in CONTENT}
+    texts, images = list_of(record, "texts"), list_of(record, "images")
+    if len(texts) != len(images):
+        raise BadSampleError("lists 'texts' and 'images' of different length")
+    url, metadata, about = (_value_or_none(row, name) for name in FACTS)
+    about = about.get("url") if isinstance(about, dict) else None
+    draft = Draft(key, options, string_or_none(about) or string_or_none(url))
+    digests = _digests(metadata, images)
+    for place, (text, image) in enumerate(zip(texts, images, strict=True)):
+        if image is not None:
+            draft.add_image(partial(options.images.find, None, image, digests.get(place)))
+        draft.add_text(text)
+    return draft.finish()
+
+
+def _value(row: Row, name: str) -> Any:
+    return row.column(name)[0].as_py() if name in row.schema.names else None
+
+
+def _value_or_none(row: Row, name: str) -> Any:
+    """A value that the document can do without; structs may be written as JSON."""
+    try:
+        value = _value(row, name)
+        return parse_object(value) if name != "url" and isinstance(value, str) else value
+    except Exception:  # of no kind that Python has, or no JSON: it costs no text and no image
+        return None
+
+
+def _digests(metadata: Any, images: list[Any]) -> dict[int, str]:
+    """By place, the source's own hash of an image's URL."""
+    if not isinstance(metadata, list):
+        return {}
+    places = [place for place, image in enumerate(images) if image is not None]
+    if len(metadata) == len(images):
+        places = list(range(len(images)))
+    entries = [entry.get("img_url_sha") if isinstance(entry, dict) else None for entry in metadata]
+    return {place: digest for place, digest in zip(places, entries, strict=False) if isinstance(digest, str)}

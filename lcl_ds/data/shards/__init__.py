@@ -1,0 +1,1 @@
+"""Tar shards: where they lie, what is in them, samples by number."""

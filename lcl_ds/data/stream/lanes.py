@@ -1,0 +1,451 @@
+"""The endless deterministic stream of rows, in independent lanes.
+
+The global stream's n-th group of rows comes from lane ``n % lanes``. A lane owns every ``lanes``-th block of a
+permutation drawn anew each epoch, shuffles samples inside a window of blocks, packs a window of documents into rows and
+gathers rows into groups of about as many images each. Nothing random is stored: every draw is a function of (seed,
+purpose, lane, counter), so a lane's position is a few integers plus the addresses of documents that wait for a row and
+of rows that wait for a group, and the stream is the same for any number of ranks and workers.
+
+What all lanes hold at a time, of samples drawn and not yet in a row that was returned, is what an epoch can be off by:
+a sample may come that much early or late. Blocks, windows, pools and, where they are not set, the number of lanes
+shrink with the corpus so that this stays below one epoch.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from lcl_ds.data.documents import MAX_TEXT_BYTES, BadSampleError, Document, read_document
+from lcl_ds.data.images import decode_image
+from lcl_ds.data.sequences import DocumentView, Encoder, View
+from lcl_ds.data.shards.source import Blocks, Source
+from lcl_ds.data.stream.mixing import Mixture, change_steps, spread_samples
+from lcl_ds.data.stream.packing import PackedSequence, Row, choose_group, pack
+from lcl_ds.data.stream.skips import Skips, reason_of
+from lcl_ds.data.stream.stalls import StallWatch
+from lcl_ds.errors import UserError
+from lcl_ds.tokens import TextTokenizer, TokenSequence
+
+SOURCE, EPOCH, WINDOW, ROWS, SEQUENCES, CROP, IMAGE = range(7)
+"""Purposes of keyed draws."""
+
+CARRIED_SHARE = 4
+"""One row in this many, the emptiest, is dissolved into the next window ..."""
+MAX_CARRIES = 2
+"""... so often at most for any piece."""
+
+MEASURED_SAMPLES = 500
+"""Samples of a source, spread over it, whose tokens and images are counted ..."""
+PRIOR_ROWS = 2000
+"""... and how many rows of a lane weigh as much as that count."""
+
+MOST_LANES = 64
+"""Lanes where their number is not set and the corpus is not small."""
+WINDOWS_PER_EPOCH = 4
+"""Windows, of packing and of shuffling, that a lane's part of an epoch is cut into at least."""
+GOOD_WINDOW_ROWS = 16
+"""Rows of a window that pack well; the number of lanes is chosen so that no window need be smaller."""
+LEAST_WINDOW_ROWS = 2
+"""Rows that a window fills even where it then holds more of an epoch than it should."""
+
+LaneState = dict[str, Any]
+"""JSON, as of the last time a window was packed: samples drawn (``draws``), ``cursors`` per source, ``carried``
+documents, the ``pool`` of waiting rows, ``packed`` rows and images and ``rows`` returned so far; and, since then, the
+rows returned (``emitted``)."""
+
+
+def measure_sizes(sources: Sequence[Source], settings: "LaneSettings", tokenizer: TextTokenizer) -> np.ndarray:
+    """Mean tokens and images of a sample of each source, float64 [sources, 2]; bad samples are passed over."""
+    encoder = encoder_of(settings, tokenizer)
+    sizes = []
+    for source in sources:
+        total, numbers = np.zeros(2), spread_samples(source, MEASURED_SAMPLES)
+        for number in numbers:
+            try:
+                document = read_document(source, number, settings.max_text_bytes)
+                sequences = settings.view.encode(document, encoder, keyed_rng(number))
+            except (BadSampleError, OSError):
+                continue
+            total += sum((np.array([len(s.input_ids), len(s.images)]) for s in sequences), np.zeros(2))
+        sizes.append(total / len(numbers))
+    return np.stack(sizes) + np.array([1e-9, 0.0])  # of nothing but bad samples: no division by 0
+
+
+def draws_per_epoch(sources: Sequence[Source], mixture: Mixture, step: int) -> float:
+    """Samples that are drawn of all sources at ``step`` until the first of them has been read once."""
+    shares = mixture.shares(step)
+    return min(len(source) / share for source, share in zip(sources, shares, strict=True) if share > 0)
+
+
+def choose_lanes(sources: Sequence[Source], settings: "LaneSettings", tokenizer: TextTokenizer) -> int:
+    """As many lanes as suit the corpus, a power of two up to 64, whatever the number of ranks."""
+    mixture = Mixture(sources, settings.mix_by)
+    windows = min(draws_per_epoch(sources, mixture, step) for step in change_steps(sources)) / settings.pack_window
+    if windows < MOST_LANES * WINDOWS_PER_EPOCH:
+        tokens, images = mixture.shares(0) @ measure_sizes(sources, settings, tokenizer)
+        rows = settings.pack_window * max(tokens / settings.row_tokens, images / settings.row_images)
+        windows *= max(1.0, rows / GOOD_WINDOW_ROWS)  # smaller ones, where a whole one has more rows than it needs
+    lanes = MOST_LANES
+    while lanes > 1 and windows < lanes * WINDOWS_PER_EPOCH:
+        lanes //= 2
+    return lanes
+
+
+def encoder_of(settings: "LaneSettings", tokenizer: TextTokenizer) -> Encoder:
+    """Text to ids within the budgets of ``settings``."""
+    longest = settings.document_tokens or settings.row_tokens
+    return Encoder(tokenizer.encode, tokenizer.vocabulary, settings.image_tokens, longest, settings.row_images)
+
+
+def keyed_rng(*key: int) -> np.random.Generator:
+    """A generator that depends on ``key`` alone."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+@lru_cache(maxsize=8)
+def epoch_order(seed: int, source: int, epoch: int, blocks: int) -> np.ndarray:
+    """Order of a source's blocks in one epoch; the same for all lanes of a process, which keep it together."""
+    return keyed_rng(seed, EPOCH, source, epoch).permutation(blocks)
+
+
+@dataclass(frozen=True)
+class LaneSettings:
+    """What the rows of every lane depend on."""
+
+    lanes: int
+    """0: as many as suit the corpus; the loader fills it in."""
+    data_seed: int
+    augmentation_seed: int
+    row_tokens: int
+    row_images: int
+    image_tokens: int
+    image_size: int
+    document_tokens: int | None = None
+    """Longest document in tokens; None: as long as a row."""
+    rows_per_step: int = 1
+    """Rows of one optimizer step: what turns a row's number into the step that weights of sources depend on."""
+    mix_by: str = "samples"
+    group_rows: int = 1
+    row_pool: int = 64
+    pack_window: int = 128
+    block_samples: int = 16
+    shuffle_blocks: int = 4
+    view: View = field(default_factory=DocumentView)
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    max_image_pixels: int = 89_000_000
+    max_text_bytes: int = MAX_TEXT_BYTES
+    max_bad_share: float = 0.5
+    stall_seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A sequence waiting for a row: which draw of the lane it came from and which piece of that document it is."""
+
+    source: int
+    sample: int
+    draw: int
+    piece: int
+    carries: int
+    """Windows it has been carried over."""
+    document: Document
+    tokens: TokenSequence
+
+    def address(self) -> list[int]:
+        return [self.source, self.sample, self.draw, self.piece, self.carries]
+
+
+class Lane:
+    """One lane; ``next_row`` never ends.
+
+    Args:
+        sources: where samples come from.
+        settings: shared by all lanes.
+        number: this lane, ``0 .. settings.lanes - 1``.
+        tokenizer: text to ids.
+        state: from an earlier :meth:`state`, to continue exactly there.
+        skips: where to count what is left out, for all lanes of a process.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        settings: LaneSettings,
+        number: int,
+        tokenizer: TextTokenizer,
+        state: LaneState | None = None,
+        skips: Skips | None = None,
+        sizes: np.ndarray | None = None,
+        watch: StallWatch | None = None,
+    ):
+        self._watch = watch
+        if settings.group_rows > 1 and sizes is None:
+            sizes = measure_sizes(sources, settings, tokenizer)
+        self._sizes = sizes
+        self._skips = skips or Skips(settings.max_bad_share)
+        self._pending_skips = 0
+        self.sources, self.settings, self.number = sources, settings, number
+        self._encoder = encoder_of(settings, tokenizer)
+        self._mixture = Mixture(sources, settings.mix_by)
+        self._changes = change_steps(sources)
+        self._blocks = [self._blocks_of(source) for source in sources]
+        self._windows: dict[int, tuple[int, np.ndarray]] = {}
+        new = {"draws": 0, "cursors": [[0, 0] for _ in sources], "carried": [], "pool": [], "packed": [0, 0], "rows": 0}
+        state = state or {**new, "emitted": 0}
+        self._draws: int = state["draws"]
+        self._cursors: list[list[int]] = [list(cursor) for cursor in state["cursors"]]
+        self._carried = [self._piece_at(*address) for address in state["carried"]]
+        self._pool = [[self._piece_at(*address) for address in row] for row in state["pool"]]
+        self._packed: list[int] = list(state["packed"])
+        self._rows_returned: int = state["rows"]
+        self._group: list[list[_Piece]] = []
+        self._emitted = 0
+        self._window_state = state
+        if state["emitted"]:
+            self._fill_window()
+            for _ in range(state["emitted"]):
+                self._next_pieces()
+        self._pending_skips = 0
+
+    def state(self) -> LaneState:
+        """Position after the last row returned."""
+        return {**self._window_state, "emitted": self._emitted}
+
+    @property
+    def rows_returned(self) -> int:
+        """Rows so far, over all starts."""
+        return self._rows_returned
+
+    def skip_row(self) -> None:
+        """Pass over the next row: packed to know what follows, but not decoded."""
+        self._next_pieces()
+        self._pending_skips = 0  # they are counted where the row is used
+        if self._watch:
+            self._watch.end()
+
+    def next_row(self) -> Row:
+        """The lane's next row, pixels decoded."""
+        pieces = self._next_pieces()
+        sequences = []
+        for piece in pieces:
+            sequence = self._with_pixels(piece)
+            sequences += [sequence] if sequence is not None else []
+        if self._watch:
+            self._watch.end()
+        row = Row(tuple(sequences), self._pending_skips)
+        self._pending_skips = 0
+        return row
+
+    def _next_pieces(self) -> list[_Piece]:
+        """The next row of the current group, or the first of the next one."""
+        size = self.settings.group_rows
+        if not self._group:
+            # A group is chosen from a full pool; rows that go alone need none.
+            while len(self._pool) < (self._pool_rows() if size > 1 else 1):
+                self._fill_window()
+            images = [sum(len(piece.tokens.images) for piece in row) for row in self._pool]
+            chosen = choose_group(images, size, self._images_per_row())
+            self._group = [self._pool[i] for i in chosen]
+            self._pool = [row for i, row in enumerate(self._pool) if i not in chosen]
+        self._emitted += 1
+        self._rows_returned += 1
+        return self._group.pop(0)
+
+    def _pool_rows(self) -> int:
+        """Rows to choose a group from: at most a quarter of the lane's part of an epoch, but two groups."""
+        assert self._sizes is not None
+        tokens, images = self._mixture.shares(self._step) @ self._sizes
+        rows_per_draw = max(tokens / self.settings.row_tokens, images / self.settings.row_images)
+        quarter = int(self._share_of_epoch(self._step) * rows_per_draw / WINDOWS_PER_EPOCH)
+        return min(self.settings.row_pool, max(quarter, 2 * self.settings.group_rows))
+
+    def _share_of_epoch(self, step: int) -> float:
+        """Samples that this lane draws until the first source has been read once."""
+        return draws_per_epoch(self.sources, self._mixture, step) / self.settings.lanes
+
+    def _images_per_row(self) -> float:
+        """In the long run: what the sources promise, and more and more what this lane has seen.
+
+        Lanes must agree from the start, or ranks would differ by what each lane happened to see first.
+        """
+        rows, images = self._packed
+        if self._sizes is None:
+            return images / rows
+        tokens, pictures = self._mixture.shares(self._step) @ self._sizes
+        expected = self.settings.row_tokens * pictures / tokens
+        return (expected * PRIOR_ROWS + images) / (PRIOR_ROWS + rows)
+
+    @property
+    def _step(self) -> int:
+        """The optimizer step that the next row belongs to."""
+        return self._step_of(self._rows_returned)
+
+    def _step_of(self, row: int) -> int:
+        """The optimizer step that the lane's ``row``-th row belongs to."""
+        return row * self.settings.lanes // self.settings.rows_per_step
+
+    def _rows_until_change(self, row: int) -> float:
+        """Rows from ``row`` on that belong to steps before the sources' weights change next."""
+        step = self._step_of(row)
+        changes = [change for change in self._changes if change > step]
+        return changes[0] * self.settings.rows_per_step / self.settings.lanes - row if changes else math.inf
+
+    def _fill_window(self) -> None:
+        """Draw and pack a window of documents; its rows join the pool."""
+        self._window_state = {
+            "draws": self._draws,
+            "cursors": [list(cursor) for cursor in self._cursors],
+            "carried": [piece.address() for piece in self._carried],
+            "pool": [[piece.address() for piece in row] for row in self._pool],
+            "packed": list(self._packed),
+            "rows": self._rows_returned,
+            "emitted": 0,
+        }
+        self._emitted = 0
+        pieces = [*self._carried, *self._draw_window()]
+        packed = pack(
+            [len(piece.tokens.input_ids) for piece in pieces],
+            [len(piece.tokens.images) for piece in pieces],
+            self.settings.row_tokens,
+            self.settings.row_images,
+        )
+        # A piece of an awkward length must not wait for ever.
+        free = [row for row in packed if all(pieces[i].carries < MAX_CARRIES for i in row)]
+        dissolved = free[-max(1, len(packed) // CARRIED_SHARE) :] if len(packed) > 1 else []
+        kept = [row for row in packed if row not in dissolved]
+        self._carried = [replace(pieces[i], carries=pieces[i].carries + 1) for row in dissolved for i in row]
+        order = keyed_rng(self.settings.data_seed, ROWS, self.number, self._draws).permutation(len(kept))
+        self._pool += [[pieces[i] for i in kept[row]] for row in order]
+        self._packed[0] += len(kept)
+        self._packed[1] += sum(len(pieces[i].tokens.images) for row in kept for i in row)
+
+    def _draw_window(self) -> list[_Piece]:
+        """Pieces of the next samples: ``pack_window`` of them, or fewer where the lane's part of an epoch is small or
+        the sources' weights change before their rows are returned."""
+        first_row = self._rows_returned + len(self._pool)
+        step, most = self._step_of(first_row), self._rows_until_change(first_row)
+        enough = self._share_of_epoch(step) / WINDOWS_PER_EPOCH
+        rows, pieces = self._rows_filled_by(self._carried), list[_Piece]()
+        for drawn in range(self.settings.pack_window):
+            if rows >= most or (drawn >= enough and rows >= LEAST_WINDOW_ROWS):
+                break
+            source, draw = self._draw_source(step), self._draws
+            sample = self._next_sample(source)
+            self._draws += 1
+            try:
+                added = self._pieces(source, sample, draw)
+                self._skips.good()
+            except (BadSampleError, OSError) as problem:
+                self._leave_out(self.sources[source], sample, problem)
+            else:
+                pieces += added
+                rows += self._rows_filled_by(added)
+        return pieces
+
+    def _rows_filled_by(self, pieces: Sequence[_Piece]) -> float:
+        """Rows that pieces need, without padding."""
+        tokens = sum(len(piece.tokens.input_ids) for piece in pieces)
+        images = sum(len(piece.tokens.images) for piece in pieces)
+        return max(tokens / self.settings.row_tokens, images / self.settings.row_images)
+
+    def _draw_source(self, step: int) -> int:
+        if len(self.sources) == 1:
+            return 0
+        draw = keyed_rng(self.settings.data_seed, SOURCE, self.number, self._draws).random()
+        return self._mixture.choose(step, draw)
+
+    def _next_sample(self, source: int) -> int:
+        window, offset = self._cursors[source]
+        samples = self._window_samples(source, window)
+        if offset == len(samples):
+            window, offset = window + 1, 0
+            samples = self._window_samples(source, window)
+        self._cursors[source] = [window, offset + 1]
+        return int(samples[offset])
+
+    def _window_samples(self, source: int, window: int) -> np.ndarray:
+        """Samples of the lane's next ``shuffle_blocks`` blocks, shuffled."""
+        cached = self._windows.get(source)
+        if cached is None or cached[0] != window:
+            first = window * self.settings.shuffle_blocks
+            blocks = [self._block(source, i) for i in range(first, first + self.settings.shuffle_blocks)]
+            samples = np.concatenate([np.arange(*block) for block in blocks])
+            keyed_rng(self.settings.data_seed, WINDOW, source, self.number, window).shuffle(samples)
+            cached = self._windows[source] = window, samples
+        return cached[1]
+
+    def _blocks_of(self, source: Source) -> Blocks:
+        """Blocks of neighbours, small enough for a few shuffling windows in the lane's part of an epoch."""
+        settings = self.settings
+        fitting = len(source) // (settings.lanes * settings.shuffle_blocks * WINDOWS_PER_EPOCH)
+        return source.blocks(max(1, min(settings.block_samples, fitting)))
+
+    def _block(self, source: int, index: int) -> tuple[int, int]:
+        """The lane's ``index``-th block over all epochs."""
+        blocks = self._blocks[source]
+        epoch, place = divmod(index * self.settings.lanes + self.number, len(blocks))
+        return blocks[int(epoch_order(self.settings.data_seed, source, epoch, len(blocks))[place])]
+
+    def _pieces(self, source: int, sample: int, draw: int) -> list[_Piece]:
+        if self._watch:
+            self._watch.begin(self.sources[source], sample)
+        document = read_document(self.sources[source], sample, self.settings.max_text_bytes)
+        for _ in range(document.missing_images):
+            self._leave_out(self.sources[source], sample, BadSampleError("an image that is not there"))
+        rng = keyed_rng(self.settings.augmentation_seed, SEQUENCES, self.number, draw)
+        sequences = self.settings.view.encode(document, self._encoder, rng)
+        if not sequences:
+            raise BadSampleError("a document without tokens")
+        return [_Piece(source, sample, draw, i, 0, document, tokens) for i, tokens in enumerate(sequences)]
+
+    def _piece_at(self, source: int, sample: int, draw: int, piece: int, carries: int) -> _Piece:
+        """A piece that waited when the position was saved.
+
+        Raises:
+            UserError: its document can no longer be read as it was.
+        """
+        try:
+            pieces, problem = self._pieces(source, sample, draw), "its text is another one"
+        except (BadSampleError, OSError) as error:
+            pieces, problem = [], reason_of(error)
+        if piece >= len(pieces):
+            raise UserError(
+                f"shard {self.sources[source].where(sample)}: a document that waits for its row cannot be read as it "
+                f"was when the position was saved: {problem}; restore the shard and resume, or start a new run"
+            )
+        return replace(pieces[piece], carries=carries)
+
+    def _with_pixels(self, piece: _Piece) -> PackedSequence | None:
+        """The piece with its images decoded, as far as they can be; None when nothing is left."""
+        settings, source = self.settings, self.sources[piece.source]
+        pixels, seeds, lost = [], [], []
+        if self._watch:
+            self._watch.begin(source, piece.sample)
+        for image in piece.tokens.images:
+            key = settings.augmentation_seed, self.number, piece.draw, image
+            rng = keyed_rng(key[0], CROP, *key[1:])
+            try:
+                data = source.read(piece.sample, piece.document.images[image])
+                pixels.append(
+                    decode_image(data, settings.image_size, settings.crop_scale, rng, settings.max_image_pixels)
+                )
+                seeds.append(int(keyed_rng(key[0], IMAGE, *key[1:]).integers(1 << 63)))
+            except (BadSampleError, OSError) as problem:
+                lost.append(image)
+                self._leave_out(source, piece.sample, problem)
+            else:
+                self._skips.good()
+        tokens = settings.view.without_images(piece.tokens, lost, settings.image_tokens) if lost else piece.tokens
+        if tokens is None:
+            return None
+        shape = (0, 3, settings.image_size, settings.image_size)
+        stacked = np.stack(pixels) if pixels else np.zeros(shape, dtype=np.uint8)
+        return PackedSequence(piece.document.key, tokens, stacked, tuple(seeds))
+
+    def _leave_out(self, source: Source, sample: int, problem: BadSampleError | OSError) -> None:
+        self._pending_skips += 1
+        self._skips.bad(source, sample, problem)

@@ -1,0 +1,67 @@
+"""Which source the next sample comes from."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from lcl_ds.data.documents import IMAGE_SUFFIXES
+from lcl_ds.data.settings import weight_at
+from lcl_ds.data.shards.source import Source
+from lcl_ds.errors import UserError
+
+MEASURED_SAMPLES = 1000
+"""Samples of a source, spread over it, whose images are counted."""
+
+
+def change_steps(sources: Sequence[Source]) -> list[int]:
+    """Steps at which the weight of a source changes, 0 among them, in order."""
+    return sorted({0, *(step for source in sources if isinstance(source.weight, Mapping) for step in source.weight)})
+
+
+def spread_samples(source: Source, count: int) -> list[int]:
+    """Numbers of up to ``count`` samples, spread evenly over the source."""
+    return np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64)).tolist()
+
+
+def images_per_sample(source: Source) -> float:
+    """Mean number of image members of a sample, from the index alone."""
+    numbers = spread_samples(source, MEASURED_SAMPLES)
+    suffixes = [suffix for number in numbers for suffix in source.sample(number).parts]
+    return sum(suffix.rsplit(".", 1)[-1] in IMAGE_SUFFIXES for suffix in suffixes) / len(numbers)
+
+
+class Mixture:
+    """Shares of draws by step.
+
+    Args:
+        sources: with their weights.
+        by: ``samples``: a weight is a share of samples; ``images``: of images, so that two sources of equal weights
+            give as many images each (the paper's LAION and MMC4), whatever a sample holds.
+
+    Raises:
+        UserError: a source is to be mixed by images and has none.
+    """
+
+    def __init__(self, sources: Sequence[Source], by: str = "samples"):
+        self._weights = [source.weight for source in sources]
+        images = [images_per_sample(source) if by == "images" else 1.0 for source in sources]
+        for source, count in zip(sources, images, strict=True):
+            if count == 0:
+                raise UserError(f"data.mix_by: images: source {source.name} has no images; mix by samples")
+        self._per_sample = np.array(images)
+        self._shares: dict[tuple[float, ...], np.ndarray] = {}
+
+    def shares(self, step: int) -> np.ndarray:
+        """Each source's share of draws at ``step``."""
+        weights = tuple(weight_at(weight, step) for weight in self._weights)
+        if weights not in self._shares:
+            shares = np.array(weights) / self._per_sample
+            self._shares[weights] = shares / shares.sum()
+        return self._shares[weights]
+
+    def choose(self, step: int, draw: float) -> int:
+        """The source that ``draw``, uniform in [0, 1), falls on at ``step``."""
+        shares = self.shares(step)
+        chosen = int(np.searchsorted(np.cumsum(shares), draw, side="right"))
+        # The last edge may be rounded to a little below 1; a source of weight 0 has no share to fall on.
+        return min(chosen, int(np.nonzero(shares)[0][-1]))

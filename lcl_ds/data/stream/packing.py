@@ -1,0 +1,186 @@
+"""Token sequences into rows, and rows into a batch."""
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from lcl_ds.batch import Batch, Readings
+from lcl_ds.data.sequences import View
+from lcl_ds.tokens import TokenSequence, Vocabulary
+
+LOOK_AHEAD = 8
+"""Oldest rows among which a group's middle ones are chosen."""
+PREFER_OLDER = 0.01
+"""Images by which a pair of rows may miss the wanted sum for each place that it is older."""
+
+
+def pack(lengths: Sequence[int], images: Sequence[int], row_tokens: int, row_images: int) -> list[list[int]]:
+    """Best fit by decreasing length under two budgets.
+
+    Args:
+        lengths: tokens of each sequence, each at most ``row_tokens``.
+        images: images of each sequence, each at most ``row_images``.
+
+    Returns:
+        Rows of sequence numbers, fullest first.
+    """
+    free: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    rows: list[list[int]] = []
+    row_image_count: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        at = bisect.bisect_left(free, (lengths[number], -1))
+        while at < len(free) and row_image_count[free[at][1]] + images[number] > row_images:
+            at += 1
+        if at < len(free):
+            room, row = free.pop(at)
+        else:
+            room, row = row_tokens, len(rows)
+            rows.append([])
+            row_image_count.append(0)
+        rows[row].append(number)
+        row_image_count[row] += images[number]
+        bisect.insort(free, (room - lengths[number], row))
+    return [rows[row] for _, row in free]
+
+
+def choose_group(images: Sequence[int], size: int, mean: float) -> list[int]:
+    """Rows whose images sum to about ``size * mean``.
+
+    The oldest row is always among them, so none waits for ever; the next ones are those of the oldest few that leave
+    the rest nearest to the mean, and the last two the pair that comes closest.
+
+    Args:
+        images: of the waiting rows, oldest first; at least ``size``.
+        size: rows to choose.
+        mean: images of a row in the long run.
+
+    Returns:
+        Their numbers, in the order of choice.
+    """
+    waiting = list(range(len(images)))
+    chosen = [waiting.pop(0)]
+    while len(chosen) < size:
+        missing = size * mean - sum(images[i] for i in chosen)
+        left = size - len(chosen)
+        if left == 2:
+            counts = np.array([images[i] for i in waiting])
+            distance = np.abs(counts[:, None] + counts - missing)
+            distance[np.tril_indices(len(counts))] = np.inf
+            age = np.arange(len(counts))
+            first, second = divmod(int((distance + PREFER_OLDER * (age[:, None] + age)).argmin()), len(counts))
+            chosen += [waiting[first], waiting[second]]
+        else:
+            near = waiting[:LOOK_AHEAD] if left > 2 else waiting
+            best = min(near, key=lambda i: abs(missing - images[i] - (left - 1) * mean))
+            waiting.remove(best)
+            chosen.append(best)
+    return chosen
+
+
+@dataclass(frozen=True)
+class PackedSequence:
+    """One sequence of a row with its pixels."""
+
+    key: str
+    tokens: TokenSequence
+    pixels: np.ndarray
+    """uint8 [images, 3, H, W], in the order of ``tokens.images``."""
+    image_seeds: tuple[int, ...] = ()
+    """One per image; none where nothing is drawn for them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed row."""
+
+    sequences: tuple[PackedSequence, ...]
+    skipped_samples: int = 0
+
+
+def collate(rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: Vocabulary, view: View) -> Batch:
+    """Lay rows side by side; see :class:`lcl_ds.batch.Batch` for what comes out.
+
+    Padding is cut into documents without labels, none longer than the longest of its row, so that no position runs past
+    the decoder's table and a row is the same whatever other rows it is laid beside.
+
+    Args:
+        view: what made the sequences; says where labels and readings are.
+    """
+    shape = len(rows), row_tokens
+    input_ids = np.full(shape, vocabulary.eot, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    labels, label_positions = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    slots: list[tuple[int, int]] = []  # (flat position, image of the batch)
+    readings: dict[str, list[tuple[int, int]]] = {name: [] for name in view.reading_names}
+    pixels: list[np.ndarray] = []
+    seeds: list[int] = []
+    for r, row in enumerate(rows):
+        start, longest = 0, 1
+        for sequence in row.sequences:
+            tokens = sequence.tokens
+            longest = max(longest, int(np.diff([*tokens.starts, len(tokens.input_ids)]).max()))
+            end, offset = start + len(tokens.input_ids), r * row_tokens + start
+            input_ids[r, start:end] = tokens.input_ids
+            position_ids[r, start:end] = _positions(tokens)
+            positions, wanted = view.labels(tokens, vocabulary)
+            label_positions.append(positions + offset)
+            labels.append(wanted)
+            number = {image: len(seeds) + i for i, image in enumerate(tokens.images)}
+            slots += [(offset + slot.position, number[slot.image]) for slot in tokens.slots]
+            for name, places in view.readings(tokens).items():
+                readings[name] += [(offset + position, number[image]) for position, image in places]
+            pixels.append(sequence.pixels)
+            seeds += sequence.image_seeds or (0,) * len(tokens.images)
+            start = end
+        position_ids[r, start:] = np.arange(row_tokens - start) % longest
+    image_count = len(seeds)
+    if image_count == 0:
+        pixels = [np.full((1, 3, image_size, image_size), 127, dtype=np.uint8)]
+        slots, seeds = [(len(rows) * row_tokens, 0)], [0]
+    sequences = [sequence for row in rows for sequence in row.sequences]
+    slot_positions, slot_images = _columns(slots)
+    bounds = np.append(np.flatnonzero(position_ids == 0), position_ids.size).astype(np.int32)
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        cu_seqlens=torch.from_numpy(bounds),
+        max_seqlen=int(np.diff(bounds).max(initial=0)),
+        images=torch.from_numpy(np.concatenate(pixels)),
+        image_seeds=torch.tensor(seeds, dtype=torch.int64),
+        slot_images=slot_images,
+        slot_positions=slot_positions,
+        readings={name: Readings(*_columns(places)) for name, places in readings.items()},
+        label_positions=torch.from_numpy(np.concatenate(label_positions)),
+        labels=torch.from_numpy(np.concatenate(labels)),
+        image_count=image_count,
+        document_count=len(sequences),
+        token_count=sum(len(sequence.tokens.input_ids) for sequence in sequences),
+        skipped_samples=sum(row.skipped_samples for row in rows),
+        keys=tuple(sequence.key for sequence in sequences),
+        sources=_sources(sequences),
+    )
+
+
+def _positions(tokens: TokenSequence) -> np.ndarray:
+    """Position of every token in its part."""
+    places = np.arange(len(tokens.input_ids))
+    starts = np.array(tokens.starts)
+    return places - starts[np.searchsorted(starts, places, side="right") - 1]
+
+
+def _sources(sequences: Sequence[PackedSequence]) -> dict[str, tuple[int, int]]:
+    """Documents and images by source."""
+    counts: dict[str, tuple[int, int]] = {}
+    for sequence in sequences:
+        name = sequence.key.split("/", 1)[0]
+        documents, images = counts.get(name, (0, 0))
+        counts[name] = documents + 1, images + len(sequence.tokens.images)
+    return counts
+
+
+def _columns(pairs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    first, second = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
+    return first.contiguous(), second.contiguous()

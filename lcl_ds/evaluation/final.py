@@ -1,0 +1,210 @@
+"""The closing evaluation of a run on held-out documents: linear probes and image-to-context retrieval."""
+
+import json
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lcl_ds.cli import USER_ERROR, problems_of
+from lcl_ds.config import Config
+from lcl_ds.evaluation.documents import HeldOut, HeldOutReader
+from lcl_ds.evaluation.probe import ProbeImages, class_of, encoder_features, linear_probe, pixel_features
+from lcl_ds.evaluation.retrieval import LEAST_PAIRS, PairFeatures, pair_features, retrieval_scores, too_few_pairs
+from lcl_ds.files import write_whole
+from lcl_ds.models.build import build_model
+from lcl_ds.models.network import LCLModel
+from lcl_ds.report.figures import RetrievalExample, plot_retrieval
+from lcl_ds.report.page import EVALUATION, RETRIEVAL_PICTURE, caveats, is_current, write_report
+from lcl_ds.tokens import TextTokenizer
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = 5
+"""Retrieved documents in the picture."""
+
+
+def close_run(config: Config, run_dir: Path, step: int, load_model: Callable[[], LCLModel]) -> int:
+    """Evaluate the run's last checkpoint and write the report, as far as either is older than the checkpoint.
+
+    The report is written also when the evaluation fails, and says why.
+
+    Args:
+        step: of the last checkpoint.
+        load_model: the network of that checkpoint, on the device to evaluate on.
+
+    Returns:
+        Exit code: 0, or another one when the evaluation failed.
+    """
+    code = 0
+    if config.evaluation.shards is not None and not _is_evaluated(config, run_dir, step):
+        code = _evaluate(config, run_dir, step, load_model)
+    if not is_current(run_dir):
+        logger.info("report: %s", write_report([run_dir]))
+    return code
+
+
+def _is_evaluated(config: Config, run_dir: Path, step: int) -> bool:
+    """Whether ``evaluation.json`` is of this step and of these settings."""
+    try:
+        results = json.loads((run_dir / EVALUATION).read_bytes())
+    except (OSError, ValueError):  # a damaged file is made again
+        return False
+    done = {"step": step, "settings": config.evaluation.model_dump(mode="json")}
+    return isinstance(results, dict) and "failed" not in results and all(results.get(key) == done[key] for key in done)
+
+
+def _evaluate(config: Config, run_dir: Path, step: int, load_model: Callable[[], LCLModel]) -> int:
+    """Write ``evaluation.json`` with figures, or with the reason why there are none; returns an exit code."""
+    code = 0
+    picture = run_dir / RETRIEVAL_PICTURE
+    results: dict[str, Any] = {"step": step, "settings": config.evaluation.model_dump(mode="json")}
+    try:
+        picture.parent.mkdir(exist_ok=True)
+        picture.unlink(missing_ok=True)  # of an earlier step
+        results |= evaluate_model(load_model(), config, picture)
+    except Exception as error:  # whatever it is, the run keeps its report
+        problems = problems_of(error)
+        logger.error(
+            "the closing evaluation failed: %s; the trained weights are safe, and the same command evaluates again",
+            "; ".join(problems) if problems else "see below",
+            exc_info=None if problems else error,
+        )
+        results["failed"] = "; ".join(problems) if problems else f"{type(error).__name__}: {error}"
+        code = USER_ERROR if problems else 1
+    write_whole(run_dir / EVALUATION, json.dumps(results, indent=2) + "\n")
+    if not code:
+        console = Console()
+        console.print(closing_table(results))
+        for sentence in caveats(results):
+            console.print(sentence, markup=False, highlight=False)
+    return code
+
+
+def evaluate_model(model: LCLModel, config: Config, picture: Path | None = None) -> dict[str, Any]:
+    """Probe and retrieval figures of a trained model.
+
+    Args:
+        model: in evaluation mode, on any device.
+        config: of its run; ``evaluation.shards`` must be set.
+        picture: where to draw retrieved images, if anywhere.
+
+    Returns:
+        ``documents`` and ``images`` that were used, ``left_out`` (what was not, by reason), ``notes`` (a sentence about
+        each figure that there is not), ``probe`` per label (accuracy ``trained``, ``untrained``, ``raw_pixels``,
+        ``chance``) and, where the objective has contrastive pairs, ``retrieval`` (see
+        :func:`lcl_ds.evaluation.retrieval.retrieval_scores`).
+
+    Raises:
+        UserError: held-out shards that cannot be read any more.
+    """
+    tokenizer = TextTokenizer(config.data.tokenizer)
+    reader = HeldOutReader(config, tokenizer)
+    held_out = reader.read_all()
+    probes, notes = _probes(model, config, held_out, tokenizer.vocabulary.size)
+    results: dict[str, Any] = {
+        "documents": held_out.document_count,
+        "images": len(held_out.pixels),
+        "left_out": dict(held_out.left_out.most_common()),
+        "probe": probes,
+        "notes": notes,
+    }
+    if reader.rows is None:
+        return results
+    count = reader.pair_count(sequence.tokens for sequence in held_out.sequences)
+    if count < LEAST_PAIRS:
+        notes.append(too_few_pairs(count))
+        return results
+    rows = reader.rows
+    pairs = pair_features(
+        model, held_out.sequences, tokenizer.vocabulary, reader.view, rows.row_tokens, rows.row_images
+    )
+    results["retrieval"] = retrieval_scores(pairs.image, pairs.context)
+    if picture is not None:
+        plot_retrieval(_examples(pairs, tokenizer), picture)
+    return results
+
+
+def _probes(
+    model: LCLModel, config: Config, held_out: HeldOut, vocab_size: int
+) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Accuracies by label, and a sentence about each label that has none."""
+    classes: dict[str, list[str | None]] = {}
+    notes = []
+    for name in config.evaluation.probe_labels:
+        values = [class_of(labels, name) for labels in held_out.labels]
+        images = ProbeImages()
+        for value, is_test in zip(values, held_out.is_test, strict=True):
+            images.add(value, is_test)
+        if reason := images.shortage():
+            notes.append(f"linear probe {name!r} is left out: {reason}")
+        else:
+            classes[name] = values
+    if not classes:
+        return {}, notes
+    trained = encoder_features(model.vision, held_out.pixels)
+    if not trained.isfinite().all():
+        return {}, [*notes, "linear probes are left out: the trained encoder's features are not finite"]
+    untrained = build_model(config.model, vocab_size, config.data.longest_document, config.seed("init")).eval()
+    features = {
+        "trained": trained,
+        "untrained": encoder_features(untrained.vision.to(next(model.parameters()).device), held_out.pixels),
+        "raw_pixels": pixel_features(held_out.pixels),
+    }
+    tests = torch.tensor(held_out.is_test)
+    return {name: _probe(features, values, tests) for name, values in classes.items()}, notes
+
+
+def _probe(features: dict[str, torch.Tensor], values: list[str | None], is_test: torch.Tensor) -> dict[str, float]:
+    names = sorted({value for value in values if value is not None})
+    known = torch.tensor([value is not None for value in values])
+    classes = torch.tensor([names.index(value) if value is not None else 0 for value in values])
+    train, test = (known & ~is_test).nonzero().squeeze(1), (known & is_test).nonzero().squeeze(1)
+    scores = {kind: linear_probe(f, classes, train, test) for kind, f in features.items()}
+    return {**scores, "chance": float(torch.bincount(classes[test]).max() / len(test))}
+
+
+def _examples(pairs: PairFeatures, tokenizer: TextTokenizer) -> list[RetrievalExample]:
+    """Contexts spread over the held-out set with the images they rank first."""
+    chosen = np.unique(np.linspace(0, len(pairs.context) - 1, EXAMPLES).round().astype(int))
+    ranked = (pairs.context[chosen] @ pairs.image.T).argsort(dim=1, descending=True)[:, :5]
+    return [
+        RetrievalExample(
+            context=_readable(tokenizer.decode(pairs.context_ids[i].tolist())),
+            images=[pairs.pixels[j].transpose(1, 2, 0) for j in images],
+            correct=[j == i for j in images],
+        )
+        for i, images in zip(chosen.tolist(), ranked.tolist(), strict=True)
+    ]
+
+
+def _readable(context: str, characters: int = 160) -> str:
+    """The end of a context, each image as one word."""
+    text = re.sub(r"<start_of_image>( <image>)+ <end_of_image>", "[image]", context).replace("<start_of_text> ", "")
+    return text if len(text) <= characters else "... " + text[-characters:].split(" ", 1)[-1]
+
+
+def closing_table(results: dict[str, Any]) -> Table:
+    """The figures as a table for the terminal."""
+    table = Table(title=f"Held-out: {results['documents']} documents, {results['images']} images")
+    for column in ("", "trained", "untrained", "raw pixels", "chance"):
+        table.add_column(column, justify="left" if not column else "right")
+    for label, scores in results["probe"].items():
+        cells = [f"{scores[kind]:.1%}" for kind in ("trained", "untrained", "raw_pixels", "chance")]
+        table.add_row(Text(f"linear probe: {label}"), *cells)
+    if retrieval := results.get("retrieval"):
+        table.add_row(
+            f"image-to-context R@1 of {retrieval['pairs']}",
+            f"{retrieval['recall_at_1']:.1%}",
+            "",
+            "",
+            f"{retrieval['chance']:.2%}",
+        )
+    return table

@@ -1,0 +1,211 @@
+"""What a token of a packed row may attend to, as keyword arguments of a transformers decoder.
+
+The masks are made here, from the documents of the rows, and handed over ready: families differ in what they derive
+from ``position_ids`` (OPT derives nothing), and those that derive a mask read values back from the GPU to do so.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    bidirectional_mask_function,
+    blockwise_overlay,
+    causal_mask_function,
+    or_masks,
+    packed_sequence_mask_function,
+    sliding_window_bidirectional_overlay,
+    sliding_window_causal_mask_function,
+)
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+from lcl_ds.models.attention import varlen
+
+Mode = Literal["causal", "images", "bidirectional"]
+"""Within a document: only what came before; that and the rest of one's own image; everything."""
+
+FLASH = ("flash_attention_3", "flash_attention_2")
+BY_BOUNDS = (*FLASH, varlen.NAME)
+"""Implementations that are told where documents begin, instead of a mask."""
+PREFERRED = (*BY_BOUNDS, "flex_attention", "sdpa", "eager")
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+"""Kinds of layers whose masks are made here; chunked, recurrent and other kinds would mix packed documents."""
+
+
+def attention_arguments(
+    decoder: PreTrainedModel,
+    inputs_embeds: Tensor,
+    position_ids: Tensor,
+    *,
+    implementation: str = "auto",
+    mode: Mode = "causal",
+    image_blocks: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> dict[str, Any]:
+    """Arguments that keep the documents of each row apart, ``position_ids`` among them.
+
+    The decoder is switched to the attention implementation that the device, the dtype and the mode allow.
+
+    Args:
+        inputs_embeds: [R, L, H].
+        position_ids: int64 [R, L], 0 where a document or the padding begins.
+        implementation: see :func:`choose_implementation`.
+        image_blocks: int64 [R, L], number of the image slot that a token is in, -1 for none; for mode ``images``.
+        cu_seqlens: int32 [D + 1], where documents begin in the rows laid end to end, and their end; None: made from
+            ``position_ids``, which on a GPU waits for it.
+        max_seqlen: tokens of the longest document.
+    """
+    chosen = choose_implementation(decoder, implementation, mode, inputs_embeds.device.type, inputs_embeds.dtype)
+    switch_implementation(decoder, chosen)
+    if chosen in BY_BOUNDS:
+        if cu_seqlens is None or max_seqlen is None:
+            begins = (position_ids.flatten() == 0).nonzero().squeeze(1)
+            cu_seqlens = torch.cat([begins, begins.new_tensor([position_ids.numel()])]).to(torch.int32)
+            max_seqlen = int(cu_seqlens.diff().max())
+        return {"position_ids": position_ids, **_bounds_arguments(decoder.config, mode, cu_seqlens, max_seqlen)}
+    documents = (position_ids == 0).cumsum(-1)
+
+    def mask(window: int | None) -> Any:
+        rows, length = position_ids.shape
+        return ALL_MASK_ATTENTION_FUNCTIONS[chosen](
+            batch_size=rows,
+            q_length=length,
+            kv_length=length,
+            mask_function=_visible(mode, window, documents, image_blocks),
+            allow_is_causal_skip=False,
+            dtype=inputs_embeds.dtype,
+            device=inputs_embeds.device,
+            config=decoder.config,
+        )
+
+    return {"position_ids": position_ids, "attention_mask": _per_layer_type(decoder.config, mask)}
+
+
+def image_blocks(position_ids: Tensor, slot_positions: Tensor, tokens: int) -> Tensor:
+    """int64 [R, L]: the number of the image slot that a token is in, -1 for none.
+
+    Args:
+        slot_positions: int64 [S], flat position of each slot's first token; one beyond the rows stands nowhere.
+        tokens: tokens of an image.
+    """
+    blocks = position_ids.new_full((position_ids.numel() + tokens,), -1)
+    slots = slot_positions[:, None] + torch.arange(tokens, device=position_ids.device)
+    numbers = torch.arange(len(slot_positions), device=position_ids.device)[:, None].expand_as(slots)
+    blocks = blocks.index_copy(0, slots.flatten(), numbers.flatten())
+    return blocks[: position_ids.numel()].view_as(position_ids)
+
+
+def choose_implementation(
+    tower: PreTrainedModel,
+    wanted: str,
+    mode: Mode,
+    device_type: str,
+    dtype: torch.dtype,
+    preferred: tuple[str, ...] = PREFERRED,
+) -> str:
+    """The wanted implementation where it can run, as off the GPU flash cannot; else the best that can.
+
+    Args:
+        wanted: ``auto``, or an attention implementation of transformers.
+        preferred: best first; the last always runs.
+    """
+    candidates = preferred if wanted == "auto" else (wanted, *preferred)
+    for name in candidates:
+        if not (unsupported(tower, name, mode) or unavailable(name, device_type, dtype)):
+            return name
+    return preferred[-1]
+
+
+def switch_implementation(tower: PreTrainedModel, implementation: str) -> None:
+    """Make ``tower`` use an implementation; does nothing when it does already."""
+    if tower.config._attn_implementation != implementation:
+        tower.set_attn_implementation(implementation)
+
+
+def unsupported(tower: PreTrainedModel, implementation: str, mode: Mode = "causal") -> str | None:
+    """Why this family cannot use the implementation on any machine; None when it can."""
+    config, family = tower.config, tower.config.model_type
+    dropout = getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0)
+    if implementation in FLASH:
+        if not tower._supports_flash_attn:
+            return f"transformers does not support it for {family}"
+        return "it cannot let tokens of an image see each other (bidirectional_images)" if mode == "images" else None
+    if implementation == varlen.NAME:
+        if not tower._supports_attention_backend:
+            return f"transformers does not support it for {family}"
+        if mode == "images":
+            return "it cannot let tokens of an image see each other (bidirectional_images)"
+        if getattr(config, "attn_logit_softcapping", None):
+            return f"it cannot cap attention logits as {family} does"
+        return "it has no attention dropout" if dropout else None
+    if implementation == "flex_attention":
+        if not tower._supports_flex_attn:
+            return f"transformers does not support it for {family}"
+        return "it has no attention dropout" if dropout else None
+    if implementation == "sdpa" and (not tower._supports_sdpa or getattr(config, "attn_logit_softcapping", None)):
+        return f"it cannot cap attention logits as {family} does"
+    return None
+
+
+def unavailable(implementation: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the implementation cannot run here; None when it can."""
+    if implementation in FLASH:
+        if dtype not in (torch.bfloat16, torch.float16):
+            return "it needs precision bf16"
+        # Where the package is missing transformers would fetch a kernel from the Hub instead.
+        two = implementation == "flash_attention_2"
+        installed = is_flash_attn_2_available() if two else is_flash_attn_3_available()
+        return None if installed and device_type == "cuda" else "it needs a GPU and the flash-attn package"
+    if implementation == varlen.NAME and device_type != "cpu":
+        if dtype not in (torch.bfloat16, torch.float16):
+            return "it needs precision bf16"
+        return None if varlen.has_gpu_kernel() else "this torch has no variable-length attention"
+    if implementation == "flex_attention" and device_type != "cuda":
+        return "it needs a GPU to train"
+    return None
+
+
+def _bounds_arguments(config: Any, mode: Mode, cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Any]:
+    """Documents as sequences of their own, whatever row they lie in.
+
+    With flash, families without layer types (llama, gpt2, mistral, gemma) look at ``position_ids`` for packed rows all
+    the same, which waits for the GPU once per forward pass; transformers has no argument against it.
+    """
+    return {
+        "attention_mask": _per_layer_type(config, lambda window: None),
+        "cu_seq_lens_q": cu_seqlens,
+        "cu_seq_lens_k": cu_seqlens,
+        "max_length_q": max_seqlen,
+        "max_length_k": max_seqlen,
+        "is_causal": mode != "bidirectional",
+    }
+
+
+def _per_layer_type(config: Any, mask: Callable[[int | None], Any]) -> Any:
+    """One mask for all layers, or one for each kind of layer in a decoder that has several.
+
+    Args:
+        mask: from the width of the sliding window, None for full attention, to the mask.
+    """
+    window = getattr(config, "sliding_window", None)
+    if kinds := getattr(config, "layer_types", None):
+        return {kind: mask(window if kind == "sliding_attention" else None) for kind in sorted(set(kinds))}
+    return mask(window)
+
+
+def _visible(mode: Mode, window: int | None, documents: Tensor, blocks: Tensor | None) -> Callable[..., Tensor]:
+    """Whether a query position sees a key position; windows of both directions hold ``2 * window - 1`` tokens."""
+    if mode == "bidirectional":
+        near = bidirectional_mask_function if window is None else sliding_window_bidirectional_overlay(window - 1)
+    else:
+        near = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    visible = and_masks(packed_sequence_mask_function(documents), near)
+    if mode != "images":
+        return visible
+    assert blocks is not None
+    return or_masks(visible, blockwise_overlay(blocks))

@@ -1,0 +1,138 @@
+"""The network of Latent Compression Learning (paper, section 3): vision tower, pooling, causal decoder, heads."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lcl_ds.batch import Batch
+from lcl_ds.models.attention.masks import Mode, attention_arguments, image_blocks
+from lcl_ds.models.counter_rng import kept_count, kept_patches
+from lcl_ds.models.decoder import build_decoder
+from lcl_ds.models.heads import ContextHead, LMHead, LogitScale
+from lcl_ds.models.pooling import AttentivePooling
+from lcl_ds.models.vision import VisionEncoder
+
+
+def recompute_blocks(tower: Any, every: int) -> None:
+    """Keep no activations of every `every`-th block of a transformers model, the first included; 0: keep all."""
+    if not every:
+        return
+    # transformers 5.17 knows only the older name, which later releases deprecate.
+    enable = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
+    enable()
+    blocks = [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for number, block in enumerate(blocks):
+        block.gradient_checkpointing = number % every == 0
+
+
+class LCLModel(nn.Module):
+    """Images and text in one causal sequence.
+
+    Args:
+        vision_config, decoder_config: transformers configurations.
+        pooling_heads: heads of the pooling query.
+        logit_scale_init: first temperature multiplier.
+        checkpoint_vision, checkpoint_decoder: recompute every k-th block of that tower in backward; 0: none.
+        vision_attention, decoder_attention: ``auto``, or an attention implementation of transformers.
+        bidirectional_images: whether tokens of an image see each other in the decoder, not only those before them.
+        patch_dropout: share of an image's patches that training leaves out before the first block.
+    """
+
+    def __init__(
+        self,
+        vision_config: Any,
+        decoder_config: Any,
+        pooling_heads: int,
+        logit_scale_init: float = 1 / 0.07,
+        checkpoint_vision: int = 0,
+        checkpoint_decoder: int = 0,
+        vision_attention: str = "auto",
+        decoder_attention: str = "auto",
+        bidirectional_images: bool = False,
+        patch_dropout: float = 0.0,
+    ):
+        super().__init__()
+        width = decoder_config.hidden_size
+        self.attention = decoder_attention
+        self.attention_mode: Mode = "images" if bidirectional_images else "causal"
+        self.vision = VisionEncoder(vision_config, vision_attention)
+        self.kept_tokens = kept_count(self.vision.patch_tokens, patch_dropout)
+        self.pooling = AttentivePooling(vision_config.hidden_size, width, pooling_heads)
+        self.decoder, norm = build_decoder(decoder_config)
+        self.lm_head = LMHead(
+            norm, width, decoder_config.vocab_size, softcap=getattr(decoder_config, "final_logit_softcapping", None)
+        )
+        self.context_head = ContextHead(copy.deepcopy(norm), width, width)
+        self.logit_scale = LogitScale(logit_scale_init)
+        recompute_blocks(self.vision.model, checkpoint_vision)
+        recompute_blocks(self.decoder, checkpoint_decoder)
+
+    def encode_images(self, images: Tensor, image_seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 or normalised [M, 3, H, W] -> pooled [M, H], tokens for the decoder [M, N, H].
+
+        In training N are the patches that patch dropout keeps, drawn from ``image_seeds`` [M].
+        """
+        every, kept = self.vision.patch_tokens, None
+        if self.training and self.kept_tokens < every:
+            kept = kept_patches(image_seeds, every, self.kept_tokens)
+        return self.pooling(self.vision(self.vision.normalize(images), kept))
+
+    def decode(self, batch: Batch, image_tokens: Tensor, mode: Mode | None = None) -> Tensor:
+        """Decoder states before any final norm, rows laid end to end [R*L, H].
+
+        Args:
+            image_tokens: [S, N, H], what stands in each slot of ``batch``.
+            mode: what a token sees of its document; None: what the settings say.
+        """
+        embeddings = self.decoder.get_input_embeddings()(batch.input_ids)
+        # One image's worth of slots beyond the rows: a rank without images writes its constant image there, so that
+        # every rank runs the same modules and the constant image's features reach nothing.
+        flat = F.pad(embeddings.flatten(0, 1), (0, 0, 0, image_tokens.shape[1]))
+        places = batch.slot_positions[:, None] + torch.arange(image_tokens.shape[1], device=flat.device)
+        flat = flat.index_copy(0, places.flatten(), image_tokens.flatten(0, 1).to(flat.dtype))
+        inputs_embeds = flat[: batch.input_ids.numel()].view_as(embeddings)
+        mode = mode or self.attention_mode
+        blocks = None
+        if mode == "images":
+            blocks = image_blocks(batch.position_ids, batch.slot_positions, image_tokens.shape[1])
+        attention = attention_arguments(
+            self.decoder,
+            inputs_embeds,
+            batch.position_ids,
+            implementation=self.attention,
+            mode=mode,
+            image_blocks=blocks,
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+        )
+        hidden_states = self.decoder(inputs_embeds=inputs_embeds, use_cache=False, **attention).last_hidden_state
+        return hidden_states.flatten(0, 1)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Decoder states [R*L, H] and pooled features [M, H] with every image in its own slots."""
+        pooled, tokens = self.encode_images(batch.images, batch.image_seeds)
+        return self.decode(batch, tokens.index_select(0, batch.slot_images)), pooled
+
+    def pair_features(self, hidden_states: Tensor, pooled: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """L2-normalised image and context features [P, H] of the contrastive pairs.
+
+        Normalised in fp32, then in the dtype of the towers: similarities of bf16 features are still summed in fp32, at
+        many times the speed.
+        """
+        pairs = batch.readings["pairs"]
+        image = pooled.index_select(0, pairs.images)
+        context = self.context_head(hidden_states.index_select(0, pairs.positions))
+        return (
+            F.normalize(image.float(), dim=-1).to(image.dtype),
+            F.normalize(context.float(), dim=-1).to(context.dtype),
+        )
+
+    def contrastive_parts(self) -> tuple[nn.Module | nn.Parameter, ...]:
+        """What only features of contrastive pairs depend on: no loss on decoder states alone reaches it."""
+        pooling = self.pooling
+        attention = pooling.query, pooling.norm_q, pooling.norm_k, pooling.q, pooling.k
+        return self.context_head, self.logit_scale, *attention

@@ -1,0 +1,116 @@
+"""What all objectives share: their base settings, what their losses are divided by, the interface to the trainer."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from lcl_kernels import contrastive_loss
+from pydantic import Field
+from torch import Tensor, nn
+
+from lcl_ds.batch import Batch
+from lcl_ds.models.network import LCLModel
+from lcl_ds.settings import Settings
+
+
+class ObjectiveSettings(Settings):
+    """Settings that every objective has."""
+
+    name: str = Field(description="Objective: a module of lcl_ds/objectives.")
+    normalization: Literal["global", "reference"] = Field(
+        "global", description="Divide by counts over all ranks and micro-steps, or by each rank's own as published."
+    )
+
+    @property
+    def normalize(self) -> Literal["global", "per_rank"]:
+        """``normalization`` in the words of :func:`lcl_kernels.contrastive_loss`."""
+        return "global" if self.normalization == "global" else "per_rank"
+
+
+@dataclass(frozen=True)
+class Count:
+    """How often something that a loss is averaged over occurs; tensors are fp32 scalars on the batch's device."""
+
+    divisor: Tensor
+    """What a sum over this rank's micro-step is divided by, so that the shares of all ranks and micro-steps add up to
+    the step's loss."""
+    share: Tensor
+    """The same for a mean over all ranks' micro-step: what it is multiplied with."""
+    per_rank: list[int] | None = None
+    """In this micro-step on each rank; None: the ranks ask each other when they need it."""
+
+
+Counts = dict[str, Count]
+"""By the names of :meth:`Objective.counts`."""
+
+
+class Objective(nn.Module):
+    """Losses of one batch.
+
+    Summed over ranks and micro-steps the losses are means over everything in the step, so they do not depend on how
+    rows are spread. Submodule names of a saved state dict start with ``model.`` for the network; an objective's own
+    heads are named beside it.
+
+    Args:
+        model: the network.
+        unused: weights of it that no loss of this objective reaches; they are frozen.
+    """
+
+    losses: ClassVar[tuple[str, ...]]
+    """What is reported besides the weighted total ``loss``."""
+    decoder_passes: ClassVar[int] = 1
+    """How often the decoder reads one sample."""
+
+    def __init__(self, model: LCLModel, unused: tuple[nn.Module | nn.Parameter, ...] = ()):
+        super().__init__()
+        self.model = model
+        for part in unused:
+            part.requires_grad_(False)
+
+    def generation(self, hidden_states: Tensor, batch: Batch, counts: Counts) -> Tensor:
+        """Share of the generation loss; needs the count ``labels``."""
+        states = hidden_states.index_select(0, batch.label_positions)
+        return self.model.lm_head(states, batch.labels, counts["labels"].divisor)
+
+    def contrastive(
+        self,
+        hidden_states: Tensor,
+        pooled: Tensor,
+        batch: Batch,
+        counts: Counts,
+        normalize: Literal["global", "per_rank"],
+        detach_keys: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Share of the contrastive loss, and the multiplier [1] that was used; needs the count ``pairs``."""
+        image, context = self.model.pair_features(hidden_states, pooled, batch)
+        scale, pairs = self.model.logit_scale(), counts["pairs"]
+        loss = contrastive_loss(
+            image, context, scale, normalize=normalize, detach_keys=detach_keys, counts=pairs.per_rank
+        )
+        return pairs.share * loss, scale.detach()
+
+    @abstractmethod
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """What the losses of ``batch`` are averaged over; known on the host."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+        """This rank's shares of ``loss`` and of ``losses``, fp32 scalars."""
+
+
+def local_counts(objective: Objective, *batches: Batch) -> list[Counts]:
+    """Counts of one step of one process per batch, without communication: all are taken to be of one micro-step."""
+    tables = [objective.counts(batch) for batch in batches]
+    device = batches[0].labels.device
+    totals = {name: max(1, sum(table[name] for table in tables)) for name in tables[0]}
+    return [
+        {
+            name: Count(
+                torch.tensor(float(totals[name]), device=device),
+                torch.tensor(table[name] / totals[name], device=device),
+            )
+            for name in table
+        }
+        for table in tables
+    ]

@@ -1,0 +1,59 @@
+"""Settings of training: the ``train``, ``checkpoint`` and ``log`` parts of a recipe."""
+
+from pydantic import Field, model_validator
+
+from lcl_ds.models.settings import Part
+from lcl_ds.settings import Settings
+
+
+class TrainSettings(Settings):
+    """Optimisation."""
+
+    steps: int = Field(gt=0, description="Optimizer steps of the whole run.")
+    seed: int = Field(0, ge=0, description="Seed of everything that has no seed of its own.")
+    init_seed: int | None = Field(None, ge=0, description="Seed of the initial weights.")
+    data_seed: int | None = Field(None, ge=0, description="Seed of document order and packing.")
+    augmentation_seed: int | None = Field(None, ge=0, description="Seed of crops and of image-first draws.")
+    global_batch_rows: int = Field(gt=0, description="Packed rows per optimizer step, over all ranks.")
+    accumulation_steps: int = Field(
+        1,
+        gt=0,
+        description="Micro-steps per optimizer step. Rows per rank and micro-step follow from it, so a run computes "
+        "the same losses on any number of ranks; negatives are the images of one micro-step of all ranks.",
+    )
+    learning_rate: float = Field(5e-4, gt=0, description="Peak learning rate (paper: 5e-4 on LAION, 3e-4 on MMC4).")
+    min_learning_rate: float = Field(0.0, ge=0, description="Learning rate at the end of the cosine.")
+    warmup_steps: int = Field(2000, ge=0, description="Applied steps of linear warm-up.")
+    learning_rate_factors: dict[Part, float] = Field(
+        default_factory=dict, description="By part, what its learning rate is multiplied with; 0 freezes the part."
+    )
+    weight_decay: float = Field(0.2, ge=0, description="Decay of matrices; none on norms, biases, positions, scale.")
+    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW betas.")
+    eps: float = Field(1e-6, gt=0, description="AdamW epsilon.")
+    gradient_clipping: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 switches clipping off.")
+    max_skipped_steps: int = Field(10, gt=0, description="Non-finite steps in a row after which the run stops.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainSettings":
+        if self.global_batch_rows % self.accumulation_steps:
+            raise ValueError("global_batch_rows must be a multiple of accumulation_steps")
+        if any(not factor >= 0 for factor in self.learning_rate_factors.values()):
+            raise ValueError("learning_rate_factors must not be negative")
+        if len(self.learning_rate_factors) == 4 and not any(self.learning_rate_factors.values()):
+            raise ValueError("learning_rate_factors are all 0: nothing would train")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError("min_learning_rate is larger than learning_rate")
+        return self
+
+
+class CheckpointSettings(Settings):
+    """Saving."""
+
+    every: int = Field(500, gt=0, description="Optimizer steps between checkpoints.")
+    keep: int = Field(3, gt=0, description="Newest complete checkpoints to keep.")
+
+
+class LogSettings(Settings):
+    """What is shown; metrics.jsonl always has every step."""
+
+    every: int = Field(10, gt=0, description="Steps between printed lines where there is no terminal.")
