@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from lcl_ds.assembly import lane_settings
 from lcl_ds.bench.table import open_console
 from lcl_ds.cli import run_command
 from lcl_ds.config import Config, load_config, recipe_path
@@ -29,7 +30,6 @@ from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.errors import UserError
 from lcl_ds.files import check_output, write_whole
 from lcl_ds.objectives import NAMES, objective_module
-from lcl_ds.training.run import row_settings
 
 HERE = Path(__file__).resolve().parent
 SAMPLED_ROWS = 128
@@ -111,7 +111,7 @@ def compare(arguments: argparse.Namespace, command: str) -> int:
 def images_per_row(config: Config) -> float:
     """Mean over the first rows of the stream."""
     data = open_data(config.data)
-    batch = next(BatchLoader(data.sources, row_settings(config), data.tokenizer, SAMPLED_ROWS))
+    batch = next(BatchLoader(data.sources, lane_settings(config), data.tokenizer, SAMPLED_ROWS))
     return batch.image_count / SAMPLED_ROWS
 
 

@@ -12,7 +12,8 @@ import yaml
 
 from lcl_ds.cli import run_command
 from lcl_ds.config import load_config, recipe_path
-from lcl_ds.tasks import heard_from_any_task, task_number
+from lcl_ds.tasks import task_number
+from lcl_ds.training.joint_errors import heard_from_any_task
 
 HERE = Path(__file__).resolve().parent
 

@@ -4,9 +4,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable
 
-from lcl_ds.cli import problems_of
 from lcl_ds.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -117,20 +115,3 @@ def slurm_port() -> int:
     if not job.isdigit():
         return DEFAULT_PORT
     return FIRST_JOB_PORT + (int(job) + (int(step) if step.isdigit() else 0)) % JOB_PORTS
-
-
-def heard_from_any_task(action: Callable[[], int]) -> int:
-    """Do something as one of several tasks: what any of them finds wrong is printed once, with rank and host.
-
-    Raises:
-        UserError: what is wrong; without a sentence where another task prints it.
-    """
-    try:
-        return action()
-    except Exception as error:
-        problems = problems_of(error)
-        if problems is None or task_count() == 1:
-            raise
-        from lcl_ds.training.distributed import heard
-
-        raise UserError(heard(problems, isinstance(error, UserError) and error.on_every_rank)) from error

@@ -18,15 +18,16 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from lcl_ds.assembly import lane_settings
 from lcl_ds.config import Config, load_config, recipe_path
-from lcl_ds.data.corpus import lane_settings, open_data
+from lcl_ds.data.corpus import open_data
 from lcl_ds.data.images import random_box
 from lcl_ds.data.shards.source import Source, index_shard
 from lcl_ds.data.stream.lanes import Lane, LaneSettings
 from lcl_ds.data.stream.loader import BatchLoader
-from lcl_ds.models.build import build_model, image_size, tokens_per_image
+from lcl_ds.models.build import build_model
 from lcl_ds.models.vision import IMAGE_MEAN, IMAGE_STD
-from lcl_ds.objectives import build_objective, view_of
+from lcl_ds.objectives import build_objective
 from lcl_ds.objectives.base import local_counts
 from lcl_ds.tokens import TextTokenizer, Vocabulary
 
@@ -146,9 +147,7 @@ def compare_with_training(repeats: int, overrides: Sequence[str] = ()) -> dict[s
     """Images per second of the demo's loader alone and of its training step, one process each."""
     config = load_config(recipe_path("demo"), list(overrides))
     data = open_data(config.data)
-    view = view_of(config.objective, config.data.image_first_probability)
-    settings = lane_settings(config, view, tokens_per_image(config.model), image_size(config.model))
-    loader = BatchLoader(data.sources, settings, data.tokenizer, config.train.global_batch_rows)
+    loader = BatchLoader(data.sources, lane_settings(config), data.tokenizer, config.train.global_batch_rows)
     batches = [next(loader) for _ in range(8)]  # the first ones open every lane
     started = time.perf_counter()
     loaded = sum(next(loader).image_count for _ in range(20 * repeats))
@@ -176,9 +175,7 @@ def resident_memory(documents: int, every: int, overrides: Sequence[str] = ()) -
     """(documents, MiB of resident memory) of this process while it makes the demo's rows."""
     config = load_config(recipe_path("demo"), list(overrides))
     data = open_data(config.data)
-    view = view_of(config.objective, config.data.image_first_probability)
-    settings = lane_settings(config, view, tokens_per_image(config.model), image_size(config.model))
-    loader = BatchLoader(data.sources, settings, data.tokenizer, config.train.global_batch_rows)
+    loader = BatchLoader(data.sources, lane_settings(config), data.tokenizer, config.train.global_batch_rows)
     taken: list[tuple[int, float]] = []
     seen = 0
     while seen < documents:

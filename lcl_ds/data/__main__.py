@@ -140,11 +140,10 @@ def run_check(arguments: argparse.Namespace, console: Console) -> int:
 
 def run_inspect(arguments: argparse.Namespace, console: Console) -> int:
     # Sizes and the objective's view are the recipe's; the data package itself knows neither models nor objectives.
+    from lcl_ds.assembly import lane_settings
     from lcl_ds.config import load_config, recipe_path
-    from lcl_ds.data.corpus import lane_settings, open_data
+    from lcl_ds.data.corpus import open_data
     from lcl_ds.data.stream.loader import BatchLoader
-    from lcl_ds.models.build import image_size, tokens_per_image
-    from lcl_ds.objectives import view_of
     from lcl_ds.report.batch_page import page
     from lcl_ds.report.batch_page import show as show_rows
 
@@ -154,9 +153,7 @@ def run_inspect(arguments: argparse.Namespace, console: Console) -> int:
     overrides = [f"data.shards={shards}", "data.demo=null", "data.group_rows=1", *tokenizer, *arguments.set]
     config = load_config(recipe_path(arguments.recipe), overrides)
     data = open_data(config.data)
-    view = view_of(config.objective, config.data.image_first_probability)
-    settings = lane_settings(config, view, tokens_per_image(config.model, training=True), image_size(config.model))
-    batch = next(BatchLoader(data.sources, settings, data.tokenizer, arguments.rows))
+    batch = next(BatchLoader(data.sources, lane_settings(config), data.tokenizer, arguments.rows))
     if arguments.html is None:
         show_rows(batch, data.tokenizer, console)
     else:

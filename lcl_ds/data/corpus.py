@@ -1,17 +1,14 @@
-"""From settings to an opened stream, with everything that can be wrong found before a model is built."""
+"""Open a corpus: the indexed sources and the tokenizer of a run, with everything that is wrong found at once."""
 
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from lcl_ds.config import Config
 from lcl_ds.data.demo.corpus import ensure_demo
-from lcl_ds.data.sequences import View
 from lcl_ds.data.settings import DataSettings, SourceSettings
 from lcl_ds.data.shards.index import EmptyShardError, Shard, index_shard
 from lcl_ds.data.shards.source import Source
 from lcl_ds.data.shards.storage import expand_paths
-from lcl_ds.data.stream.lanes import LaneSettings
 from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer
 
@@ -81,34 +78,3 @@ def _index_all(entry: SourceSettings, cache: Path) -> list[Shard]:
             oldest.path,
         )
     return shards
-
-
-def lane_settings(config: Config, view: View, image_tokens: int, image_size: int) -> LaneSettings:
-    """What the lanes need to know of a run's settings."""
-    data = config.data
-    if image_tokens + 4 > data.longest_document:
-        name = "row_tokens" if data.document_tokens is None else "document_tokens"
-        raise UserError(f"data.{name}: {data.longest_document} cannot hold one image of {image_tokens} tokens plus 4")
-    return LaneSettings(
-        lanes=data.lanes or 0,
-        data_seed=config.seed("data"),
-        augmentation_seed=config.seed("augmentation"),
-        row_tokens=data.row_tokens,
-        document_tokens=data.document_tokens,
-        row_images=data.row_images,
-        image_tokens=image_tokens,
-        image_size=image_size,
-        rows_per_step=config.train.global_batch_rows,
-        mix_by=data.mix_by,
-        group_rows=data.group_rows,
-        row_pool=data.row_pool,
-        pack_window=data.pack_window,
-        block_samples=data.block_samples,
-        shuffle_blocks=data.shuffle_blocks,
-        view=view,
-        crop_scale=data.crop_scale,
-        max_image_pixels=data.max_image_pixels,
-        max_text_bytes=data.max_text_bytes,
-        max_bad_share=data.max_bad_share,
-        stall_seconds=data.stall_seconds,
-    )

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from lcl_ds.assembly import lane_settings
 from lcl_ds.config import Config
-from lcl_ds.data.corpus import lane_settings
 from lcl_ds.data.documents import BadSampleError, Document, read_document, read_labels
 from lcl_ds.data.images import decode_image
 from lcl_ds.data.sequences import Encoder
@@ -84,7 +84,7 @@ class HeldOutReader:
 
     def _row_settings(self) -> LaneSettings:
         try:
-            return lane_settings(self.config, self.view, self.tokens_per_image, self.image_size)
+            return lane_settings(self.config, training=False)
         except UserError as error:
             raise self._too_small(self.numbers[0], str(error)) from None
 

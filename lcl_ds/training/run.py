@@ -9,18 +9,20 @@ import yaml
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import distributed as dist
 
+from lcl_ds.assembly import (
+    attach_objective,
+    build_network,
+    lane_settings,
+    load_initial_weights,
+    open_checked_data,
+)
 from lcl_ds.config import Config
-from lcl_ds.data.corpus import OpenData, lane_settings, open_data
-from lcl_ds.data.stream.lanes import LaneSettings
+from lcl_ds.data.corpus import OpenData
 from lcl_ds.data.stream.loader import BatchLoader
-from lcl_ds.errors import UserError
 from lcl_ds.evaluation.check import check_held_out
 from lcl_ds.evaluation.final import close_run
 from lcl_ds.metrics import METRICS, keep_metrics
-from lcl_ds.models.build import build_model, check_attention_here, image_size, tokens_per_image
-from lcl_ds.models.network import LCLModel
-from lcl_ds.models.weights.transfer import initialize_parts
-from lcl_ds.objectives import build_objective, view_of
+from lcl_ds.models.build import check_attention_here
 from lcl_ds.training.checkpoint import (
     Progress,
     check_resumable,
@@ -61,6 +63,7 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
         UserError: settings and input that do not fit together, found before a model is built.
     """
     data = open_checked_data(config)
+    check_evaluation(config, data)
     place = init_distributed()
     raise_for_all([], place)  # hears what other ranks found before they came here
     check_attention_here(config.model, place.device.type, config.precision)
@@ -109,7 +112,7 @@ def prepare(
     with on_all_ranks(place):
         loader = BatchLoader(
             data.sources,
-            row_settings(config),
+            lane_settings(config),
             data.tokenizer,
             rows_per_micro_step(config, place.world_size),
             place.rank,
@@ -121,9 +124,9 @@ def prepare(
         if checkpoint and state:
             zero = DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
             check_resumable(checkpoint, state, place.world_size, zero)
-        model = build_model(config.model, vocab_size, config.data.longest_document, config.seed("init"))
-        sentences = [] if checkpoint else give_weights(model, config, data)
-        objective = build_objective(model, config.objective, config.seed("init"))
+        network = build_network(config, data)
+        sentences = [] if checkpoint else load_initial_weights(network, config, data)
+        objective = attach_objective(network, config)
     for sentence in sentences if place.is_first else []:
         logger.info("%s", sentence)
     engine = start_engine(objective, config, ds_config, place)
@@ -136,52 +139,6 @@ def prepare(
         if place.is_first:
             logger.info("continuing %s at step %d", checkpoint, progress.step)
     return Trainer(engine, loader, config, place, run_dir, vocab_size, progress)
-
-
-def give_weights(model: LCLModel, config: Config, data: OpenData) -> list[str]:
-    """Weights for the parts of which ``config`` names a source; a sentence about each.
-
-    Raises:
-        UserError: names every weight that does not fit.
-    """
-    return initialize_parts(model, config.model, data.tokenizer.vocabulary.text_size, config.seed("init"))
-
-
-def row_settings(config: Config) -> LaneSettings:
-    """What rows are made of, for the objective and the image size of ``config``."""
-    view = view_of(config.objective, config.data.image_first_probability)
-    return lane_settings(config, view, tokens_per_image(config.model, training=True), image_size(config.model))
-
-
-def open_checked_data(config: Config) -> OpenData:
-    """The run's data, after everything about it that can be wrong was looked at.
-
-    Raises:
-        UserError: names the key and the file.
-    """
-    data = open_data(config.data)
-    check_vocabulary(config, data)
-    check_evaluation(config, data)
-    return data
-
-
-def check_vocabulary(config: Config, data: OpenData) -> None:
-    """Raises: UserError when the decoder's vocabulary is set and is not the tokenizer's plus the control tokens, or
-    when its weights belong to another tokenizer."""
-    folder = config.model.decoder.pretrained
-    if folder and (difference := data.tokenizer.difference_to(Path(folder) / "tokenizer.json")):
-        raise UserError(
-            f"data.tokenizer: {config.data.tokenizer} is not the tokenizer of model.decoder.pretrained: {difference}; "
-            f"set data.tokenizer={folder}"
-        )
-    wanted = config.model.decoder.hf_keys.get("vocab_size")
-    size = data.tokenizer.vocabulary.size
-    if wanted is not None and wanted != size:
-        raise UserError(
-            f"model.decoder.vocab_size: {wanted} does not match data.tokenizer {config.data.tokenizer} with "
-            f"{data.tokenizer.vocabulary.text_size} tokens plus {size - data.tokenizer.vocabulary.text_size} control "
-            f"tokens = {size}; leave the key out to follow the tokenizer"
-        )
 
 
 def check_evaluation(config: Config, data: OpenData) -> None:
@@ -211,18 +168,18 @@ def dry_run(config: Config, ds_config: dict[str, Any]) -> str:
         YAML with sample counts, parameters by part and one batch.
     """
     data = open_checked_data(config)
+    check_evaluation(config, data)
     complete = complete_ds_config(ds_config, config, 1)
     rows = rows_per_micro_step(config, 1)
-    vocab_size = data.tokenizer.vocabulary.size
-    model = build_model(config.model, vocab_size, config.data.longest_document, config.seed("init"))
-    given = give_weights(model, config, data)
-    objective = build_objective(model, config.objective, config.seed("init"))
-    batch = next(BatchLoader(data.sources, row_settings(config), data.tokenizer, rows))
+    network = build_network(config, data)
+    given = load_initial_weights(network, config, data)
+    objective = attach_objective(network, config)
+    batch = next(BatchLoader(data.sources, lane_settings(config), data.tokenizer, rows))
     return yaml.safe_dump(
         {
             "samples": {source.name: len(source) for source in data.sources},
             "vocabulary": data.tokenizer.vocabulary.size,
-            "parameters": {n: sum(w.numel() for w in part.parameters()) for n, part in model.named_children()},
+            "parameters": {n: sum(w.numel() for w in part.parameters()) for n, part in network.named_children()},
             **({"given_weights": given} if given else {}),
             "objective": {"name": config.objective.name, "decoder_passes_per_sample": objective.decoder_passes},
             "first_micro_batch_of_one_rank": {

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from lcl_ds.assembly import lane_settings
 from lcl_ds.convert import main
 from lcl_ds.data.corpus import open_data
 from lcl_ds.data.stream.loader import BatchLoader
@@ -13,7 +14,6 @@ from lcl_ds.models.build import build_model
 from lcl_ds.models.settings import part_of
 from lcl_ds.objectives import build_objective
 from lcl_ds.objectives.base import local_counts
-from lcl_ds.training.run import row_settings
 from tests.distributed.ranks import on_ranks
 from tests.distributed.test_run import without_timing
 from tests.small import DECODERS, VISION_TOWERS, small_config
@@ -96,7 +96,7 @@ def overrides(folder, name):
 def test_patches_dropped_on_two_ranks_are_those_of_one_process(runs, folder):
     config = small_config(*overrides(folder, "patch dropout"))
     data = open_data(config.data)
-    batch = next(BatchLoader(data.sources, row_settings(config), data.tokenizer, rows_per_batch=4))
+    batch = next(BatchLoader(data.sources, lane_settings(config), data.tokenizer, rows_per_batch=4))
     model = build_model(config.model, data.tokenizer.vocabulary.size, config.data.row_tokens, config.seed("init"))
     objective = build_objective(model, config.objective, config.seed("init"))
     with torch.no_grad():

@@ -14,6 +14,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import distributed as dist
 
+from lcl_ds.assembly import open_checked_data
 from lcl_ds.batch import Batch
 from lcl_ds.config import Config
 from lcl_ds.errors import UserError
@@ -23,7 +24,7 @@ from lcl_ds.training.distributed import Place, all_reduce_sum, init_distributed
 from lcl_ds.training.engine import apply_settings, complete_ds_config, refresh_exact_scalars, start_engine
 from lcl_ds.training.loop import Trainer
 from lcl_ds.training.optimizer import options_of
-from lcl_ds.training.run import open_checked_data, prepare
+from lcl_ds.training.run import prepare
 from tests.small import (
     VOCABULARY,
     batch_with_images,

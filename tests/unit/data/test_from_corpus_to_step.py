@@ -3,13 +3,13 @@
 import pytest
 import torch
 
+from lcl_ds.assembly import lane_settings
 from lcl_ds.data.__main__ import main
 from lcl_ds.data.corpus import open_data
 from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.models.build import build_model
 from lcl_ds.objectives import build_objective
 from lcl_ds.objectives.base import local_counts
-from lcl_ds.training.run import row_settings
 from tests.small import small_config
 from tests.unit.data.corpora import MAKERS, PARQUET
 
@@ -29,7 +29,7 @@ def test_built_checked_and_trained_on(name, tmp_path, demo_folder):
         *("data.row_tokens=160", "data.lanes=1", "data.pack_window=8", "train.global_batch_rows=2"),
     )
     data = open_data(config.data)
-    loader = BatchLoader(data.sources, row_settings(config), data.tokenizer, rows_per_batch=2)
+    loader = BatchLoader(data.sources, lane_settings(config), data.tokenizer, rows_per_batch=2)
     model = build_model(config.model, data.tokenizer.vocabulary.size, config.data.row_tokens, seed=0)
     objective = build_objective(model, config.objective, seed=0)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-3)

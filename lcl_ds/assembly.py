@@ -1,0 +1,106 @@
+"""Put a run together from its settings: the one place where data, models and objectives meet."""
+
+from pathlib import Path
+
+from lcl_ds.config import Config
+from lcl_ds.data.corpus import OpenData, open_data
+from lcl_ds.data.stream.lanes import LaneSettings
+from lcl_ds.errors import UserError
+from lcl_ds.models.build import build_model, image_size, tokens_per_image
+from lcl_ds.models.network import LCLModel
+from lcl_ds.models.weights.transfer import initialize_parts
+from lcl_ds.objectives import build_objective, view_of
+from lcl_ds.objectives.base import Objective
+
+
+def open_checked_data(config: Config) -> OpenData:
+    """Open the run's data, after everything about it that can be wrong was looked at.
+
+    Raises:
+        UserError: names the key and the file.
+    """
+    data = open_data(config.data)
+    check_vocabulary(config, data)
+    return data
+
+
+def check_vocabulary(config: Config, data: OpenData) -> None:
+    """Refuse a decoder whose vocabulary is set and is not the tokenizer's plus the control tokens, or whose weights
+    belong to another tokenizer.
+
+    Raises:
+        UserError: names both sizes, or where the tokenizers differ.
+    """
+    folder = config.model.decoder.pretrained
+    if folder and (difference := data.tokenizer.difference_to(Path(folder) / "tokenizer.json")):
+        raise UserError(
+            f"data.tokenizer: {config.data.tokenizer} is not the tokenizer of model.decoder.pretrained: {difference}; "
+            f"set data.tokenizer={folder}"
+        )
+    wanted = config.model.decoder.hf_keys.get("vocab_size")
+    size = data.tokenizer.vocabulary.size
+    if wanted is not None and wanted != size:
+        raise UserError(
+            f"model.decoder.vocab_size: {wanted} does not match data.tokenizer {config.data.tokenizer} with "
+            f"{data.tokenizer.vocabulary.text_size} tokens plus {size - data.tokenizer.vocabulary.text_size} control "
+            f"tokens = {size}; leave the key out to follow the tokenizer"
+        )
+
+
+def lane_settings(config: Config, *, training: bool = True) -> LaneSettings:
+    """Say what rows are made of, for the objective and the vision tower of ``config``.
+
+    Args:
+        training: False for evaluation, which shows every patch of an image and a caption before its image.
+
+    Raises:
+        UserError: a row cannot hold one image.
+    """
+    data = config.data
+    image_tokens = tokens_per_image(config.model, training=training)
+    if image_tokens + 4 > data.longest_document:
+        name = "row_tokens" if data.document_tokens is None else "document_tokens"
+        raise UserError(f"data.{name}: {data.longest_document} cannot hold one image of {image_tokens} tokens plus 4")
+    return LaneSettings(
+        lanes=data.lanes or 0,
+        data_seed=config.seed("data"),
+        augmentation_seed=config.seed("augmentation"),
+        row_tokens=data.row_tokens,
+        document_tokens=data.document_tokens,
+        row_images=data.row_images,
+        image_tokens=image_tokens,
+        image_size=image_size(config.model),
+        rows_per_step=config.train.global_batch_rows,
+        mix_by=data.mix_by,
+        group_rows=data.group_rows,
+        row_pool=data.row_pool,
+        pack_window=data.pack_window,
+        block_samples=data.block_samples,
+        shuffle_blocks=data.shuffle_blocks,
+        # An image that precedes its caption is announced by nothing.
+        view=view_of(config.objective, data.image_first_probability if training else 0.0),
+        crop_scale=data.crop_scale,
+        max_image_pixels=data.max_image_pixels,
+        max_text_bytes=data.max_text_bytes,
+        max_bad_share=data.max_bad_share,
+        stall_seconds=data.stall_seconds,
+    )
+
+
+def build_network(config: Config, data: OpenData) -> LCLModel:
+    """Build the network of the run, in fp32 on the CPU, with the initial weights that its seed gives."""
+    return build_model(config.model, data.tokenizer.vocabulary.size, config.data.longest_document, config.seed("init"))
+
+
+def load_initial_weights(network: LCLModel, config: Config, data: OpenData) -> list[str]:
+    """Load weights for the parts of which ``config`` names a source; returns a sentence about each.
+
+    Raises:
+        UserError: names every weight that does not fit.
+    """
+    return initialize_parts(network, config.model, data.tokenizer.vocabulary.text_size, config.seed("init"))
+
+
+def attach_objective(network: LCLModel, config: Config) -> Objective:
+    """Wrap the network in the objective of the run, whose own heads its seed draws."""
+    return build_objective(network, config.objective, config.seed("init"))
