@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Readings:
+class Readouts:
     """Places where an objective reads the decoder's state, each about one image."""
 
     positions: Tensor
@@ -46,7 +46,7 @@ class Batch:
     """int64 [S], which image stands in each slot."""
     slot_positions: Tensor
     """int64 [S], flat position of each slot's first image token."""
-    readings: dict[str, Readings]
+    readouts: dict[str, Readouts]
     """By the names that the objective's view gives them; ``pairs`` are the contrastive ones: an image and the position
     of what describes it, such as the ``<soi>`` before it."""
     label_positions: Tensor
@@ -76,5 +76,5 @@ class Batch:
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, Tensor)}
-        readings = {k: Readings(function(v.positions), function(v.images)) for k, v in self.readings.items()}
-        return Batch(**(values | tensors | {"readings": readings}))
+        readouts = {k: Readouts(function(v.positions), function(v.images)) for k, v in self.readouts.items()}
+        return Batch(**(values | tensors | {"readouts": readouts}))

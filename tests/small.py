@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lcl_ds.batch import Batch, Readings
+from lcl_ds.batch import Batch, Readouts
 from lcl_ds.config import RECIPES, Config, load_config
 from lcl_ds.data.documents import Document
-from lcl_ds.data.sequences import DocumentView, Encoder
+from lcl_ds.data.sequences import DocumentView, Sequencer
 from lcl_ds.data.stream.packing import PackedSequence, Row, collate
 from lcl_ds.models.build import build_model, tokens_per_image
 from lcl_ds.models.network import LCLModel
@@ -77,12 +77,12 @@ def objective_batch(config: Config, *rows: list[Document], seed: int = 0) -> Bat
     rng = np.random.default_rng(seed)
     view = view_of(config.objective, image_first_probability=0.5)
     image_tokens = tokens_per_image(config.model, training=True)
-    encoder = Encoder(lambda text: [ord(c) % 60 for c in text], VOCABULARY, image_tokens, ROW_TOKENS, 9)
+    sequencer = Sequencer(lambda text: [ord(c) % 60 for c in text], VOCABULARY, image_tokens, ROW_TOKENS, 9)
     packed = []
     for row in rows:
         sequences = []
         for document in row:
-            for tokens in view.encode(document, encoder, rng):
+            for tokens in view.encode(document, sequencer, rng):
                 pixels = rng.integers(0, 256, (len(tokens.images), 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
                 seeds = tuple(rng.integers(1 << 63, size=len(tokens.images)).tolist())
                 sequences.append(PackedSequence(document.key, tokens, pixels, seeds))
@@ -121,14 +121,14 @@ def batch_without_images(seed: int = 0) -> Batch:
 def merged(*batches: Batch) -> Batch:
     """Batches of several ranks as the one batch that a single process would see."""
     rows = sum(len(b.input_ids) for b in batches)
-    slots, readings, labels_at, bounds = [], [], [], []
+    slots, readouts, labels_at, bounds = [], [], [], []
     row_offset = image_offset = 0
     for b in batches:
         tokens = row_offset * ROW_TOKENS
         bounds.append(b.cu_seqlens[:-1] + tokens)
         if b.image_count:
             slots.append((b.slot_positions + tokens, b.slot_images + image_offset))
-        readings.append({n: (r.positions + tokens, r.images + image_offset) for n, r in b.readings.items()})
+        readouts.append({n: (r.positions + tokens, r.images + image_offset) for n, r in b.readouts.items()})
         labels_at.append(b.label_positions + tokens)
         row_offset += len(b.input_ids)
         image_offset += b.image_count
@@ -146,9 +146,9 @@ def merged(*batches: Batch) -> Batch:
         image_seeds=seeds,
         slot_images=slot_images,
         slot_positions=slot_positions,
-        readings={
-            name: Readings(*(torch.cat(parts) for parts in zip(*(r[name] for r in readings), strict=True)))
-            for name in readings[0]
+        readouts={
+            name: Readouts(*(torch.cat(parts) for parts in zip(*(r[name] for r in readouts), strict=True)))
+            for name in readouts[0]
         },
         label_positions=torch.cat(labels_at),
         labels=torch.cat([b.labels for b in batches]),

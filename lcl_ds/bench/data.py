@@ -28,7 +28,7 @@ from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.models.build import build_model
 from lcl_ds.models.vision import IMAGE_MEAN, IMAGE_STD
 from lcl_ds.objectives import build_objective
-from lcl_ds.objectives.base import local_counts
+from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.tokens import TextTokenizer, Vocabulary
 
 SIZE = 224
@@ -164,7 +164,7 @@ def _training_speed(config: Config, tokenizer: TextTokenizer, batches: list[Any]
     for number, batch in enumerate(batches):
         if number == 2:  # warm
             started, done = time.perf_counter(), 0.0
-        objective(batch, *local_counts(objective, batch))["loss"].backward()
+        objective(batch, *local_normalizers(objective, batch))["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
         done += batch.image_count

@@ -33,7 +33,7 @@ from lcl_ds.models.build import build_model
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.settings import ModelSettings
 from lcl_ds.objectives import lcl
-from lcl_ds.objectives.base import local_counts
+from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.tokens import CONTROL_TOKENS, IMAGE_OVERHEAD, TokenSequence, Vocabulary, encode_sequence
 
 OURS, PADDED, PUBLISHED, IS_CAUSAL = "lcl_ds", "lcl_ds, padded", "published", "published, is_causal"
@@ -187,8 +187,8 @@ def loss_of(method: str, model: LCLModel, batch: Batch) -> Callable[[], Tensor]:
     """What a method computes on its batch (see :func:`is_packed`)."""
     if method in (OURS, PADDED):
         objective = lcl.Objective(model, lcl.Settings())
-        (counts,) = local_counts(objective, batch)
-        return lambda: objective(batch, counts)["loss"]
+        (normalizers,) = local_normalizers(objective, batch)
+        return lambda: objective(batch, normalizers)["loss"]
     mask = None
     if method == PUBLISHED:
         length, device = batch.input_ids.shape[1], batch.input_ids.device
@@ -215,7 +215,7 @@ def published_loss(model: LCLModel, batch: Batch, mask: Tensor | None) -> Tensor
     hidden = states.last_hidden_state.flatten(0, 1)
     text = model.lm_head.norm(hidden.index_select(0, batch.label_positions))
     generation = F.cross_entropy(F.linear(text, model.lm_head.weight).float(), batch.labels)
-    pairs = batch.readings["pairs"]
+    pairs = batch.readouts["pairs"]
     image = F.normalize(pooled.index_select(0, pairs.images).float(), dim=-1)
     context = F.normalize(model.context_head(hidden.index_select(0, pairs.positions)).float(), dim=-1)
     logits = model.logit_scale() * image @ context.T

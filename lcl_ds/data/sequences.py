@@ -19,7 +19,7 @@ Pass = Literal["text", "caption", "match"]
 
 
 @dataclass(frozen=True)
-class Encoder:
+class Sequencer:
     """Text to ids, and the budgets of a row."""
 
     encode: Callable[[str], list[int]]
@@ -38,10 +38,10 @@ class Encoder:
 class View(Protocol):
     """What the data side needs to know of an objective."""
 
-    reading_names: ClassVar[tuple[str, ...]]
+    readout_names: ClassVar[tuple[str, ...]]
     """Names of the readings that every batch has, be they empty."""
 
-    def encode(self, document: Document, encoder: Encoder, rng: np.random.Generator) -> list[TokenSequence]:
+    def encode(self, document: Document, sequencer: Sequencer, rng: np.random.Generator) -> list[TokenSequence]:
         """Sequences of one document. Raises: BadSampleError when there is nothing in it for the objective."""
         ...
 
@@ -53,7 +53,7 @@ class View(Protocol):
         """Positions that carry generation loss, and the ids to be predicted there."""
         ...
 
-    def readings(self, tokens: TokenSequence) -> dict[str, list[tuple[int, int]]]:
+    def readouts(self, tokens: TokenSequence) -> dict[str, list[tuple[int, int]]]:
         """By name, (position, document's image) of states that are read about an image."""
         ...
 
@@ -70,13 +70,13 @@ class DocumentView:
 
     context_rule: Literal["text_before", "reference"] = "text_before"
     image_first_probability: float = 0.5
-    reading_names: ClassVar[tuple[str, ...]] = ("pairs",)
+    readout_names: ClassVar[tuple[str, ...]] = ("pairs",)
 
-    def encode(self, document: Document, encoder: Encoder, rng: np.random.Generator) -> list[TokenSequence]:
+    def encode(self, document: Document, sequencer: Sequencer, rng: np.random.Generator) -> list[TokenSequence]:
         segments = document.segments
         if document.is_pair and rng.random() < self.image_first_probability:
             segments = segments[::-1]
-        return encoder.sequences(segments)
+        return sequencer.sequences(segments)
 
     def without_images(self, tokens: TokenSequence, lost: Sequence[int], image_tokens: int) -> TokenSequence | None:
         left = without_images(tokens, lost, image_tokens)
@@ -85,7 +85,7 @@ class DocumentView:
     def labels(self, tokens: TokenSequence, vocabulary: Vocabulary) -> tuple[Positions, np.ndarray]:
         return labels_of(tokens.input_ids, vocabulary)
 
-    def readings(self, tokens: TokenSequence) -> dict[str, list[tuple[int, int]]]:
+    def readouts(self, tokens: TokenSequence) -> dict[str, list[tuple[int, int]]]:
         counts = [s for s in tokens.slots if (s.has_context if self.context_rule == "text_before" else s.position > 1)]
         return {"pairs": [(slot.position - 1, slot.image) for slot in counts]}
 
@@ -102,12 +102,14 @@ class MaskedView(DocumentView):
 
     text_share: float = 0.5
 
-    def encode(self, document: Document, encoder: Encoder, rng: np.random.Generator) -> list[TokenSequence]:
+    def encode(self, document: Document, sequencer: Sequencer, rng: np.random.Generator) -> list[TokenSequence]:
         masked = []
-        for tokens in super().encode(document, encoder, rng):
+        for tokens in super().encode(document, sequencer, rng):
             ids = tokens.input_ids
-            hidden = (ids < encoder.vocabulary.text_size) & (rng.random(len(ids)) < self.text_share)
-            masked.append(replace(tokens, input_ids=np.where(hidden, encoder.vocabulary.image, ids), original_ids=ids))
+            hidden = (ids < sequencer.vocabulary.text_size) & (rng.random(len(ids)) < self.text_share)
+            masked.append(
+                replace(tokens, input_ids=np.where(hidden, sequencer.vocabulary.image, ids), original_ids=ids)
+            )
         return masked
 
     def labels(self, tokens: TokenSequence, vocabulary: Vocabulary) -> tuple[Positions, np.ndarray]:
@@ -131,22 +133,22 @@ class PairView:
     """
 
     passes: tuple[Pass, ...]
-    reading_names: ClassVar[tuple[str, ...]] = ("pairs", "matched", "mismatched")
+    readout_names: ClassVar[tuple[str, ...]] = ("pairs", "matched", "mismatched")
 
-    def encode(self, document: Document, encoder: Encoder, rng: np.random.Generator) -> list[TokenSequence]:
+    def encode(self, document: Document, sequencer: Sequencer, rng: np.random.Generator) -> list[TokenSequence]:
         pairs = document.pairs()
         if not pairs:
             raise BadSampleError("no image with text to pair it with")
         with_image = sum(name != "text" for name in self.passes)
-        block = encoder.image_tokens + IMAGE_OVERHEAD
-        room = (encoder.max_tokens - with_image * block) // len(self.passes) - 2
+        block = sequencer.image_tokens + IMAGE_OVERHEAD
+        room = (sequencer.max_tokens - with_image * block) // len(self.passes) - 2
         if room < 1:
-            raise ValueError(f"a row of {encoder.max_tokens} tokens cannot hold a pair in {len(self.passes)} passes")
-        return [self._pair(encoder.encode(text)[:room], image, encoder) for text, image in pairs]
+            raise ValueError(f"a row of {sequencer.max_tokens} tokens cannot hold a pair in {len(self.passes)} passes")
+        return [self._pair(sequencer.encode(text)[:room], image, sequencer) for text, image in pairs]
 
-    def _pair(self, text: list[int], image: int, encoder: Encoder) -> TokenSequence:
-        vocabulary = encoder.vocabulary
-        picture = [vocabulary.soi, *[vocabulary.image] * encoder.image_tokens, vocabulary.eoi]
+    def _pair(self, text: list[int], image: int, sequencer: Sequencer) -> TokenSequence:
+        vocabulary = sequencer.vocabulary
+        picture = [vocabulary.soi, *[vocabulary.image] * sequencer.image_tokens, vocabulary.eoi]
         ids: list[int] = []
         starts, slots = [], []
         for name in self.passes:
@@ -168,7 +170,7 @@ class PairView:
                 return positions[keep] + start, labels[keep]
         return empty, empty
 
-    def readings(self, tokens: TokenSequence) -> dict[str, list[tuple[int, int]]]:
+    def readouts(self, tokens: TokenSequence) -> dict[str, list[tuple[int, int]]]:
         reading: dict[Pass, str] = {"text": "pairs", "caption": "matched", "match": "mismatched"}
         return {reading[name]: [(end - 1, tokens.images[0])] for name, _, end in self._spans(tokens)}
 

@@ -12,9 +12,9 @@ from lcl_ds.assembly import lane_settings
 from lcl_ds.config import Config
 from lcl_ds.data.documents import BadSampleError, Document, read_document, read_labels
 from lcl_ds.data.images import decode_image
-from lcl_ds.data.sequences import Encoder
+from lcl_ds.data.sequences import Sequencer
 from lcl_ds.data.shards.source import Source, expand_paths, index_shard
-from lcl_ds.data.stream.lanes import LaneSettings, encoder_of
+from lcl_ds.data.stream.lanes import LaneSettings, sequencer_of
 from lcl_ds.data.stream.packing import PackedSequence
 from lcl_ds.data.stream.skips import reason_of
 from lcl_ds.errors import UserError
@@ -77,10 +77,10 @@ class HeldOutReader:
         self.tokens_per_image = tokens_per_image(config.model)
         self.rows: LaneSettings | None = None
         """None: the decoder is not needed."""
-        self._encoder: Encoder | None = None
+        self._sequencer: Sequencer | None = None
         if self.has_pairs:
             self.rows = self._row_settings()
-            self._encoder = encoder_of(self.rows, tokenizer)
+            self._sequencer = sequencer_of(self.rows, tokenizer)
 
     def _row_settings(self) -> LaneSettings:
         try:
@@ -158,16 +158,16 @@ class HeldOutReader:
             BadSampleError: there is nothing in it for the objective.
             UserError: no row can hold it.
         """
-        if self._encoder is None:
+        if self._sequencer is None:
             return []
         try:
-            return self.view.encode(document, self._encoder, np.random.default_rng(number))
+            return self.view.encode(document, self._sequencer, np.random.default_rng(number))
         except ValueError as error:
             raise self._too_small(number, str(error)) from error
 
     def pair_count(self, pieces: Iterable[TokenSequence]) -> int:
         """Contrastive pairs in them."""
-        return sum(len(self.view.readings(tokens)["pairs"]) for tokens in pieces) if self.has_pairs else 0
+        return sum(len(self.view.readouts(tokens)["pairs"]) for tokens in pieces) if self.has_pairs else 0
 
     def _with_pixels(self, key: str, piece: TokenSequence, pixels: dict[int, np.ndarray]) -> list[PackedSequence]:
         """A sequence without the images that could not be decoded; nothing where nothing is left of it."""

@@ -68,7 +68,7 @@ def pair_features(
         context_parts.append(context.cpu())
         for sequence in (sequence for row in rows for sequence in row.sequences):
             tokens = sequence.tokens
-            for position, number in view.readings(tokens)["pairs"]:
+            for position, number in view.readouts(tokens)["pairs"]:
                 pixels.append(sequence.pixels[tokens.images.index(number)])
                 start = max(start for start in tokens.starts if start <= position)
                 context_ids.append(tokens.input_ids[start:position])

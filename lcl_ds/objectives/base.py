@@ -29,8 +29,8 @@ class ObjectiveSettings(Settings):
 
 
 @dataclass(frozen=True)
-class Count:
-    """How often something that a loss is averaged over occurs; tensors are fp32 scalars on the batch's device."""
+class LossNormalizer:
+    """What a loss is divided by to become its mean; tensors are fp32 scalars on the batch's device."""
 
     divisor: Tensor
     """What a sum over this rank's micro-step is divided by, so that the shares of all ranks and micro-steps add up to
@@ -41,8 +41,8 @@ class Count:
     """In this micro-step on each rank; None: the ranks ask each other when they need it."""
 
 
-Counts = dict[str, Count]
-"""By the names of :meth:`Objective.counts`."""
+LossNormalizers = dict[str, LossNormalizer]
+"""By the names of :meth:`Objective.count_terms`."""
 
 
 class Objective(nn.Module):
@@ -68,45 +68,45 @@ class Objective(nn.Module):
         for part in unused:
             part.requires_grad_(False)
 
-    def generation(self, hidden_states: Tensor, batch: Batch, counts: Counts) -> Tensor:
-        """Share of the generation loss; needs the count ``labels``."""
+    def generation(self, hidden_states: Tensor, batch: Batch, normalizers: LossNormalizers) -> Tensor:
+        """Share of the generation loss; needs the normalizer of ``labels``."""
         states = hidden_states.index_select(0, batch.label_positions)
-        return self.model.lm_head(states, batch.labels, counts["labels"].divisor)
+        return self.model.lm_head(states, batch.labels, normalizers["labels"].divisor)
 
     def contrastive(
         self,
         hidden_states: Tensor,
         pooled: Tensor,
         batch: Batch,
-        counts: Counts,
+        normalizers: LossNormalizers,
         normalize: Literal["global", "per_rank"],
         detach_keys: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Share of the contrastive loss, and the multiplier [1] that was used; needs the count ``pairs``."""
+        """Share of the contrastive loss, and the multiplier [1] that was used; needs the normalizer of ``pairs``."""
         image, context = self.model.pair_features(hidden_states, pooled, batch)
-        scale, pairs = self.model.logit_scale(), counts["pairs"]
+        scale, pairs = self.model.logit_scale(), normalizers["pairs"]
         loss = contrastive_loss(
             image, context, scale, normalize=normalize, detach_keys=detach_keys, counts=pairs.per_rank
         )
         return pairs.share * loss, scale.detach()
 
     @abstractmethod
-    def counts(self, batch: Batch) -> dict[str, int]:
+    def count_terms(self, batch: Batch) -> dict[str, int]:
         """What the losses of ``batch`` are averaged over; known on the host."""
 
     @abstractmethod
-    def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
         """This rank's shares of ``loss`` and of ``losses``, fp32 scalars."""
 
 
-def local_counts(objective: Objective, *batches: Batch) -> list[Counts]:
+def local_normalizers(objective: Objective, *batches: Batch) -> list[LossNormalizers]:
     """Counts of one step of one process per batch, without communication: all are taken to be of one micro-step."""
-    tables = [objective.counts(batch) for batch in batches]
+    tables = [objective.count_terms(batch) for batch in batches]
     device = batches[0].labels.device
     totals = {name: max(1, sum(table[name] for table in tables)) for name in tables[0]}
     return [
         {
-            name: Count(
+            name: LossNormalizer(
                 torch.tensor(float(totals[name]), device=device),
                 torch.tensor(table[name] / totals[name], device=device),
             )

@@ -19,7 +19,7 @@ from lcl_ds.data.sequences import PairView
 from lcl_ds.models.counter_rng import uniform
 from lcl_ds.models.network import LCLModel
 from lcl_ds.objectives import base
-from lcl_ds.objectives.base import Counts, ObjectiveSettings
+from lcl_ds.objectives.base import LossNormalizers, ObjectiveSettings
 
 
 class Settings(ObjectiveSettings):
@@ -48,21 +48,21 @@ class Objective(base.Objective):
         width = model.decoder.config.hidden_size
         self.matching_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2))
 
-    def counts(self, batch: Batch) -> dict[str, int]:
-        pairs = len(batch.readings["pairs"])
+    def count_terms(self, batch: Batch) -> dict[str, int]:
+        pairs = len(batch.readouts["pairs"])
         # One image alone has no other to be mistaken for.
         return {"labels": len(batch.labels), "pairs": pairs, "matches": 2 * pairs if pairs > 1 else 0}
 
-    def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
         """Shares of the losses, and the ``logit_scale`` [1] that was used."""
         pooled, tokens = self.model.encode_images(batch.images, batch.image_seeds)
         settings = self.settings
         other = mismatched_images(pooled, self.model.logit_scale(), batch.image_seeds)
         slot_images = with_mismatched_images(batch, other)
         hidden_states = self.model.decode(batch, tokens.index_select(0, slot_images))
-        generation = self.generation(hidden_states, batch, counts)
-        contrastive, scale = self.contrastive(hidden_states, pooled, batch, counts, settings.normalize)
-        matching = self._matching(hidden_states, batch) / counts["matches"].divisor
+        generation = self.generation(hidden_states, batch, normalizers)
+        contrastive, scale = self.contrastive(hidden_states, pooled, batch, normalizers, settings.normalize)
+        matching = self._matching(hidden_states, batch) / normalizers["matches"].divisor
         total = settings.contrastive_weight * contrastive + settings.generation_weight * generation
         return {
             "loss": total + settings.matching_weight * matching,
@@ -74,11 +74,11 @@ class Objective(base.Objective):
 
     def _matching(self, hidden_states: Tensor, batch: Batch) -> Tensor:
         """Sum of the two-way cross-entropies of matched (1) and mismatched (0) images and texts."""
-        positions = [batch.readings[name].positions for name in ("mismatched", "matched")]
+        positions = [batch.readouts[name].positions for name in ("mismatched", "matched")]
         logits = self.matching_head(hidden_states.index_select(0, torch.cat(positions))).float()
         target = torch.arange(2, device=logits.device).repeat_interleave(len(positions[0]))
         summed = F.cross_entropy(logits, target, reduction="sum")
-        return summed if self.counts(batch)["matches"] else summed * 0
+        return summed if self.count_terms(batch)["matches"] else summed * 0
 
 
 @torch.no_grad()
@@ -95,7 +95,7 @@ def mismatched_images(pooled: Tensor, scale: Tensor, seeds: Tensor) -> Tensor:
 
 def with_mismatched_images(batch: Batch, other: Tensor) -> Tensor:
     """``batch.slot_images`` with every second slot, a pair's mismatched one, given the image that ``other`` names."""
-    in_pairs = 2 * len(batch.readings["pairs"])
+    in_pairs = 2 * len(batch.readouts["pairs"])
     caption, match = batch.slot_images[:in_pairs].view(-1, 2).unbind(1)
     swapped = torch.stack([caption, other.index_select(0, match)], dim=1).flatten()
     return torch.cat([swapped, batch.slot_images[in_pairs:]])

@@ -13,7 +13,7 @@ from lcl_ds.batch import Batch
 from lcl_ds.data.sequences import PairView
 from lcl_ds.models.network import LCLModel
 from lcl_ds.objectives import base
-from lcl_ds.objectives.base import Counts, ObjectiveSettings
+from lcl_ds.objectives.base import LossNormalizers, ObjectiveSettings
 
 
 class Settings(ObjectiveSettings):
@@ -36,11 +36,11 @@ class Objective(base.Objective):
         super().__init__(model, unused=(model.lm_head,))
         self.settings = settings
 
-    def counts(self, batch: Batch) -> dict[str, int]:
-        return {"pairs": len(batch.readings["pairs"])}
+    def count_terms(self, batch: Batch) -> dict[str, int]:
+        return {"pairs": len(batch.readouts["pairs"])}
 
-    def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
         """Shares of the loss, and the ``logit_scale`` [1] that was used."""
         hidden_states, pooled = self.model(batch)
-        loss, scale = self.contrastive(hidden_states, pooled, batch, counts, self.settings.normalize)
+        loss, scale = self.contrastive(hidden_states, pooled, batch, normalizers, self.settings.normalize)
         return {"loss": loss, "contrastive_loss": loss, "logit_scale": scale}

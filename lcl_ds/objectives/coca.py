@@ -14,7 +14,7 @@ from lcl_ds.batch import Batch
 from lcl_ds.data.sequences import PairView
 from lcl_ds.models.network import LCLModel
 from lcl_ds.objectives import base
-from lcl_ds.objectives.base import Counts, ObjectiveSettings
+from lcl_ds.objectives.base import LossNormalizers, ObjectiveSettings
 
 
 class Settings(ObjectiveSettings):
@@ -40,15 +40,15 @@ class Objective(base.Objective):
         super().__init__(model)
         self.settings = settings
 
-    def counts(self, batch: Batch) -> dict[str, int]:
-        return {"labels": len(batch.labels), "pairs": len(batch.readings["pairs"])}
+    def count_terms(self, batch: Batch) -> dict[str, int]:
+        return {"labels": len(batch.labels), "pairs": len(batch.readouts["pairs"])}
 
-    def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
         """Shares of the losses, and the ``logit_scale`` [1] that was used."""
         hidden_states, pooled = self.model(batch)
-        generation = self.generation(hidden_states, batch, counts)
+        generation = self.generation(hidden_states, batch, normalizers)
         settings = self.settings
-        contrastive, scale = self.contrastive(hidden_states, pooled, batch, counts, settings.normalize)
+        contrastive, scale = self.contrastive(hidden_states, pooled, batch, normalizers, settings.normalize)
         return {
             "loss": settings.contrastive_weight * contrastive + settings.generation_weight * generation,
             "contrastive_loss": contrastive,

@@ -12,7 +12,7 @@ from lcl_ds.batch import Batch
 from lcl_ds.data.sequences import DocumentView
 from lcl_ds.models.network import LCLModel
 from lcl_ds.objectives import base
-from lcl_ds.objectives.base import Counts, ObjectiveSettings
+from lcl_ds.objectives.base import LossNormalizers, ObjectiveSettings
 
 
 class Settings(ObjectiveSettings):
@@ -34,11 +34,11 @@ class Objective(base.Objective):
     def __init__(self, model: LCLModel, settings: Settings):
         super().__init__(model, unused=model.contrastive_parts())
 
-    def counts(self, batch: Batch) -> dict[str, int]:
+    def count_terms(self, batch: Batch) -> dict[str, int]:
         return {"labels": len(batch.labels)}
 
-    def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
         """Shares of the loss."""
         hidden_states, _ = self.model(batch)
-        loss = self.generation(hidden_states, batch, counts)
+        loss = self.generation(hidden_states, batch, normalizers)
         return {"loss": loss, "generation_loss": loss}

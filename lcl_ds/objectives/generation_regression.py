@@ -17,7 +17,7 @@ from lcl_ds.batch import Batch
 from lcl_ds.data.sequences import DocumentView
 from lcl_ds.models.network import LCLModel
 from lcl_ds.objectives import base
-from lcl_ds.objectives.base import Counts, ObjectiveSettings
+from lcl_ds.objectives.base import LossNormalizers, ObjectiveSettings
 
 
 class Settings(ObjectiveSettings):
@@ -44,16 +44,16 @@ class Objective(base.Objective):
         width = model.decoder.config.hidden_size
         self.regression_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
 
-    def counts(self, batch: Batch) -> dict[str, int]:
+    def count_terms(self, batch: Batch) -> dict[str, int]:
         return {"labels": len(batch.labels), "images": batch.image_count}
 
-    def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
         """Shares of the losses; regression is the mean squared error over an image's tokens and channels."""
         _, tokens = self.model.encode_images(batch.images, batch.image_seeds)
         tokens = tokens.index_select(0, batch.slot_images)
         hidden_states = self.model.decode(batch, tokens)
-        generation = self.generation(hidden_states, batch, counts)
-        regression = self._regression(hidden_states, tokens, batch) / counts["images"].divisor
+        generation = self.generation(hidden_states, batch, normalizers)
+        regression = self._regression(hidden_states, tokens, batch) / normalizers["images"].divisor
         return {
             "loss": generation + self.settings.regression_weight * regression,
             "generation_loss": generation,

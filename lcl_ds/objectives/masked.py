@@ -20,7 +20,7 @@ from lcl_ds.models.counter_rng import patch_order
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.vision import flat_patches
 from lcl_ds.objectives import base
-from lcl_ds.objectives.base import Counts, ObjectiveSettings
+from lcl_ds.objectives.base import LossNormalizers, ObjectiveSettings
 
 
 class Settings(ObjectiveSettings):
@@ -51,18 +51,18 @@ class Objective(base.Objective):
         self.hidden_patches = max(1, round(settings.image_share * model.vision.patch_tokens))
         self.pixel_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * self.patch_size**2))
 
-    def counts(self, batch: Batch) -> dict[str, int]:
+    def count_terms(self, batch: Batch) -> dict[str, int]:
         return {"labels": len(batch.labels), "images": batch.image_count}
 
-    def forward(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+    def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
         """Shares of the losses; that of images is the mean squared error over hidden patches and their pixels."""
         pixels = self.model.vision.normalize(batch.images)
         hidden = patch_order(batch.image_seeds, self.model.vision.patch_tokens)[:, : self.hidden_patches]
         _, tokens = self.model.encode_images(without_patches(pixels, hidden, self.patch_size), batch.image_seeds)
         hidden_states = self.model.decode(batch, tokens.index_select(0, batch.slot_images), mode="bidirectional")
-        generation = self.generation(hidden_states, batch, counts)
+        generation = self.generation(hidden_states, batch, normalizers)
         patches = flat_patches(pixels, self.patch_size)
-        image = self._image_loss(hidden_states, patches, hidden, batch) / counts["images"].divisor
+        image = self._image_loss(hidden_states, patches, hidden, batch) / normalizers["images"].divisor
         return {
             "loss": generation + self.settings.image_weight * image,
             "generation_loss": generation,

@@ -32,7 +32,7 @@ class Token:
     is_control: bool
     has_loss: bool
     """Whether the next token is predicted here."""
-    readings: tuple[str, ...]
+    readouts: tuple[str, ...]
     """``pairs: image 3``: what the decoder's state here is compared with."""
     image: int | None
     """The image whose first token this is, by its number in the batch ..."""
@@ -57,10 +57,10 @@ def parts_of(batch: Batch, tokenizer: TextTokenizer) -> list[Part]:
     ids, length = batch.input_ids.flatten().tolist(), batch.input_ids.shape[1]
     losses = set(batch.label_positions.tolist())
     slots = dict(zip(batch.slot_positions.tolist(), batch.slot_images.tolist(), strict=True))
-    readings: dict[int, list[str]] = {}
-    for name, found in batch.readings.items():
+    readouts: dict[int, list[str]] = {}
+    for name, found in batch.readouts.items():
         for position, image in zip(found.positions.tolist(), found.images.tolist(), strict=True):
-            readings.setdefault(position, []).append(f"{name}: image {image}")
+            readouts.setdefault(position, []).append(f"{name}: image {image}")
     bounds = batch.cu_seqlens.tolist()
     parts = []
     for start, end in pairwise(bounds):
@@ -70,7 +70,7 @@ def parts_of(batch: Batch, tokenizer: TextTokenizer) -> list[Part]:
                 tokenizer.decode([ids[at]]),
                 ids[at] >= vocabulary.text_size,
                 at in losses,
-                tuple(readings.get(at, ())),
+                tuple(readouts.get(at, ())),
                 slots.get(at),
                 ids[at] == vocabulary.image and at not in slots,
             )
@@ -104,7 +104,7 @@ def _line(part: Part, batch: Batch) -> Text:
             line.append(f"[image {token.image}, {side}]", "bold magenta")
         else:
             line.append(token.text, "cyan" if token.is_control else "" if token.has_loss else "dim")
-        for reading in token.readings:
+        for reading in token.readouts:
             line.append(f"<- {reading} ", "bold green")
     return line
 
@@ -163,7 +163,7 @@ def page(batch: Batch, tokenizer: TextTokenizer, title: str) -> str:
         blocks.append(
             f'<div class="part"><div class="where">{kind}, tokens {part.start} to {end - 1}</div>{body}</div>'
         )
-    pairs = len(batch.readings["pairs"]) if "pairs" in batch.readings else 0
+    pairs = len(batch.readouts["pairs"]) if "pairs" in batch.readouts else 0
     summary = (
         f"{len(batch.input_ids)} rows of {batch.input_ids.shape[1]} tokens, {batch.document_count} documents, "
         f"{batch.image_count} images, {pairs} contrastive pairs, {len(batch.labels)} labels, "
@@ -176,7 +176,7 @@ def page(batch: Batch, tokenizer: TextTokenizer, title: str) -> str:
 def _html(token: Token, place: int, batch: Batch) -> str:
     if token.inside_image:
         return ""
-    marks = "".join(f' <span class="r">&larr; {escape(reading)}</span>' for reading in token.readings)
+    marks = "".join(f' <span class="r">&larr; {escape(reading)}</span>' for reading in token.readouts)
     if token.image is not None:
         picture = _picture(batch.images[token.image].numpy())
         return f'<figure><img src="{picture}" alt=""><figcaption>image {token.image}</figcaption></figure>{marks}'

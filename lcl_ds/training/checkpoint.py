@@ -32,7 +32,7 @@ from lcl_ds.files import plain_name, read_json, read_yaml, sentence_of, write_wh
 from lcl_ds.metrics import METRICS
 from lcl_ds.models.build import build_model
 from lcl_ds.models.network import LCLModel
-from lcl_ds.training.distributed import Place, gather_objects, on_all_ranks
+from lcl_ds.training.distributed import RankInfo, gather_objects, on_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -296,15 +296,15 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def newest_checkpoint(run_dir: Path, place: Place) -> Path | None:
+def newest_checkpoint(run_dir: Path, rank_info: RankInfo) -> Path | None:
     """The newest checkpoint that can be used, as the first rank sees it, on every rank; others are named.
 
     Raises:
         UserError: on every rank, when there are checkpoints and none can be used.
     """
     newest: list[Any] = [None]
-    with on_all_ranks(place):
-        if place.is_first:
+    with on_all_ranks(rank_info):
+        if rank_info.is_first:
             problems = {path: problem_of(path) for path in sorted(checkpoints_folder(run_dir).glob("step_*"))}
             for path, problem in problems.items():
                 if problem is not None:

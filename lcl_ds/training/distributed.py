@@ -1,4 +1,4 @@
-"""This process's place among the ranks, however it was started, and how all ranks hear of one rank's problem."""
+"""Say which rank this process is, however it was started, and let all ranks hear of one rank's problem."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ warnings.filterwarnings("ignore", message=r".*(all_gather_into_tensor|reduce_sca
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """Rank and device of this process."""
 
     rank: int
@@ -41,7 +41,7 @@ class Place:
         return self.rank == 0
 
 
-def init_distributed(timeout_s: float | None = None) -> Place:
+def init_distributed(timeout_s: float | None = None) -> RankInfo:
     """Join the process group of ``deepspeed``, ``torchrun`` or ``srun``, or be the only process.
 
     GPUs and NCCL where there are some, otherwise the CPU and gloo.
@@ -73,11 +73,11 @@ def init_distributed(timeout_s: float | None = None) -> Place:
         verbose=False,
         **({} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}),
     )
-    return Place(dist.get_rank(), local_rank, dist.get_world_size(), device)
+    return RankInfo(dist.get_rank(), local_rank, dist.get_world_size(), device)
 
 
 @contextmanager
-def on_all_ranks(place: Place) -> Iterator[None]:
+def on_all_ranks(rank_info: RankInfo) -> Iterator[None]:
     """Do something for which no rank needs another; where it fails on one, all fail and know why.
 
     Raises:
@@ -91,16 +91,16 @@ def on_all_ranks(place: Place) -> Iterator[None]:
         if sentences is None:
             raise
         problems = sentences
-    raise_for_all(problems, place)
+    raise_for_all(problems, rank_info)
 
 
-def raise_for_all(problems: list[str], place: Place) -> None:
+def raise_for_all(problems: list[str], rank_info: RankInfo) -> None:
     """Tell all ranks of this one's problems; collective.
 
     Raises:
         UserError: on every rank, when any of them has a problem.
     """
-    counts = gather_integers([len(problems)], place.device)
+    counts = gather_integers([len(problems)], rank_info.device)
     if not any(count for (count,) in counts):
         return
     told = gather_objects((socket.gethostname(), problems))

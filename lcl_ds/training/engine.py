@@ -25,7 +25,7 @@ from lcl_ds.config import Config
 from lcl_ds.errors import UserError
 from lcl_ds.models.heads import ExactScalar
 from lcl_ds.objectives.base import Objective
-from lcl_ds.training.distributed import Place
+from lcl_ds.training.distributed import RankInfo
 from lcl_ds.training.optimizer import BoundedAdamW, parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def _guards_itself(stage: int, config: Config) -> bool:
     return stage == 0 and config.precision == "fp32"
 
 
-def start_engine(objective: Objective, config: Config, ds_config: dict[str, Any], place: Place) -> Any:
+def start_engine(objective: Objective, config: Config, ds_config: dict[str, Any], rank_info: RankInfo) -> Any:
     """Partition ``objective`` under DeepSpeed and log how.
 
     Args:
@@ -174,16 +174,16 @@ def start_engine(objective: Objective, config: Config, ds_config: dict[str, Any]
         for scalar, value in exact.items():
             set_fp32_weight(engine, scalar.weight, value)
     refresh_exact_scalars(engine)
-    if place.is_first:
+    if rank_info.is_first:
         logger.info(
             "%s, decoder passes per sample %d; world size %d, ZeRO stage %d, %s on %s; %s parameters, %s per rank; "
             "groups: %s",
             config.objective.name,
             objective.decoder_passes,
-            place.world_size,
+            rank_info.world_size,
             engine.zero_optimization_stage(),
             config.precision,
-            place.device,
+            rank_info.device,
             f"{total:,}",
             f"{parameters_of_this_rank(engine):,}",
             ", ".join(f"{name} {size:,}" for name, size in sizes.items()),

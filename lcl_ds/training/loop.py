@@ -17,9 +17,9 @@ from lcl_ds.batch import Batch
 from lcl_ds.config import Config
 from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.errors import UserError
-from lcl_ds.objectives.base import Count, Counts, Objective
+from lcl_ds.objectives.base import LossNormalizer, LossNormalizers, Objective
 from lcl_ds.training.checkpoint import Progress, save_checkpoint
-from lcl_ds.training.distributed import Place, all_reduce_sum, gather_integers, gather_objects, on_all_ranks
+from lcl_ds.training.distributed import RankInfo, all_reduce_sum, gather_integers, gather_objects, on_all_ranks
 from lcl_ds.training.engine import refresh_exact_scalars, release_engine
 from lcl_ds.training.monitor import Monitor
 from lcl_ds.training.schedule import learning_rate
@@ -28,7 +28,7 @@ from lcl_ds.training.throughput import flops_per_token, peak_flops
 
 logger = logging.getLogger(__name__)
 
-COUNTS = ("images", "documents", "tokens", "text_tokens", "skipped_samples")
+SUMMED_METRICS = ("images", "documents", "tokens", "text_tokens", "skipped_samples")
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Trainer:
     engine: Any
     loader: BatchLoader
     config: Config
-    place: Place
+    rank_info: RankInfo
     run_dir: Path
     vocab_size: int
     progress: Progress
@@ -63,10 +63,10 @@ class Trainer:
                 finds wrong with its data.
         """
         monitor = Monitor(
-            self.run_dir, self.config.train.steps, self.progress.step, self.config.log.every, self.place.is_first
+            self.run_dir, self.config.train.steps, self.progress.step, self.config.log.every, self.rank_info.is_first
         )
         self._flops = flops_per_token(self.engine.module.model)
-        self._peak = peak_flops(self.place.device)
+        self._peak = peak_flops(self.rank_info.device)
         try:
             with StopRequest() as stop:
                 return self._run(monitor, stop)
@@ -84,7 +84,7 @@ class Trainer:
                 path = self.save(monitor.unsaved_lines())
                 monitor.saved()
                 last_saved = self.progress.step
-                if received and self.place.is_first:
+                if received and self.rank_info.is_first:
                     logger.info("signal %d: saved %s; run the same command again to continue", received, path)
             if received and not at_end:
                 return received
@@ -101,25 +101,25 @@ class Trainer:
         release_engine(self.engine)
         del self.engine, self.loader
         gc.collect()
-        if self.place.device.type == "cuda":
+        if self.rank_info.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _step(self, stop_signal: int) -> tuple[dict[str, Any], int]:
         """One optimizer step; returns its metrics and the signal that this or, as SIGTERM, another rank received."""
         started = time.perf_counter()
-        with on_all_ranks(self.place):
+        with on_all_ranks(self.rank_info):
             batches = [next(self.loader) for _ in range(self.config.train.accumulation_steps)]
-        torch.manual_seed(step_seed(self.config.train.seed, self.place.rank, self.progress.step))
+        torch.manual_seed(step_seed(self.config.train.seed, self.rank_info.rank, self.progress.step))
         data_s = time.perf_counter() - started
         lr = learning_rate(self.progress.applied_steps, self.config.train)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group["learning_rate_factor"]
-        batches = [batch.to(self.place.device) for batch in batches]
-        sums = torch.zeros(len(self.losses), dtype=torch.float64, device=self.place.device)
-        for batch, counts in zip(batches, self._loss_counts(batches), strict=True):
-            outputs = self.engine(batch, counts)
+        batches = [batch.to(self.rank_info.device) for batch in batches]
+        sums = torch.zeros(len(self.losses), dtype=torch.float64, device=self.rank_info.device)
+        for batch, normalizers in zip(batches, self._loss_normalizers(batches), strict=True):
+            outputs = self.engine(batch, normalizers)
             # DeepSpeed averages gradients over ranks; the losses are shares of a sum over ranks.
-            self.engine.backward(outputs["loss"] * self.place.world_size, scale_wrt_gas=False)
+            self.engine.backward(outputs["loss"] * self.rank_info.world_size, scale_wrt_gas=False)
             sums += torch.stack([outputs[name].detach() for name in self.losses])
             self.engine.step()
         applied = self.engine.was_step_applied()
@@ -132,27 +132,27 @@ class Trainer:
         metrics = self._metrics(totals, outputs.get("logit_scale"), lr, applied, step_s, data_s)
         return metrics, (stop_signal or signal.SIGTERM) if totals[-1] else 0
 
-    def _loss_counts(self, batches: list[Batch]) -> list[Counts]:
+    def _loss_normalizers(self, batches: list[Batch]) -> list[LossNormalizers]:
         """What each micro-step's losses are divided by.
 
         The ranks tell each other before the step, when nothing runs yet, so that no loss has to wait for the device.
         """
-        mine = [self.objective.counts(batch) for batch in batches]
+        mine = [self.objective.count_terms(batch) for batch in batches]
         names = list(mine[0])
-        flat = gather_integers([table[name] for table in mine for name in names], self.place.device)
-        table = torch.tensor(flat).view(self.place.world_size, len(batches), len(names))
+        flat = gather_integers([table[name] for table in mine for name in names], self.rank_info.device)
+        table = torch.tensor(flat).view(self.rank_info.world_size, len(batches), len(names))
         as_published = self.config.objective.normalization == "reference"
-        parts = self.place.world_size * len(batches)
+        parts = self.rank_info.world_size * len(batches)
 
-        def count(step: int, number: int) -> Count:
+        def count(step: int, number: int) -> LossNormalizer:
             everywhere = max(1, int(table[:, :, number].sum()))
             per_rank = table[:, step, number].tolist()
             if as_published:  # every rank's own mean, averaged over ranks and micro-steps
-                divisor, share = max(1, per_rank[self.place.rank]) * parts, 1 / parts
+                divisor, share = max(1, per_rank[self.rank_info.rank]) * parts, 1 / parts
             else:
                 divisor, share = everywhere, sum(per_rank) / everywhere
-            both = torch.tensor([divisor, share], dtype=torch.float32).to(self.place.device, non_blocking=True)
-            return Count(both[0], both[1], per_rank)
+            both = torch.tensor([divisor, share], dtype=torch.float32).to(self.rank_info.device, non_blocking=True)
+            return LossNormalizer(both[0], both[1], per_rank)
 
         return [{name: count(step, n) for n, name in enumerate(names)} for step in range(len(batches))]
 
@@ -164,7 +164,7 @@ class Trainer:
             return
         self.progress.skipped_in_a_row += 1
         keys = [key for rank in gather_objects([k for batch in batches for k in batch.keys]) for key in rank]
-        if self.place.is_first:
+        if self.rank_info.is_first:
             logger.warning("step %d: gradients are not finite, skipped on all ranks", self.progress.step)
             with (self.run_dir / "skipped_steps.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": self.progress.step, "documents": keys}) + "\n")
@@ -178,7 +178,7 @@ class Trainer:
             )
 
     def _counts(self, batches: list[Batch]) -> list[float]:
-        """This rank's part of ``COUNTS``."""
+        """This rank's part of ``SUMMED_METRICS``."""
         rows = [(b.image_count, b.document_count, b.token_count, len(b.labels), b.skipped_samples) for b in batches]
         return [float(sum(column)) for column in zip(*rows, strict=True)]
 
@@ -192,8 +192,8 @@ class Trainer:
         self, totals: list[float], logit_scale: Tensor | None, lr: float, applied: bool, step_s: float, data_s: float
     ) -> dict[str, Any]:
         losses = dict(zip(self.losses, totals, strict=False))
-        counts = {name: int(n) for name, n in zip(COUNTS, totals[len(losses) :], strict=False)}
-        by_source = iter(int(n) for n in totals[len(losses) + len(COUNTS) : -1])
+        counts = {name: int(n) for name, n in zip(SUMMED_METRICS, totals[len(losses) :], strict=False)}
+        by_source = iter(int(n) for n in totals[len(losses) + len(SUMMED_METRICS) : -1])
         names = [source.name for source in self.config.data.shards]
         sources = {name: {"documents": next(by_source), "images": next(by_source)} for name in names}
         skipped = counts.pop("skipped_samples")
@@ -214,7 +214,7 @@ class Trainer:
             "sources": sources,
             "applied": applied,
         }
-        if self.place.device.type == "cuda":
+        if self.rank_info.device.type == "cuda":
             metrics |= self._gpu_metrics(counts, step_s)
         return metrics
 
@@ -225,10 +225,10 @@ class Trainer:
             + self._flops["decoder"] * counts["tokens"]
             + self._flops["head"] * counts["text_tokens"]
         )
-        memory = {"memory_gb": torch.cuda.max_memory_allocated(self.place.device) / 2**30}
+        memory = {"memory_gb": torch.cuda.max_memory_allocated(self.rank_info.device) / 2**30}
         if self._peak is None:
             return memory
-        return {"mfu": flops / step_s / self.place.world_size / self._peak, **memory}
+        return {"mfu": flops / step_s / self.rank_info.world_size / self._peak, **memory}
 
 
 def step_seed(seed: int, rank: int, step: int) -> int:

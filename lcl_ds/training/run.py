@@ -32,7 +32,7 @@ from lcl_ds.training.checkpoint import (
     read_state,
     resolve_checkpoint,
 )
-from lcl_ds.training.distributed import Place, init_distributed, on_all_ranks, raise_for_all
+from lcl_ds.training.distributed import RankInfo, init_distributed, on_all_ranks, raise_for_all
 from lcl_ds.training.engine import (
     apply_settings,
     complete_ds_config,
@@ -64,81 +64,81 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
     """
     data = open_checked_data(config)
     check_evaluation(config, data)
-    place = init_distributed()
-    raise_for_all([], place)  # hears what other ranks found before they came here
-    check_attention_here(config.model, place.device.type, config.precision)
-    full_ds_config = complete_ds_config(ds_config, config, place.world_size)
-    with on_all_ranks(place):
-        if place.is_first:
+    rank_info = init_distributed()
+    raise_for_all([], rank_info)  # hears what other ranks found before they came here
+    check_attention_here(config.model, rank_info.device.type, config.precision)
+    full_ds_config = complete_ds_config(ds_config, config, rank_info.world_size)
+    with on_all_ranks(rank_info):
+        if rank_info.is_first:
             check_own_folder(run_dir)
-    checkpoint = newest_checkpoint(run_dir, place)
+    checkpoint = newest_checkpoint(run_dir, rank_info)
     changes: list[str] = []
     if checkpoint is not None:
-        with on_all_ranks(place):
+        with on_all_ranks(rank_info):
             changes = check_same_run(checkpoint, config) + engine_changes(run_dir, full_ds_config)
     received = None
     steps_done = read_state(checkpoint)["progress"]["step"] if checkpoint else 0
     if steps_done >= config.train.steps:
         logger.info("%s is finished: %d of %d steps done", run_dir, steps_done, config.train.steps)
     else:
-        with on_all_ranks(place):
+        with on_all_ranks(rank_info):
             check_run_writable(run_dir)
-        trainer = prepare(config, full_ds_config, run_dir, place, data, checkpoint)
-        for sentence in changes if place.is_first else []:
+        trainer = prepare(config, full_ds_config, run_dir, rank_info, data, checkpoint)
+        for sentence in changes if rank_info.is_first else []:
             logger.info("%s", sentence)
-        with on_all_ranks(place):
-            if place.is_first:
-                write_run_files(run_dir, config, full_ds_config, place.world_size, steps_done)
+        with on_all_ranks(rank_info):
+            if rank_info.is_first:
+                write_run_files(run_dir, config, full_ds_config, rank_info.world_size, steps_done)
         received = trainer.train()
         trainer.release()  # its memory is the evaluation's
         del trainer
     dist.destroy_process_group()
     if received is not None:
         return 128 + received
-    return finish(config, run_dir, place.device) if place.is_first else 0
+    return finish(config, run_dir, rank_info.device) if rank_info.is_first else 0
 
 
 def prepare(
     config: Config,
     ds_config: dict[str, Any],
     run_dir: Path,
-    place: Place,
+    rank_info: RankInfo,
     data: OpenData,
     checkpoint: Path | None = None,
 ) -> Trainer:
     """Loader, model and engine of this rank, at the start or where ``checkpoint`` stands."""
     state = read_state(checkpoint) if checkpoint else None
     vocab_size = data.tokenizer.vocabulary.size
-    with on_all_ranks(place):
+    with on_all_ranks(rank_info):
         loader = BatchLoader(
             data.sources,
             lane_settings(config),
             data.tokenizer,
-            rows_per_micro_step(config, place.world_size),
-            place.rank,
-            place.world_size,
+            rows_per_micro_step(config, rank_info.world_size),
+            rank_info.rank,
+            rank_info.world_size,
             config.data.workers,
             state["loader"] if state else None,
-            pin_memory=place.device.type == "cuda",
+            pin_memory=rank_info.device.type == "cuda",
         )
         if checkpoint and state:
             zero = DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
-            check_resumable(checkpoint, state, place.world_size, zero)
+            check_resumable(checkpoint, state, rank_info.world_size, zero)
         network = build_network(config, data)
         sentences = [] if checkpoint else load_initial_weights(network, config, data)
         objective = attach_objective(network, config)
-    for sentence in sentences if place.is_first else []:
+    for sentence in sentences if rank_info.is_first else []:
         logger.info("%s", sentence)
-    engine = start_engine(objective, config, ds_config, place)
+    engine = start_engine(objective, config, ds_config, rank_info)
     progress = Progress(**state["progress"]) if state else Progress()
     if checkpoint:
         options = options_of(engine.optimizer.param_groups)
         load_engine(engine, checkpoint)
         apply_settings(engine, options, ds_config["gradient_clipping"])
         refresh_exact_scalars(engine)
-        if place.is_first:
+        if rank_info.is_first:
             logger.info("continuing %s at step %d", checkpoint, progress.step)
-    return Trainer(engine, loader, config, place, run_dir, vocab_size, progress)
+    return Trainer(engine, loader, config, rank_info, run_dir, vocab_size, progress)
 
 
 def check_evaluation(config: Config, data: OpenData) -> None:
@@ -186,7 +186,7 @@ def dry_run(config: Config, ds_config: dict[str, Any]) -> str:
                 "rows": rows,
                 "tokens": batch.token_count,
                 "images": batch.image_count,
-                **objective.counts(batch),
+                **objective.count_terms(batch),
                 "padding_fraction": 1 - batch.token_count / batch.input_ids.numel(),
             },
             "ds_config": complete,

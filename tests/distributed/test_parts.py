@@ -13,7 +13,7 @@ from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.models.build import build_model
 from lcl_ds.models.settings import part_of
 from lcl_ds.objectives import build_objective
-from lcl_ds.objectives.base import local_counts
+from lcl_ds.objectives.base import local_normalizers
 from tests.distributed.ranks import on_ranks
 from tests.distributed.test_run import without_timing
 from tests.small import DECODERS, VISION_TOWERS, small_config
@@ -100,7 +100,7 @@ def test_patches_dropped_on_two_ranks_are_those_of_one_process(runs, folder):
     model = build_model(config.model, data.tokenizer.vocabulary.size, config.data.row_tokens, config.seed("init"))
     objective = build_objective(model, config.objective, config.seed("init"))
     with torch.no_grad():
-        losses = objective(batch, *local_counts(objective, batch))
+        losses = objective(batch, *local_normalizers(objective, batch))
     first = metrics(runs["patch dropout"]["whole"])[0]
     for key in ("loss", *objective.losses):
         assert first[key] == pytest.approx(losses[key].item(), rel=1e-5), key

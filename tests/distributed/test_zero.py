@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lcl_ds.objectives import NAMES, build_objective
-from lcl_ds.objectives.base import local_counts
+from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.training.checkpoint import load_model, resolve_checkpoint
 from tests.distributed.ranks import on_ranks
 from tests.distributed.workers import STAGES, THREE_STEPS, batch_of_rank
@@ -25,7 +25,7 @@ def reference():
     for case in ("both", "first", "none"):
         objective = lcl_objective(small_model())
         batch = merged(batch_of_rank(case, 0), batch_of_rank(case, 1))
-        losses = objective(batch, *local_counts(objective, batch))
+        losses = objective(batch, *local_normalizers(objective, batch))
         losses["loss"].backward()
         results[case] = losses["loss"].detach(), {n: w.grad for n, w in objective.named_parameters()}
     return results
@@ -60,7 +60,7 @@ def test_every_objective_at_stage_3_computes_what_one_process_computes(objective
     config = small_config(f"objective.name={name}")
     objective = build_objective(small_model(config), config.objective, seed=0)
     batch = merged(three_documents(config, seed=0), three_documents(config, seed=1))
-    losses = objective(batch, *local_counts(objective, batch))
+    losses = objective(batch, *local_normalizers(objective, batch))
     losses["loss"].backward()
     for rank in objectives:
         found = rank[name]

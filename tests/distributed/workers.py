@@ -20,7 +20,7 @@ from lcl_ds.config import Config
 from lcl_ds.errors import UserError
 from lcl_ds.objectives import NAMES, build_objective
 from lcl_ds.training.checkpoint import Progress, load_engine, newest_checkpoint
-from lcl_ds.training.distributed import Place, all_reduce_sum, init_distributed
+from lcl_ds.training.distributed import RankInfo, all_reduce_sum, init_distributed
 from lcl_ds.training.engine import apply_settings, complete_ds_config, refresh_exact_scalars, start_engine
 from lcl_ds.training.loop import Trainer
 from lcl_ds.training.optimizer import options_of
@@ -60,13 +60,13 @@ class GivenBatches:
         return {"next_row": 0, "lanes": {}, "lane_count": 4, "fingerprint": {}}
 
 
-def trainer_of(config: Config, stage: int, place: Place, batches: list[Batch], run_dir: Path) -> Trainer:
+def trainer_of(config: Config, stage: int, rank_info: RankInfo, batches: list[Batch], run_dir: Path) -> Trainer:
     # No parameter is small enough to stay whole: partitioning is what is tested.
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
-    ds_config = complete_ds_config({"zero_optimization": zero}, config, place.world_size)
-    engine = start_engine(build_objective(small_model(config), config.objective, 0), config, ds_config, place)
+    ds_config = complete_ds_config({"zero_optimization": zero}, config, rank_info.world_size)
+    engine = start_engine(build_objective(small_model(config), config.objective, 0), config, ds_config, rank_info)
     run_dir.mkdir(parents=True, exist_ok=True)
-    return Trainer(engine, GivenBatches(batches), config, place, run_dir, VOCABULARY.size, Progress())
+    return Trainer(engine, GivenBatches(batches), config, rank_info, run_dir, VOCABULARY.size, Progress())
 
 
 def batch_of_rank(case: str, rank: int) -> Batch:
@@ -75,17 +75,17 @@ def batch_of_rank(case: str, rank: int) -> Batch:
     return batch_with_images(10 * rank) if has_images else batch_without_images(10 * rank)
 
 
-def gradients(place: Place, folder: Path) -> dict[str, Any]:
+def gradients(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     """Loss and full gradients by (stage, case), through the trainer's own counts and scaling."""
     config = small_config("train.global_batch_rows=4", "train.learning_rate=1e-30")
     results = {}
     for stage in STAGES:
-        trainer = trainer_of(config, stage, place, [], folder)
+        trainer = trainer_of(config, stage, rank_info, [], folder)
         for case in ("both", "first", "none"):
-            batch = batch_of_rank(case, place.rank)
-            (counts,) = trainer._loss_counts([batch])
-            losses = trainer.engine(batch, counts)
-            trainer.engine.backward(losses["loss"] * place.world_size, scale_wrt_gas=False)
+            batch = batch_of_rank(case, rank_info.rank)
+            (normalizers,) = trainer._loss_normalizers([batch])
+            losses = trainer.engine(batch, normalizers)
+            trainer.engine.backward(losses["loss"] * rank_info.world_size, scale_wrt_gas=False)
             found = {
                 name: safe_get_full_grad(weight).clone() for name, weight in trainer.engine.module.named_parameters()
             }
@@ -94,13 +94,13 @@ def gradients(place: Place, folder: Path) -> dict[str, Any]:
     return results
 
 
-def three_steps(place: Place, folder: Path) -> dict[str, Any]:
+def three_steps(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     """Weights before and after three steps, by stage and precision; a checkpoint of the end is left in ``folder``."""
     results = {}
     for stage, precision in THREE_STEPS:
         config = small_config("train.global_batch_rows=4", "train.steps=3", f"precision={precision}")
-        batches = [batch_with_images(100 * step + 10 * place.rank) for step in range(3)]
-        trainer = trainer_of(config, stage, place, batches, folder / f"{stage}{precision}")
+        batches = [batch_with_images(100 * step + 10 * rank_info.rank) for step in range(3)]
+        trainer = trainer_of(config, stage, rank_info, batches, folder / f"{stage}{precision}")
         before = full_weights(trainer)
         trainer.train()
         after = full_weights(trainer)
@@ -108,7 +108,7 @@ def three_steps(place: Place, folder: Path) -> dict[str, Any]:
     return results
 
 
-def ten_steps(place: Place, folder: Path) -> dict[str, Any]:
+def ten_steps(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     """Metrics of ten steps at the full learning rate, by stage and precision, and those of the last five again.
 
     The second five are taken a second time by another engine, from the checkpoint of the first five.
@@ -118,11 +118,11 @@ def ten_steps(place: Place, folder: Path) -> dict[str, Any]:
         for stage in STAGES:
             run_dir = folder / f"{stage}{precision}"
             config = small_config(*TEN_STEPS, f"precision={precision}")
-            batches = [batch_with_images(100 * step + 10 * place.rank) for step in range(10)]
-            trainer_of(config, stage, place, batches, run_dir).train()
+            batches = [batch_with_images(100 * step + 10 * rank_info.rank) for step in range(10)]
+            trainer_of(config, stage, rank_info, batches, run_dir).train()
             whole = steps_of(run_dir)
             dist.barrier()
-            again = trainer_of(config, stage, place, batches[5:], run_dir)
+            again = trainer_of(config, stage, rank_info, batches[5:], run_dir)
             options = options_of(again.engine.optimizer.param_groups)
             load_engine(again.engine, run_dir / "checkpoints" / "step_00000005")
             apply_settings(again.engine, options, config.train.gradient_clipping)
@@ -133,13 +133,13 @@ def ten_steps(place: Place, folder: Path) -> dict[str, Any]:
     return results
 
 
-def memory(place: Place, folder: Path) -> dict[str, Any]:
+def memory(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     """Which of engine, optimizer, objective and fp32 weights outlive a trainer that was released, by stage."""
     alive = {}
     for stage, precision in THREE_STEPS:
         config = small_config("train.global_batch_rows=4", "train.steps=2", f"precision={precision}")
-        batches = [batch_with_images(100 * step + 10 * place.rank) for step in range(2)]
-        trainer = trainer_of(config, stage, place, batches, folder / f"{stage}{precision}")
+        batches = [batch_with_images(100 * step + 10 * rank_info.rank) for step in range(2)]
+        trainer = trainer_of(config, stage, rank_info, batches, folder / f"{stage}{precision}")
         trainer.train()
         engine = trainer.engine
         held = {"engine": engine, "optimizer": engine.optimizer, "objective": engine.module}
@@ -164,18 +164,18 @@ def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
         return {name: weight.detach().clone() for name, weight in named}
 
 
-def objectives(place: Place, folder: Path) -> dict[str, Any]:
+def objectives(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     """For each objective at stage 3: loss and full gradients of a first step, then weights before and after a few."""
     results = {}
     for name in NAMES:
         config = small_config(
             f"objective.name={name}", "train.global_batch_rows=6", "train.steps=3", "train.warmup_steps=0"
         )
-        batches = [three_documents(config, seed=10 * step + place.rank) for step in range(3)]
-        trainer = trainer_of(config, 3, place, batches, folder / name)
-        first = three_documents(config, seed=place.rank)
-        losses = trainer.engine(first, *trainer._loss_counts([first]))
-        trainer.engine.backward(losses["loss"] * place.world_size, scale_wrt_gas=False)
+        batches = [three_documents(config, seed=10 * step + rank_info.rank) for step in range(3)]
+        trainer = trainer_of(config, 3, rank_info, batches, folder / name)
+        first = three_documents(config, seed=rank_info.rank)
+        losses = trainer.engine(first, *trainer._loss_normalizers([first]))
+        trainer.engine.backward(losses["loss"] * rank_info.world_size, scale_wrt_gas=False)
         learning = {n: w for n, w in trainer.engine.module.named_parameters() if w.requires_grad}
         gradients = {n: safe_get_full_grad(weight).clone() for n, weight in learning.items()}
         trainer.engine.zero_grad()
@@ -190,21 +190,21 @@ def objectives(place: Place, folder: Path) -> dict[str, Any]:
     return results
 
 
-def non_finite(place: Place, folder: Path) -> dict[str, Any]:
+def non_finite(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     """Steps of which the second and the last three are spoiled on rank 1 only."""
     results = {}
     for stage, precision in ((0, "fp32"), (1, "fp32"), (3, "fp32"), (3, "bf16")):
         config = small_config(
             "train.global_batch_rows=4", "train.steps=9", "train.max_skipped_steps=3", f"precision={precision}"
         )
-        batches = [batch_with_images(100 * step + 10 * place.rank) for step in range(6)]
+        batches = [batch_with_images(100 * step + 10 * rank_info.rank) for step in range(6)]
         for step in (1, 3, 4, 5):
-            if place.rank == 1:
+            if rank_info.rank == 1:
                 spoiled = batches[step].images.float() / 255
                 spoiled[0] = float("nan")
                 object.__setattr__(batches[step], "images", spoiled)
         name = f"{stage}{precision}"
-        trainer = trainer_of(config, stage, place, batches, folder / name)
+        trainer = trainer_of(config, stage, rank_info, batches, folder / name)
         stopped = ""
         try:
             trainer.train()
@@ -216,7 +216,7 @@ def non_finite(place: Place, folder: Path) -> dict[str, Any]:
     return results
 
 
-def stop_and_continue(place: Place, folder: Path) -> dict[str, Any]:
+def stop_and_continue(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     """Five steps of real data at stage 3 and the last two of them again from the checkpoint before, by case.
 
     ``folder`` holds ``demo`` and ``cases.json``, the overrides of each case.
@@ -226,19 +226,19 @@ def stop_and_continue(place: Place, folder: Path) -> dict[str, Any]:
     for name, overrides in cases.items():
         config, run_dir = small_config(*overrides), folder / name
         zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
-        ds_config = complete_ds_config({"zero_optimization": zero}, config, place.world_size)
+        ds_config = complete_ds_config({"zero_optimization": zero}, config, rank_info.world_size)
         data, result = open_checked_data(config), {}
         run_dir.mkdir(exist_ok=True)
-        trainer = prepare(config, ds_config, run_dir, place, data)
+        trainer = prepare(config, ds_config, run_dir, rank_info, data)
         result["before"] = full_weights(trainer)
         trainer.train()
         result["after"] = full_weights(trainer)
         result["whole"] = (run_dir / "metrics.jsonl").read_text()
         dist.barrier()
-        if place.is_first:
+        if rank_info.is_first:
             shutil.rmtree(run_dir / "checkpoints" / "step_00000005")
         dist.barrier()
-        trainer = prepare(config, ds_config, run_dir, place, data, newest_checkpoint(run_dir, place))
+        trainer = prepare(config, ds_config, run_dir, rank_info, data, newest_checkpoint(run_dir, rank_info))
         trainer.train()
         result["after_again"] = full_weights(trainer)
         result["again"] = (run_dir / "metrics.jsonl").read_text()

@@ -10,7 +10,7 @@ import copy
 import torch
 from lcl_kernels import contrastive_loss
 
-from lcl_ds.objectives.base import local_counts
+from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.tokens import TextTokenizer, labels_of
 from tests.small import VOCABULARY, batch_of, batch_with_images, lcl_objective, merged, sequence, small_model
 
@@ -19,14 +19,14 @@ def test_b2_an_image_that_opens_a_document_has_no_context_to_learn_from():
     opening, second = sequence([0, "ab"], seed=1), sequence(["cd", 0], seed=2)
     batch = batch_of([opening, second])
     assert batch.image_count == 2
-    assert batch.readings["pairs"].images.tolist() == [1]
+    assert batch.readouts["pairs"].images.tolist() == [1]
 
 
 def test_b3_a_rank_without_pairs_has_the_loss_zero_and_finite_gradients():
     batch = batch_of([sequence([0, "ab"], seed=1)])
-    assert len(batch.readings["pairs"]) == 0
+    assert len(batch.readouts["pairs"]) == 0
     objective = lcl_objective(small_model())
-    losses = objective(batch, *local_counts(objective, batch))
+    losses = objective(batch, *local_normalizers(objective, batch))
     losses["loss"].backward()
     assert losses["contrastive_loss"].item() == 0
     assert all(weight.grad.isfinite().all() for weight in objective.parameters())
@@ -54,7 +54,7 @@ def test_b7_a_loss_of_weight_zero_still_reaches_every_parameter():
     for weights in ((0.0, 1.0), (0.1, 0.0)):
         objective = lcl_objective(small_model(), *weights)
         batch = batch_with_images()
-        objective(batch, *local_counts(objective, batch))["loss"].backward()
+        objective(batch, *local_normalizers(objective, batch))["loss"].backward()
         assert all(weight.grad is not None for weight in objective.parameters())
 
 
@@ -62,7 +62,7 @@ def test_b8_a_step_leaves_its_batch_as_it_was():
     batch = batch_with_images()
     before = copy.deepcopy(batch)
     objective = lcl_objective(small_model())
-    objective(batch, *local_counts(objective, batch))["loss"].backward()
+    objective(batch, *local_normalizers(objective, batch))["loss"].backward()
     for name, value in vars(before).items():
         assert torch.equal(getattr(batch, name), value) if isinstance(value, torch.Tensor) else True, name
 
@@ -74,10 +74,11 @@ def test_a_rank_with_few_tokens_weighs_no_more_than_its_tokens():
     objective = lcl_objective(small_model(), 0.0, 1.0).eval()
     with torch.no_grad():
         shares = [
-            objective(b, c)["loss"] for b, c in zip((long, short), local_counts(objective, long, short), strict=True)
+            objective(b, c)["loss"]
+            for b, c in zip((long, short), local_normalizers(objective, long, short), strict=True)
         ]
         whole = merged(long, short)
-        together = objective(whole, *local_counts(objective, whole))["loss"]
-        alone = [objective(batch, *local_counts(objective, batch))["loss"] for batch in (long, short)]
+        together = objective(whole, *local_normalizers(objective, whole))["loss"]
+        alone = [objective(batch, *local_normalizers(objective, batch))["loss"] for batch in (long, short)]
     torch.testing.assert_close(sum(shares), together)
     assert not torch.isclose(sum(alone) / 2, together, rtol=1e-4)

@@ -19,7 +19,7 @@ from lcl_ds.data.sequences import DocumentView
 from lcl_ds.data.stream.packing import PackedSequence, Row, collate, pack
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.weights.published import PAD, Reference, load_reference, read_reference_config, to_reference
-from lcl_ds.objectives.base import local_counts
+from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.tokens import ImageSlot, TokenSequence
 from tests.small import lcl_objective
 
@@ -81,7 +81,7 @@ def run(golden: Golden, layout: str) -> tuple[dict[str, torch.Tensor], LCLModel]
     )
     # The files were computed without --gather-with-grad: keys are constants, also in one process.
     objective = lcl_objective(model, *golden.weighting, gather_with_grad=False)
-    losses = objective(batch, *local_counts(objective, batch))
+    losses = objective(batch, *local_normalizers(objective, batch))
     losses["loss"].backward()
     with torch.no_grad():
         hidden, pooled = model(batch)
@@ -97,7 +97,7 @@ def run(golden: Golden, layout: str) -> tuple[dict[str, torch.Tensor], LCLModel]
     }
     if layout == "packed":  # packing changes the order of the images; bring them back
         where = [i for row in rows for s in row.sequences for i in image_numbers(s, sequences)]
-        pairs = [where[i] for i in batch.readings["pairs"].images.tolist()]
+        pairs = [where[i] for i in batch.readouts["pairs"].images.tolist()]
         actual["encode_image"] = actual["encode_image"][np.argsort(where)]
         for name in ("image_features", "text_features"):
             actual[name] = actual[name][np.argsort(pairs)]

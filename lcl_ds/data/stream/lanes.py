@@ -21,7 +21,7 @@ import numpy as np
 
 from lcl_ds.data.documents import MAX_TEXT_BYTES, BadSampleError, Document, read_document
 from lcl_ds.data.images import decode_image
-from lcl_ds.data.sequences import DocumentView, Encoder, View
+from lcl_ds.data.sequences import DocumentView, Sequencer, View
 from lcl_ds.data.shards.source import Blocks, Source
 from lcl_ds.data.stream.mixing import Mixture, change_steps, spread_samples
 from lcl_ds.data.stream.packing import PackedSequence, Row, choose_group, pack
@@ -60,14 +60,14 @@ rows returned (``emitted``)."""
 
 def measure_sizes(sources: Sequence[Source], settings: "LaneSettings", tokenizer: TextTokenizer) -> np.ndarray:
     """Mean tokens and images of a sample of each source, float64 [sources, 2]; bad samples are passed over."""
-    encoder = encoder_of(settings, tokenizer)
+    sequencer = sequencer_of(settings, tokenizer)
     sizes = []
     for source in sources:
         total, numbers = np.zeros(2), spread_samples(source, MEASURED_SAMPLES)
         for number in numbers:
             try:
                 document = read_document(source, number, settings.max_text_bytes)
-                sequences = settings.view.encode(document, encoder, keyed_rng(number))
+                sequences = settings.view.encode(document, sequencer, keyed_rng(number))
             except (BadSampleError, OSError):
                 continue
             total += sum((np.array([len(s.input_ids), len(s.images)]) for s in sequences), np.zeros(2))
@@ -95,10 +95,10 @@ def choose_lanes(sources: Sequence[Source], settings: "LaneSettings", tokenizer:
     return lanes
 
 
-def encoder_of(settings: "LaneSettings", tokenizer: TextTokenizer) -> Encoder:
+def sequencer_of(settings: "LaneSettings", tokenizer: TextTokenizer) -> Sequencer:
     """Text to ids within the budgets of ``settings``."""
     longest = settings.document_tokens or settings.row_tokens
-    return Encoder(tokenizer.encode, tokenizer.vocabulary, settings.image_tokens, longest, settings.row_images)
+    return Sequencer(tokenizer.encode, tokenizer.vocabulary, settings.image_tokens, longest, settings.row_images)
 
 
 def keyed_rng(*key: int) -> np.random.Generator:
@@ -189,7 +189,7 @@ class Lane:
         self._skips = skips or Skips(settings.max_bad_share)
         self._pending_skips = 0
         self.sources, self.settings, self.number = sources, settings, number
-        self._encoder = encoder_of(settings, tokenizer)
+        self._encoder = sequencer_of(settings, tokenizer)
         self._mixture = Mixture(sources, settings.mix_by)
         self._changes = change_steps(sources)
         self._blocks = [self._blocks_of(source) for source in sources]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lcl_ds.batch import Batch, Readings
+from lcl_ds.batch import Batch, Readouts
 from lcl_ds.data.sequences import View
 from lcl_ds.tokens import TokenSequence, Vocabulary
 
@@ -114,7 +114,7 @@ def collate(rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: V
     position_ids = np.zeros(shape, dtype=np.int64)
     labels, label_positions = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     slots: list[tuple[int, int]] = []  # (flat position, image of the batch)
-    readings: dict[str, list[tuple[int, int]]] = {name: [] for name in view.reading_names}
+    readouts: dict[str, list[tuple[int, int]]] = {name: [] for name in view.readout_names}
     pixels: list[np.ndarray] = []
     seeds: list[int] = []
     for r, row in enumerate(rows):
@@ -130,8 +130,8 @@ def collate(rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: V
             labels.append(wanted)
             number = {image: len(seeds) + i for i, image in enumerate(tokens.images)}
             slots += [(offset + slot.position, number[slot.image]) for slot in tokens.slots]
-            for name, places in view.readings(tokens).items():
-                readings[name] += [(offset + position, number[image]) for position, image in places]
+            for name, places in view.readouts(tokens).items():
+                readouts[name] += [(offset + position, number[image]) for position, image in places]
             pixels.append(sequence.pixels)
             seeds += sequence.image_seeds or (0,) * len(tokens.images)
             start = end
@@ -152,7 +152,7 @@ def collate(rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: V
         image_seeds=torch.tensor(seeds, dtype=torch.int64),
         slot_images=slot_images,
         slot_positions=slot_positions,
-        readings={name: Readings(*_columns(places)) for name, places in readings.items()},
+        readouts={name: Readouts(*_columns(places)) for name, places in readouts.items()},
         label_positions=torch.from_numpy(np.concatenate(label_positions)),
         labels=torch.from_numpy(np.concatenate(labels)),
         image_count=image_count,

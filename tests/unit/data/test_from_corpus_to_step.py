@@ -9,7 +9,7 @@ from lcl_ds.data.corpus import open_data
 from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.models.build import build_model
 from lcl_ds.objectives import build_objective
-from lcl_ds.objectives.base import local_counts
+from lcl_ds.objectives.base import local_normalizers
 from tests.small import small_config
 from tests.unit.data.corpora import MAKERS, PARQUET
 
@@ -38,7 +38,7 @@ def test_built_checked_and_trained_on(name, tmp_path, demo_folder):
         batch = next(loader)
         assert batch.image_count > 0
         assert batch.skipped_samples == 0
-        loss = objective(batch, *local_counts(objective, batch))["loss"]
+        loss = objective(batch, *local_normalizers(objective, batch))["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -54,8 +54,8 @@ def test_marks_stand_where_losses_and_readings_are(batch, tokenizer):
     tokens = [token for part in parts_of(batch, tokenizer) for token in part.tokens]
     assert [i for i, token in enumerate(tokens) if token.has_loss] == sorted(batch.label_positions.tolist())
     assert [token.image for token in tokens if token.image is not None] == batch.slot_images.tolist()
-    pairs = batch.readings["pairs"]
-    marked = [(i, token.readings[0]) for i, token in enumerate(tokens) if token.readings]
+    pairs = batch.readouts["pairs"]
+    marked = [(i, token.readouts[0]) for i, token in enumerate(tokens) if token.readouts]
     expected = zip(pairs.positions.tolist(), pairs.images.tolist(), strict=True)
     assert marked == [(position, f"pairs: image {image}") for position, image in expected]
     assert all(tokens[i].text == "<start_of_image>" for i, _ in marked)

@@ -55,8 +55,8 @@ def test_flat_positions_point_at_placeholders_and_soi():
         assert (flat[position : position + N] == VOCABULARY.image).all()
         assert flat[position - 1] == VOCABULARY.soi
         assert flat[position + N] == VOCABULARY.eoi
-    assert batch.readings["pairs"].images.tolist() == [0, 2, 3]
-    pairs = batch.readings["pairs"]
+    assert batch.readouts["pairs"].images.tolist() == [0, 2, 3]
+    pairs = batch.readouts["pairs"]
     assert torch.equal(pairs.positions, batch.slot_positions[pairs.images] - 1)
 
 
@@ -68,8 +68,8 @@ def test_labels_never_cross_documents():
 
 def test_the_reference_rule_counts_all_images_but_one_at_the_very_start_of_a_sequence():
     rows = [packed("a", [0, "x"]), packed("b", [0, "y"])]
-    assert batch_of(rows).readings["pairs"].images.tolist() == []
-    assert batch_of(rows, rule="reference").readings["pairs"].images.tolist() == [0, 1]
+    assert batch_of(rows).readouts["pairs"].images.tolist() == []
+    assert batch_of(rows, rule="reference").readouts["pairs"].images.tolist() == [0, 1]
 
 
 def test_without_images_one_constant_image_stands_beyond_the_rows():
@@ -77,7 +77,7 @@ def test_without_images_one_constant_image_stands_beyond_the_rows():
     assert batch.image_count == 0
     assert batch.images.shape == (1, 3, SIZE, SIZE)
     assert batch.slot_positions.tolist() == [ROW]
-    assert len(batch.readings["pairs"]) == 0
+    assert len(batch.readouts["pairs"]) == 0
 
 
 def test_counts_and_keys():

@@ -7,7 +7,7 @@ import pytest
 
 from lcl_ds.data.demo.corpus import make_document
 from lcl_ds.data.documents import BadSampleError, Document, read_document
-from lcl_ds.data.sequences import DocumentView, Encoder, MaskedView, PairView
+from lcl_ds.data.sequences import DocumentView, MaskedView, PairView, Sequencer
 from lcl_ds.data.shards.source import Source, index_shard
 from lcl_ds.data.stream.packing import PackedSequence, Row, collate
 from lcl_ds.tokens import Vocabulary
@@ -15,7 +15,7 @@ from tests.unit.data.test_shards import write_tar
 
 V = Vocabulary(text_size=50)
 N, ROW = 3, 40
-ENCODER = Encoder(lambda text: [ord(c) - 96 for c in text if c != " "], V, N, ROW, 9)
+ENCODER = Sequencer(lambda text: [ord(c) - 96 for c in text if c != " "], V, N, ROW, 9)
 STORY = Document("s", ("ab", 0, "cd", 1, "e"), ("0.jpg", "1.jpg"))
 PICTURE = [V.soi, V.image, V.image, V.image, V.eoi]
 
@@ -69,8 +69,8 @@ def test_clip_sees_the_text_alone_and_reads_its_end():
     batch = batch_of(view, first, second)
     assert batch.slot_images.tolist() == []
     assert batch.image_count == 2
-    assert batch.readings["pairs"].positions.tolist() == [3, ROW + 3]
-    assert batch.readings["pairs"].images.tolist() == [0, 1]
+    assert batch.readouts["pairs"].positions.tolist() == [3, ROW + 3]
+    assert batch.readouts["pairs"].images.tolist() == [0, 1]
     assert len(batch.labels) == 0
 
 
@@ -84,7 +84,7 @@ def test_the_passes_of_a_pair_share_one_image_and_restart_positions():
     assert batch.position_ids[0, :22].tolist() == [*range(4), *range(9), *range(9)]
     assert batch.slot_images.tolist() == [0, 0]
     assert batch.slot_positions.tolist() == [4 + 2, 13 + 2]
-    assert {name: r.positions.tolist() for name, r in batch.readings.items()} == {
+    assert {name: r.positions.tolist() for name, r in batch.readouts.items()} == {
         "pairs": [3],
         "matched": [12],
         "mismatched": [21],
@@ -97,7 +97,7 @@ def test_the_text_of_a_pair_is_cut_to_what_a_row_holds():
     (tokens,) = PairView(("text", "caption")).encode(Document("l", ("a" * 99, 0), ("0.jpg",)), ENCODER, rng())
     assert ROW - 2 < len(tokens.input_ids) <= ROW
     with pytest.raises(ValueError, match="cannot hold a pair in 3 passes"):
-        PairView(("caption", "caption", "match")).encode(STORY, Encoder(ENCODER.encode, V, N, 20, 9), rng())
+        PairView(("caption", "caption", "match")).encode(STORY, Sequencer(ENCODER.encode, V, N, 20, 9), rng())
 
 
 def test_a_document_without_pairs_is_a_bad_sample_for_pairs():

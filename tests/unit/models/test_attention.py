@@ -14,7 +14,7 @@ from lcl_ds.models.attention import masks as attention
 from lcl_ds.models.attention.masks import attention_arguments, choose_implementation, image_blocks
 from lcl_ds.models.build import check_attention_here
 from lcl_ds.models.decoder import TESTED_FAMILIES, build_decoder, build_decoder_config, check_isolation
-from lcl_ds.objectives.base import local_counts
+from lcl_ds.objectives.base import local_normalizers
 from tests.attention_kernels import use_plain_kernels
 from tests.small import (
     DECODERS,
@@ -102,7 +102,7 @@ def test_the_loss_of_packed_rows_is_that_of_padded_ones(family, keys):
 
     def losses(batch):
         with torch.no_grad():
-            return objective(batch, *local_counts(objective, batch))
+            return objective(batch, *local_normalizers(objective, batch))
 
     packed, padded = losses(batch_of(documents)), losses(batch_of(*([document] for document in documents)))
     for name in ("loss", "generation_loss", "contrastive_loss"):

@@ -8,7 +8,7 @@ from lcl_ds.errors import UserError
 from lcl_ds.models.build import tokens_per_image
 from lcl_ds.models.counter_rng import kept_count, kept_patches, patch_order
 from lcl_ds.objectives import NAMES, build_objective
-from lcl_ds.objectives.base import local_counts
+from lcl_ds.objectives.base import local_normalizers
 from tests.small import IMAGE_SIZE, IMAGE_TOKENS, VOCABULARY, small_config, small_model, three_documents
 
 
@@ -95,7 +95,7 @@ def test_every_objective_learns_with_patch_dropout_or_refuses_it(name):
             build_objective(small_model(config), config.objective, seed=0)
         return
     objective, batch = build_objective(small_model(config), config.objective, seed=0), three_documents(config)
-    loss = objective(batch, *local_counts(objective, batch))["loss"]
+    loss = objective(batch, *local_normalizers(objective, batch))["loss"]
     loss.backward()
     assert torch.isfinite(loss)
     assert all(weight.grad is not None for weight in objective.parameters() if weight.requires_grad)

@@ -7,7 +7,7 @@ from lcl_ds.models.decoder import build_decoder_config
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.pooling import AttentivePooling
 from lcl_ds.models.vision import IMAGE_MEAN, IMAGE_STD, normalize_images
-from lcl_ds.objectives.base import local_counts
+from lcl_ds.objectives.base import local_normalizers
 from tests.small import (
     DECODERS,
     IMAGE_TOKENS,
@@ -57,16 +57,16 @@ def test_an_image_changes_what_follows_it_and_nothing_before():
 def test_the_constant_image_of_a_batch_without_images_reaches_nothing():
     objective = lcl_objective(small_model())
     batch = batch_without_images()
-    losses = objective(batch, *local_counts(objective, batch))
+    losses = objective(batch, *local_normalizers(objective, batch))
     losses["loss"].backward()
     assert losses["contrastive_loss"] == 0
     for name, weight in objective.named_parameters():
         assert weight.grad is not None, name
         if name.startswith(("model.vision", "model.pooling", "model.context_head", "model.logit_scale")):
             assert not weight.grad.any(), name
-    again = objective(batch, *local_counts(objective, batch))["loss"]
+    again = objective(batch, *local_normalizers(objective, batch))["loss"]
     batch.images.fill_(3)
-    assert torch.equal(objective(batch, *local_counts(objective, batch))["loss"], again)
+    assert torch.equal(objective(batch, *local_normalizers(objective, batch))["loss"], again)
 
 
 def test_the_pooled_vector_is_a_weighted_mean_of_what_the_decoder_receives():
@@ -88,7 +88,7 @@ def test_uint8_images_are_normalised_and_floating_ones_taken_as_they_are():
 def test_losses_start_near_chance():
     objective = lcl_objective(small_model())
     batch = batch_with_images()
-    losses = objective(batch, *local_counts(objective, batch))
+    losses = objective(batch, *local_normalizers(objective, batch))
     assert abs(losses["generation_loss"].item() - torch.tensor(65.0).log().item()) < 0.3
     assert 0 < losses["contrastive_loss"].item() < 10
     expected = losses["generation_loss"] + 0.1 * losses["contrastive_loss"]
@@ -104,7 +104,7 @@ def test_activation_checkpointing_changes_no_bit_and_keeps_less(part):
         objective = lcl_objective(small_model(config)).train()
         saved = SavedBytes()
         with saved:
-            loss = objective(batch, *local_counts(objective, batch))["loss"]
+            loss = objective(batch, *local_normalizers(objective, batch))["loss"]
         loss.backward()
         gradients.append([weight.grad for weight in objective.parameters()])
         kept.append(saved.total)

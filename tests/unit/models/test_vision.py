@@ -15,7 +15,7 @@ from lcl_ds.evaluation.probe import encoder_features
 from lcl_ds.models.build import build_model, image_size, tokens_per_image
 from lcl_ds.models.settings import ModelSettings
 from lcl_ds.models.vision import SHAPES, build_vision_config, flat_patches
-from lcl_ds.objectives.base import local_counts
+from lcl_ds.objectives.base import local_normalizers
 from tests.small import (
     IMAGE_SIZE,
     IMAGE_TOKENS,
@@ -46,8 +46,8 @@ def pictures(count=3):
 @pytest.mark.parametrize("family", VISION_TOWERS)
 def test_every_weight_has_a_gradient(family):
     objective, batch = lcl_objective(tower(family)), batch_with_images()
-    (counts,) = local_counts(objective, batch)
-    objective(batch, counts)["loss"].backward()
+    (normalizers,) = local_normalizers(objective, batch)
+    objective(batch, normalizers)["loss"].backward()
     assert [name for name, weight in objective.named_parameters() if weight.grad is None] == []
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from lcl_ds.data.documents import Document
 from lcl_ds.models.vision import flat_patches
 from lcl_ds.objectives import NAMES, build_objective, objective_module
-from lcl_ds.objectives.base import local_counts
+from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.objectives.blip2 import mismatched_images, with_mismatched_images
 from lcl_ds.objectives.masked import without_patches
 from lcl_ds.training.optimizer import parameter_groups
@@ -26,7 +26,7 @@ def prepared(name, *overrides):
 
 
 def losses_of(objective, batch):
-    return objective(batch, *local_counts(objective, batch))
+    return objective(batch, *local_normalizers(objective, batch))
 
 
 def test_the_objectives_of_the_papers_table_are_there():
@@ -80,7 +80,7 @@ def test_shares_of_two_ranks_sum_to_the_loss_of_one_process(name):
     objective, config, first = prepared(name)
     second = objective_batch(config, [Document("x", ("mnopqr", 0, "st"), ("0.jpg",))], seed=9)
     with torch.no_grad():
-        counts = local_counts(objective, first, second)
+        counts = local_normalizers(objective, first, second)
         shares = [objective(batch, count)["loss"] for batch, count in zip((first, second), counts, strict=True)]
         torch.testing.assert_close(sum(shares), losses_of(objective, merged(first, second))["loss"])
 
@@ -106,7 +106,7 @@ def test_captions_follow_their_image_and_text_features_do_not_see_it(name):
         batch.images.add_(31)
         after, _ = objective.model(batch)
         batch.images.sub_(31)
-    pairs, matched = batch.readings["pairs"].positions, batch.readings["matched"].positions
+    pairs, matched = batch.readouts["pairs"].positions, batch.readouts["matched"].positions
     assert torch.equal(before[pairs], after[pairs])
     assert (before[matched] != after[matched]).any(dim=1).all()
     text = [letter for letter in batch.labels.tolist() if letter < 60]
