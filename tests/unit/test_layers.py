@@ -1,9 +1,98 @@
-"""Imports point downwards: who may know whom."""
+"""Imports point downwards: what may know what."""
 
-LAYERS = (
-    # From the bottom; modules of one layer may import each other, packages of one layer only in one direction.
-    ("errors", "settings", "tokens", "batch", "files", "metrics", "cli", "tasks"),
-    ("data", "models"),
-    ("objectives",),
-    ("data.settings", "training.settings", "evaluation.settings", "config"),
-)
+import ast
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.ranks import ROOT
+
+LAYERS = [
+    {"errors", "settings", "tokens", "batch", "files", "cli", "metrics", "tasks"},
+    {"data"},
+    {"models"},
+    {"objectives"},
+    {"training.settings", "evaluation.settings"},
+    {"config"},
+    {"assembly"},
+    {"report"},
+    {"evaluation"},
+    {"training"},
+    {"bench", "convert"},
+]
+"""From the bottom; a module may import from its own layer and from those below it."""
+APART = [("models", "data")]
+"""Neighbours that do not know each other."""
+
+
+def imports_of(path: Path) -> set[str]:
+    """Full names of all modules that a file imports, also inside of functions."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def layer_of(module: str) -> int | None:
+    """The number of the layer that names ``module`` or a package of it, the longest name first; None without one."""
+    names = module.split(".")
+    for length in range(len(names), 0, -1):
+        for number, layer in enumerate(LAYERS):
+            if ".".join(names[:length]) in layer:
+                return number
+    return None
+
+
+def modules() -> dict[str, Path]:
+    """Every module of lcl_ds but the commands, by its name without ``lcl_ds.``."""
+    paths = sorted((ROOT / "lcl_ds").rglob("*.py"))
+    named = {".".join(path.relative_to(ROOT / "lcl_ds").with_suffix("").parts): path for path in paths}
+    return {name.removesuffix(".__init__"): path for name, path in named.items() if not name.endswith("__main__")}
+
+
+def test_every_module_has_a_layer():
+    assert [name for name in modules() if layer_of(name) is None and name != "__init__"] == []
+
+
+def test_no_module_imports_from_a_higher_layer():
+    wrong = [
+        (name, imported)
+        for name, path in modules().items()
+        for imported in (full.removeprefix("lcl_ds.") for full in imports_of(path) if full.startswith("lcl_ds."))
+        if (layer_of(imported) or 0) > (layer_of(name) or 0)
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(("one", "other"), APART)
+def test_neighbours_do_not_know_each_other(one, other):
+    for name, path in modules().items():
+        if name.split(".")[0] == one:
+            assert not [full for full in imports_of(path) if full.startswith(f"lcl_ds.{other}")], name
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    known = modules()
+    edges = defaultdict(set)
+    for name, path in known.items():
+        edges[name] = {f.removeprefix("lcl_ds.") for f in imports_of(path)} & set(known) - {name}
+    done: set[str] = set()
+    while free := {name for name in edges if name not in done and edges[name] <= done}:
+        done |= free
+    assert set(edges) - done == set()
+
+
+def test_only_training_imports_deepspeed():
+    users = {name.split(".")[0] for name, path in modules().items() if any("deepspeed" in f for f in imports_of(path))}
+    assert users == {"training"}
+
+
+def test_the_kernels_import_torch_and_triton_alone():
+    for path in (ROOT / "kernels" / "lcl_kernels").glob("*.py"):
+        others = {full.split(".")[0] for full in imports_of(path)} - set(sys.stdlib_module_names)
+        assert others <= {"lcl_kernels", "torch", "triton"}, path.name
