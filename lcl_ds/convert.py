@@ -34,6 +34,7 @@ from lcl_ds.data.images import decode_image
 from lcl_ds.data.shards.source import Source, expand_paths, index_shard
 from lcl_ds.errors import UserError
 from lcl_ds.files import plain_name, whole_folder
+from lcl_ds.models.encoders import family_of
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.vision import image_tokens, released_patch_tokens, released_weights
 from lcl_ds.models.weights.published import (
@@ -116,13 +117,13 @@ def release_vision(model: LCLModel, origin: Origin, folder: Path, name: str = ""
     processor = image_processor(encoder.config)
     processor.save_pretrained(folder)
     difference = _largest_difference(model, origin.pixels, folder)
-    family = encoder.config.model_type
-    tokens = "outputs.last_hidden_state" + ("" if family.startswith("siglip") else "[:, 1:]")
-    if family == "clip_vision_model":
+    family = family_of(encoder.config)
+    tokens = "outputs.last_hidden_state" + ("[:, 1:]" if family.has_class_token else "")
+    if family.releases_unnormed_patches:
         # Its tower is the model itself in transformers 5, and a part of it in 4.
-        tokens = f'getattr(model, "vision_model", model).post_layernorm({tokens})'
+        tokens = f'getattr(model, "vision_model", model).{family.final_norm}({tokens})'
     card = MODEL_CARD.format(
-        model_type=family,
+        model_type=encoder.config.model_type,
         name=f"{origin.name}: LCL vision encoder",
         history=origin.history,
         parameters=sum(weight.numel() for weight in encoder.parameters()),
@@ -168,7 +169,7 @@ def image_processor(config: Any) -> Any:
     """What makes the tower's inputs from pictures of any size: for SigLIP 2 flattened patches that keep their aspect,
     for the others a square in the middle."""
     statistics: dict[str, Any] = {"image_mean": list(config.image_mean), "image_std": list(config.image_std)}
-    if config.model_type == "siglip2_vision_model":
+    if family_of(config).reads_flat_patches:
         return Siglip2ImageProcessorPil(
             patch_size=config.patch_size, max_num_patches=image_tokens(config), **statistics
         )

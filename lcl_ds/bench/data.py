@@ -26,7 +26,7 @@ from lcl_ds.data.shards.source import Source, index_shard
 from lcl_ds.data.stream.lanes import Lane, LaneSettings
 from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.models.build import build_model
-from lcl_ds.models.vision import IMAGE_MEAN, IMAGE_STD
+from lcl_ds.models.encoders import IMAGE_MEAN, IMAGE_STD
 from lcl_ds.objectives import build_objective
 from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.tokens import TextTokenizer, Vocabulary

@@ -5,7 +5,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field, ValidationInfo, model_validator
 from transformers import CONFIG_MAPPING
 
-from lcl_ds.models.vision import IMAGE_MEAN, IMAGE_STD, SHAPES
+from lcl_ds.models.encoders import IMAGE_MEAN, IMAGE_STD
+from lcl_ds.models.vision import SHAPES
 from lcl_ds.models.weights.hf_folder import with_architecture
 from lcl_ds.settings import Settings, suggest
 

@@ -8,18 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from lcl_ds.models.attention.masks import choose_implementation, switch_implementation
-
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Per-channel statistics of CLIP's images, the convention of OpenCLIP and of the published LCL."""
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "clip_vision_model": {},
-    "siglip_vision_model": {"vision_use_head": False},
-    "siglip2_vision_model": {"vision_use_head": False},
-    "dinov2": {"use_mask_token": False},
-}
-"""Supported encoders, and the keys that leave out weights which no patch token depends on: they would never train."""
+from lcl_ds.models.encoders import FAMILIES, IMAGE_MEAN, IMAGE_STD, family_of
 
 
 def _shape(patch: int, width: int, depth: int, heads: int, mlp: int) -> dict[str, Any]:
@@ -57,8 +46,9 @@ def build_vision_config(
     """
     if model_type not in FAMILIES:
         raise ValueError(f"vision {model_type}: not supported; use {', '.join(FAMILIES)}")
-    config = AutoConfig.for_model(model_type, **{**hf_keys, **FAMILIES[model_type]})
-    if model_type == "siglip2_vision_model":
+    family = FAMILIES[model_type]
+    config = AutoConfig.for_model(model_type, **{**hf_keys, **family.fixed_keys})
+    if family.reads_flat_patches:
         config.image_size = hf_keys.get("image_size") or round(config.num_patches**0.5) * config.patch_size
         if hf_keys.get("num_patches", image_tokens(config)) != image_tokens(config):
             raise ValueError(f"vision: num_patches {config.num_patches} does not follow from image_size and patch_size")
@@ -89,7 +79,7 @@ def normalize_images(
 
 
 class VisionEncoder(nn.Module):
-    """Patch tokens after the final norm, from any of :data:`FAMILIES`.
+    """Patch tokens after the final norm, from any of :data:`lcl_ds.models.encoders.FAMILIES`.
 
     A class token takes part in attention and is then dropped, as published (upstream ``lcl_model.py``). Images have no
     masks, so ``auto`` is sdpa: torch takes its own flash kernel then.
@@ -122,16 +112,16 @@ class VisionEncoder(nn.Module):
             patches = tokens[:, prefix:].gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
             tokens = torch.cat([tokens[:, :prefix], patches], dim=1)
         model: Any = self.model
-        if hasattr(model, "pre_layrnorm"):
-            tokens = model.pre_layrnorm(tokens)
+        family = family_of(model.config)
+        if family.first_norm is not None:
+            tokens = getattr(model, family.first_norm)(tokens)
         hidden_states = model.encoder(tokens).last_hidden_state
-        norm = model.layernorm if hasattr(model, "layernorm") else model.post_layernorm
-        return norm(hidden_states[:, prefix:])
+        return getattr(model, family.final_norm)(hidden_states[:, prefix:])
 
 
 def _embed(model: Any, pixel_values: Tensor) -> Tensor:
     """Patch embeddings with positions, class token first where the family has one."""
-    if model.config.model_type != "siglip2_vision_model":
+    if not family_of(model.config).reads_flat_patches:
         return model.embeddings(pixel_values)
     # Its own forward resizes the positions for every image by itself. All images here have the size of the positions.
     patches = model.embeddings.patch_embedding(flat_patches(pixel_values, model.config.patch_size))
@@ -150,21 +140,21 @@ def released_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     transformers 5 took the outer ``vision_model`` away from CLIP and SigLIP and adds it when it reads; transformers 4
     reads nothing else and would leave every weight random.
     """
-    prefix = "" if model.config.model_type == "dinov2" else "vision_model."
+    prefix = family_of(model.config).published_prefix
     return {prefix + name.removeprefix(prefix): weight for name, weight in model.state_dict().items()}
 
 
 def released_patch_tokens(model: Any, pixel_values: Tensor) -> Tensor:
     """Patch tokens [M, N, width] of a released folder's model, through the forward of its transformers class."""
     inputs: dict[str, Tensor] = {"pixel_values": pixel_values}
-    if model.config.model_type == "siglip2_vision_model":
+    family = family_of(model.config)
+    if family.reads_flat_patches:
         patches = flat_patches(pixel_values, model.config.patch_size)
         side = model.config.image_size // model.config.patch_size
         shapes = torch.tensor([[side, side]]).expand(len(patches), -1)
         mask = torch.ones(patches.shape[:2], dtype=torch.int64)
         inputs = {"pixel_values": patches, "spatial_shapes": shapes, "pixel_attention_mask": mask}
     hidden_states = model(**inputs).last_hidden_state[:, -image_tokens(model.config) :]
-    if model.config.model_type == "clip_vision_model":
-        # CLIPVisionModel applies its final norm to the class token only.
-        hidden_states = model.post_layernorm(hidden_states)
+    if family.releases_unnormed_patches:
+        hidden_states = getattr(model, family.final_norm)(hidden_states)
     return hidden_states

@@ -5,20 +5,14 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from lcl_ds.models.encoders import FAMILIES
 from lcl_ds.models.heads import LogitScale
 from lcl_ds.models.settings import Part, part_of
 from lcl_ds.training.settings import TrainSettings
 
-NO_DECAY_NAMES = (
-    "class_embedding",
-    "position_embedding",
-    "position_embeddings",
-    "wpe",
-    "query",
-    "cls_token",
-    "lambda1",
-)
-"""Weights of no norm that are no matrices: one vector per position or class, or a scale per channel."""
+VECTORS = {"wpe", "query", *(name for family in FAMILIES.values() for name in family.vectors)}
+"""Weights of no norm that are no matrices: one vector per position or class, or a scale per channel. They do not
+decay."""
 
 
 class BoundedAdamW(torch.optim.AdamW):
@@ -144,4 +138,4 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_position_or_class(name: str) -> bool:
-    return any(part in NO_DECAY_NAMES for part in name.split("."))
+    return any(part in VECTORS for part in name.split("."))

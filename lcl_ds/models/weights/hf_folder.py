@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from lcl_ds.models.decoder import DROPOUT_ENDINGS
-from lcl_ds.models.vision import IMAGE_MEAN, IMAGE_STD
+from lcl_ds.models.encoders import FAMILIES, IMAGE_MEAN, IMAGE_STD
 
 INDEX = "model.safetensors.index.json"
 NOT_ARCHITECTURE = frozenset(
@@ -21,14 +21,6 @@ NOT_ARCHITECTURE = frozenset(
 """Keys of a folder that a model here decides by itself."""
 FREE = frozenset({"image_size", "image_mean", "image_std"})
 """Architecture that a recipe may set otherwise."""
-HALVES = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-STATISTICS = {
-    "clip_vision_model": (IMAGE_MEAN, IMAGE_STD),
-    "siglip_vision_model": HALVES,
-    "siglip2_vision_model": HALVES,
-    "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
-"""Mean and standard deviation of the pixels that a family's published models expect."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +68,8 @@ def read_architecture(folder: Path, part: Literal["vision", "decoder"]) -> Archi
 def _pixels(folder: Path, model_type: str, config: Any) -> dict[str, Any]:
     """Size and statistics of the images that the tower was trained with."""
     processor = _read_json(folder / "preprocessor_config.json", missing_ok=True)
-    mean, std = STATISTICS.get(model_type, (IMAGE_MEAN, IMAGE_STD))
+    family = FAMILIES.get(model_type)
+    mean, std = (family.image_mean, family.image_std) if family else (IMAGE_MEAN, IMAGE_STD)
     size = getattr(config, "image_size", None) or round(config.num_patches**0.5) * config.patch_size
     return {
         "image_size": size,

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lcl_ds.errors import UserError
 from lcl_ds.models.build import vision_config
 from lcl_ds.models.decoder import DROPOUT_ENDINGS, build_decoder_config
+from lcl_ds.models.encoders import family_of
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.settings import ModelSettings, part_of
 from lcl_ds.models.weights.hf_folder import WeightFolder, open_weights, read_architecture
@@ -29,7 +30,6 @@ COMPUTED = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq
 """Masks and tables that files of older releases hold and that are computed here."""
 NOT_BUILT = re.compile(r"^(head\.|embeddings\.mask_token$)")
 """Weights of a vision tower that no patch token depends on."""
-VISION_POSITIONS = ("embeddings.position_embedding.weight", "embeddings.position_embeddings")
 RENAMED = {
     "attention.attention.query.": "attention.q_proj.",
     "attention.attention.key.": "attention.k_proj.",
@@ -234,7 +234,7 @@ def _different_keys(part: str, ours: Any, theirs: Any) -> list[tuple[str, Any, A
 
 
 def _adapt_positions(model: LCLModel, settings: ModelSettings, targets: dict[str, Tensor]) -> dict[str, Adapt]:
-    mode = "bilinear" if settings.vision.model_type == "siglip2_vision_model" else "bicubic"
+    family = family_of(model.vision.model.config)
 
     def to_our_patches(given: Tensor, here: Tensor) -> Tensor:
         patches = model.vision.patch_tokens
@@ -247,9 +247,9 @@ def _adapt_positions(model: LCLModel, settings: ModelSettings, targets: dict[str
                 f"positions of {old} x {old} patches, image_size and patch_size here make {new} x {new}; set "
                 f"model.vision.interpolate_positions=true to resize them, or another model.vision.image_size"
             )
-        return resize_positions(given, prefix, new, mode)
+        return resize_positions(given, prefix, new, family.position_mode)
 
-    adapt: dict[str, Adapt] = {name: to_our_patches for name in targets if name.endswith(VISION_POSITIONS)}
+    adapt: dict[str, Adapt] = {name: to_our_patches for name in targets if name.endswith(family.positions)}
     return adapt | {name: _cut_positions for name in targets if name.endswith(DECODER_POSITIONS)}
 
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from lcl_ds.models.decoder import build_decoder_config
+from lcl_ds.models.encoders import IMAGE_MEAN, IMAGE_STD
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.pooling import AttentivePooling
-from lcl_ds.models.vision import IMAGE_MEAN, IMAGE_STD, normalize_images
+from lcl_ds.models.vision import normalize_images
 from lcl_ds.objectives.base import local_normalizers
 from tests.small import (
     DECODERS,

@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPConfig
 from lcl_ds.convert import Origin, release_vision, write_all
 from lcl_ds.errors import UserError
 from lcl_ds.models.build import build_model
+from lcl_ds.models.encoders import IMAGE_MEAN
 from lcl_ds.models.settings import part_of
-from lcl_ds.models.vision import IMAGE_MEAN, released_patch_tokens
+from lcl_ds.models.vision import released_patch_tokens
 from lcl_ds.models.weights.transfer import initialize_parts, resize_positions, vocabulary_rows
 from lcl_ds.tokens import Vocabulary
 from tests.small import DECODERS, IMAGE_SIZE, ROW_TOKENS, VISION_TOWERS, small_config
