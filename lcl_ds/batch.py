@@ -47,7 +47,7 @@ class Batch:
     slot_positions: Tensor
     """int64 [S], flat position of each slot's first image token."""
     readouts: dict[str, Readouts]
-    """By the names that the objective's view gives them; ``pairs`` are the contrastive ones: an image and the position
+    """By the names that the objective's view gives them; ``context`` is the contrastive one: an image and the position
     of what describes it, such as the ``<soi>`` before it."""
     label_positions: Tensor
     """int64 [T], flat positions that carry generation loss."""

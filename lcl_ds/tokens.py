@@ -5,8 +5,8 @@ where N is the number of image tokens. The five control ids stand behind the tok
 ever produce one: a literal ``<start_of_image>`` in web text is encoded as ordinary characters.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -124,9 +124,13 @@ class TokenSequence:
     images: tuple[int, ...]
     """The document's images whose pixels are needed, each once."""
     starts: tuple[int, ...] = (0,)
-    """Where a part begins that sees nothing of the parts before it."""
-    original_ids: np.ndarray | None = None
-    """int64 [T], what stood in ``input_ids`` before some of it was masked."""
+    """Where a passage begins that sees nothing of the passages before it."""
+    label_positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64 [T'], positions that carry generation loss."""
+    labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64 [T'], the ids to be predicted there."""
+    readouts: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
+    """By name, (position, document's image) of states of the decoder that an objective reads about an image."""
 
 
 def encode_sequence(

@@ -65,11 +65,12 @@ def sequence(segments: list[str | int], seed: int = 0) -> PackedSequence:
     rng = np.random.default_rng(seed)
     (tokens,) = encode_sequence(segments, lambda t: [ord(c) % 60 for c in t], VOCABULARY, IMAGE_TOKENS, ROW_TOKENS, 9)
     shape = (len(tokens.slots), 3, IMAGE_SIZE, IMAGE_SIZE)
+    tokens = DocumentView().annotate(tokens, VOCABULARY)
     return PackedSequence(f"test/{seed}", tokens, rng.integers(0, 256, shape, dtype=np.uint8))
 
 
 def batch_of(*rows: list[PackedSequence]) -> Batch:
-    return collate([Row(tuple(row)) for row in rows], ROW_TOKENS, IMAGE_SIZE, VOCABULARY, DocumentView())
+    return collate([Row(tuple(row)) for row in rows], ROW_TOKENS, IMAGE_SIZE, VOCABULARY, DocumentView.readout_names)
 
 
 def objective_batch(config: Config, *rows: list[Document], seed: int = 0) -> Batch:
@@ -87,7 +88,7 @@ def objective_batch(config: Config, *rows: list[Document], seed: int = 0) -> Bat
                 seeds = tuple(rng.integers(1 << 63, size=len(tokens.images)).tolist())
                 sequences.append(PackedSequence(document.key, tokens, pixels, seeds))
         packed.append(Row(tuple(sequences)))
-    return collate(packed, ROW_TOKENS, IMAGE_SIZE, VOCABULARY, view)
+    return collate(packed, ROW_TOKENS, IMAGE_SIZE, VOCABULARY, view.readout_names)
 
 
 def three_documents(config: Config, seed: int = 0) -> Batch:

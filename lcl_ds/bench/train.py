@@ -164,7 +164,7 @@ class TrainCase:
         ids = rng.integers(0, self.vocabulary.text_size, length)
         encode = lambda text: ids[[int(word) for word in text.split()]].tolist()  # noqa: E731
         (tokens,) = encode_sequence(segments, encode, self.vocabulary, self.image_tokens, self.context, images)
-        return tokens
+        return DocumentView().annotate(tokens, self.vocabulary)
 
     def _with_pixels(self, number: int, tokens: TokenSequence, rng: np.random.Generator) -> PackedSequence:
         shape = (len(tokens.slots), 3, self.image_size, self.image_size)
@@ -175,7 +175,7 @@ class TrainCase:
         rows, length = self.packed_rows(), self.row_tokens
         if not packed:
             rows, length = [Row((sequence,)) for row in rows for sequence in row.sequences], self.context
-        return collate(rows, length, self.image_size, self.vocabulary, DocumentView()).to(self.device)
+        return collate(rows, length, self.image_size, self.vocabulary, DocumentView.readout_names).to(self.device)
 
 
 def heads(width: int) -> int:
@@ -215,7 +215,7 @@ def published_loss(model: LCLModel, batch: Batch, mask: Tensor | None) -> Tensor
     hidden = states.last_hidden_state.flatten(0, 1)
     text = model.lm_head.norm(hidden.index_select(0, batch.label_positions))
     generation = F.cross_entropy(F.linear(text, model.lm_head.weight).float(), batch.labels)
-    pairs = batch.readouts["pairs"]
+    pairs = batch.readouts["context"]
     image = F.normalize(pooled.index_select(0, pairs.images).float(), dim=-1)
     context = F.normalize(model.context_head(hidden.index_select(0, pairs.positions)).float(), dim=-1)
     logits = model.logit_scale() * image @ context.T

@@ -1,8 +1,8 @@
 """How a document becomes token sequences: one view of the same shards for each kind of objective.
 
-A view says what a document's sequences are, what carries the generation loss in them, and where the decoder's state is
-read about an image. Whatever it draws comes from the generator it is handed, so a document gives the same sequences
-when a run is continued.
+A view says what a document's sequences are. They carry with them which positions bear generation loss and where the
+decoder's state is read about an image. Whatever a view draws comes from the generator it is handed, so a document gives
+the same sequences when a run is continued.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,6 @@ import numpy as np
 from lcl_ds.data.documents import BadSampleError, Document
 from lcl_ds.tokens import IMAGE_OVERHEAD, ImageSlot, TokenSequence, Vocabulary, encode_sequence, labels_of
 
-Positions = np.ndarray
 Pass = Literal["text", "caption", "match"]
 
 
@@ -39,22 +38,14 @@ class View(Protocol):
     """What the data side needs to know of an objective."""
 
     readout_names: ClassVar[tuple[str, ...]]
-    """Names of the readings that every batch has, be they empty."""
+    """Names of the readouts that every batch has, also where they are empty."""
 
     def encode(self, document: Document, sequencer: Sequencer, rng: np.random.Generator) -> list[TokenSequence]:
-        """Sequences of one document. Raises: BadSampleError when there is nothing in it for the objective."""
+        """Make the sequences of one document. Raises: BadSampleError when there is nothing in it for the objective."""
         ...
 
-    def without_images(self, tokens: TokenSequence, lost: Sequence[int], image_tokens: int) -> TokenSequence | None:
-        """A sequence some of whose images could not be decoded; None: nothing is left of it."""
-        ...
-
-    def labels(self, tokens: TokenSequence, vocabulary: Vocabulary) -> tuple[Positions, np.ndarray]:
-        """Positions that carry generation loss, and the ids to be predicted there."""
-        ...
-
-    def readouts(self, tokens: TokenSequence) -> dict[str, list[tuple[int, int]]]:
-        """By name, (position, document's image) of states that are read about an image."""
+    def without_images(self, tokens: TokenSequence, lost: Sequence[int], sequencer: Sequencer) -> TokenSequence | None:
+        """Take images that could not be decoded out of a sequence; None: nothing is left of it."""
         ...
 
 
@@ -70,24 +61,27 @@ class DocumentView:
 
     context_rule: Literal["text_before", "reference"] = "text_before"
     image_first_probability: float = 0.5
-    readout_names: ClassVar[tuple[str, ...]] = ("pairs",)
+    readout_names: ClassVar[tuple[str, ...]] = ("context",)
 
     def encode(self, document: Document, sequencer: Sequencer, rng: np.random.Generator) -> list[TokenSequence]:
         segments = document.segments
         if document.is_pair and rng.random() < self.image_first_probability:
             segments = segments[::-1]
-        return sequencer.sequences(segments)
+        return [self.annotate(tokens, sequencer.vocabulary) for tokens in sequencer.sequences(segments)]
 
-    def without_images(self, tokens: TokenSequence, lost: Sequence[int], image_tokens: int) -> TokenSequence | None:
-        left = without_images(tokens, lost, image_tokens)
-        return left if len(left.input_ids) > 2 else None
+    def without_images(self, tokens: TokenSequence, lost: Sequence[int], sequencer: Sequencer) -> TokenSequence | None:
+        left = without_images(tokens, lost, sequencer.image_tokens)
+        return self.annotate(left, sequencer.vocabulary) if len(left.input_ids) > 2 else None
 
-    def labels(self, tokens: TokenSequence, vocabulary: Vocabulary) -> tuple[Positions, np.ndarray]:
-        return labels_of(tokens.input_ids, vocabulary)
+    def annotate(self, tokens: TokenSequence, vocabulary: Vocabulary) -> TokenSequence:
+        """Say which tokens carry generation loss, and where each image's context is read."""
+        positions, labels = labels_of(tokens.input_ids, vocabulary)
+        return replace(tokens, label_positions=positions, labels=labels, readouts=self._readouts(tokens))
 
-    def readouts(self, tokens: TokenSequence) -> dict[str, list[tuple[int, int]]]:
+    def _readouts(self, tokens: TokenSequence) -> dict[str, tuple[tuple[int, int], ...]]:
+        """The ``<soi>`` before each image that has context."""
         counts = [s for s in tokens.slots if (s.has_context if self.context_rule == "text_before" else s.position > 1)]
-        return {"pairs": [(slot.position - 1, slot.image) for slot in counts]}
+        return {"context": tuple((slot.position - 1, slot.image) for slot in counts)}
 
 
 @dataclass(frozen=True)
@@ -105,17 +99,16 @@ class MaskedView(DocumentView):
     def encode(self, document: Document, sequencer: Sequencer, rng: np.random.Generator) -> list[TokenSequence]:
         masked = []
         for tokens in super().encode(document, sequencer, rng):
-            ids = tokens.input_ids
-            hidden = (ids < sequencer.vocabulary.text_size) & (rng.random(len(ids)) < self.text_share)
-            masked.append(
-                replace(tokens, input_ids=np.where(hidden, sequencer.vocabulary.image, ids), original_ids=ids)
-            )
+            ids, vocabulary = tokens.input_ids, sequencer.vocabulary
+            hidden = (ids < vocabulary.text_size) & (rng.random(len(ids)) < self.text_share)
+            (positions,) = np.nonzero(hidden)
+            covered = np.where(hidden, vocabulary.image, ids)
+            masked.append(replace(tokens, input_ids=covered, label_positions=positions, labels=ids[positions]))
         return masked
 
-    def labels(self, tokens: TokenSequence, vocabulary: Vocabulary) -> tuple[Positions, np.ndarray]:
-        assert tokens.original_ids is not None
-        positions = np.nonzero(tokens.input_ids != tokens.original_ids)[0]
-        return positions, tokens.original_ids[positions]
+    def without_images(self, tokens: TokenSequence, lost: Sequence[int], sequencer: Sequencer) -> TokenSequence | None:
+        left = without_images(tokens, lost, sequencer.image_tokens)  # no label stands in an image, so all stay
+        return replace(left, readouts=self._readouts(left)) if len(left.input_ids) > 2 else None
 
 
 @dataclass(frozen=True)
@@ -125,15 +118,15 @@ class PairView:
     Pairs of an interleaved document are its images with their matched sentences (the paper's "MMC4-Pair"; see
     :meth:`Document.pairs`). The passes of one pair stand in one row, so one call of the decoder runs them all:
 
-    - ``text``: ``<sot> text <eot>``; reading ``pairs`` at ``<eot>``: the text's contrastive feature.
-    - ``caption``: ``<sot> <soi> image <eoi> text <eot>``; carries generation loss; reading ``matched`` at ``<eot>``.
-    - ``match``: the same ids for another image to be put in; reading ``mismatched`` at ``<eot>``.
+    - ``text``: ``<sot> text <eot>``; readout ``context`` at ``<eot>``: the text's contrastive feature.
+    - ``caption``: ``<sot> <soi> image <eoi> text <eot>``; carries generation loss; readout ``matched`` at ``<eot>``.
+    - ``match``: the same ids for another image to be put in; readout ``mismatched`` at ``<eot>``.
 
     Text is cut to what a row holds.
     """
 
     passes: tuple[Pass, ...]
-    readout_names: ClassVar[tuple[str, ...]] = ("pairs", "matched", "mismatched")
+    readout_names: ClassVar[tuple[str, ...]] = ("context", "matched", "mismatched")
 
     def encode(self, document: Document, sequencer: Sequencer, rng: np.random.Generator) -> list[TokenSequence]:
         pairs = document.pairs()
@@ -149,34 +142,33 @@ class PairView:
     def _pair(self, text: list[int], image: int, sequencer: Sequencer) -> TokenSequence:
         vocabulary = sequencer.vocabulary
         picture = [vocabulary.soi, *[vocabulary.image] * sequencer.image_tokens, vocabulary.eoi]
+        names: dict[Pass, str] = {"text": "context", "caption": "matched", "match": "mismatched"}
         ids: list[int] = []
-        starts, slots = [], []
+        starts, slots, readouts = [], [], {}
+        label_positions = labels = np.zeros(0, np.int64)
         for name in self.passes:
             starts.append(len(ids))
             if name != "text":
                 slots.append(ImageSlot(image, len(ids) + 2, has_context=False))
-            ids += [vocabulary.sot, *(picture if name != "text" else []), *text, vocabulary.eot]
-        return TokenSequence(np.array(ids, dtype=np.int64), tuple(slots), (image,), tuple(starts))
-
-    def without_images(self, tokens: TokenSequence, lost: Sequence[int], image_tokens: int) -> TokenSequence | None:
-        return None
-
-    def labels(self, tokens: TokenSequence, vocabulary: Vocabulary) -> tuple[Positions, np.ndarray]:
-        empty = np.zeros(0, dtype=np.int64)
-        for name, start, end in self._spans(tokens):
+            passage = [vocabulary.sot, *(picture if name != "text" else []), *text, vocabulary.eot]
             if name == "caption":
-                positions, labels = labels_of(tokens.input_ids[start:end], vocabulary)
-                keep = labels != vocabulary.soi  # it always follows <sot> here
-                return positions[keep] + start, labels[keep]
-        return empty, empty
+                positions, following = labels_of(np.array(passage, dtype=np.int64), vocabulary)
+                keep = following != vocabulary.soi  # it always follows <sot> here
+                label_positions, labels = positions[keep] + len(ids), following[keep]
+            ids += passage
+            readouts[names[name]] = ((len(ids) - 1, image),)
+        return TokenSequence(
+            input_ids=np.array(ids, dtype=np.int64),
+            slots=tuple(slots),
+            images=(image,),
+            starts=tuple(starts),
+            label_positions=label_positions,
+            labels=labels,
+            readouts=readouts,
+        )
 
-    def readouts(self, tokens: TokenSequence) -> dict[str, list[tuple[int, int]]]:
-        reading: dict[Pass, str] = {"text": "pairs", "caption": "matched", "match": "mismatched"}
-        return {reading[name]: [(end - 1, tokens.images[0])] for name, _, end in self._spans(tokens)}
-
-    def _spans(self, tokens: TokenSequence) -> list[tuple[Pass, int, int]]:
-        ends = (*tokens.starts[1:], len(tokens.input_ids))
-        return list(zip(self.passes, tokens.starts, ends, strict=True))
+    def without_images(self, tokens: TokenSequence, lost: Sequence[int], sequencer: Sequencer) -> TokenSequence | None:
+        return None
 
 
 def without_images(tokens: TokenSequence, lost: Sequence[int], image_tokens: int) -> TokenSequence:
@@ -190,10 +182,12 @@ def without_images(tokens: TokenSequence, lost: Sequence[int], image_tokens: int
             removed += image_tokens + IMAGE_OVERHEAD
         else:
             slots.append(ImageSlot(slot.image, slot.position - removed, slot.has_context))
+    stays = keep[tokens.label_positions]
     return replace(
         tokens,
         input_ids=tokens.input_ids[keep],
         slots=tuple(slots),
         images=tuple(image for image in tokens.images if image not in lost),
-        original_ids=None if tokens.original_ids is None else tokens.original_ids[keep],
+        label_positions=(np.cumsum(keep) - 1)[tokens.label_positions[stays]],
+        labels=tokens.labels[stays],
     )

@@ -167,12 +167,13 @@ class HeldOutReader:
 
     def pair_count(self, pieces: Iterable[TokenSequence]) -> int:
         """Contrastive pairs in them."""
-        return sum(len(self.view.readouts(tokens)["pairs"]) for tokens in pieces) if self.has_pairs else 0
+        return sum(len(tokens.readouts["context"]) for tokens in pieces) if self.has_pairs else 0
 
     def _with_pixels(self, key: str, piece: TokenSequence, pixels: dict[int, np.ndarray]) -> list[PackedSequence]:
         """A sequence without the images that could not be decoded; nothing where nothing is left of it."""
         lost = [image for image in piece.images if image not in pixels]
-        tokens = self.view.without_images(piece, lost, self.tokens_per_image) if lost else piece
+        assert self._sequencer is not None  # it made the piece
+        tokens = self.view.without_images(piece, lost, self._sequencer) if lost else piece
         if tokens is None:
             return []
         empty = np.zeros((0, 3, self.image_size, self.image_size), np.uint8)

@@ -123,9 +123,7 @@ def evaluate_model(model: LCLModel, config: Config, picture: Path | None = None)
         notes.append(too_few_pairs(count))
         return results
     rows = reader.rows
-    pairs = pair_features(
-        model, held_out.sequences, tokenizer.vocabulary, reader.view, rows.row_tokens, rows.row_images
-    )
+    pairs = pair_features(model, held_out.sequences, tokenizer.vocabulary, rows.row_tokens, rows.row_images)
     results["retrieval"] = retrieval_scores(pairs.image, pairs.context)
     if picture is not None:
         plot_retrieval(_examples(pairs, tokenizer), picture)

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lcl_ds.data.sequences import View
 from lcl_ds.data.stream.packing import PackedSequence, Row, collate, pack
 from lcl_ds.models.network import LCLModel
 from lcl_ds.tokens import Vocabulary
@@ -43,7 +42,6 @@ def pair_features(
     model: LCLModel,
     sequences: list[PackedSequence],
     vocabulary: Vocabulary,
-    view: View,
     row_tokens: int,
     row_images: int,
     rows_per_batch: int = 16,
@@ -52,7 +50,6 @@ def pair_features(
 
     Args:
         sequences: with at least one contrastive pair among them.
-        view: what made ``sequences``.
     """
     device = next(model.parameters()).device
     lengths = [len(sequence.tokens.input_ids) for sequence in sequences]
@@ -61,14 +58,14 @@ def pair_features(
     image_parts, context_parts, pixels, context_ids = [], [], [], []
     for start in range(0, len(packed), rows_per_batch):
         rows = [Row(tuple(sequences[i] for i in row)) for row in packed[start : start + rows_per_batch]]
-        batch = collate(rows, row_tokens, sequences[0].pixels.shape[-1], vocabulary, view).to(device)
+        batch = collate(rows, row_tokens, sequences[0].pixels.shape[-1], vocabulary, ["context"]).to(device)
         hidden_states, pooled = model(batch)
         image, context = model.pair_features(hidden_states, pooled, batch)
         image_parts.append(image.cpu())
         context_parts.append(context.cpu())
         for sequence in (sequence for row in rows for sequence in row.sequences):
             tokens = sequence.tokens
-            for position, number in view.readouts(tokens)["pairs"]:
+            for position, number in tokens.readouts["context"]:
                 pixels.append(sequence.pixels[tokens.images.index(number)])
                 start = max(start for start in tokens.starts if start <= position)
                 context_ids.append(tokens.input_ids[start:position])

@@ -123,7 +123,7 @@ class LCLModel(nn.Module):
         Normalised in fp32, then in the dtype of the towers: similarities of bf16 features are still summed in fp32, at
         many times the speed.
         """
-        pairs = batch.readouts["pairs"]
+        pairs = batch.readouts["context"]
         image = pooled.index_select(0, pairs.images)
         context = self.context_head(hidden_states.index_select(0, pairs.positions))
         return (

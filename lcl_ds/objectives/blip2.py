@@ -49,7 +49,7 @@ class Objective(base.Objective):
         self.matching_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2))
 
     def count_terms(self, batch: Batch) -> dict[str, int]:
-        pairs = len(batch.readouts["pairs"])
+        pairs = len(batch.readouts["context"])
         # One image alone has no other to be mistaken for.
         return {"labels": len(batch.labels), "pairs": pairs, "matches": 2 * pairs if pairs > 1 else 0}
 
@@ -95,7 +95,7 @@ def mismatched_images(pooled: Tensor, scale: Tensor, seeds: Tensor) -> Tensor:
 
 def with_mismatched_images(batch: Batch, other: Tensor) -> Tensor:
     """``batch.slot_images`` with every second slot, a pair's mismatched one, given the image that ``other`` names."""
-    in_pairs = 2 * len(batch.readouts["pairs"])
+    in_pairs = 2 * len(batch.readouts["context"])
     caption, match = batch.slot_images[:in_pairs].view(-1, 2).unbind(1)
     swapped = torch.stack([caption, other.index_select(0, match)], dim=1).flatten()
     return torch.cat([swapped, batch.slot_images[in_pairs:]])

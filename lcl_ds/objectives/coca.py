@@ -41,7 +41,7 @@ class Objective(base.Objective):
         self.settings = settings
 
     def count_terms(self, batch: Batch) -> dict[str, int]:
-        return {"labels": len(batch.labels), "pairs": len(batch.readouts["pairs"])}
+        return {"labels": len(batch.labels), "pairs": len(batch.readouts["context"])}
 
     def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
         """Shares of the losses, and the ``logit_scale`` [1] that was used."""

@@ -33,7 +33,7 @@ class Token:
     has_loss: bool
     """Whether the next token is predicted here."""
     readouts: tuple[str, ...]
-    """``pairs: image 3``: what the decoder's state here is compared with."""
+    """``context: image 3``: what the decoder's state here is compared with."""
     image: int | None
     """The image whose first token this is, by its number in the batch ..."""
     inside_image: bool
@@ -163,7 +163,7 @@ def page(batch: Batch, tokenizer: TextTokenizer, title: str) -> str:
         blocks.append(
             f'<div class="part"><div class="where">{kind}, tokens {part.start} to {end - 1}</div>{body}</div>'
         )
-    pairs = len(batch.readouts["pairs"]) if "pairs" in batch.readouts else 0
+    pairs = len(batch.readouts["context"]) if "context" in batch.readouts else 0
     summary = (
         f"{len(batch.input_ids)} rows of {batch.input_ids.shape[1]} tokens, {batch.document_count} documents, "
         f"{batch.image_count} images, {pairs} contrastive pairs, {len(batch.labels)} labels, "

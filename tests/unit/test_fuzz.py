@@ -211,7 +211,7 @@ def check_shard_case(rng, folder):
     except UserError as error:
         return named(error, path)
     vocabulary = check_count_case.tokenizer.vocabulary
-    batch = collate(rows, SETTINGS.row_tokens, SETTINGS.image_size, vocabulary, SETTINGS.view)
+    batch = collate(rows, SETTINGS.row_tokens, SETTINGS.image_size, vocabulary, SETTINGS.view.readout_names)
     assert int(batch.input_ids.max()) < vocabulary.size
     return "rows"
 

@@ -19,12 +19,12 @@ def test_b2_an_image_that_opens_a_document_has_no_context_to_learn_from():
     opening, second = sequence([0, "ab"], seed=1), sequence(["cd", 0], seed=2)
     batch = batch_of([opening, second])
     assert batch.image_count == 2
-    assert batch.readouts["pairs"].images.tolist() == [1]
+    assert batch.readouts["context"].images.tolist() == [1]
 
 
 def test_b3_a_rank_without_pairs_has_the_loss_zero_and_finite_gradients():
     batch = batch_of([sequence([0, "ab"], seed=1)])
-    assert len(batch.readouts["pairs"]) == 0
+    assert len(batch.readouts["context"]) == 0
     objective = lcl_objective(small_model())
     losses = objective(batch, *local_normalizers(objective, batch))
     losses["loss"].backward()

@@ -130,8 +130,8 @@ def test_a_published_model_is_continued_with_rows_longer_than_its_position_table
     sequences = sequences_of(golden, reference)
     image_size = reference.model.vision.hf_keys["image_size"]
     row = [sequences[0], sequences[1]]
-    packed = collate([Row(tuple(row))], 4 * table, image_size, reference.vocabulary, DocumentView("reference"))
-    alone = collate([Row((row[1],))], table, image_size, reference.vocabulary, DocumentView("reference"))
+    packed = collate([Row(tuple(row))], 4 * table, image_size, reference.vocabulary, DocumentView.readout_names)
+    alone = collate([Row((row[1],))], table, image_size, reference.vocabulary, DocumentView.readout_names)
     lengths = [len(sequence.tokens.input_ids) for sequence in row]
     with torch.no_grad():
         second = model(packed)[0][lengths[0] : sum(lengths)]

@@ -57,7 +57,8 @@ def sequences_of(golden: Golden, reference: Reference) -> list[PackedSequence]:
         slots = tuple(ImageSlot(i, int(start), has_context=True) for i, start in enumerate(starts))
         numbers, pixels = tuple(range(len(slots))), images[used : used + len(slots)]
         used += len(slots)
-        sequences.append(PackedSequence(f"golden/{number}", TokenSequence(ids, slots, numbers), pixels))
+        tokens = DocumentView("reference").annotate(TokenSequence(ids, slots, numbers), reference.vocabulary)
+        sequences.append(PackedSequence(f"golden/{number}", tokens, pixels))
     assert used == len(images)
     return sequences
 
@@ -76,9 +77,8 @@ def run(golden: Golden, layout: str) -> tuple[dict[str, torch.Tensor], LCLModel]
         packed = pack(lengths, [len(s.tokens.slots) for s in sequences], length, 10**6)
         order = sorted(packed, key=min)
         rows = [Row(tuple(sequences[i] for i in sorted(row))) for row in order]
-    batch = collate(
-        rows, length, reference.model.vision.hf_keys["image_size"], reference.vocabulary, DocumentView("reference")
-    )
+    size, names = reference.model.vision.hf_keys["image_size"], DocumentView.readout_names
+    batch = collate(rows, length, size, reference.vocabulary, names)
     # The files were computed without --gather-with-grad: keys are constants, also in one process.
     objective = lcl_objective(model, *golden.weighting, gather_with_grad=False)
     losses = objective(batch, *local_normalizers(objective, batch))
@@ -97,7 +97,7 @@ def run(golden: Golden, layout: str) -> tuple[dict[str, torch.Tensor], LCLModel]
     }
     if layout == "packed":  # packing changes the order of the images; bring them back
         where = [i for row in rows for s in row.sequences for i in image_numbers(s, sequences)]
-        pairs = [where[i] for i in batch.readouts["pairs"].images.tolist()]
+        pairs = [where[i] for i in batch.readouts["context"].images.tolist()]
         actual["encode_image"] = actual["encode_image"][np.argsort(where)]
         for name in ("image_features", "text_features"):
             actual[name] = actual[name][np.argsort(pairs)]

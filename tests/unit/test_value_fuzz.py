@@ -458,7 +458,7 @@ def run_format(name, count, seed, folder, tokenizer):
     assert not Counter(expected) - found, "a whole record is missing or lacks something"
     lane = Lane([source], SETTINGS, 0, tokenizer)
     row = lane.next_row()
-    batch = collate([row], SETTINGS.row_tokens, SETTINGS.image_size, tokenizer.vocabulary, SETTINGS.view)
+    batch = collate([row], SETTINGS.row_tokens, SETTINGS.image_size, tokenizer.vocabulary, SETTINGS.view.readout_names)
     assert row.skipped_samples == 0
     assert batch.image_count > 0
     return Counter(records=len(bad), damaged=sum(bad), counted=counted, whole=len(expected))

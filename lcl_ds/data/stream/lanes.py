@@ -189,7 +189,7 @@ class Lane:
         self._skips = skips or Skips(settings.max_bad_share)
         self._pending_skips = 0
         self.sources, self.settings, self.number = sources, settings, number
-        self._encoder = sequencer_of(settings, tokenizer)
+        self._sequencer = sequencer_of(settings, tokenizer)
         self._mixture = Mixture(sources, settings.mix_by)
         self._changes = change_steps(sources)
         self._blocks = [self._blocks_of(source) for source in sources]
@@ -397,7 +397,7 @@ class Lane:
         for _ in range(document.missing_images):
             self._leave_out(self.sources[source], sample, BadSampleError("an image that is not there"))
         rng = keyed_rng(self.settings.augmentation_seed, SEQUENCES, self.number, draw)
-        sequences = self.settings.view.encode(document, self._encoder, rng)
+        sequences = self.settings.view.encode(document, self._sequencer, rng)
         if not sequences:
             raise BadSampleError("a document without tokens")
         return [_Piece(source, sample, draw, i, 0, document, tokens) for i, tokens in enumerate(sequences)]
@@ -439,7 +439,7 @@ class Lane:
                 self._leave_out(source, piece.sample, problem)
             else:
                 self._skips.good()
-        tokens = settings.view.without_images(piece.tokens, lost, settings.image_tokens) if lost else piece.tokens
+        tokens = settings.view.without_images(piece.tokens, lost, self._sequencer) if lost else piece.tokens
         if tokens is None:
             return None
         shape = (0, 3, settings.image_size, settings.image_size)

@@ -167,7 +167,9 @@ class BatchLoader:
             rows += group
         self._next_row += self.rows_per_batch * self.world_size
         settings = self.settings
-        batch = collate(rows, settings.row_tokens, settings.image_size, self.tokenizer.vocabulary, settings.view)
+        batch = collate(
+            rows, settings.row_tokens, settings.image_size, self.tokenizer.vocabulary, settings.view.readout_names
+        )
         return batch.pin_memory() if self.pin_memory else batch
 
     def state(self) -> LoaderState:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from lcl_ds.batch import Batch, Readouts
-from lcl_ds.data.sequences import View
 from lcl_ds.tokens import TokenSequence, Vocabulary
 
 LOOK_AHEAD = 8
@@ -100,21 +99,23 @@ class Row:
     skipped_samples: int = 0
 
 
-def collate(rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: Vocabulary, view: View) -> Batch:
+def collate(
+    rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: Vocabulary, readout_names: Sequence[str]
+) -> Batch:
     """Lay rows side by side; see :class:`lcl_ds.batch.Batch` for what comes out.
 
     Padding is cut into documents without labels, none longer than the longest of its row, so that no position runs past
     the decoder's table and a row is the same whatever other rows it is laid beside.
 
     Args:
-        view: what made the sequences; says where labels and readings are.
+        readout_names: those that the batch has, also where no sequence has one.
     """
     shape = len(rows), row_tokens
     input_ids = np.full(shape, vocabulary.eot, dtype=np.int64)
     position_ids = np.zeros(shape, dtype=np.int64)
     labels, label_positions = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     slots: list[tuple[int, int]] = []  # (flat position, image of the batch)
-    readouts: dict[str, list[tuple[int, int]]] = {name: [] for name in view.readout_names}
+    readouts: dict[str, list[tuple[int, int]]] = {name: [] for name in readout_names}
     pixels: list[np.ndarray] = []
     seeds: list[int] = []
     for r, row in enumerate(rows):
@@ -125,12 +126,11 @@ def collate(rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: V
             end, offset = start + len(tokens.input_ids), r * row_tokens + start
             input_ids[r, start:end] = tokens.input_ids
             position_ids[r, start:end] = _positions(tokens)
-            positions, wanted = view.labels(tokens, vocabulary)
-            label_positions.append(positions + offset)
-            labels.append(wanted)
+            label_positions.append(tokens.label_positions + offset)
+            labels.append(tokens.labels)
             number = {image: len(seeds) + i for i, image in enumerate(tokens.images)}
             slots += [(offset + slot.position, number[slot.image]) for slot in tokens.slots]
-            for name, places in view.readouts(tokens).items():
+            for name, places in tokens.readouts.items():
                 readouts[name] += [(offset + position, number[image]) for position, image in places]
             pixels.append(sequence.pixels)
             seeds += sequence.image_seeds or (0,) * len(tokens.images)

@@ -11,14 +11,15 @@ VOCABULARY = Vocabulary(text_size=50)
 ROW, N, SIZE = 24, 4, 8
 
 
-def packed(key, segments, value=0):
+def packed(key, segments, value=0, rule="text_before"):
     (tokens,) = encode_sequence(segments, lambda text: [len(text)] * len(text), VOCABULARY, N, ROW, 9)
+    tokens = DocumentView(rule).annotate(tokens, VOCABULARY)
     pixels = np.full((len(tokens.slots), 3, SIZE, SIZE), value, dtype=np.uint8)
     return PackedSequence(key, tokens, pixels)
 
 
-def batch_of(*rows, rule="text_before"):
-    return collate([Row(tuple(row)) for row in rows], ROW, SIZE, VOCABULARY, DocumentView(rule))
+def batch_of(*rows):
+    return collate([Row(tuple(row)) for row in rows], ROW, SIZE, VOCABULARY, DocumentView.readout_names)
 
 
 def test_pack_uses_every_sequence_once_within_both_budgets():
@@ -55,8 +56,8 @@ def test_flat_positions_point_at_placeholders_and_soi():
         assert (flat[position : position + N] == VOCABULARY.image).all()
         assert flat[position - 1] == VOCABULARY.soi
         assert flat[position + N] == VOCABULARY.eoi
-    assert batch.readouts["pairs"].images.tolist() == [0, 2, 3]
-    pairs = batch.readouts["pairs"]
+    assert batch.readouts["context"].images.tolist() == [0, 2, 3]
+    pairs = batch.readouts["context"]
     assert torch.equal(pairs.positions, batch.slot_positions[pairs.images] - 1)
 
 
@@ -67,9 +68,9 @@ def test_labels_never_cross_documents():
 
 
 def test_the_reference_rule_counts_all_images_but_one_at_the_very_start_of_a_sequence():
-    rows = [packed("a", [0, "x"]), packed("b", [0, "y"])]
-    assert batch_of(rows).readouts["pairs"].images.tolist() == []
-    assert batch_of(rows, rule="reference").readouts["pairs"].images.tolist() == [0, 1]
+    for rule, images in (("text_before", []), ("reference", [0, 1])):
+        row = [packed("a", [0, "x"], rule=rule), packed("b", [0, "y"], rule=rule)]
+        assert batch_of(row).readouts["context"].images.tolist() == images
 
 
 def test_without_images_one_constant_image_stands_beyond_the_rows():
@@ -77,7 +78,7 @@ def test_without_images_one_constant_image_stands_beyond_the_rows():
     assert batch.image_count == 0
     assert batch.images.shape == (1, 3, SIZE, SIZE)
     assert batch.slot_positions.tolist() == [ROW]
-    assert len(batch.readouts["pairs"]) == 0
+    assert len(batch.readouts["context"]) == 0
 
 
 def test_counts_and_keys():

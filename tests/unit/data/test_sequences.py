@@ -26,7 +26,7 @@ def rng():
 
 def batch_of(view, *sequences):
     rows = [Row((PackedSequence("k", s, np.zeros((len(s.images), 3, 8, 8), np.uint8)),)) for s in sequences]
-    return collate(rows, ROW, 8, V, view)
+    return collate(rows, ROW, 8, V, view.readout_names)
 
 
 def test_a_pair_takes_the_matched_sentence_else_the_one_before_else_the_one_after():
@@ -69,8 +69,8 @@ def test_clip_sees_the_text_alone_and_reads_its_end():
     batch = batch_of(view, first, second)
     assert batch.slot_images.tolist() == []
     assert batch.image_count == 2
-    assert batch.readouts["pairs"].positions.tolist() == [3, ROW + 3]
-    assert batch.readouts["pairs"].images.tolist() == [0, 1]
+    assert batch.readouts["context"].positions.tolist() == [3, ROW + 3]
+    assert batch.readouts["context"].images.tolist() == [0, 1]
     assert len(batch.labels) == 0
 
 
@@ -85,7 +85,7 @@ def test_the_passes_of_a_pair_share_one_image_and_restart_positions():
     assert batch.slot_images.tolist() == [0, 0]
     assert batch.slot_positions.tolist() == [4 + 2, 13 + 2]
     assert {name: r.positions.tolist() for name, r in batch.readouts.items()} == {
-        "pairs": [3],
+        "context": [3],
         "matched": [12],
         "mismatched": [21],
     }
@@ -103,7 +103,8 @@ def test_the_text_of_a_pair_is_cut_to_what_a_row_holds():
 def test_a_document_without_pairs_is_a_bad_sample_for_pairs():
     with pytest.raises(BadSampleError, match="no image with text"):
         PairView(("text",)).encode(Document("t", ("ab",), ()), ENCODER, rng())
-    assert PairView(("text",)).without_images(PairView(("text",)).encode(STORY, ENCODER, rng())[0], [0], N) is None
+    view = PairView(("text",))
+    assert view.without_images(view.encode(STORY, ENCODER, rng())[0], [0], ENCODER) is None
 
 
 def test_hidden_text_is_labelled_in_place_and_control_tokens_never_hidden():
@@ -111,11 +112,11 @@ def test_hidden_text_is_labelled_in_place_and_control_tokens_never_hidden():
     document = Document("d", ("abcdefghijklmnopqrst", 0), ("0.jpg",))
     (tokens,) = view.encode(document, ENCODER, rng())
     (plain,) = DocumentView().encode(document, ENCODER, rng())
-    assert tokens.original_ids.tolist() == plain.input_ids.tolist()
-    positions, labels = view.labels(tokens, V)
+    positions, labels = tokens.label_positions, tokens.labels
     assert 4 < len(positions) < 16
     assert (tokens.input_ids[positions] == V.image).all()
     assert labels.tolist() == plain.input_ids[positions].tolist()
+    assert np.delete(tokens.input_ids, positions).tolist() == np.delete(plain.input_ids, positions).tolist()
     assert (labels < V.text_size).all()
     assert view.encode(document, ENCODER, rng())[0].input_ids.tolist() == tokens.input_ids.tolist()
 
@@ -123,9 +124,11 @@ def test_hidden_text_is_labelled_in_place_and_control_tokens_never_hidden():
 def test_a_lost_image_leaves_hidden_text_hidden():
     view = MaskedView(text_share=0.9)
     (tokens,) = view.encode(STORY, ENCODER, rng())
-    left = view.without_images(tokens, [0], N)
+    left = view.without_images(tokens, [0], ENCODER)
     assert left.images == (1,)
-    assert left.original_ids.tolist() == [V.sot, 1, 2, 3, 4, *PICTURE, 5, V.eot]
-    assert view.labels(left, V)[1].tolist() == view.labels(tokens, V)[1].tolist()
+    restored = left.input_ids.copy()
+    restored[left.label_positions] = left.labels
+    assert restored.tolist() == [V.sot, 1, 2, 3, 4, *PICTURE, 5, V.eot]
+    assert left.labels.tolist() == tokens.labels.tolist()
     only = DocumentView().encode(Document("i", (0,), ("0.jpg",)), ENCODER, rng())[0]
-    assert DocumentView().without_images(only, [0], N) is None
+    assert DocumentView().without_images(only, [0], ENCODER) is None

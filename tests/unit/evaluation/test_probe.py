@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from lcl_ds.data.sequences import DocumentView
 from lcl_ds.evaluation.probe import linear_probe
 from lcl_ds.evaluation.retrieval import pair_features, retrieval_scores
 from tests.small import ROW_TOKENS, VOCABULARY, sequence, small_model
@@ -48,7 +47,7 @@ def test_retrieval_scores_of_a_perfect_a_constant_and_a_shifted_feature():
 
 def test_pairs_of_held_out_documents_are_the_images_with_context():
     sequences = [sequence(["abc", 0, "de", 1], 1), sequence([0, "f"], 2), sequence(["gh", 0], 3)]
-    pairs = pair_features(small_model().eval(), sequences, VOCABULARY, DocumentView(), ROW_TOKENS, 4)
+    pairs = pair_features(small_model().eval(), sequences, VOCABULARY, ROW_TOKENS, 4)
     assert pairs.image.shape == pairs.context.shape == (3, 32)
     assert pairs.pixels.shape[0] == len(pairs.context_ids) == 3
     torch.testing.assert_close(pairs.image.norm(dim=1), torch.ones(3))
@@ -60,6 +59,6 @@ def test_pairs_of_held_out_documents_are_the_images_with_context():
 def test_pair_features_do_not_depend_on_batching(rows_per_batch):
     sequences = [sequence(["abc" * (1 + i % 3), 0], i) for i in range(12)]
     model = small_model().eval()
-    whole = pair_features(model, sequences, VOCABULARY, DocumentView(), ROW_TOKENS, 4, 16)
-    parts = pair_features(model, sequences, VOCABULARY, DocumentView(), ROW_TOKENS, 4, rows_per_batch)
+    whole = pair_features(model, sequences, VOCABULARY, ROW_TOKENS, 4, 16)
+    parts = pair_features(model, sequences, VOCABULARY, ROW_TOKENS, 4, rows_per_batch)
     torch.testing.assert_close(parts.context, whole.context, rtol=1e-4, atol=1e-5)

@@ -106,7 +106,7 @@ def test_captions_follow_their_image_and_text_features_do_not_see_it(name):
         batch.images.add_(31)
         after, _ = objective.model(batch)
         batch.images.sub_(31)
-    pairs, matched = batch.readouts["pairs"].positions, batch.readouts["matched"].positions
+    pairs, matched = batch.readouts["context"].positions, batch.readouts["matched"].positions
     assert torch.equal(before[pairs], after[pairs])
     assert (before[matched] != after[matched]).any(dim=1).all()
     text = [letter for letter in batch.labels.tolist() if letter < 60]

@@ -54,10 +54,10 @@ def test_marks_stand_where_losses_and_readings_are(batch, tokenizer):
     tokens = [token for part in parts_of(batch, tokenizer) for token in part.tokens]
     assert [i for i, token in enumerate(tokens) if token.has_loss] == sorted(batch.label_positions.tolist())
     assert [token.image for token in tokens if token.image is not None] == batch.slot_images.tolist()
-    pairs = batch.readouts["pairs"]
+    pairs = batch.readouts["context"]
     marked = [(i, token.readouts[0]) for i, token in enumerate(tokens) if token.readouts]
     expected = zip(pairs.positions.tolist(), pairs.images.tolist(), strict=True)
-    assert marked == [(position, f"pairs: image {image}") for position, image in expected]
+    assert marked == [(position, f"context: image {image}") for position, image in expected]
     assert all(tokens[i].text == "<start_of_image>" for i, _ in marked)
     assert sum(token.inside_image for token in tokens) == batch.image_count * 15
 
@@ -90,7 +90,7 @@ def test_the_command_writes_a_page_or_prints_rows(tmp_path, demo_folder, capsys)
     assert main(["inspect", shards, *tokenizer, "--rows", "1", "--set", "objective.name=clip"]) == 0
     out = capsys.readouterr().out
     assert "<start_of_text>" in out
-    assert "pairs: image 0" in out
+    assert "context: image 0" in out
     assert main(["inspect", f"{tmp_path}/none.tar", *tokenizer]) == 2
     assert main(["inspect", shards, "--tokenizer", f"{tmp_path}/none"]) == 2
     assert "data.tokenizer: no tokenizer at" in capsys.readouterr().err
