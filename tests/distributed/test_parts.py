@@ -14,9 +14,9 @@ from lcl_ds.models.build import build_model
 from lcl_ds.models.settings import part_of
 from lcl_ds.objectives import build_objective
 from lcl_ds.objectives.base import local_normalizers
-from tests.distributed.ranks import on_ranks
-from tests.distributed.test_run import without_timing
-from tests.small import DECODERS, VISION_TOWERS, small_config
+from tests.support.ranks import on_ranks
+from tests.support.runs import without_timing
+from tests.support.small import DECODERS, VISION_TOWERS, small_config
 
 FROZEN = {
     **{part: [part] for part in ("vision", "pooling", "decoder", "heads")},

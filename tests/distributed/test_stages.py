@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import on_ranks
-from tests.distributed.workers import STAGES
+from tests.support.rank_tasks import STAGES
+from tests.support.ranks import on_ranks
 
 BF16_LOSS, BF16_NORM = 4e-3, 3e-2
 """Relative: bf16 keeps 8 bits, so a loss of many terms is right to one part in 2^8 and a gradient's norm to a few."""

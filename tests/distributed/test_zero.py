@@ -8,9 +8,9 @@ import torch
 from lcl_ds.objectives import NAMES, build_objective
 from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.training.checkpoint import load_model, resolve_checkpoint
-from tests.distributed.ranks import on_ranks
-from tests.distributed.workers import STAGES, THREE_STEPS, batch_of_rank
-from tests.small import lcl_objective, merged, small_config, small_model, three_documents
+from tests.support.rank_tasks import STAGES, THREE_STEPS, batch_of_rank
+from tests.support.ranks import on_ranks
+from tests.support.small import lcl_objective, merged, small_config, small_model, three_documents
 
 
 @pytest.fixture(scope="module")

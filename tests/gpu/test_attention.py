@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lcl_ds.models.attention.masks import PREFERRED, unavailable, unsupported
-from tests.small import DECODERS, batch_of, batch_with_images, sequence, small_config, small_model
+from tests.support.small import DECODERS, batch_of, batch_with_images, sequence, small_config, small_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 CUDA = torch.device("cuda")

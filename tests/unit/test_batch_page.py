@@ -16,8 +16,8 @@ from lcl_ds.data.stream.lanes import LaneSettings
 from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.report.batch_page import page, parts_of
 from lcl_ds.tokens import TextTokenizer
-from tests.unit.data.corpora import picture
-from tests.unit.data.test_shards import write_tar
+from tests.support.corpora import picture
+from tests.support.tars import write_tar
 
 SETTINGS = LaneSettings(
     lanes=1,

@@ -17,11 +17,11 @@ from transformers import AutoModel
 from lcl_ds.convert import Origin, _damage_named, _pixels_of, main, release_vision
 from lcl_ds.errors import UserError
 from lcl_ds.models.vision import released_patch_tokens
-from tests.disks import no_file_larger_than
-from tests.small import IMAGE_SIZE, VISION_TOWERS, small_config, small_model
-from tests.unit.data.corpora import picture
-from tests.unit.data.test_shards import write_tar
-from tests.unit.test_reference_parity import GOLDEN, Golden
+from tests.support.corpora import picture
+from tests.support.disks import no_file_larger_than
+from tests.support.golden import GOLDEN, Golden
+from tests.support.small import IMAGE_SIZE, VISION_TOWERS, small_config, small_model
+from tests.support.tars import write_tar
 
 TRANSFORMERS_4_57 = json.loads((Path(GOLDEN["documents"]).parent / "transformers_4_57_weights.json").read_text())
 """Names and shapes of the weights that transformers 4.57.6 builds for the towers of tests/small.py."""

@@ -23,7 +23,7 @@ from lcl_ds.files import (
     write_whole,
     writing,
 )
-from tests.disks import no_file_larger_than
+from tests.support.disks import no_file_larger_than
 
 
 def test_a_file_replaces_another_whole_and_has_the_mode_of_the_umask(tmp_path):

@@ -31,8 +31,8 @@ from lcl_ds.data.stream.lanes import Lane, LaneSettings, keyed_rng
 from lcl_ds.data.stream.packing import collate
 from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer
-from tests.unit.data.corpora import MAKERS, PARQUET, mmc4_record, picture
-from tests.unit.data.test_shards import write_tar
+from tests.support.corpora import MAKERS, PARQUET, has_pyarrow, mmc4_record, picture
+from tests.support.tars import write_tar
 
 LIMIT_S = 20
 """A single case that takes longer hangs."""
@@ -273,14 +273,6 @@ def prepare(folder, tokenizer):
         corpus = make(folder / name)
         images, _ = open_images(corpus.images, folder / "work")
         check_source_case.corpora[name] = corpus, images
-
-
-def has_pyarrow():
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 @pytest.fixture(scope="module")

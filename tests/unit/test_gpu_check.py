@@ -13,7 +13,7 @@ from launch import gpu_check_data
 from launch.gpu_check_report import read_metrics, summarize_training
 from lcl_ds.config import load_config, recipe_path
 from lcl_ds.tokens import TextTokenizer
-from tests.distributed.ranks import ROOT
+from tests.support.ranks import ROOT
 
 STEPS = ["wheels", "environment", "tests", "ceilings", "bench_losses", "bench_contrastive", "data", "train"]
 

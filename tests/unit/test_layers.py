@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.ranks import ROOT
+from tests.support.ranks import ROOT
 
 LAYERS = [
     {"errors", "settings", "tokens", "batch", "files", "cli", "metrics", "tasks"},

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from lcl_ds.metrics import MetricsFile, keep_metrics
-from tests.disks import no_file_larger_than
+from tests.support.disks import no_file_larger_than
 
 
 def line(step, loss=1.0):

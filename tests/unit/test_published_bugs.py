@@ -12,7 +12,7 @@ from lcl_kernels import contrastive_loss
 
 from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.tokens import TextTokenizer, labels_of
-from tests.small import VOCABULARY, batch_of, batch_with_images, lcl_objective, merged, sequence, small_model
+from tests.support.small import VOCABULARY, batch_of, batch_with_images, lcl_objective, merged, sequence, small_model
 
 
 def test_b2_an_image_that_opens_a_document_has_no_context_to_learn_from():

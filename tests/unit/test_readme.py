@@ -13,7 +13,7 @@ from lcl_ds.bench import __main__ as bench
 from lcl_ds.config import load_config, recipe_path
 from lcl_ds.data import __main__ as data
 from lcl_ds.report import __main__ as report
-from tests.distributed.ranks import ROOT
+from tests.support.ranks import ROOT
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [

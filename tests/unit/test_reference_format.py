@@ -15,8 +15,8 @@ from lcl_ds.models.build import build_model
 from lcl_ds.models.vision import released_patch_tokens
 from lcl_ds.models.weights.published import load_reference, read_reference_config
 from lcl_ds.models.weights.transfer import initialize_parts
-from tests.small import small_config, small_model
-from tests.unit.test_reference_parity import GOLDEN, Golden, sequences_of
+from tests.support.golden import GOLDEN, Golden, sequences_of
+from tests.support.small import small_config, small_model
 
 
 @pytest.fixture

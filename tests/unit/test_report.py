@@ -2,7 +2,6 @@ import json
 import os
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from lcl_ds.report import figures
 from lcl_ds.report.__main__ import main
 from lcl_ds.report.figures import RetrievalExample, column, moving_average, plot_retrieval
 from lcl_ds.report.page import key_figures, read_metrics, write_report
+from tests.support.runs import make_run, metrics
 
 EVALUATION = {
     "step": 600,
@@ -21,40 +21,6 @@ EVALUATION = {
     "probe": {"shape": {"trained": 0.61, "untrained": 0.17, "raw_pixels": 0.13, "chance": 0.125}},
     "retrieval": {"pairs": 1500, "recall_at_1": 0.05, "recall_at_5": 0.2, "median_rank": 20, "chance": 0.00067},
 }
-
-
-def metrics(step: int, **changes: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "step": step,
-        "loss": 3.0,
-        "contrastive_loss": 4.0 / step,
-        "generation_loss": 2.0,
-        "logit_scale": 14.3,
-        "grad_norm": 1.5,
-        "lr": 1e-3,
-        "images": 100,
-        "documents": 40,
-        "tokens": 3000,
-        "text_tokens": 2000,
-        "padding_fraction": 0.25,
-        "images_per_s": 200.0,
-        "tokens_per_s": 6000.0,
-        "step_s": 0.5,
-        "data_s": 0.05,
-        "skipped_samples": 1,
-        "applied": True,
-    }
-    return row | changes
-
-
-def make_run(folder: Path, steps: int = 4) -> Path:
-    folder.mkdir(parents=True)
-    rows = [metrics(step) for step in range(1, steps)]
-    rows.append(metrics(steps, loss=None, contrastive_loss=None, generation_loss=None, grad_norm=None, applied=False))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "config.yaml").write_text(f"name: <b>demo</b>\ntrain:\n  steps: {steps}\n  seed: 0\n")
-    (folder / "environment.json").write_text('{"gpu": "A & B"}')
-    return folder
 
 
 @pytest.fixture

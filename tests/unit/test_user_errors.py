@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from launch.train import main
 from lcl_ds.models import build
-from tests.distributed.ranks import ROOT
-from tests.small import small_config
+from tests.support.ranks import ROOT
+from tests.support.small import small_config
 
 
 @pytest.fixture

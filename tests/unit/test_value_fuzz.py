@@ -29,9 +29,8 @@ from lcl_ds.data.shards.source import Source, index_shard
 from lcl_ds.data.stream.lanes import Lane, LaneSettings
 from lcl_ds.data.stream.packing import collate
 from lcl_ds.tokens import TextTokenizer
-from tests.unit.data.corpora import picture, tiff_of, url_of
-from tests.unit.data.test_shards import write_tar
-from tests.unit.test_fuzz import has_pyarrow
+from tests.support.corpora import has_pyarrow, picture, tiff_of, url_of
+from tests.support.tars import write_tar
 
 
 class Raw(str):

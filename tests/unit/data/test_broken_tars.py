@@ -17,8 +17,8 @@ from lcl_ds.data.corpus import open_data
 from lcl_ds.data.documents import BadSampleError, read_document
 from lcl_ds.data.shards.source import Source, index_shard
 from lcl_ds.errors import UserError
-from tests.unit.data.corpora import picture
-from tests.unit.data.test_shards import write_tar
+from tests.support.corpora import picture
+from tests.support.tars import write_tar
 
 
 def pairs(*numbers):

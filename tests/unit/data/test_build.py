@@ -23,10 +23,10 @@ from lcl_ds.data.documents import BadSampleError, read_document
 from lcl_ds.data.shards.source import Source, expand_paths, index_shard
 from lcl_ds.data.stream.lanes import Lane, LaneSettings
 from lcl_ds.tokens import TextTokenizer
-from tests.disks import no_file_larger_than
-from tests.distributed.ranks import ROOT
-from tests.unit.data.corpora import MAKERS, PARQUET, make_img2dataset, make_mmc4, make_shards, picture
-from tests.unit.data.test_shards import write_tar
+from tests.support.corpora import MAKERS, PARQUET, make_img2dataset, make_mmc4, make_shards, picture
+from tests.support.disks import no_file_larger_than
+from tests.support.ranks import ROOT
+from tests.support.tars import write_tar
 
 
 def arguments_of(corpus, out, *more):

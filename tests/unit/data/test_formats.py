@@ -17,8 +17,8 @@ from lcl_ds.data.corpora.local_images import LocalImages, open_images
 from lcl_ds.data.corpora.record import ReadOptions, read_each
 from lcl_ds.data.documents import BadSampleError
 from lcl_ds.errors import UserError
-from tests.unit.data.corpora import MAKERS, PAGES, PARQUET, SENTENCES, mmc4_record, picture, write_parquet
-from tests.unit.data.test_shards import write_tar
+from tests.support.corpora import MAKERS, PAGES, PARQUET, SENTENCES, mmc4_record, picture, write_parquet
+from tests.support.tars import write_tar
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.models.build import build_model
 from lcl_ds.objectives import build_objective
 from lcl_ds.objectives.base import local_normalizers
-from tests.small import small_config
-from tests.unit.data.corpora import MAKERS, PARQUET
+from tests.support.corpora import MAKERS, PARQUET
+from tests.support.small import small_config
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -14,9 +14,9 @@ from lcl_ds.data.shards.source import Source, index_shard
 from lcl_ds.data.shards.storage import cached_name
 from lcl_ds.data.shards.tar_members import Member
 from lcl_ds.errors import UserError
-from tests.disks import no_file_larger_than
-from tests.distributed.ranks import ROOT
-from tests.unit.data.test_shards import write_tar
+from tests.support.disks import no_file_larger_than
+from tests.support.ranks import ROOT
+from tests.support.tars import write_tar
 
 MEMBERS = [(f"{i:03d}.{suffix}", f"{i:03d} {suffix}".encode()) for i in range(12) for suffix in ("txt", "jpg")]
 

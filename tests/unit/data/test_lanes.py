@@ -8,41 +8,13 @@ import pytest
 import torch
 
 from lcl_ds.data.sequences import without_images
-from lcl_ds.data.shards.source import Source, expand_paths, index_shard
-from lcl_ds.data.stream.lanes import Lane, LaneSettings
-from lcl_ds.data.stream.loader import BatchLoader, merge_states
+from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.stream.lanes import Lane
+from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.errors import UserError
-from lcl_ds.tokens import TextTokenizer, Vocabulary, encode_sequence
-from tests.unit.data.test_shards import write_tar
-
-SETTINGS = LaneSettings(
-    lanes=4, data_seed=1, augmentation_seed=2, row_tokens=256, row_images=12, image_tokens=16, image_size=32
-)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo_folder):
-    return TextTokenizer(demo_folder / "tokenizer")
-
-
-@pytest.fixture
-def sources(demo_folder):
-    def source(name, weight):
-        shards = [index_shard(path) for path in expand_paths(f"{demo_folder}/train-{name}-*.tar")]
-        return Source(name, shards, weight)
-
-    return [source("documents", 2.0), source("pairs", 1.0)]
-
-
-def rows_of(lane, count):
-    return [lane.next_row() for _ in range(count)]
-
-
-def same(a, b):
-    return all(
-        x.key == y.key and np.array_equal(x.tokens.input_ids, y.tokens.input_ids) and np.array_equal(x.pixels, y.pixels)
-        for x, y in zip(a.sequences, b.sequences, strict=True)
-    )
+from lcl_ds.tokens import Vocabulary, encode_sequence
+from tests.support.lanes import SETTINGS, batches_of, rows_of, same
+from tests.support.tars import write_tar
 
 
 def test_a_lane_continues_exactly_from_any_row(sources, tokenizer):
@@ -91,19 +63,6 @@ def test_each_seed_changes_its_own_part(sources, tokenizer, seed):
     keys = [[[s.key for s in row.sequences] for row in rows] for rows in (before, after)]
     assert (sorted(map(str, keys[0])) == sorted(map(str, keys[1]))) == (seed == "augmentation_seed")
     assert not all(len(a.sequences) == len(b.sequences) and same(a, b) for a, b in zip(before, after, strict=True))
-
-
-def batches_of(sources, tokenizer, world_size, workers, count, rows=8, state=None, settings=SETTINGS):
-    """The first global micro-batches as sets of rows, whatever the split."""
-    loaders = [
-        BatchLoader(sources, settings, tokenizer, rows // world_size, rank, world_size, workers, state)
-        for rank in range(world_size)
-    ]
-    steps = []
-    for _ in range(count):
-        parts = [next(loader) for loader in loaders]
-        steps.append({tuple(row.tolist()) for part in parts for row in part.input_ids})
-    return steps, json.loads(json.dumps(merge_states([loader.state() for loader in loaders])))
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 0), (2, 2), (4, 1)])

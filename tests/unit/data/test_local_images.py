@@ -8,8 +8,8 @@ import pytest
 from lcl_ds.data.corpora.local_images import AMBIGUOUS, NOT_THERE, open_images, url_digest
 from lcl_ds.data.documents import BadSampleError
 from lcl_ds.errors import UserError
-from tests.unit.data.corpora import picture, url_of
-from tests.unit.data.test_shards import write_tar
+from tests.support.corpora import picture, url_of
+from tests.support.tars import write_tar
 
 A, B, C = picture(1), picture(2), picture(3)
 

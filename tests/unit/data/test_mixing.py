@@ -13,8 +13,8 @@ from lcl_ds.data.stream.lanes import Lane
 from lcl_ds.data.stream.mixing import Mixture, images_per_sample, weight_at
 from lcl_ds.data.stream.packing import choose_group, pack
 from lcl_ds.errors import UserError
-from tests.unit.data.test_lanes import SETTINGS, batches_of, rows_of, same, sources, tokenizer  # noqa: F401
-from tests.unit.data.test_shards import write_tar
+from tests.support.lanes import SETTINGS, batches_of, rows_of, same
+from tests.support.tars import write_tar
 
 
 def test_a_weight_holds_from_its_step_on():
@@ -62,7 +62,7 @@ def test_a_source_of_weight_zero_is_never_drawn(tmp_path):
     assert [mixture.choose(step, draw) for step in (0, 10) for draw in (0.0, 0.5, almost_one)] == [0, 0, 0, 1, 1, 1]
 
 
-def test_the_curriculum_changes_the_sources_at_its_step(sources, tokenizer):  # noqa: F811
+def test_the_curriculum_changes_the_sources_at_its_step(sources, tokenizer):
     documents, pairs = sources
     documents.weight, pairs.weight = {0: 1.0, 30: 0.0}, {0: 0.0, 30: 1.0}
     settings = replace(SETTINGS, lanes=1, rows_per_step=2, pack_window=32)
@@ -117,7 +117,7 @@ def test_a_group_of_any_size_is_chosen_from_the_oldest_on(size):
 GROUPED = replace(SETTINGS, group_rows=4, row_pool=8, pack_window=16)
 
 
-def test_a_lane_with_groups_continues_exactly_from_any_row(sources, tokenizer):  # noqa: F811
+def test_a_lane_with_groups_continues_exactly_from_any_row(sources, tokenizer):
     lane = Lane(sources, GROUPED, 0, tokenizer)
     states, rows = [], []
     for _ in range(60):
@@ -130,19 +130,19 @@ def test_a_lane_with_groups_continues_exactly_from_any_row(sources, tokenizer): 
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 0), (2, 1)])
-def test_the_stream_of_groups_is_the_same_for_any_ranks_and_workers(sources, tokenizer, world_size, workers):  # noqa: F811
+def test_the_stream_of_groups_is_the_same_for_any_ranks_and_workers(sources, tokenizer, world_size, workers):
     expected, _ = batches_of(sources, tokenizer, 1, 0, 5, settings=GROUPED)
     found, state = batches_of(sources, tokenizer, world_size, workers, 2, settings=GROUPED)
     rest, _ = batches_of(sources, tokenizer, 1, 0, 3, state=state, settings=GROUPED)
     assert found + rest == expected
 
 
-def test_groups_must_divide_the_rows_of_a_rank(sources, tokenizer):  # noqa: F811
+def test_groups_must_divide_the_rows_of_a_rank(sources, tokenizer):
     with pytest.raises(UserError, match="data.group_rows: 4 does not divide the 2 rows"):
         batches_of(sources, tokenizer, 4, 0, 1, settings=GROUPED)
 
 
-def test_documents_and_images_are_counted_by_source(sources, tokenizer):  # noqa: F811
+def test_documents_and_images_are_counted_by_source(sources, tokenizer):
     from lcl_ds.data.stream.loader import BatchLoader
 
     batch = next(BatchLoader(sources, SETTINGS, tokenizer, 8))

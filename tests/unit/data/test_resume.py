@@ -22,7 +22,7 @@ from lcl_ds.data.stream.lanes import Lane, LaneSettings
 from lcl_ds.data.stream.loader import BatchLoader, check_same_data, merge_states, shard_differences
 from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer
-from tests.unit.data.test_shards import write_tar
+from tests.support.tars import write_tar
 
 SETTINGS = LaneSettings(
     lanes=12,

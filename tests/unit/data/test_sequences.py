@@ -11,7 +11,7 @@ from lcl_ds.data.sequences import DocumentView, MaskedView, PairView, Sequencer
 from lcl_ds.data.shards.source import Source, index_shard
 from lcl_ds.data.stream.packing import PackedSequence, Row, collate
 from lcl_ds.tokens import Vocabulary
-from tests.unit.data.test_shards import write_tar
+from tests.support.tars import write_tar
 
 V = Vocabulary(text_size=50)
 N, ROW = 3, 40

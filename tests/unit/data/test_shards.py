@@ -17,15 +17,7 @@ from lcl_ds.data.shards import index as shard_index
 from lcl_ds.data.shards import source as shards
 from lcl_ds.data.shards.source import Blocks, Source, expand_paths, index_shard
 from lcl_ds.errors import UserError
-
-
-def write_tar(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
+from tests.support.tars import write_tar
 
 
 @pytest.fixture

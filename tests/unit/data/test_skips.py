@@ -16,9 +16,9 @@ from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.data.stream.skips import RECENT, Skips, is_power_of_ten
 from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer
-from tests.distributed.ranks import ROOT
-from tests.unit.data.corpora import picture
-from tests.unit.data.test_shards import write_tar
+from tests.support.corpora import picture
+from tests.support.ranks import ROOT
+from tests.support.tars import write_tar
 
 SETTINGS = LaneSettings(
     lanes=2,

@@ -9,10 +9,10 @@ import pytest
 
 from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.data.stream.stalls import StallWatch
-from tests.unit.data.test_lanes import SETTINGS, sources, tokenizer  # noqa: F401
+from tests.support.lanes import SETTINGS
 
 
-def test_a_slow_read_is_named_with_shard_and_key_once(sources, tokenizer, caplog, monkeypatch):  # noqa: F811
+def test_a_slow_read_is_named_with_shard_and_key_once(sources, tokenizer, caplog, monkeypatch):
     source = sources[1]
     read = source.read
     slow = source.sample(5).key
@@ -32,7 +32,7 @@ def test_a_slow_read_is_named_with_shard_and_key_once(sources, tokenizer, caplog
     assert record.message.startswith(f"still reading {source.shards[0].path}: {slow} after 0.")
 
 
-def test_a_sample_is_named_without_reading_from_the_disk_that_hangs(sources, tokenizer, caplog, monkeypatch):  # noqa: F811
+def test_a_sample_is_named_without_reading_from_the_disk_that_hangs(sources, tokenizer, caplog, monkeypatch):
     source = sources[1]
 
     def hangs(self):
@@ -50,7 +50,7 @@ def test_a_sample_is_named_without_reading_from_the_disk_that_hangs(sources, tok
     assert record.message.startswith(f"still reading {source.shards[0].path}: sample 5 after 0.")
 
 
-def test_reading_at_ordinary_speed_is_not_named(sources, tokenizer, caplog):  # noqa: F811
+def test_reading_at_ordinary_speed_is_not_named(sources, tokenizer, caplog):
     loader = BatchLoader(sources, replace(SETTINGS, stall_seconds=0.5), tokenizer, 4)
     for _ in range(10):
         next(loader)

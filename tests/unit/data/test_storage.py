@@ -20,8 +20,8 @@ from lcl_ds.data.stream.lanes import Lane
 from lcl_ds.errors import UserError
 from lcl_ds.files import printable
 from lcl_ds.tokens import TextTokenizer
-from tests.unit.data.test_lanes import SETTINGS, same
-from tests.unit.data.test_shards import write_tar
+from tests.support.lanes import SETTINGS, same
+from tests.support.tars import write_tar
 
 MEMBERS = [(f"{i:03d}.{suffix}", f"{i} {suffix}".encode() * 50) for i in range(30) for suffix in ("json", "000.jpg")]
 

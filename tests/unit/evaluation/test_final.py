@@ -10,10 +10,10 @@ from lcl_ds.models.build import build_model
 from lcl_ds.report import figures
 from lcl_ds.report.__main__ import main as report
 from lcl_ds.tokens import TextTokenizer
-from tests.small import small_config
-from tests.unit.data.corpora import picture
-from tests.unit.data.test_shards import write_tar
-from tests.unit.test_report import make_run
+from tests.support.corpora import picture
+from tests.support.runs import make_run
+from tests.support.small import small_config
+from tests.support.tars import write_tar
 
 
 @pytest.fixture(autouse=True)

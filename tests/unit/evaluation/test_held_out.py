@@ -17,9 +17,9 @@ from lcl_ds.evaluation.final import evaluate_model
 from lcl_ds.models.build import build_model
 from lcl_ds.objectives import NAMES
 from lcl_ds.tokens import TextTokenizer
-from tests.small import small_config
-from tests.unit.data.corpora import picture
-from tests.unit.data.test_shards import write_tar
+from tests.support.corpora import picture
+from tests.support.small import small_config
+from tests.support.tars import write_tar
 
 CONTRASTIVE = ("blip2", "clip", "coca", "lcl")
 COLOURS = ("red", "blue")

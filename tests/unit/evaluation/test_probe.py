@@ -5,7 +5,7 @@ import torch
 
 from lcl_ds.evaluation.probe import linear_probe
 from lcl_ds.evaluation.retrieval import pair_features, retrieval_scores
-from tests.small import ROW_TOKENS, VOCABULARY, sequence, small_model
+from tests.support.small import ROW_TOKENS, VOCABULARY, sequence, small_model
 
 
 def split(count):

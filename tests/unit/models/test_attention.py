@@ -15,8 +15,8 @@ from lcl_ds.models.attention.masks import attention_arguments, choose_implementa
 from lcl_ds.models.build import check_attention_here
 from lcl_ds.models.decoder import TESTED_FAMILIES, build_decoder, build_decoder_config, check_isolation
 from lcl_ds.objectives.base import local_normalizers
-from tests.attention_kernels import use_plain_kernels
-from tests.small import (
+from tests.support.attention_kernels import use_plain_kernels
+from tests.support.small import (
     DECODERS,
     IMAGE_TOKENS,
     ROW_TOKENS,

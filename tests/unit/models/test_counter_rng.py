@@ -9,7 +9,7 @@ from lcl_ds.models.build import tokens_per_image
 from lcl_ds.models.counter_rng import kept_count, kept_patches, patch_order
 from lcl_ds.objectives import NAMES, build_objective
 from lcl_ds.objectives.base import local_normalizers
-from tests.small import IMAGE_SIZE, IMAGE_TOKENS, VOCABULARY, small_config, small_model, three_documents
+from tests.support.small import IMAGE_SIZE, IMAGE_TOKENS, VOCABULARY, small_config, small_model, three_documents
 
 
 def split_mix(state: np.uint64) -> np.uint64:

@@ -9,7 +9,7 @@ from lcl_ds.models.network import LCLModel
 from lcl_ds.models.pooling import AttentivePooling
 from lcl_ds.models.vision import normalize_images
 from lcl_ds.objectives.base import local_normalizers
-from tests.small import (
+from tests.support.small import (
     DECODERS,
     IMAGE_TOKENS,
     ROW_TOKENS,

@@ -20,7 +20,7 @@ from lcl_ds.models.settings import part_of
 from lcl_ds.models.vision import released_patch_tokens
 from lcl_ds.models.weights.transfer import initialize_parts, resize_positions, vocabulary_rows
 from lcl_ds.tokens import Vocabulary
-from tests.small import DECODERS, IMAGE_SIZE, ROW_TOKENS, VISION_TOWERS, small_config
+from tests.support.small import DECODERS, IMAGE_SIZE, ROW_TOKENS, VISION_TOWERS, small_config
 
 TEXT = 60
 VOCABULARY = Vocabulary(TEXT)

@@ -16,7 +16,7 @@ from lcl_ds.models.build import build_model, image_size, tokens_per_image
 from lcl_ds.models.settings import ModelSettings
 from lcl_ds.models.vision import SHAPES, build_vision_config, flat_patches
 from lcl_ds.objectives.base import local_normalizers
-from tests.small import (
+from tests.support.small import (
     IMAGE_SIZE,
     IMAGE_TOKENS,
     VISION_TOWERS,

@@ -13,8 +13,8 @@ from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.objectives.blip2 import mismatched_images, with_mismatched_images
 from lcl_ds.objectives.masked import without_patches
 from lcl_ds.training.optimizer import parameter_groups
-from tests.distributed.ranks import ROOT
-from tests.small import IMAGE_TOKENS, merged, objective_batch, small_config, small_model, three_documents
+from tests.support.ranks import ROOT
+from tests.support.small import IMAGE_TOKENS, merged, objective_batch, small_config, small_model, three_documents
 
 CONTRASTIVE = [name for name in NAMES if "contrastive_loss" in objective_module(name).Objective.losses]
 

@@ -7,7 +7,7 @@ from lcl_ds.training.loop import step_seed
 from lcl_ds.training.monitor import time_left
 from lcl_ds.training.optimizer import parameter_groups
 from lcl_ds.training.throughput import flops_per_token
-from tests.small import small_config, small_model
+from tests.support.small import small_config, small_model
 
 
 @pytest.mark.parametrize(

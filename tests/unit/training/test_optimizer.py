@@ -9,7 +9,7 @@ import torch
 from lcl_ds.models.settings import part_of
 from lcl_ds.training.optimizer import BoundedAdamW, parameter_groups
 from lcl_ds.training.schedule import learning_rate
-from tests.small import DECODERS, small_config, small_model
+from tests.support.small import DECODERS, small_config, small_model
 
 BOUNDS = (0.0, math.log(100))
 

@@ -11,7 +11,7 @@ from lcl_ds.objectives import NAMES
 from lcl_ds.training.checkpoint import CONFIG, MANIFEST, STATE, folder_contents, resolve_checkpoint
 from lcl_ds.training.optimizer import group_shape, parameter_groups
 from lcl_ds.training.resume import DECISIONS, check_same_run, decision_of, engine_changes, what_settings_come_to
-from tests.small import DECODERS, small_config, small_model
+from tests.support.small import DECODERS, small_config, small_model
 
 
 def saved(folder, config):

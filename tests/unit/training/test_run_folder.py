@@ -7,7 +7,7 @@ import yaml
 
 from lcl_ds.errors import UserError
 from lcl_ds.training.run_folder import check_own_folder, check_run_writable, write_run_files
-from tests.small import small_config
+from tests.support.small import small_config
 
 
 def start(folder, *overrides, step=0):

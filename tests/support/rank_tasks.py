@@ -1,4 +1,4 @@
-"""What the ranks of the distributed tests do: ``python -m tests.distributed.workers FUNCTION FOLDER``."""
+"""What the ranks of the distributed tests do: ``python -m tests.support.rank_tasks FUNCTION FOLDER``."""
 
 import gc
 import json
@@ -25,7 +25,7 @@ from lcl_ds.training.engine import apply_settings, complete_ds_config, refresh_e
 from lcl_ds.training.loop import Trainer
 from lcl_ds.training.optimizer import options_of
 from lcl_ds.training.run import prepare
-from tests.small import (
+from tests.support.small import (
     VOCABULARY,
     batch_with_images,
     batch_without_images,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tests.unit.data.test_shards import write_tar
+from tests.support.tars import write_tar
 
 SENTENCES = ("a dog on grass", "it rained", "the sea at night", "tea at four", "a red door", "the end")
 
@@ -255,3 +255,11 @@ MAKERS = {
     "img2dataset": make_img2dataset,
     "shards": make_shards,
 }
+
+
+def has_pyarrow():
+    try:
+        import pyarrow  # noqa: F401
+    except ImportError:
+        return False
+    return True

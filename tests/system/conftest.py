@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.distributed.ranks import run_ranks, train_command
-from tests.small import small_config
+from tests.support.ranks import run_ranks, train_command
+from tests.support.small import small_config
 
 
 @pytest.fixture(scope="session")

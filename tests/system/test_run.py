@@ -17,18 +17,8 @@ from lcl_ds.errors import UserError
 from lcl_ds.models.build import build_model
 from lcl_ds.models.settings import part_of
 from lcl_ds.training.checkpoint import load_config_of, load_model, problem_of, read_state, resolve_checkpoint
-from tests.distributed.ranks import ROOT, Ranks, free_port, run_ranks, train_command
-
-TIMING = ("step_s", "data_s", "images_per_s", "tokens_per_s")
-
-
-def metrics_of(run_dir: Path) -> list[dict]:
-    path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def without_timing(metrics: list[dict]) -> list[dict]:
-    return [{key: value for key, value in step.items() if key not in TIMING} for step in metrics]
+from tests.support.ranks import ROOT, Ranks, free_port, run_ranks, train_command
+from tests.support.runs import metrics_of, without_timing
 
 
 def test_one_and_two_ranks_compute_the_same_losses(whole_run, recipe, tmp_path):

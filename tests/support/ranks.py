@@ -82,11 +82,9 @@ def run_ranks(world_size: int, command: list[str], log: Path) -> str:
 
 
 def on_ranks(world_size: int, function: str, folder: Path, timeout: float = 120) -> list[Any]:
-    """What ``tests.distributed.workers.<function>(folder)`` returns on each rank."""
+    """What ``tests.support.rank_tasks.<function>(folder)`` returns on each rank."""
     folder.mkdir(parents=True, exist_ok=True)
-    ranks = Ranks(
-        world_size, [sys.executable, "-m", "tests.distributed.workers", function, str(folder)], folder / "log"
-    )
+    ranks = Ranks(world_size, [sys.executable, "-m", "tests.support.rank_tasks", function, str(folder)], folder / "log")
     codes = ranks.wait(timeout)
     assert codes == [0] * world_size, ranks.output()
     return [torch.load(folder / f"{function}.{rank}.pt", weights_only=True) for rank in range(world_size)]

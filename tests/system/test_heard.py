@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.distributed.ranks import ROOT, Ranks, free_port, rank_environment, train_command
+from tests.support.ranks import ROOT, Ranks, free_port, rank_environment, train_command
 
 HOST = socket.gethostname()
 
