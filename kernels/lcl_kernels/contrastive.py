@@ -20,17 +20,11 @@ from torch import Tensor
 
 from lcl_kernels import torch_contrastive
 from lcl_kernels._common import (
-    DTYPES,
     Backend,
-    check_dtypes,
-    check_same,
     compute_dtype,
     exclusive_cross_entropy,
-    first_derivative_only,
     operand_dtype,
-    refuse_dtensor,
     resolve_workspace,
-    scaled,
     separate_rows,
     use_triton,
     wants_gradients,
@@ -45,6 +39,7 @@ from lcl_kernels.exchange import (
     meet,
     send_rows_home,
 )
+from lcl_kernels.pairs import check_pairs, kept, register_gradients
 from lcl_kernels.similarity import BlockFunctions, ExpSums, merge
 
 Normalize = Literal["global", "per_rank"]
@@ -107,7 +102,9 @@ def contrastive_loss(
 
     Every rank of the group has to call it, with the same options.
     """
-    _check(x, y, logit_scale, normalize, exchange)
+    check_pairs(x, y, exchange, logit_scale=logit_scale)
+    if normalize not in ("global", "per_rank"):
+        raise ValueError(f"normalize must be 'global' or 'per_rank', not {normalize!r}")
     wanted = wants_gradients(x, y, logit_scale)
     loss, *_ = torch.ops.lcl_kernels.contrastive(
         x,
@@ -167,41 +164,12 @@ def _contrastive_op(
         if not ranks.wants_gradients:
             return loss, *(scale.new_empty(0) for _ in range(3))  # type: ignore[return-value]
         gradients = _gradients(walk, losses, cosine, weight, detach, wanted)
-    gradients = (gradients[0].mul_(unit * scale), gradients[1].mul_(unit * scale), gradients[2] * unit)
-    kept = (d if want else scale.new_empty(0) for d, want in zip(gradients, wanted, strict=True))
-    return (loss, *kept)  # type: ignore[return-value]
+    d_x, d_y, d_scale = gradients
+    made = [d_x.mul_(unit * scale), d_y.mul_(unit * scale), d_scale * unit]
+    return loss, *kept(made, wanted, [x, y, logit_scale])  # type: ignore[return-value]
 
 
-@_contrastive_op.register_fake
-def _(x, y, logit_scale, *arguments):  # type: ignore[no-untyped-def]
-    want_x, want_y, want_scale = arguments[-3:]
-    dtype = compute_dtype(x.dtype)
-    return (
-        x.new_empty((), dtype=dtype),
-        x.new_empty(x.shape if want_x else (0,), dtype=dtype),
-        x.new_empty(y.shape if want_y else (0,), dtype=dtype),
-        x.new_empty(() if want_scale else (0,), dtype=dtype),
-    )
-
-
-def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.wanted, ctx.inputs = inputs[-3:], len(inputs)
-    ctx.like = [(t.dtype, t.shape) for t in inputs[:3]]
-    ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-@first_derivative_only
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients: list[Tensor | None] = [None] * ctx.inputs
-    if grad is not None:
-        for i, (gradient, want, like) in enumerate(zip(ctx.saved_tensors, ctx.wanted, ctx.like, strict=True)):
-            gradients[i] = scaled(gradient, grad, like[0]).reshape(like[1]) if want else None
-    return tuple(gradients)
-
-
-_contrastive_op.register_autograd(_backward, setup_context=_context)
+register_gradients(_contrastive_op, 3)
 
 
 class _Wanted(NamedTuple):
@@ -283,19 +251,3 @@ def _gradients(
         if d_block is not None:
             home.send(owner, d_block)
     return d_x, home.finish(), d_scale
-
-
-def _check(x: Tensor, y: Tensor, logit_scale: Tensor, normalize: str, exchange: str) -> None:
-    refuse_dtensor(x=x, y=y, logit_scale=logit_scale)
-    if x.dim() != 2 or x.shape != y.shape:
-        raise ValueError(f"x and y must both be [m, D], got {list(x.shape)} and {list(y.shape)}")
-    check_dtypes(x=x, y=y)
-    if not isinstance(logit_scale, Tensor) or logit_scale.numel() != 1 or not logit_scale.is_floating_point():
-        raise ValueError("logit_scale must be a floating point tensor of one element, the multiplier itself")
-    if logit_scale.dtype not in DTYPES:
-        check_dtypes(logit_scale=logit_scale)
-    check_same("device", x=x, y=y, logit_scale=logit_scale)
-    if normalize not in ("global", "per_rank"):
-        raise ValueError(f"normalize must be 'global' or 'per_rank', not {normalize!r}")
-    if exchange not in ("auto", "gather", "ring"):
-        raise ValueError(f"exchange must be 'auto', 'gather' or 'ring', not {exchange!r}")
