@@ -38,10 +38,12 @@ def check_pairs(x: Tensor, y: Tensor, exchange: str, **scalars: Tensor) -> None:
         raise ValueError(f"exchange must be 'auto', 'gather' or 'ring', not {exchange!r}")
 
 
-def kept(gradients: Sequence[Tensor], wanted: Sequence[bool], inputs: Sequence[Tensor]) -> list[Tensor]:
+def kept(gradients: Sequence[Tensor | None], wanted: Sequence[bool], inputs: Sequence[Tensor]) -> list[Tensor]:
     """The gradients in the shapes of their inputs, empty where not wanted: what an operator returns beside its loss."""
     return [
-        gradient.reshape(tensor.shape) if want else gradient.new_empty(0)
+        gradient.reshape(tensor.shape)
+        if want and gradient is not None
+        else tensor.new_empty(0, dtype=compute_dtype(inputs[0].dtype))
         for gradient, want, tensor in zip(gradients, wanted, inputs, strict=True)
     ]
 
