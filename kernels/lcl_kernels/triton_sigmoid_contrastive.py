@@ -60,14 +60,12 @@ def sigmoid_negatives_kernel(
         negative = (r[:, None] < rows) & (c[None, :] < columns)
         if DIAGONAL:
             negative = negative & (r[:, None] + diagonal != c[None, :])
-        z = product * factor + shift
+        z = tl.where(negative, product * factor + shift, float("-inf"))  # where loss and gradient are 0
         decay = tl.exp2(tl.abs(z) * -1.4426950408889634)
-        loss = tl.maximum(z, 0.0) + log1p_of_decay(decay)
         place = sums + tile
-        tl.store(place, tl.sum(tl.where(negative, loss, 0.0)))
+        tl.store(place, tl.sum(tl.maximum(z, 0.0) + log1p_of_decay(decay)))
         if GRADIENT:
             g = tl.where(z >= 0.0, 1.0, decay) / (1.0 + decay)
-            g = tl.where(negative, g, 0.0)
             tl.store(place + tiles, tl.sum(g))
             tl.store(place + 2 * tiles.to(tl.int64), tl.sum(g * product))
             gradient.store([row_tile * ROWS, column_tile * COLUMNS], round_to(g * unit, gradient.dtype, UPCAST))
