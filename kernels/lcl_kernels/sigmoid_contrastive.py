@@ -28,7 +28,7 @@ from lcl_kernels._common import (
 )
 from lcl_kernels.exchange import Exchange, FeatureBlocks, GradientReturn, group_name, meet
 from lcl_kernels.pairs import check_pairs, kept, register_gradients
-from lcl_kernels.sigmoid_negatives import BlockFunction, gradient_unit
+from lcl_kernels.sigmoid_negatives import Block, BlockFunction, gradient_unit
 
 
 def sigmoid_contrastive_loss(
@@ -130,13 +130,9 @@ def _sigmoid_contrastive_op(
         d_x = weight * right if want_x else None
         sends = ranks.wants_gradients and (want_y or ranks.world_size > 1)
         home = GradientReturn(ranks, weight * left) if sends else None
-        for owner, block in FeatureBlocks(right, ranks).walk(home):
+        for owner, features in FeatureBlocks(right, ranks).walk(home):
             made = backend.negatives(
-                left,
-                block,
-                scale,
-                bias,
-                diagonal=owner == ranks.rank,
+                Block(left, features, scale, bias, owner == ranks.rank),
                 gradients=ranks.wants_gradients,
                 d_x=d_x,
                 want_y=sends,

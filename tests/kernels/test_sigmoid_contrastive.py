@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lcl_kernels import reference_sigmoid_contrastive_loss, torch_sigmoid_contrastive
-from lcl_kernels.sigmoid_negatives import gradient_unit
+from lcl_kernels.sigmoid_negatives import Block, gradient_unit
 from torch import Tensor
 
 from tests.kernels.checks import (
@@ -86,7 +86,7 @@ def test_losses_of_negatives_keep_their_digits(bias):
 
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.bfloat16, 3e-3), (torch.float16, 5e-4)], ids=str)
 def test_half_precision_products_keep_faint_negatives(dtype, bar, backend):
-    """Their gradients are near 4.5e-5. Called directly: on a CPU the operator makes float32 of its features."""
+    """Their gradients are near 1e-7. Called directly: on a CPU the operator makes float32 of its features."""
     if backend == "torch" and DEVICE == "cpu":
         pytest.skip("on a CPU torch multiplies in float32")
     module = importlib.import_module(f"lcl_kernels.{backend}_sigmoid_contrastive")
@@ -94,10 +94,9 @@ def test_half_precision_products_keep_faint_negatives(dtype, bar, backend):
     results = []
     for function, kind, scalars in ((module, dtype, torch.float32), (torch_sigmoid_contrastive, *2 * [torch.float64])):
         d_x = torch.zeros(x.shape, dtype=scalars)
-        made = function.negatives(
-            x.to(kind), y.to(kind), torch.tensor(1.0, dtype=scalars), torch.tensor(-10.0, dtype=scalars),
-            diagonal=True, gradients=True, d_x=d_x, want_y=True, workspace_mb=1.0,
-        )  # fmt: skip
+        scale, bias = (torch.tensor(s, dtype=scalars) for s in (1.0, -16.0))
+        block = Block(x.to(kind), y.to(kind), scale, bias, diagonal=True)
+        made = function.negatives(block, gradients=True, d_x=d_x, want_y=True, workspace_mb=1.0)
         unit = gradient_unit(x.to(kind))
         results.append((made.sums, d_x / unit, made.d_y / unit))
     for actual, wanted, most in zip(*results, (1e-6, bar, bar), strict=True):
@@ -119,6 +118,10 @@ def test_workspaces_of_any_size_give_the_same():
         (again, others), _ = both(x, y, 14.3, -5.0, workspace_mb=megabytes)
         for a, b in zip((again, *others), (loss, *gradients), strict=True):
             assert relative_error(a, b) < 1e-6
+    with torch.no_grad():
+        for megabytes in (1e-4, 1.0):
+            again = sigmoid_contrastive_loss(x, y, torch.tensor(14.3), torch.tensor(-5.0), workspace_mb=megabytes)
+            assert relative_error(again, loss) < 1e-6
 
 
 def test_no_pairs_cost_nothing():
