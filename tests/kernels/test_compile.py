@@ -155,4 +155,7 @@ def test_the_sigmoid_operator_keeps_the_rules_of_torch(backend):
     settings = ("", None, "auto", backend == "triton", 1.0, True, True, True, True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     operator = torch.ops.lcl_kernels.sigmoid_contrastive
+    waiting = torch.ops.lcl_kernels.sigmoid_contrastive_waiting.default
+    unsafe = torch.Tag.cudagraph_unsafe
+    assert [unsafe in variant.tags for variant in (operator.default, waiting)] == [False, True]
     torch.library.opcheck(operator, (x, y, scale, bias, *settings), test_utils=checks)

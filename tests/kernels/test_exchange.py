@@ -45,6 +45,7 @@ def test_auto_takes_the_ring_on_all_ranks_as_soon_as_one_is_on_another_machine(f
 def test_a_different_first_call_is_an_error_on_all_ranks_also_with_counts(found, index):
     for results in found:
         assert results["mismatch"][index].startswith("sigmoid_contrastive_loss was called differently by the ranks")
+        assert ": rank 0 and 2 more: sigmoid_contrastive_loss with D 8, " in results["mismatch"][index]
         assert "; rank 1: sigmoid_contrastive_loss with D 8, dtype torch.float32, " in results["mismatch"][index]
 
 
