@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from lcl_kernels import torch_sigmoid_contrastive
@@ -122,10 +123,10 @@ def _sigmoid_contrastive(
         left, right = (separate_rows(t.to(operand_dtype(t)).contiguous()) for t in (x, y))
         # The positives, in full precision; everything else is added to them.
         cosine = (x.to(scale.dtype) * y.to(scale.dtype)).sum(1)
-        z = cosine * scale + bias
-        pull = -torch.sigmoid(-z)
-        sums = torch.stack([torch.logaddexp(-z, torch.zeros_like(z)), pull, pull * cosine]).sum(1)
-        weight = gradient_unit(left) * pull.unsqueeze(1)
+        z = torch.addcmul(bias, cosine, scale)
+        pull = torch.sigmoid(-z)
+        sums = -torch.stack([F.logsigmoid(z), pull, pull * cosine]).sum(1)
+        weight = -gradient_unit(left) * pull.unsqueeze(1)
         d_x = weight * right if want_x else None
         sends = ranks.wants_gradients and (want_y or ranks.world_size > 1)
         home = GradientReturn(ranks, weight * left) if sends else None
@@ -140,13 +141,12 @@ def _sigmoid_contrastive(
             sums = sums + made.sums
             if home is not None and made.d_y is not None:
                 home.send(owner, made.d_y)
-        sums = sums / max(1, ranks.total)
         factor = scale / (gradient_unit(left) * max(1, ranks.total))
         d_y = home.finish() if home is not None else None
         for gradient in (d_x, d_y):
             if gradient is not None:
                 gradient.mul_(factor)
-    loss, d_bias, d_scale = (total.clone() for total in sums)
+        loss, d_bias, d_scale = (total / max(1, ranks.total) for total in sums)
     return loss, *kept([d_x, d_y, d_scale, d_bias], wanted, [x, y, logit_scale, logit_bias])
 
 
