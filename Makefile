@@ -3,14 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Ranks on a machine without a GPU; with GPUs DeepSpeed takes all of them.
 export LOCAL_SIZE ?= 2
+TEST_WORKERS ?= 2
 
 .PHONY: train test lint compile-check clean
 
 train: .venv/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/train.py --ds_config ds_configs/zero3.json
 
+# A file of tests stays on one worker: what its tests share is made once.
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -22,3 +22,5 @@ __all__ = [
     "reference_sigmoid_contrastive_loss",
     "sigmoid_contrastive_loss",
 ]
+
+__version__ = "0.1.0"
