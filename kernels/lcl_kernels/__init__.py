@@ -1,7 +1,8 @@
 """Memory-lean losses for vision-language pre-training, and a plain reference of each.
 
-`linear_cross_entropy` never builds the [N, V] logits, `contrastive_loss` never builds the [M, M] similarities. The
-package needs torch only; on a GPU it runs Triton kernels, which are imported at their first use.
+`linear_cross_entropy` never builds the [N, V] logits, `contrastive_loss` and `sigmoid_contrastive_loss` never build the
+[M, M] similarities. The package needs torch only; on a GPU it runs Triton kernels, which are imported at their first
+use.
 """
 
 from lcl_kernels.contrastive import contrastive_loss

@@ -1,12 +1,14 @@
 """Kernel tests run on the GPU where there is one, else on the CPU with Triton in its interpreter."""
 
+import fcntl
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.kernels.checks import DEVICE, running
-from tests.kernels.ranks import results_of_ranks
+from tests.kernels.ranks import results_of_ranks, run_ranks
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to give the same bits every time
 
@@ -37,7 +39,15 @@ def on_a_cpu():
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory):
-    """What each of four gloo ranks got; see `ranks.py`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)  # as on a machine with a GPU: the ranks see to it themselves
-        return results_of_ranks(tmp_path_factory.mktemp("ranks"))
+    """What each of four gloo ranks got; see `ranks.py`. Made once, also where pytest-xdist runs several workers."""
+    base = tmp_path_factory.getbasetemp()
+    made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks_made"
+    with made.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            folder = tmp_path_factory.mktemp("ranks")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.delenv("TRITON_INTERPRET", raising=False)  # as on a machine with a GPU: the ranks set it
+                run_ranks(folder)
+            made.write_text(str(folder))
+    return results_of_ranks(Path(made.read_text()))

@@ -160,8 +160,8 @@ MISMATCHES: list[dict[str, Any]] = [
 ]
 
 
-def results_of_ranks(folder: Path) -> list[dict[Any, Any]]:
-    """What each of the four ranks computed. Fails after TIMEOUT_S, and leaves no process behind."""
+def run_ranks(folder: Path) -> None:
+    """Have each of the four ranks compute everything. Fails after TIMEOUT_S, and leaves no process behind."""
     with mock.patch.dict(os.environ, ENVIRONMENT):
         context = mp.spawn(_work, (str(folder),), nprocs=WORLD, join=False)
     deadline = time.monotonic() + TIMEOUT_S
@@ -172,4 +172,8 @@ def results_of_ranks(folder: Path) -> list[dict[Any, Any]]:
     finally:
         for process in context.processes:
             process.kill()
+
+
+def results_of_ranks(folder: Path) -> list[dict[Any, Any]]:
+    """What each of the four ranks computed."""
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
