@@ -68,6 +68,7 @@ TILES: dict[str, dict[int | str, Tile]] = {
     # With ranks or a softcap, which take registers.
     "logits_crowded": {HOPPER: Tile(64, 128, 64, 8, 3), AMPERE: Tile(64, 64, 32, 4, 3), HIP: Tile(64, 64, 32, 8, 2)},
     "statistics": {HOPPER: Tile(128, 128, 64, 8, 3), AMPERE: Tile(128, 128, 32, 8, 3), HIP: Tile(128, 128, 32, 8, 2)},
+    "statistics_two": {HOPPER: Tile(128, 128, 64, 8, 3), AMPERE: Tile(128, 128, 32, 8, 3), HIP: Tile(128, 128, 32, 8, 2)},
     "gradient": {HOPPER: Tile(128, 128, 64, 8, 3), AMPERE: Tile(128, 64, 32, 8, 3), HIP: Tile(128, 128, 32, 8, 2)},
     # Where an operand's rows are not aligned; addresses then take registers.
     POINTERS: {HOPPER: Tile(64, 128, 32, 8, 3), AMPERE: Tile(64, 128, 32, 8, 3), HIP: Tile(64, 128, 32, 8, 2)},
@@ -237,3 +238,15 @@ def round_to(values, dtype: tl.constexpr, EMULATE: tl.constexpr):
         bits += 0x7FFF + ((bits >> 16) & 1)
         values = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
     return values.to(dtype)
+
+
+@triton.jit
+def log1p_exact(x):
+    """log(1 + x) of x >= 0 with all its digits, also where 1 + x has none of them: a series in x / (2 + x)."""
+    part = x / (2.0 + x)
+    square = part * part
+    series = square * 0.1111111111111111 + 0.14285714285714285
+    series = series * square + 0.2
+    series = series * square + 0.3333333333333333
+    near = 2.0 * part * (series * square + 1.0)
+    return tl.where(x < 0.5, near, tl.log(1.0 + x))
