@@ -44,12 +44,10 @@ from lcl_kernels.exchange import (
     group_name,
     meet,
     send_rows_home,
-    uses_ring,
 )
 from lcl_kernels.similarity import BlockFunctions, ExpSums, merge
 
 Normalize = Literal["global", "per_rank"]
-DETACH = ["none", "remote", "keys"]
 
 
 def contrastive_loss(
@@ -92,9 +90,10 @@ def contrastive_loss(
         group: process group; None is the default group, or this process alone when torch.distributed is not set up.
         normalize, detach_remote, detach_keys: see above.
         counts: pairs of every rank of the group, when the caller knows them: then they are not exchanged and nothing
-            waits for the device. All ranks then have to want gradients, or none.
+            waits for the device, but for the first call on a group, in which all ranks meet. All ranks then have to
+            want gradients, or none. After the first call nobody notices when ranks differ in their options.
         exchange: "gather" collects y of all ranks at once, "ring" passes it on block by block in less memory, "auto"
-            gathers inside one node and takes the ring across nodes.
+            gathers inside one machine and takes the ring across machines.
         backend: "auto" (Triton on a GPU, torch elsewhere and for float64), "triton" or "torch".
         workspace_mb: bound of the similarities kept at a time (one row at least); None: 1024 on a GPU, 128 on a CPU.
 
@@ -110,16 +109,15 @@ def contrastive_loss(
     """
     _check(x, y, logit_scale, normalize, exchange)
     wanted = wants_gradients(x, y, logit_scale)
-    name = group_name(group)
     loss, *_ = torch.ops.lcl_kernels.contrastive(
         x,
         y,
         logit_scale,
-        name,
+        group_name(group),
         normalize,
         "keys" if detach_keys else "remote" if detach_remote else "none",
         counts,
-        uses_ring(exchange, name),
+        exchange,
         use_triton(backend, x),
         resolve_workspace(workspace_mb, x),
         *wanted,
@@ -136,7 +134,7 @@ def _contrastive_op(
     normalize: str,
     detach: str,
     counts: Sequence[int] | None,
-    ring: bool,
+    exchange: str,
     triton: bool,
     workspace_mb: float,
     want_x: bool,
@@ -147,12 +145,20 @@ def _contrastive_op(
     module = importlib.import_module("lcl_kernels.triton_contrastive") if triton else torch_contrastive
     backend = cast(BlockFunctions, module)
     wanted = _Wanted(want_x, want_y, want_scale)
-    common = (x.shape[1], DTYPES.index(x.dtype), normalize == "global", DETACH.index(detach), ring)
-    ranks = meet(x, group_name, any(wanted), common, counts)
+    options = {"normalize": normalize, "detach": detach}
+    ranks = meet(
+        x,
+        group_name,
+        "contrastive_loss",
+        options,
+        exchange=exchange,
+        counts=counts,
+        wants_gradients=any(wanted),
+    )
     with torch.autocast(x.device.type, enabled=False):
         scale = logit_scale.to(compute_dtype(x.dtype)).reshape(())
         left, right = (separate_rows(t.to(operand_dtype(t)).contiguous()) for t in (x, y))
-        walk = _Walk(left, right, scale, ranks, FeatureBlocks(right, ranks, ring), backend, workspace_mb)
+        walk = _Walk(left, right, scale, ranks, FeatureBlocks(right, ranks), backend, workspace_mb)
         cosine = (x.to(scale.dtype) * y.to(scale.dtype)).sum(1)
         losses = _losses(walk, cosine * scale)
         unit = 0.5 / max(1, ranks.total)
@@ -258,7 +264,7 @@ def _gradients(
     d_scale = (both * cosine).sum()
     home = GradientReturn(ranks, d_y)
     common: dict[str, Any] = {"workspace_mb": walk.workspace_mb}
-    for owner, block in walk.blocks:
+    for owner, block in walk.blocks.walk(home):
         own = owner == ranks.rank
         arguments = (walk.x, block, scale, row_shift, column_shifts[ranks.slice_of(owner)])
         if detach == "none" or (detach == "remote" and own):
