@@ -7,8 +7,10 @@ package needs torch only; on a GPU it runs Triton kernels, which are imported at
 from lcl_kernels.contrastive import contrastive_loss
 from lcl_kernels.linear_cross_entropy import TokenStatistics, linear_cross_entropy
 from lcl_kernels.reference import reference_contrastive_loss, reference_linear_cross_entropy
+from lcl_kernels.similarity import PairStatistics
 
 __all__ = [
+    "PairStatistics",
     "TokenStatistics",
     "contrastive_loss",
     "linear_cross_entropy",

@@ -32,11 +32,12 @@ SAFE_BOUND = 40.0 * LOG2E
 and the column, and no maximum is needed."""
 LEAST_ROWS = 2048
 """Rows of a gradient block below which its columns are split too: d_y is read and written once per block of rows."""
-PAIRS, WIDTH = (64 if INTERPRETED else 4), 256
-"""Of the kernels that read features once: pairs of a program, and how much of their features at a time."""
-MERGED_TILES, MERGED = 32, 64
+PAIRS, WIDTH = (256 if INTERPRETED else 4), 256
+"""Of the kernels that read features once: pairs of a program, and how much of their features at a time. Large in the
+interpreter, which takes the same time for each operation, whatever its size."""
+MERGED_TILES, MERGED = 32, (512 if INTERPRETED else 64)
 """Partial sums that are merged at a time, and the rows or columns of a program that does it."""
-PAIR_BLOCK = 128
+PAIR_BLOCK = 512 if INTERPRETED else 128
 """Pairs of a program that makes their losses."""
 
 

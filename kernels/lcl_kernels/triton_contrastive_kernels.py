@@ -114,6 +114,7 @@ def merge_sums_kernel(
     most = largest_similarity(scale, x_norm, y_norm)
     bounded = most <= safe_bound
     tiles = tl.where(bounded, bounded_tiles, other_tiles)
+    common_top = tl.where(bounded, most, float("-inf"))
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     at = sums + k.to(tl.int64) * SUMS
     known = (k < length) & (first == 0)
@@ -128,7 +129,7 @@ def merge_sums_kernel(
         inside = (t < tiles)[:, None] & (k < length)[None, :]
         place = parts + t.to(tl.int64)[:, None] * SUMS * length + k[None, :]
         part_top = tl.load(place, mask=inside & (bounded == 0), other=float("-inf"))
-        part_top = tl.where(inside & bounded, most, part_top)
+        part_top = tl.where(inside, tl.maximum(part_top, common_top), float("-inf"))
         part = tl.load(place + length, mask=inside, other=0.0)
         larger = tl.maximum(top, tl.max(part_top, 0))
         reference = tl.maximum(larger, -3.0e38)
@@ -158,7 +159,8 @@ def side_of_pair(top, total, others, positive, size, POSITIVES: tl.constexpr):
     odds = total * half * half
     far = gap * 0.6931471805599453 + tl.log(total + tl.exp2(-tl.maximum(gap, 0.0)))
     loss = tl.where(odds < 1.0e30, log1p_exact(odds), far)
-    slope = tl.where(odds < 1.0e30, -odds / (1.0 + odds), -1.0)
+    odds = tl.minimum(odds, 1.0e30)
+    slope = -odds / (1.0 + odds)
     lse = positive + loss * 1.4426950408889634
     if POSITIVES:
         loss += ((size - 1.0) * positive - others) * 0.6931471805599453 / size
@@ -273,12 +275,12 @@ def similarity_gradient_kernel(
         )  # fmt: skip
         r = row_tile * ROWS + tl.arange(0, ROWS)
         c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-        at_row = row_terms + r * (1 + POSITIVES)
-        at_column = column_terms + c * (1 + POSITIVES)
         s = product * factor
         if FROM_ROWS:
+            at_row = row_terms + r * (1 + POSITIVES)
             g = tl.exp2(s - tl.load(at_row, mask=r < rows, other=float("inf"))[:, None])
         if FROM_COLUMNS:
+            at_column = column_terms + c * (1 + POSITIVES)
             of_columns = tl.exp2(s - tl.load(at_column, mask=c < columns, other=float("inf"))[None, :])
             if FROM_ROWS:
                 g += of_columns
