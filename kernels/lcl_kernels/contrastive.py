@@ -48,6 +48,8 @@ from lcl_kernels.similarity import Block, BlockFunctions, Kind, OwnPairs, PairLo
 Normalize = Literal["global", "per_rank"]
 SameGroup = Literal["ignore", "positive"]
 GROUP_DTYPES = [torch.int64, torch.int32]
+LEAST_WEIGHT = torch.finfo(torch.float64).tiny
+"""Divisor where all weights are 0."""
 
 
 @overload
@@ -367,16 +369,11 @@ def _weights(
     own = pair_weight.detach().double()
     _check_weights(own)
     if normalize == "per_rank":
-        own = own / _or_one(own.sum())
+        own = own / own.sum().clamp(min=LEAST_WEIGHT)
     everyone = gather_rows(own, ranks)
-    largest = _or_one(everyone.amax() if ranks.total else own.sum())
-    unit = 0.5 * largest / (_or_one(everyone.sum()) if normalize == "global" else 1.0)
-    return (own / largest).to(scale.dtype), unit.to(scale.dtype)
-
-
-def _or_one(number: Tensor) -> Tensor:
-    """A divisor of nothing."""
-    return torch.where(number > 0, number, 1.0)
+    largest = (everyone.amax() if ranks.total else everyone.sum()).clamp(min=LEAST_WEIGHT)
+    whole = everyone.sum().clamp(min=LEAST_WEIGHT) if normalize == "global" else 1.0
+    return (own / largest).to(scale.dtype), (0.5 * largest / whole).to(scale.dtype)
 
 
 def _losses(walk: _Walk) -> PairLosses:

@@ -58,34 +58,29 @@ def statistics(block: Block, rows: Tensor, columns: Tensor, *, first: bool, work
         if first:
             clear(rows, kind)
         return
-    tiles = {bounded: tile_on(_statistics_tile(block, bounded), x, y) for bounded in (True, False)}
-    least = [min(tile[side] for tile in tiles.values()) for side in (0, 1)]
-    limits = _statistics_limits(len(y), least, kind, workspace_mb)
-    most_rows = largest_chunk(len(x), *limits)
-    row_parts = block.scale.new_empty(triton.cdiv(len(y), least[1]) * kind.sums * most_rows)
-    column_parts = block.scale.new_empty(triton.cdiv(most_rows, least[0]) * kind.sums * len(y))
+    tile = tile_on("statistics_crowded" if kind.highest or kind.positives else "statistics", x, y)
+    limits = _statistics_limits(len(y), tile, kind, workspace_mb)
+    most_rows, column_tiles = largest_chunk(len(x), *limits), triton.cdiv(len(y), tile.columns)
+    row_parts = block.scale.new_empty(column_tiles * kind.sums * most_rows)
+    column_parts = block.scale.new_empty(triton.cdiv(most_rows, tile.rows) * kind.sums * len(y))
     bound = (block.scale, block.x_norm.amax(), torch.linalg.vector_norm(y, dim=1, dtype=torch.float32).amax())
     for chunk in row_chunks(len(x), *limits):
-        for bounded, tile in tiles.items():
+        for bounded in (True, False):
             _launch(
                 similarity_statistics_kernel, tile, x[chunk], y,
                 (*bound, *_groups(block, chunk, slice(None)), row_parts, column_parts), (chunk.start, SAFE_BOUND),
-                DIAGONAL=block.diagonal, BOUNDED=bounded, SUMS=kind.sums,
+                DIAGONAL=block.diagonal and not kind.ignored, BOUNDED=bounded, SUMS=kind.sums,
                 IGNORED=kind.ignored, POSITIVES=kind.positives, HIGHEST=kind.highest,
             )  # fmt: skip
-        height = chunk.stop - chunk.start
-        of_rows = [triton.cdiv(len(y), tile.columns) for tile in tiles.values()]
-        of_columns = [triton.cdiv(height, tile.rows) for tile in tiles.values()]
-        _merge(row_parts, rows[chunk], bound, of_rows, first, kind)
-        _merge(column_parts, columns, bound, of_columns, chunk.start == 0, kind)
+        row_tiles = triton.cdiv(chunk.stop - chunk.start, tile.rows)
+        _merge(row_parts, rows[chunk], bound, column_tiles, first, kind)
+        _merge(column_parts, columns, bound, row_tiles, chunk.start == 0, kind)
 
 
-def _merge(
-    parts: Tensor, sums: Tensor, bound: tuple[Tensor, ...], tiles: list[int], first: bool, kind: Kind
-) -> None:
-    """Adds the parts of all tiles, whose number depends on whether all |S| are bounded, to `sums`."""
+def _merge(parts: Tensor, sums: Tensor, bound: tuple[Tensor, ...], tiles: int, first: bool, kind: Kind) -> None:
+    """Adds the parts of all tiles to `sums`."""
     merge_sums_kernel[(triton.cdiv(len(sums), MERGED),)](
-        parts, sums, *bound, len(sums), *tiles, SAFE_BOUND, int(first),
+        parts, sums, *bound, len(sums), tiles, SAFE_BOUND, int(first),
         HIGHEST=kind.highest, POSITIVES=kind.positives, SUMS=kind.sums, TILES=MERGED_TILES, BLOCK=MERGED,
     )  # fmt: skip
 
@@ -136,8 +131,9 @@ def gradients(
     tile = tile_on("gradient", x, y)
     parts = list(_gradient_parts(len(x), len(y), x.itemsize, tile, workspace_mb))
     room = x.new_empty(max((down.stop - down.start) * stride for down, _, stride in parts))
-    sums = block.scale.new_empty(len(parts), programs_on(x, tile))
-    for (down, across, stride), part_sums in zip(parts, sums, strict=True):
+    tiles = [_tiles_of(down, tile.rows) * _tiles_of(across, tile.columns) for down, across, _ in parts]
+    sums = block.scale.new_empty(sum(tiles))
+    for (down, across, stride), part_sums in zip(parts, sums.split(tiles), strict=True):
         gradient = room[: (down.stop - down.start) * stride].view(-1, stride)[:, : across.stop - across.start]
         _launch(
             similarity_gradient_kernel, tile, x[down], y[across],
@@ -150,14 +146,14 @@ def gradients(
                 part_sums,
             ),
             (down.start - across.start,),
-            DIAGONAL=block.diagonal, IGNORED=kind.ignored, POSITIVES=kind.positives,
+            DIAGONAL=block.diagonal and not kind.ignored, IGNORED=kind.ignored, POSITIVES=kind.positives,
             FROM_ROWS=row_terms is not None, FROM_COLUMNS=column_terms is not None,
         )  # fmt: skip
         if d_x is not None:
             matmul_(d_x[down], gradient, y[across], accumulate=True)
         if d_y is not None:
             matmul_(d_y[across], gradient.t(), x[down], accumulate=True)
-    return sums.flatten()
+    return sums
 
 
 def _gradient_parts(
@@ -169,6 +165,10 @@ def _gradient_parts(
         stride = triton.cdiv(across.stop - across.start, 64) * 64
         for down in row_chunks(rows, stride * itemsize, workspace_mb, tile.rows):
             yield down, across, stride
+
+
+def _tiles_of(part: slice, length: int) -> int:
+    return int(triton.cdiv(part.stop - part.start, length))
 
 
 def _launch(
@@ -197,13 +197,7 @@ def _groups(block: Block, rows: slice, columns: slice) -> tuple[Tensor | None, T
     return block.x_groups[rows], block.y_groups[columns]
 
 
-def _statistics_tile(block: Block, bounded: bool) -> str:
-    """The tile setting of a variant of the kernel, by the registers that it takes."""
-    return "statistics" if bounded else "statistics_two"
-
-
-def _statistics_limits(columns: int, least: list[int], kind: Kind, workspace_mb: float) -> tuple[int, float, int]:
-    """Bytes per row, workspace in MB and multiple for `row_chunks`: a tile, at least as large as `least`, has sums for
-    each of its rows and columns."""
-    numbers = columns // least[1] + columns // least[0]
-    return max(1, 4 * kind.sums * numbers), workspace_mb, least[0]
+def _statistics_limits(columns: int, tile: Tile, kind: Kind, workspace_mb: float) -> tuple[int, float, int]:
+    """Bytes per row, workspace in MB and multiple for `row_chunks`: every row and column of a tile has its sums."""
+    numbers = columns // tile.columns + columns // tile.rows
+    return max(1, 4 * kind.sums * numbers), workspace_mb, tile.rows

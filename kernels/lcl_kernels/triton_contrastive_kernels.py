@@ -37,6 +37,14 @@ def largest_similarity(scale, x_norm, y_norm):
 
 
 @triton.jit
+def on_diagonal(row_tile, column_tile, diagonal, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Whether a tile has pairs that stand for themselves, in column row + diagonal. The others need no look for them,
+    which would take registers."""
+    first = row_tile * ROWS + diagonal - column_tile * COLUMNS
+    return (first < COLUMNS) & (first > -ROWS)
+
+
+@triton.jit
 def similarity_statistics_kernel(
     x, y, scale, x_norm, y_norm, x_groups, y_groups, row_parts, column_parts,
     rows, columns, width, stride_x, stride_y, diagonal, safe_bound,
@@ -67,7 +75,8 @@ def similarity_statistics_kernel(
         c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
         counted = (r[:, None] < rows) & (c[None, :] < columns)
         if DIAGONAL:
-            counted = counted & (r[:, None] + diagonal != c[None, :])
+            if on_diagonal(row_tile, column_tile, diagonal, ROWS, COLUMNS):
+                counted = counted & (r[:, None] + diagonal != c[None, :])
         of_row = row_parts + column_tile.to(tl.int64) * SUMS * rows + r
         of_column = column_parts + row_tile.to(tl.int64) * SUMS * columns + c
         s = product * factor
@@ -106,14 +115,13 @@ def similarity_statistics_kernel(
 
 @triton.jit
 def merge_sums_kernel(
-    parts, sums, scale, x_norm, y_norm, length, bounded_tiles, other_tiles, safe_bound, first,
+    parts, sums, scale, x_norm, y_norm, length, tiles, safe_bound, first,
     HIGHEST: tl.constexpr, POSITIVES: tl.constexpr, SUMS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sums [length, SUMS] (as if of nothing if `first`) and parts [tiles, SUMS, length] of the same rows or columns
     together, TILES parts at a time, always in one order."""
     most = largest_similarity(scale, x_norm, y_norm)
     bounded = most <= safe_bound
-    tiles = tl.where(bounded, bounded_tiles, other_tiles)
     common_top = tl.where(bounded, most, float("-inf"))
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     at = sums + k.to(tl.int64) * SUMS
@@ -158,9 +166,9 @@ def side_of_pair(top, total, others, positive, size, POSITIVES: tl.constexpr):
     half = tl.exp2(0.5 * tl.minimum(gap, 245.0))  # in two steps, so that only a huge product can overflow
     odds = total * half * half
     far = gap * 0.6931471805599453 + tl.log(total + tl.exp2(-tl.maximum(gap, 0.0)))
-    loss = tl.where(odds < 1.0e30, log1p_exact(odds), far)
-    odds = tl.minimum(odds, 1.0e30)
-    slope = -odds / (1.0 + odds)
+    bounded = tl.minimum(odds, 1.0e30)
+    loss = tl.where(odds < 1.0e30, log1p_exact(bounded), far)
+    slope = -bounded / (1.0 + bounded)
     lse = positive + loss * 1.4426950408889634
     if POSITIVES:
         loss += ((size - 1.0) * positive - others) * 0.6931471805599453 / size
@@ -262,11 +270,10 @@ def similarity_gradient_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """The gradient G of `BlockFunctions.gradients`, from rows, columns or both; per program its sum of G * (x . y)."""
+    """The gradient G of `BlockFunctions.gradients`, from rows, columns or both; per tile the sum of G * (x . y)."""
     row_tiles = tl.cdiv(rows, ROWS)
     column_tiles = tl.cdiv(columns, COLUMNS)
     factor = tl.load(scale) * 1.4426950408889634
-    weighted_sum = 0.0
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS, flatten=True):
         row_tile, column_tile = tile_position(tile, row_tiles, column_tiles, GROUP)
         product = tile_product(
@@ -287,21 +294,25 @@ def similarity_gradient_kernel(
             else:
                 g = of_columns
         counted = (r[:, None] < rows) & (c[None, :] < columns)
+        if DIAGONAL:
+            counted = counted & (r[:, None] + diagonal != c[None, :])
         if IGNORED or POSITIVES:
             x_group = tl.load(x_groups + r, mask=r < rows, other=-1)
             y_group = tl.load(y_groups + c, mask=c < columns, other=-1)
             same = x_group[:, None] == y_group[None, :]
         if IGNORED:
             counted = counted & (same == 0)
-        if POSITIVES and FROM_ROWS:
-            share = tl.load(at_row + 1, mask=r < rows, other=0.0)
-            g -= tl.where(same, share[:, None], 0.0)
-        if POSITIVES and FROM_COLUMNS:
-            share = tl.load(at_column + 1, mask=c < columns, other=0.0)
-            g -= tl.where(same, share[None, :], 0.0)
-        if DIAGONAL:
-            counted = counted & (r[:, None] + diagonal != c[None, :])
+        if POSITIVES:
+            if FROM_ROWS:
+                row_share = tl.load(at_row + 1, mask=r < rows, other=0.0)[:, None]
+            if FROM_COLUMNS:
+                column_share = tl.load(at_column + 1, mask=c < columns, other=0.0)[None, :]
+            if FROM_ROWS and FROM_COLUMNS:
+                g -= tl.where(same, row_share + column_share, 0.0)
+            elif FROM_ROWS:
+                g -= tl.where(same, row_share, 0.0)
+            else:
+                g -= tl.where(same, column_share, 0.0)
         g = tl.where(counted, g, 0.0)
-        weighted_sum += tl.sum(g * product)
+        tl.store(weighted_sums + tile, tl.sum(g * product))
         gradient.store([row_tile * ROWS, column_tile * COLUMNS], round_to(g, gradient.dtype, UPCAST))
-    tl.store(weighted_sums + tl.program_id(0), weighted_sum)
