@@ -132,11 +132,10 @@ def contrastive_loss(
 
     - same_group="ignore": they are left out of each other's softmax, in rows and columns;
     - same_group="positive": they are positives of each other (UniCL, arXiv 2204.03610; SupCon, arXiv 2004.11362).
-      Instead of -log softmax_j(S_ij)[i] stands the mean of -log softmax_j(S_ij)[p] over all p of the group of i, i among
-      them; likewise in columns.
+      l_i then has the mean of -log softmax_j(S_ij)[p] over all p of the group of i, i among them; likewise in columns.
 
-    With `pair_weight` w the means are sum(w_i l_i) / sum(w_i), 0 where the weights sum to 0. A weight is that of the own
-    loss of a pair; as a negative of others it counts as ever.
+    With `pair_weight` w the means become sum(w_i l_i) / sum(w_i), 0 where the weights sum to 0. The weight of a pair is
+    that of its own loss; as a negative of others it counts as ever.
 
     OpenCLIP's logit_bias has no counterpart here: a number added to all S cancels in the softmax. Leave it out.
 
@@ -157,14 +156,15 @@ def contrastive_loss(
             want gradients, or none. After the first call nobody notices when ranks differ in their options.
         exchange: "gather" collects y of all ranks at once, "ring" passes it on block by block in less memory, "auto"
             gathers inside one machine and takes the ring across machines.
-        return_statistics: also return `PairStatistics` of the own pairs; on every rank or on none. It costs a maximum per
-            row and column of a tile of S, and no pass of its own.
+        return_statistics: also return `PairStatistics` of the own pairs; on every rank or on none. This takes a maximum
+            per row and column of a tile of S, and no pass of its own.
         backend: "auto" (Triton on a GPU, torch elsewhere and for float64), "triton" or "torch".
         workspace_mb: bound of the similarities kept at a time (one row at least); None: 1024 on a GPU, 128 on a CPU.
 
     Returns:
         A scalar in float32 (float64 for float64 features); 0, attached to the graph, on a rank without pairs. With
-        `return_statistics` (loss, PairStatistics). Gradients have the dtype of their inputs. The same inputs on the same ranks give the same bits.
+        `return_statistics` (loss, PairStatistics). Gradients have the dtype of their inputs. The same inputs on the
+        same ranks give the same bits.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not match, here or between ranks; a DTensor; an unusable option or
@@ -408,7 +408,7 @@ def _gradients(walk: _Walk, losses: PairLosses, detach: str, wanted: _Wanted) ->
         d_block = d_y if own else d_y.new_zeros(y.shape)
         targets = d_x if wanted.x else None, d_block if wanted.y or ranks.world_size > 1 else None
         if detach == "none" or (detach == "remote" and own):
-            steps = [(row_terms, of_block, *targets)]
+            steps: list[tuple[Tensor | None, ...]] = [(row_terms, of_block, *targets)]
         else:  # own rows act on own x alone, and columns on the y of their owners
             steps = [(row_terms, None, targets[0], None), (None, of_block, None, targets[1])]
         for rows, columns, to_x, to_y in steps:

@@ -20,6 +20,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from lcl_kernels._common import compute_dtype
+
 
 class PairStatistics(NamedTuple):
     """What `contrastive_loss` tells about the own pairs, [m] each, without gradients."""
@@ -29,7 +31,11 @@ class PairStatistics(NamedTuple):
     similarity: Tensor
     """x_i . y_i, not multiplied by the scale; dtype as `pair_loss`."""
     x_first: Tensor
-    """bool: whether S_ii is larger than S_ij for every negative y_j, so that x_i finds y_i. The mean is recall@1."""
+    """bool: whether S_ii is larger than S_ij for every negative y_j, so that x_i finds y_i. The mean is recall@1.
+
+    Pairs of one group are no negatives of each other. A positive that equals a negative, but for rounding (2e-6 |x_i|
+    |y_i| in float32), is not first; one without negatives is.
+    """
     y_first: Tensor
     """bool: the same among the S_ji of all negative x_j."""
 
@@ -134,8 +140,12 @@ class BlockFunctions(Protocol):
         """
 
 
-ROUNDING = 16
-"""A positive has to beat its negatives by so many units in the last place of |x_i| |y_i|."""
+def rounding_of(x: Tensor) -> float:
+    """What a positive has to beat its negatives by, as a fraction of |x_i| |y_i|: sums of the same products differ by
+    so much where they are made in another order."""
+    if x.dtype == torch.float32 and x.is_cuda and torch.get_float32_matmul_precision() != "highest":
+        return 2.0**-9  # TF32
+    return 16 * torch.finfo(compute_dtype(x.dtype)).eps
 
 
 def clear(sums: Tensor, kind: Kind) -> None:

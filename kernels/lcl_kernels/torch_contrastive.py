@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from lcl_kernels._common import exclusive_cross_entropy, largest_chunk, matmul_, row_chunks
-from lcl_kernels.similarity import ROUNDING, Block, Kind, OwnPairs, PairLosses, clear, merge
+from lcl_kernels.similarity import Block, Kind, OwnPairs, PairLosses, clear, merge, rounding_of
 
 
 def pair_products(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,12 +36,14 @@ def _sums_of(logits: Tensor, room: Tensor, same: Tensor | None, kind: Kind) -> t
     """Sums of the rows and of the columns of `logits`, which this destroys; `same` marks pairs of one group."""
     of_rows, of_columns = (logits.new_zeros(n, kind.sums) for n in logits.shape)
     if kind.positives:
-        torch.where(same, logits, logits.new_zeros(()), out=room)  # type: ignore[call-overload]
+        torch.where(cast(Tensor, same), logits, logits.new_zeros(()), out=room)
         of_rows[:, -1], of_columns[:, -1] = room.sum(1), room.sum(0)
     if kind.ignored:
-        logits.masked_fill_(same, -torch.inf)  # type: ignore[arg-type]
+        logits.masked_fill_(cast(Tensor, same), -torch.inf)
     if kind.highest:
-        negatives = room.copy_(logits).masked_fill_(same, -torch.inf) if kind.positives else logits  # type: ignore[arg-type]
+        negatives = logits
+        if kind.positives:
+            negatives = room.copy_(logits).masked_fill_(cast(Tensor, same), -torch.inf)
         of_rows[:, 2], of_columns[:, 2] = negatives.amax(1), negatives.amax(0)
     lowest = torch.finfo(logits.dtype).min
     of_rows[:, 0], of_columns[:, 0] = logits.amax(1), logits.amax(0)
@@ -80,8 +83,7 @@ def _side(
         terms.append(weight / pairs.group_size)
     first = None
     if pairs.kind.highest:
-        rounding = ROUNDING * torch.finfo(positive.dtype).eps * pairs.x_norm * pairs.y_norm * pairs.scale.abs()
-        first = positive - sums[:, 2] > rounding
+        first = positive - sums[:, 2] > rounding_of(pairs.x) * pairs.x_norm * pairs.y_norm * pairs.scale.abs()
     return loss, weight * slope, torch.stack(terms, 1), first
 
 
@@ -110,9 +112,9 @@ def gradients(
                 gradient.add_(part)
         if block.kind.positives:
             for term in _given(row_terms, column_terms, chunk):
-                gradient.sub_(torch.mul(same, term[..., 1], out=room))  # type: ignore[arg-type]
+                gradient.sub_(torch.mul(cast(Tensor, same), term[..., 1], out=room))
         if block.kind.ignored:
-            gradient.masked_fill_(same, 0.0)  # type: ignore[arg-type]
+            gradient.masked_fill_(cast(Tensor, same), 0.0)
         if block.diagonal:
             gradient[:, chunk].fill_diagonal_(0.0)
         d_scale += torch.mul(cosines, gradient, out=room).sum()
@@ -141,7 +143,7 @@ def _chunks(block: Block, rooms: int, workspace_mb: float) -> Iterator[tuple[sli
         height, same = chunk.stop - chunk.start, None
         if same_room is not None:
             same = same_room[:height]
-            torch.eq(block.x_groups[chunk].unsqueeze(1), block.y_groups, out=same)  # type: ignore[index, arg-type]
+            torch.eq(cast(Tensor, block.x_groups)[chunk].unsqueeze(1), cast(Tensor, block.y_groups), out=same)
             if block.diagonal:
                 same[:, chunk].fill_diagonal_(False)
         yield chunk, room[:, :height], same

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from lcl_kernels._common import INTERPRETED, largest_chunk, matmul_, row_chunks
-from lcl_kernels.similarity import ROUNDING, Block, Kind, OwnPairs, PairLosses, clear
+from lcl_kernels.similarity import Block, Kind, OwnPairs, PairLosses, clear, rounding_of
 from lcl_kernels.tiles import LOG2E, Tile, launch_options, operand, precision_of, programs_on, tile_on
 from lcl_kernels.triton_contrastive_kernels import (
     merge_sums_kernel,
@@ -91,19 +91,17 @@ def pair_losses(pairs: OwnPairs, rows: Tensor, columns: Tensor) -> PairLosses:
     m, weighted = len(like), isinstance(pairs.weight, Tensor)
     loss, d_scale, of_row, of_column = (torch.empty_like(like) for _ in range(4))
     terms = [like.new_empty(m, 1 + kind.positives) for _ in range(2)]
-    pair_loss, *first = (
-        (torch.empty_like(like), *(like.new_empty(m, dtype=torch.bool) for _ in range(2)))
-        if kind.highest
-        else (None, None, None)
-    )
+    known: list[Any] = [None, None, None]
+    if kind.highest:
+        known = [like.new_empty(m, dtype=dtype) for dtype in (like.dtype, torch.bool, torch.bool)]
     pair_losses_kernel[(triton.cdiv(m, PAIR_BLOCK),)](
         rows, columns, pairs.scale, like, pairs.x_norm, pairs.y_norm,
         pairs.weight if weighted else None, pairs.group_size,
-        loss, d_scale, *terms, of_row, of_column, pair_loss, *first,
-        m, len(columns), 0.0 if weighted else pairs.weight, ROUNDING * torch.finfo(like.dtype).eps,
+        loss, d_scale, *terms, of_row, of_column, *known,
+        m, len(columns), 0.0 if weighted else pairs.weight, rounding_of(pairs.x),
         WEIGHTED=weighted, HIGHEST=kind.highest, POSITIVES=kind.positives, SUMS=kind.sums, BLOCK=PAIR_BLOCK,
     )  # fmt: skip
-    return PairLosses(loss, d_scale, *terms, of_row, of_column, pair_loss, *first)
+    return PairLosses(loss, d_scale, *terms, of_row, of_column, *known)
 
 
 def pair_gradients(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,7 +74,7 @@ def similarity_statistics_kernel(
         r = row_tile * ROWS + tl.arange(0, ROWS)
         c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
         counted = (r[:, None] < rows) & (c[None, :] < columns)
-        if DIAGONAL:
+        if DIAGONAL:  # noqa: SIM102 - this is known when compiling, the next is not
             if on_diagonal(row_tile, column_tile, diagonal, ROWS, COLUMNS):
                 counted = counted & (r[:, None] + diagonal != c[None, :])
         of_row = row_parts + column_tile.to(tl.int64) * SUMS * rows + r
@@ -265,8 +265,8 @@ def pair_gradients_kernel(
 def similarity_gradient_kernel(
     x, y, scale, x_groups, y_groups, row_terms, column_terms, gradient, weighted_sums,
     rows, columns, width, stride_x, stride_y, diagonal,
-    DIAGONAL: tl.constexpr, FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr, IGNORED: tl.constexpr, POSITIVES: tl.constexpr,
-    X_DESCRIPTOR: tl.constexpr, Y_DESCRIPTOR: tl.constexpr,
+    DIAGONAL: tl.constexpr, FROM_ROWS: tl.constexpr, FROM_COLUMNS: tl.constexpr,
+    IGNORED: tl.constexpr, POSITIVES: tl.constexpr, X_DESCRIPTOR: tl.constexpr, Y_DESCRIPTOR: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
