@@ -75,13 +75,27 @@ TILES: dict[str, dict[int | str, Tile]] = {
         AMPERE: Tile(128, 128, 32, 8, 3),
         HIP: Tile(128, 128, 32, 8, 2),
     },
+    # With two exponentials, because |S| is not bounded.
+    "statistics_two": {
+        BLACKWELL: Tile(128, 128, 64, 8, 3),
+        HOPPER: Tile(128, 128, 64, 8, 3, programs=2),
+        AMPERE: Tile(128, 128, 32, 8, 3),
+        HIP: Tile(128, 128, 32, 8, 2),
+    },
     # With maxima or sums of several positives, which take registers.
     "statistics_crowded": {
+        BLACKWELL: Tile(128, 64, 64, 8, 3),
         HOPPER: Tile(128, 128, 64, 8, 3),
         AMPERE: Tile(128, 128, 32, 8, 3),
         HIP: Tile(128, 128, 32, 8, 2),
     },
     "gradient": {HOPPER: Tile(128, 128, 64, 8, 3), AMPERE: Tile(128, 64, 32, 8, 3), HIP: Tile(128, 128, 32, 8, 2)},
+    # With several positives.
+    "gradient_crowded": {
+        HOPPER: Tile(128, 128, 64, 8, 3),
+        AMPERE: Tile(64, 64, 32, 8, 3),
+        HIP: Tile(128, 128, 32, 8, 2),
+    },
     # Where an operand's rows are not aligned; addresses then take registers.
     POINTERS: {HOPPER: Tile(64, 128, 32, 8, 3), AMPERE: Tile(64, 128, 32, 8, 3), HIP: Tile(64, 128, 32, 8, 2)},
 }

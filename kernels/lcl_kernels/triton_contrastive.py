@@ -58,29 +58,31 @@ def statistics(block: Block, rows: Tensor, columns: Tensor, *, first: bool, work
         if first:
             clear(rows, kind)
         return
-    tile = tile_on("statistics_crowded" if kind.highest or kind.positives else "statistics", x, y)
-    limits = _statistics_limits(len(y), tile, kind, workspace_mb)
-    most_rows, column_tiles = largest_chunk(len(x), *limits), triton.cdiv(len(y), tile.columns)
-    row_parts = block.scale.new_empty(column_tiles * kind.sums * most_rows)
-    column_parts = block.scale.new_empty(triton.cdiv(most_rows, tile.rows) * kind.sums * len(y))
+    tiles = {bounded: tile_on(_statistics_tile(kind, bounded), x, y) for bounded in (True, False)}
+    rows_of_tile, columns_of_tile = (min(tile[side] for tile in tiles.values()) for side in (0, 1))
+    limits = _statistics_limits(len(y), rows_of_tile, columns_of_tile, kind, workspace_mb)
+    most_rows = largest_chunk(len(x), *limits)
+    row_parts = block.scale.new_empty(triton.cdiv(len(y), columns_of_tile) * kind.sums * most_rows)
+    column_parts = block.scale.new_empty(triton.cdiv(most_rows, rows_of_tile) * kind.sums * len(y))
     bound = (block.scale, block.x_norm.amax(), torch.linalg.vector_norm(y, dim=1, dtype=torch.float32).amax())
     for chunk in row_chunks(len(x), *limits):
-        for bounded in (True, False):
+        for bounded, tile in tiles.items():
             _launch(
                 similarity_statistics_kernel, tile, x[chunk], y,
                 (*bound, *_groups(block, chunk, slice(None)), row_parts, column_parts), (chunk.start, SAFE_BOUND),
                 DIAGONAL=block.diagonal and not kind.ignored, BOUNDED=bounded, SUMS=kind.sums,
                 IGNORED=kind.ignored, POSITIVES=kind.positives, HIGHEST=kind.highest,
             )  # fmt: skip
-        row_tiles = triton.cdiv(chunk.stop - chunk.start, tile.rows)
-        _merge(row_parts, rows[chunk], bound, column_tiles, first, kind)
-        _merge(column_parts, columns, bound, row_tiles, chunk.start == 0, kind)
+        across = [triton.cdiv(len(y), tile.columns) for tile in tiles.values()]
+        down = [_tiles_of(chunk, tile.rows) for tile in tiles.values()]
+        _merge(row_parts, rows[chunk], bound, across, first, kind)
+        _merge(column_parts, columns, bound, down, chunk.start == 0, kind)
 
 
-def _merge(parts: Tensor, sums: Tensor, bound: tuple[Tensor, ...], tiles: int, first: bool, kind: Kind) -> None:
-    """Adds the parts of all tiles to `sums`."""
+def _merge(parts: Tensor, sums: Tensor, bound: tuple[Tensor, ...], tiles: list[int], first: bool, kind: Kind) -> None:
+    """Adds the parts of all tiles to `sums`; there are so many `tiles` where all |S| are bounded, and elsewhere."""
     merge_sums_kernel[(triton.cdiv(len(sums), MERGED),)](
-        parts, sums, *bound, len(sums), tiles, SAFE_BOUND, int(first),
+        parts, sums, *bound, len(sums), *tiles, SAFE_BOUND, int(first),
         HIGHEST=kind.highest, POSITIVES=kind.positives, SUMS=kind.sums, TILES=MERGED_TILES, BLOCK=MERGED,
     )  # fmt: skip
 
@@ -90,18 +92,18 @@ def pair_losses(pairs: OwnPairs, rows: Tensor, columns: Tensor) -> PairLosses:
     kind, like = pairs.kind, pairs.similarity
     m, weighted = len(like), isinstance(pairs.weight, Tensor)
     loss, d_scale, of_row, of_column = (torch.empty_like(like) for _ in range(4))
-    terms = [like.new_empty(m, 1 + kind.positives) for _ in range(2)]
+    row_terms, column_terms = (like.new_empty(m, 1 + kind.positives) for _ in range(2))
     known: list[Any] = [None, None, None]
     if kind.highest:
         known = [like.new_empty(m, dtype=dtype) for dtype in (like.dtype, torch.bool, torch.bool)]
     pair_losses_kernel[(triton.cdiv(m, PAIR_BLOCK),)](
         rows, columns, pairs.scale, like, pairs.x_norm, pairs.y_norm,
         pairs.weight if weighted else None, pairs.group_size,
-        loss, d_scale, *terms, of_row, of_column, *known,
+        loss, d_scale, row_terms, column_terms, of_row, of_column, *known,
         m, len(columns), 0.0 if weighted else pairs.weight, rounding_of(pairs.x),
         WEIGHTED=weighted, HIGHEST=kind.highest, POSITIVES=kind.positives, SUMS=kind.sums, BLOCK=PAIR_BLOCK,
     )  # fmt: skip
-    return PairLosses(loss, d_scale, *terms, of_row, of_column, *known)
+    return PairLosses(loss, d_scale, row_terms, column_terms, of_row, of_column, *known)
 
 
 def pair_gradients(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,7 +128,7 @@ def gradients(
     x, y, kind = block.x, block.y, block.kind
     if not (len(x) and len(y)):
         return block.scale.new_zeros(1)
-    tile = tile_on("gradient", x, y)
+    tile = tile_on("gradient_crowded" if kind.positives else "gradient", x, y)
     parts = list(_gradient_parts(len(x), len(y), x.itemsize, tile, workspace_mb))
     room = x.new_empty(max((down.stop - down.start) * stride for down, _, stride in parts))
     tiles = [_tiles_of(down, tile.rows) * _tiles_of(across, tile.columns) for down, across, _ in parts]
@@ -195,7 +197,16 @@ def _groups(block: Block, rows: slice, columns: slice) -> tuple[Tensor | None, T
     return block.x_groups[rows], block.y_groups[columns]
 
 
-def _statistics_limits(columns: int, tile: Tile, kind: Kind, workspace_mb: float) -> tuple[int, float, int]:
+def _statistics_tile(kind: Kind, bounded: bool) -> str:
+    """The tile setting of a variant of the kernel, by the registers that it takes."""
+    if kind.highest or kind.positives:
+        return "statistics_crowded"
+    return "statistics" if bounded else "statistics_two"
+
+
+def _statistics_limits(
+    columns: int, rows_of_tile: int, columns_of_tile: int, kind: Kind, workspace_mb: float
+) -> tuple[int, float, int]:
     """Bytes per row, workspace in MB and multiple for `row_chunks`: every row and column of a tile has its sums."""
-    numbers = columns // tile.columns + columns // tile.rows
-    return max(1, 4 * kind.sums * numbers), workspace_mb, tile.rows
+    numbers = columns // columns_of_tile + columns // rows_of_tile
+    return max(1, 4 * kind.sums * numbers), workspace_mb, rows_of_tile

@@ -115,13 +115,14 @@ def similarity_statistics_kernel(
 
 @triton.jit
 def merge_sums_kernel(
-    parts, sums, scale, x_norm, y_norm, length, tiles, safe_bound, first,
+    parts, sums, scale, x_norm, y_norm, length, bounded_tiles, other_tiles, safe_bound, first,
     HIGHEST: tl.constexpr, POSITIVES: tl.constexpr, SUMS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sums [length, SUMS] (as if of nothing if `first`) and parts [tiles, SUMS, length] of the same rows or columns
     together, TILES parts at a time, always in one order."""
     most = largest_similarity(scale, x_norm, y_norm)
     bounded = most <= safe_bound
+    tiles = tl.where(bounded, bounded_tiles, other_tiles)
     common_top = tl.where(bounded, most, float("-inf"))
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     at = sums + k.to(tl.int64) * SUMS
