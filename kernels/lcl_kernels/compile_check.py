@@ -134,6 +134,7 @@ def compile_all(target: str) -> list[dict[str, Any]]:
     with _compiling_for(target, rows):
         _launch_linear_cross_entropy()
         _launch_contrastive()
+        _launch_sigmoid()
     return rows
 
 
@@ -296,6 +297,20 @@ def _launch_pair_losses(kind: Kind) -> None:
             x, x, torch.ones(()), numbers, numbers, numbers, weight, numbers if kind.positives else None, kind
         )
         triton_contrastive.pair_losses(pairs, sums[0], sums)
+
+
+def _launch_sigmoid() -> None:
+    from lcl_kernels import triton_sigmoid_contrastive
+    from lcl_kernels.sigmoid_negatives import Block
+
+    for dtype, width in ((torch.bfloat16, 768), (torch.bfloat16, 771), (torch.float16, 768), (torch.float32, 768)):
+        x, scale, d_x = torch.zeros(256, width, dtype=dtype), torch.ones(()), torch.zeros(256, width)
+        for diagonal in (True, False):
+            for gradients in (True, False):
+                block = Block(x, x, scale, scale, diagonal)
+                triton_sigmoid_contrastive.negatives(
+                    block, gradients=gradients, d_x=d_x, want_y=True, workspace_mb=64.0
+                )
 
 
 if __name__ == "__main__":

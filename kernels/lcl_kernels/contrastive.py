@@ -21,14 +21,11 @@ from lcl_kernels import torch_contrastive
 from lcl_kernels._common import (
     DTYPES,
     Backend,
-    check_dtypes,
     check_same,
     compute_dtype,
-    first_derivative_only,
     operand_dtype,
     refuse_dtensor,
     resolve_workspace,
-    scaled,
     separate_rows,
     use_triton,
     wants_gradients,
@@ -43,6 +40,7 @@ from lcl_kernels.exchange import (
     meet,
     send_rows_home,
 )
+from lcl_kernels.pairs import check_pairs, define_operators, kept, operator_of
 from lcl_kernels.similarity import Block, BlockFunctions, Kind, OwnPairs, PairLosses, PairStatistics
 
 Normalize = Literal["global", "per_rank"]
@@ -173,19 +171,18 @@ def contrastive_loss(
 
     Every rank of the group has to call it, with the same options.
     """
-    _check(x, y, logit_scale, normalize, exchange)
-    _check_pairs(x, group_ids, same_group, pair_weight)
+    check_pairs(x, y, exchange, logit_scale=logit_scale)
+    if normalize not in ("global", "per_rank"):
+        raise ValueError(f"normalize must be 'global' or 'per_rank', not {normalize!r}")
+    _check_groups_and_weights(x, group_ids, same_group, pair_weight)
     wanted = wants_gradients(x, y, logit_scale)
-    name = group_name(group)
-    waits = counts is None and name != "" and dist.get_world_size(group) > 1
-    operator = torch.ops.lcl_kernels.contrastive_waiting if waits else torch.ops.lcl_kernels.contrastive
-    results = operator(
+    results = operator_of("contrastive", group, counts)(
         x,
         y,
         logit_scale,
         group_ids,
         pair_weight,
-        name,
+        group_name(group),
         normalize,
         "keys" if detach_keys else "remote" if detach_remote else "none",
         same_group,
@@ -261,62 +258,29 @@ def _contrastive(
         walk = _Walk(pairs, groups, ranks, FeatureBlocks(right, ranks), backend, workspace_mb)
         losses = _losses(walk)
         loss = unit * losses.weighted.sum()
-        gradients = [scale.new_empty(0) for _ in wanted]
+        gradients: list[Tensor | None] = [None, None, None]
         if ranks.wants_gradients:
             made = _gradients(walk, losses, detach, wanted)
             factors = (unit * scale, unit * scale, unit)
             gradients = [
-                gradient.mul_(factor) if want else nothing
-                for gradient, factor, want, nothing in zip(made, factors, wanted, gradients, strict=True)
+                gradient.mul_(factor) if want else None
+                for gradient, factor, want in zip(made, factors, wanted, strict=True)
             ]
     known = [losses.pair_loss, pairs.similarity, losses.x_first, losses.y_first] if statistics else []
     known = known or [scale.new_empty(0, dtype=dtype) for dtype in _statistics_dtypes(scale.dtype)]
-    return (loss, *gradients, *known)  # type: ignore[return-value]
+    return (loss, *kept(gradients, wanted, [x, y, logit_scale]), *known)  # type: ignore[return-value]
 
 
 def _statistics_dtypes(dtype: torch.dtype) -> list[torch.dtype]:
     return [dtype, dtype, torch.bool, torch.bool]
 
 
-def _fake(x, y, logit_scale, *arguments):  # type: ignore[no-untyped-def]
-    statistics, (want_x, want_y, want_scale) = arguments[-6], arguments[-3:]
-    dtype = compute_dtype(x.dtype)
-    return (
-        x.new_empty((), dtype=dtype),
-        x.new_empty(x.shape if want_x else (0,), dtype=dtype),
-        x.new_empty(y.shape if want_y else (0,), dtype=dtype),
-        x.new_empty(() if want_scale else (0,), dtype=dtype),
-        *(x.new_empty(x.shape[0] if statistics else 0, dtype=kind) for kind in _statistics_dtypes(dtype)),
-    )
+def _fake_statistics(x: Tensor, *arguments: Any) -> list[Tensor]:
+    rows = len(x) if arguments[-6] else 0
+    return [x.new_empty(rows, dtype=dtype) for dtype in _statistics_dtypes(compute_dtype(x.dtype))]
 
 
-def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.wanted, ctx.inputs = inputs[-3:], len(inputs)
-    ctx.like = [(t.dtype, t.shape) for t in inputs[:3]]
-    ctx.save_for_backward(*output[1:4])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-@first_derivative_only
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients: list[Tensor | None] = [None] * ctx.inputs
-    if grad is not None:
-        for i, (gradient, want, like) in enumerate(zip(ctx.saved_tensors, ctx.wanted, ctx.like, strict=True)):
-            gradients[i] = scaled(gradient, grad, like[0]).reshape(like[1]) if want else None
-    return tuple(gradients)
-
-
-def _register(name: str, tags: Sequence[torch.Tag]) -> None:
-    operator = torch.library.custom_op(f"lcl_kernels::{name}", _contrastive, mutates_args=(), tags=tags)
-    operator.register_fake(_fake)
-    operator.register_autograd(_backward, setup_context=_context)
-
-
-_register("contrastive", [])
-# Where the ranks have to tell each other their counts the host waits for the device, which no CUDA graph can hold.
-# Tags belong to an operator and not to a call, hence two names.
-_register("contrastive_waiting", [torch.Tag.cudagraph_unsafe])
+define_operators("contrastive", _contrastive, 3, _fake_statistics)
 
 
 class _Wanted(NamedTuple):
@@ -419,23 +383,7 @@ def _gradients(walk: _Walk, losses: PairLosses, detach: str, wanted: _Wanted) ->
     return d_x, home.finish(), torch.cat(d_scale).sum()
 
 
-def _check(x: Tensor, y: Tensor, logit_scale: Tensor, normalize: str, exchange: str) -> None:
-    refuse_dtensor(x=x, y=y, logit_scale=logit_scale)
-    if x.dim() != 2 or x.shape != y.shape:
-        raise ValueError(f"x and y must both be [m, D], got {list(x.shape)} and {list(y.shape)}")
-    check_dtypes(x=x, y=y)
-    if not isinstance(logit_scale, Tensor) or logit_scale.numel() != 1 or not logit_scale.is_floating_point():
-        raise ValueError("logit_scale must be a floating point tensor of one element, the multiplier itself")
-    if logit_scale.dtype not in DTYPES:
-        check_dtypes(logit_scale=logit_scale)
-    check_same("device", x=x, y=y, logit_scale=logit_scale)
-    if normalize not in ("global", "per_rank"):
-        raise ValueError(f"normalize must be 'global' or 'per_rank', not {normalize!r}")
-    if exchange not in ("auto", "gather", "ring"):
-        raise ValueError(f"exchange must be 'auto', 'gather' or 'ring', not {exchange!r}")
-
-
-def _check_pairs(x: Tensor, group_ids: Tensor | None, same_group: str, pair_weight: Tensor | None) -> None:
+def _check_groups_and_weights(x: Tensor, group_ids: Tensor | None, same_group: str, pair_weight: Tensor | None) -> None:
     refuse_dtensor(group_ids=group_ids, pair_weight=pair_weight)
     check_same("device", x=x, group_ids=group_ids, pair_weight=pair_weight)
     if same_group not in ("ignore", "positive"):

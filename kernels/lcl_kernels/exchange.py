@@ -120,11 +120,17 @@ def _introduce(
     if len({row[2] for row in table}) > 1:
         calls: list[str] = [""] * len(table)
         dist.all_gather_object(calls, call, group=group)
-        listing = "; ".join(f"rank {rank}: {call}" for rank, call in enumerate(calls))
+        listing = "; ".join(f"rank {_listed(calls, call)}: {call}" for call in dict.fromkeys(calls))
         raise ValueError(f"{function} was called differently by the ranks of the group: {listing}")
     assert group is not None
     _SEVERAL_HOSTS[group] = len({row[3] for row in table}) > 1
     return [row[0] for row in table], any(row[1] for row in table)
+
+
+def _listed(calls: list[str], call: str) -> str:
+    """The first rank with this call, and how many more there are."""
+    more = calls.count(call) - 1
+    return f"{calls.index(call)}{f' and {more} more' if more else ''}"
 
 
 def _machine() -> str:
