@@ -260,20 +260,19 @@ def _launch_linear_cross_entropy() -> None:
 
 
 def _launch_contrastive() -> None:
-    plain = Kind()
-    kinds = [plain, Kind(highest=True), Kind(ignored=True), Kind(ignored=True, highest=True)]
-    kinds += [Kind(positives=True), Kind(positives=True, highest=True)]
-    for kind in kinds:
+    plain, crowded = Kind(), Kind(positives=True, highest=True)
+    for kind in (plain, Kind(highest=True), Kind(ignored=True), crowded):
         _launch_pair_losses(kind)
         for diagonal in (True, False):
-            _launch_block(torch.bfloat16, 768, diagonal, kind)
-    for dtype, width in ((torch.bfloat16, 771), (torch.float16, 768), (torch.float32, 768)):
-        for kind in (plain, kinds[-1]):
-            for diagonal in (True, False):
-                _launch_block(dtype, width, diagonal, kind)
+            _launch_block(torch.bfloat16, 768, diagonal, kind, one_sided=kind in (plain, crowded))
+            if kind in (plain, crowded):
+                _launch_block(torch.bfloat16, 771, diagonal, kind)
+                _launch_block(torch.float32, 768, diagonal, kind)
+    for diagonal in (True, False):
+        _launch_block(torch.float16, 768, diagonal, plain)
 
 
-def _launch_block(dtype: torch.dtype, width: int, diagonal: bool, kind: Kind) -> None:
+def _launch_block(dtype: torch.dtype, width: int, diagonal: bool, kind: Kind, one_sided: bool = False) -> None:
     from lcl_kernels import triton_contrastive
 
     x, norms, groups = torch.zeros(256, width, dtype=dtype), torch.zeros(256), torch.zeros(256, dtype=torch.int32)
@@ -284,7 +283,7 @@ def _launch_block(dtype: torch.dtype, width: int, diagonal: bool, kind: Kind) ->
     triton_contrastive.statistics(block, rows, columns, first=True, workspace_mb=64.0)
     d_x, d_y = triton_contrastive.pair_gradients(x, x, norms, norms)
     terms = torch.zeros(256, 1 + kind.positives)
-    for from_rows, from_columns in ((terms, terms), (terms, None), (None, terms)):
+    for from_rows, from_columns in ((terms, terms), (terms, None), (None, terms))[: 3 if one_sided else 1]:
         triton_contrastive.gradients(block, from_rows, from_columns, d_x=d_x, d_y=d_y, workspace_mb=64.0)
 
 

@@ -227,45 +227,25 @@ def _contrastive(
         "pair_weight": pair_weight is not None,
         "statistics": statistics,
     }
-    ranks = meet(
-        x,
-        group_name,
-        "contrastive_loss",
-        options,
-        exchange=exchange,
-        counts=counts,
-        wants_gradients=any(wanted),
-    )
-    kind = Kind(
-        ignored=group_ids is not None and same_group == "ignore",
-        positives=group_ids is not None and same_group == "positive",
-        highest=statistics,
-    )
-    with torch.autocast(x.device.type, enabled=False):
+    common: dict[str, Any] = {"exchange": exchange, "counts": counts, "wants_gradients": any(wanted)}
+    ranks = meet(x, group_name, "contrastive_loss", options, **common)
+    kind = Kind.of(None if group_ids is None else same_group, statistics)
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         scale = logit_scale.to(compute_dtype(x.dtype)).reshape(())
         left, right = (separate_rows(t.to(operand_dtype(t)).contiguous()) for t in (x, y))
         groups, group_sizes = _groups(group_ids, ranks)
+        group_sizes = group_sizes.to(scale.dtype) if group_sizes is not None and kind.positives else None
         weight, unit = _weights(pair_weight, normalize, ranks, scale)
-        pairs = OwnPairs(
-            left,
-            right,
-            scale,
-            *backend.pair_products(left, right, scale.dtype),
-            weight,
-            group_sizes.to(scale.dtype) if group_sizes is not None and kind.positives else None,
-            kind,
-        )
+        products = backend.pair_products(left, right, scale.dtype)
+        pairs = OwnPairs(left, right, scale, *products, weight, group_sizes, kind)
         walk = _Walk(pairs, groups, ranks, FeatureBlocks(right, ranks), backend, workspace_mb)
         losses = _losses(walk)
         loss = unit * losses.weighted.sum()
         gradients: list[Tensor | None] = [None, None, None]
         if ranks.wants_gradients:
-            made = _gradients(walk, losses, detach, wanted)
-            factors = (unit * scale, unit * scale, unit)
-            gradients = [
-                gradient.mul_(factor) if want else None
-                for gradient, factor, want in zip(made, factors, wanted, strict=True)
-            ]
+            d_x, d_y, d_scale = _gradients(walk, losses, detach, wanted)
+            of_features = unit * scale
+            gradients = [d_x.mul_(of_features), d_y.mul_(of_features), d_scale.mul_(unit)]
     known = [losses.pair_loss, pairs.similarity, losses.x_first, losses.y_first] if statistics else []
     known = known or [scale.new_empty(0, dtype=dtype) for dtype in _statistics_dtypes(scale.dtype)]
     return (loss, *kept(gradients, wanted, [x, y, logit_scale]), *known)  # type: ignore[return-value]

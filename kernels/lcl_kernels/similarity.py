@@ -50,6 +50,10 @@ class Kind(NamedTuple):
     highest: bool = False
     """The largest negative of each row and column is wanted."""
 
+    @classmethod
+    def of(cls, same_group: str | None, statistics: bool) -> Kind:
+        return cls(ignored=same_group == "ignore", positives=same_group == "positive", highest=statistics)
+
     @property
     def sums(self) -> int:
         """Numbers kept for each row and column."""
