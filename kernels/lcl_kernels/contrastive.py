@@ -365,6 +365,9 @@ def _gradients(walk: _Walk, losses: PairLosses, detach: str, wanted: _Wanted) ->
 
 def _check_groups_and_weights(x: Tensor, group_ids: Tensor | None, same_group: str, pair_weight: Tensor | None) -> None:
     refuse_dtensor(group_ids=group_ids, pair_weight=pair_weight)
+    for name, given in (("group_ids", group_ids), ("pair_weight", pair_weight)):
+        if given is not None and not isinstance(given, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(given).__name__}")
     check_same("device", x=x, group_ids=group_ids, pair_weight=pair_weight)
     if same_group not in ("ignore", "positive"):
         raise ValueError(f"same_group must be 'ignore' or 'positive', not {same_group!r}")

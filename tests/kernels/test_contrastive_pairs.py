@@ -173,7 +173,7 @@ def brute_force(x, y, scale, groups):
 def test_statistics_equal_brute_force(same_group, scale):
     x, y = pairs(70, noise=2.0)
     y = math.copysign(1.0, scale) * y
-    ids, weights = group_ids(m=70), pair_weight(m=70)
+    ids, weights = group_ids("int32", m=70), pair_weight(m=70)
     options = {} if same_group is None else {"group_ids": ids, "same_group": same_group}
     x = leaf(x)
     loss, statistics = contrastive_loss(
@@ -302,6 +302,8 @@ def test_unusable_arguments_are_named():
     refused("group_ids must be", group_ids=ids[:, None])
     refused("group_ids must be .* of torch.float32", group_ids=ids.float())
     refused("group_ids must be .* of torch.bool", group_ids=ids > 0)
+    refused("group_ids must be a tensor, got list", group_ids=ids.tolist())
+    refused("pair_weight must be a tensor, got float", pair_weight=1.0)
     refused("devices do not match: x .*, group_ids meta", group_ids=ids.to("meta"))
     refused("same_group must be 'ignore' or 'positive', not 'negative'", group_ids=ids, same_group="negative")
     refused("same_group='positive' needs group_ids", same_group="positive")
