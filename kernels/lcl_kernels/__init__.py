@@ -13,8 +13,10 @@ from lcl_kernels.reference import (
     reference_sigmoid_contrastive_loss,
 )
 from lcl_kernels.sigmoid_contrastive import sigmoid_contrastive_loss
+from lcl_kernels.similarity import PairStatistics
 
 __all__ = [
+    "PairStatistics",
     "TokenStatistics",
     "contrastive_loss",
     "linear_cross_entropy",

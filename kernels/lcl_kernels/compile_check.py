@@ -25,6 +25,8 @@ from unittest import mock
 
 import torch
 
+from lcl_kernels.similarity import Block, Kind, OwnPairs
+
 
 class Multiprocessor(NamedTuple):
     """What one multiprocessor (AMD: compute unit) has for the programs that run on it at the same time."""
@@ -258,15 +260,42 @@ def _launch_linear_cross_entropy() -> None:
 
 
 def _launch_contrastive() -> None:
+    plain, crowded = Kind(), Kind(positives=True, highest=True)
+    for kind in (plain, Kind(highest=True), Kind(ignored=True), crowded):
+        _launch_pair_losses(kind)
+        for diagonal in (True, False):
+            _launch_block(torch.bfloat16, 768, diagonal, kind, one_sided=kind in (plain, crowded))
+            if kind in (plain, crowded):
+                _launch_block(torch.bfloat16, 771, diagonal, kind)
+                _launch_block(torch.float32, 768, diagonal, kind)
+    for diagonal in (True, False):
+        _launch_block(torch.float16, 768, diagonal, plain)
+
+
+def _launch_block(dtype: torch.dtype, width: int, diagonal: bool, kind: Kind, one_sided: bool = False) -> None:
     from lcl_kernels import triton_contrastive
 
-    for dtype, width in ((torch.bfloat16, 768), (torch.bfloat16, 771), (torch.float16, 768), (torch.float32, 768)):
-        x, scale, shift = torch.zeros(256, width, dtype=dtype), torch.ones(()), torch.zeros(256)
-        for diagonal in (True, False):
-            options: dict[str, Any] = {"diagonal": diagonal, "workspace_mb": 64.0}
-            triton_contrastive.statistics(x, x, scale, **options)
-            d_x = torch.zeros(256, width)
-            triton_contrastive.gradients(x, x, scale, shift, shift, d_x=d_x, want_y=True, **options)
+    x, norms, groups = torch.zeros(256, width, dtype=dtype), torch.zeros(256), torch.zeros(256, dtype=torch.int32)
+    grouped = groups if kind.ignored or kind.positives else None
+    block = Block(x, x, torch.ones(()), norms, grouped, grouped, diagonal, kind)
+    rows, columns = (torch.zeros(256, kind.sums) for _ in range(2))
+    triton_contrastive.pair_products(x, x, torch.float32)
+    triton_contrastive.statistics(block, rows, columns, first=True, workspace_mb=64.0)
+    d_x, d_y = triton_contrastive.pair_gradients(x, x, norms, norms)
+    terms = torch.zeros(256, 1 + kind.positives)
+    for from_rows, from_columns in ((terms, terms), (terms, None), (None, terms))[: 3 if one_sided else 1]:
+        triton_contrastive.gradients(block, from_rows, from_columns, d_x=d_x, d_y=d_y, workspace_mb=64.0)
+
+
+def _launch_pair_losses(kind: Kind) -> None:
+    from lcl_kernels import triton_contrastive
+
+    x, numbers, sums = torch.zeros(256, 64), torch.ones(256), torch.zeros(4, 256, kind.sums)
+    for weight in (1.0, numbers):
+        pairs = OwnPairs(
+            x, x, torch.ones(()), numbers, numbers, numbers, weight, numbers if kind.positives else None, kind
+        )
+        triton_contrastive.pair_losses(pairs, sums[0], sums)
 
 
 def _launch_sigmoid() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lcl_kernels.similarity import PairStatistics
 
 
 def reference_linear_cross_entropy(
@@ -56,7 +58,11 @@ def reference_contrastive_loss(
     normalize: Literal["global", "per_rank"] = "global",
     detach_remote: bool = False,
     detach_keys: bool = False,
-) -> Tensor:
+    group_ids: Tensor | None = None,
+    same_group: Literal["ignore", "positive"] = "ignore",
+    pair_weight: Tensor | None = None,
+    return_statistics: bool = False,
+) -> Any:
     """One rank's share of the symmetric InfoNCE loss, from the pairs of all ranks in one process.
 
     Args:
@@ -64,10 +70,12 @@ def reference_contrastive_loss(
         logit_scale: the multiplier, one element.
         counts: pairs per rank; None: one rank has them all.
         rank: whose share to return. The sum of the shares is what training minimises.
-        normalize, detach_remote, detach_keys: as in `contrastive_loss`.
+        group_ids, pair_weight: [M], of all ranks like the features, or None.
+        normalize, detach_remote, detach_keys, same_group, return_statistics: as in `contrastive_loss`.
 
     Returns:
-        A scalar, 0 for a rank without pairs. The loss of LCL (arXiv 2406.07543) and CLIP (arXiv 2103.00020).
+        A scalar, 0 for a rank without pairs. The loss of LCL (arXiv 2406.07543) and CLIP (arXiv 2103.00020). With
+        `return_statistics` (loss, PairStatistics).
     """
     counts = [len(x)] if counts is None else counts
     start = sum(counts[:rank])
@@ -76,13 +84,29 @@ def reference_contrastive_loss(
         local = torch.zeros(len(x), 1, dtype=torch.bool, device=x.device)
         local[own] = True
         x, y = x.where(local, x.detach()), y.where(local, y.detach())
-    scale = logit_scale.reshape(())
+    scale, similarity = logit_scale.reshape(()), (x * y).sum(1)
     rows, columns = scale * x @ y.T, scale * y @ x.T
     if detach_keys:
         rows, columns = scale * x @ y.detach().T, scale * y @ x.detach().T
-    both = F.cross_entropy(rows[own], own, reduction="sum") + F.cross_entropy(columns[own], own, reduction="sum")
-    pairs = len(x) if normalize == "global" else len(own)
-    return both / (2 * max(pairs, 1))
+    itself = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    same = itself if group_ids is None else group_ids[:, None] == group_ids
+    left_out, positives = (same & ~itself, itself) if same_group == "ignore" else (itself & ~itself, same)
+    losses = [_mean_over_positives(side.masked_fill(left_out, -math.inf), positives)[own] for side in (rows, columns)]
+    loss = (losses[0] + losses[1]) / 2
+    weight = torch.ones_like(similarity) if pair_weight is None else pair_weight.to(x.dtype)
+    total = (weight if normalize == "global" else weight[own]).sum()
+    share = (weight[own] * loss).sum() / torch.where(total > 0, total, 1)
+    if not return_statistics:
+        return share
+    positive = (scale * similarity).unsqueeze(1)
+    first = [(positive > side.masked_fill(same, -math.inf)).all(1)[own] for side in (rows, columns)]
+    return share, PairStatistics(loss.detach(), similarity.detach()[own], *first)
+
+
+def _mean_over_positives(logits: Tensor, positives: Tensor) -> Tensor:
+    """The mean of -log softmax over the positives of each row."""
+    costs = -logits.log_softmax(1)
+    return costs.where(positives, 0).sum(1) / positives.sum(1)
 
 
 def reference_sigmoid_contrastive_loss(

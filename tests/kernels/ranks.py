@@ -34,6 +34,8 @@ class Case(NamedTuple):
     exchange: str = "gather"
     backend: str = "torch"
     detach_keys: bool = False
+    same_group: str | None = None  # None: without group_ids
+    weighted: bool = False
 
 
 CASES = [
@@ -65,6 +67,21 @@ CASES += [
     for counts in COUNTS
     for detach_remote, dtype, exchange in ((False, torch.float64, "gather"), (True, torch.float32, "ring"))
 ]
+CASES += [
+    Case(counts, normalize, detach_remote, 14.3, dtype, exchange, "torch", detach_keys, same_group, weighted)
+    for counts in COUNTS
+    for normalize, detach_remote, dtype, exchange, detach_keys, same_group, weighted in (
+        ("global", False, torch.float64, "gather", False, "ignore", False),
+        ("global", False, torch.float64, "ring", False, "positive", True),
+        ("per_rank", True, torch.float64, "gather", False, "positive", True),
+        ("per_rank", False, torch.float32, "ring", True, "ignore", True),
+    )
+]
+CASES += [
+    Case(counts, "global", False, 14.3, torch.float32, exchange, "triton", False, same_group, True)
+    for counts in [(3, 4), (5, 0, 3, 1)]
+    for exchange, same_group in (("gather", "positive"), ("ring", "ignore"))
+]
 
 
 def runs_of(case: Case) -> int:
@@ -81,6 +98,15 @@ def features(case: Case | SigmoidCase) -> tuple[Tensor, Tensor]:
     return x, y
 
 
+def extras(case: Case) -> dict[str, Tensor]:
+    """Groups [M] that reach over ranks, and weights [M] of which the first is 0, of all ranks, as far as given."""
+    m, generator = sum(case.counts), torch.Generator().manual_seed(1)
+    ids = torch.randint(0, max(1, m // 2), (m,), generator=generator)
+    weights = torch.rand(m, generator=generator)
+    weights[:1] = 0.0
+    return ({"group_ids": ids} if case.same_group else {}) | ({"pair_weight": weights} if case.weighted else {})
+
+
 def own_slice(counts: tuple[int, ...], rank: int) -> slice:
     start = sum(counts[:rank])
     return slice(start, start + counts[rank])
@@ -92,13 +118,16 @@ def run_case(case: Case, rank: int, group: Any) -> list[Tensor]:
     x, y = (leaf(t[own]) for t in features(case))
     scale = torch.tensor([case.scale], dtype=torch.float32, requires_grad=True)
     options: dict[str, Any] = {**case._asdict(), "group": group, "workspace_mb": 1e-4}
-    for key in ("counts", "scale", "dtype"):
+    for key in ("counts", "scale", "dtype", "weighted"):
         del options[key]
-    loss = contrastive_loss(x, y, scale, **options)
+    options["same_group"] = case.same_group or "ignore"
+    options |= {key: tensor[own] for key, tensor in extras(case).items()}
+    result = contrastive_loss(x, y, scale, **options, return_statistics=case.same_group is not None)
+    loss, known = (result, []) if case.same_group is None else result
     loss.backward()
     with torch.no_grad():
         assert torch.equal(loss, contrastive_loss(x, y, scale, **options, counts=case.counts))
-    return [loss.detach(), x.grad, y.grad, scale.grad]
+    return [loss.detach(), x.grad, y.grad, scale.grad, *known]
 
 
 def some_ranks_want_no_gradient(rank: int) -> list[Tensor]:
@@ -157,6 +186,9 @@ MISMATCHES: list[dict[str, Any]] = [
     {"normalize": "per_rank"},
     {"detach_remote": True},
     {"exchange": "ring"},
+    {"group_ids": torch.tensor([1, 1])},
+    {"pair_weight": torch.ones(2)},
+    {"return_statistics": True},
 ]
 
 
