@@ -111,12 +111,13 @@ def test_inductor():
 @pytest.mark.parametrize("gradients", [(True, True, False), (False, False, False)])
 def test_the_linear_operators_keep_the_rules_of_torch(gradients, backend):
     hidden, weight, labels = linear_inputs(6)
-    settings = (-100, None, 1e-3, 20.0, 0.1, True, backend == "triton", 1.0)
+    settings = (1, -100, None, 1e-3, 20.0, 0.1, True, True, torch.float32, backend == "triton", 1.0)
     leaves = [leaf(hidden), leaf(weight), None, labels] if any(gradients) else [hidden, weight, None, labels]
+    leaves += [torch.rand(labels.shape), torch.rand(len(weight))]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    operator = torch.ops.lcl_kernels.linear_cross_entropy_sum
+    operator = torch.ops.lcl_kernels.linear_cross_entropy_sum_waiting
     torch.library.opcheck(operator, (*leaves, None, *settings, *gradients), test_utils=checks)
-    torch.library.opcheck(torch.ops.lcl_kernels.linear_cross_entropy_rows, (*leaves, *settings), test_utils=checks)
+    torch.library.opcheck(torch.ops.lcl_kernels.linear_cross_entropy_rows_waiting, (*leaves, *settings), test_utils=checks)
 
 
 def test_the_contrastive_operator_keeps_the_rules_of_torch(backend):

@@ -355,9 +355,9 @@ def test_unusable_arguments_are_named(monkeypatch):
 
     refused("weight is empty: under ZeRO-3", hidden, torch.empty(0), labels)
     refused("weight is empty", hidden, weight[:0], labels)
-    refused(r"hidden must be \[N, H\]", hidden[:, :8], weight, labels)
-    refused(r"hidden must be \[N, H\]", hidden[None], weight, labels)
-    refused(r"labels must be \[N\] = \[23\], got \[22\]", hidden, weight, labels[1:])
+    refused(r"hidden must be \[\.\.\., H\]", hidden[:, :8], weight, labels)
+    refused(r"labels must have the dimensions of hidden but the last, \[1, 23\]", hidden[None], weight, labels)
+    refused(r"labels must have the dimensions .* \[23\], got \[22\]", hidden, weight, labels[1:])
     refused("bias must be", hidden, weight, labels, bias=bias[1:])
     refused("labels must be int64", hidden, weight, labels.float())
     refused("hidden must have one of the dtypes float32, .*, got torch.int64", hidden.long(), weight, labels)
