@@ -296,14 +296,15 @@ def _launch(
     if STORE:
         assert buffers.exponentials is not None
         exponentials = operand(buffers.exponentials[: len(x)], (tile.rows, tile.columns))[0]
+    class_weight = inputs.class_weight if SUM_LOGITS or HAS_EXCESS else None
     programs = programs_on(x, tile)
     exp_logits_kernel[(programs,)](
         left, right, inputs.bias, part.labels, buffers.target, buffers.anchor, buffers.marked, buffers.share,
-        buffers.excess, inputs.class_weight, exponentials, buffers.sums, buffers.tops, buffers.logit_sums,
+        buffers.excess, class_weight, exponentials, buffers.sums, buffers.tops, buffers.logit_sums,
         buffers.higher, buffers.best, buffers.best_class,
         len(x), len(inputs.weight), x.shape[1], stride_h, stride_w, options.softcap or 0.0, LIMIT,
         HAS_BIAS=inputs.bias is not None, HAS_SOFTCAP=options.softcap is not None, HAS_EXCESS=HAS_EXCESS,
-        HAS_CLASS_WEIGHT=inputs.class_weight is not None,
+        HAS_CLASS_WEIGHT=class_weight is not None,
         STORE=STORE, SUMS=SUMS, TOPS=TOPS, SUM_LOGITS=SUM_LOGITS, RANK=RANK, PREDICT=PREDICT, RETRY=RETRY,
         H_DESCRIPTOR=h_descriptor, W_DESCRIPTOR=w_descriptor,
         ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, GROUP=tile.group, PROGRAMS=programs,

@@ -76,15 +76,16 @@ def target_logits_kernel(
     valid = i < count
     row = tl.load(rows + i, mask=valid, other=0).to(tl.int64)
     label = tl.load(labels + i, mask=valid, other=0).to(tl.int64)
-    z = tl.zeros((ROWS,), dtype=tl.float32)
+    products = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for start in range(0, width, BLOCK):
         k = start + tl.arange(0, BLOCK)
         inside = valid[:, None] & (k[None, :] < width)
         h = tl.load(hidden + row[:, None] * stride_h + k[None, :], mask=inside, other=0.0)
         w = tl.load(weight + label[:, None] * stride_w + k[None, :], mask=inside, other=0.0)
-        z += tl.sum(h.to(tl.float32) * w.to(tl.float32), 1)
+        products += h.to(tl.float32) * w.to(tl.float32)
         if GATHER:
             tl.store(x + i.to(tl.int64)[:, None] * width + k[None, :], h, mask=inside)
+    z = tl.sum(products, 1)
     if HAS_BIAS:
         z += tl.load(bias + label, mask=valid, other=0.0).to(tl.float32)
     if HAS_SOFTCAP:

@@ -163,7 +163,8 @@ def test_statistics_on_request():
     assert torch.allclose(statistics.z_loss, 0.1 * lse.square().sum() / counted.sum())
     assert torch.allclose(loss - statistics.z_loss, linear_cross_entropy(hidden, weight, labels, bias=bias))
     assert loss.requires_grad
-    assert not any(tensor.requires_grad for tensor in statistics)
+    assert not any(tensor.requires_grad for tensor in statistics[:4])
+    assert statistics.predicted is None
     row_loss, of_rows = linear_cross_entropy(hidden, weight, labels, reduction="none", **options)
     assert torch.equal(statistics.row_loss, row_loss)
     assert torch.allclose(of_rows.z_loss, 0.1 * lse.square(), atol=1e-6)
