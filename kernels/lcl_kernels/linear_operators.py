@@ -128,10 +128,10 @@ def _inputs(
     return Inputs(
         hidden=hidden.to(settings.dtype).reshape(-1, hidden.shape[-1]),
         weight=weight.to(settings.dtype),
-        bias=None if bias is None else bias.to(settings.dtype),
+        bias=None if bias is None else bias.to(settings.dtype).contiguous(),
         labels=labels.reshape(-1),
         token_weight=None if token_weight is None else token_weight.to(dtype).reshape(-1),
-        class_weight=None if class_weight is None else class_weight.to(dtype),
+        class_weight=None if class_weight is None else class_weight.to(dtype).contiguous(),
         lse_grad=None if lse_grad is None else lse_grad.to(dtype).reshape(-1),
     )
 
@@ -177,9 +177,7 @@ def _of_positions(result: Tensor, labels: Tensor, shift: int) -> Tensor:
     return result[..., : max(0, labels.shape[-1] - shift)].contiguous() if shift else result
 
 
-def _fake_rows(
-    hidden: Tensor, labels: Tensor, settings: Settings
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_rows(hidden: Tensor, labels: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = compute_dtype(settings.dtype)
     shape = [*labels.shape]
     if settings.shift:
@@ -268,9 +266,7 @@ def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 @first_derivative_only
-def _rows_backward(
-    ctx: Any, row_grad: Tensor | None, lse_grad: Tensor | None, *_: Any
-) -> tuple[Tensor | None, ...]:
+def _rows_backward(ctx: Any, row_grad: Tensor | None, lse_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None] * ctx.inputs
     if row_grad is None and lse_grad is None:
         return tuple(gradients)
@@ -285,7 +281,9 @@ def _rows_backward(
     return tuple(gradients)
 
 
-def _upstream_weights(row_grad: Tensor | None, token_weight: Tensor | None, labels: Tensor, settings: Settings) -> Tensor:
+def _upstream_weights(
+    row_grad: Tensor | None, token_weight: Tensor | None, labels: Tensor, settings: Settings
+) -> Tensor:
     """[...], what the gradient of each label's loss is multiplied with: a weight known only in backward."""
     dtype = compute_dtype(settings.dtype)
     if row_grad is None:

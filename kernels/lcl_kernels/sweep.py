@@ -37,6 +37,8 @@ class Wanted(NamedTuple):
 class Inputs(NamedTuple):
     """Of N rows; hidden, weight and bias have one dtype, weights of the loss have its compute dtype.
 
+    What has one entry for each class is contiguous, everything else may have any strides.
+
     The loss of row i is, with y its label, t = `token_weight`, c = `class_weight` and e the label smoothing,
     t_i ((1 - e) c_y (lse - z_y) + e / V sum_j c_j (lse - z_j) + z_loss lse^2). Gradients are those of its sum over the
     rows that count, plus `lse_grad` times lse.

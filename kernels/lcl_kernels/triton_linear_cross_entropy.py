@@ -81,21 +81,13 @@ def _stride(vector: Tensor | None) -> int:
     return 0 if vector is None else vector.stride(0)
 
 
-def sweep(
-    inputs: Inputs, counted: Counted, options: Options, wanted: Wanted, rows_made: RowResults
-) -> Gradients:
+def sweep(inputs: Inputs, counted: Counted, options: Options, wanted: Wanted, rows_made: RowResults) -> Gradients:
     """See `torch_linear_cross_entropy.sweep`. Everything is enqueued; nothing waits for the device."""
     gradients = empty_gradients(inputs, counted, wanted)
     n = len(counted.rows)
     if n == 0:
         return gradients
-    contiguous = [None if t is None else t.contiguous() for t in (inputs.bias, inputs.class_weight)]
-    inputs = inputs._replace(
-        hidden=separate_rows(inputs.hidden),
-        weight=separate_rows(inputs.weight),
-        bias=contiguous[0],
-        class_weight=contiguous[1],
-    )
+    inputs = inputs._replace(hidden=separate_rows(inputs.hidden), weight=separate_rows(inputs.weight))
     call = _Call(inputs, counted, options, wanted, rows_made, gradients)
     buffers: _Buffers | None = None
     for chunk in row_chunks(n, *_limits(call)):
@@ -153,10 +145,19 @@ def _tile(inputs: Inputs, options: Options) -> Tile:
 
 def _limits(call: _Call) -> tuple[int, float, int]:
     """Bytes per row, workspace in MB and the multiple of rows for `row_chunks`."""
-    options, hidden = call.options, call.inputs.hidden
-    stored = _padded(len(call.inputs.weight)) * hidden.itemsize if any(call.wanted) else 0
+    options = call.options
     partials = 2 + (options.label_smoothing > 0) + options.statistics + 2 * options.predicted
-    return stored + 4 * partials * call.column_tiles, options.workspace_mb, MOST_ROWS
+    stored, itemsize = any(call.wanted), call.inputs.hidden.itemsize
+    return (
+        bytes_per_row(len(call.inputs.weight), itemsize, stored, partials, call.column_tiles),
+        options.workspace_mb,
+        MOST_ROWS,
+    )
+
+
+def bytes_per_row(vocab: int, itemsize: int, stored: bool, partials: int, column_tiles: int) -> int:
+    """Of the exponentials, where they are stored, and of so many partial results for each tile of columns."""
+    return _padded(vocab) * itemsize * stored + 4 * partials * column_tiles
 
 
 def _padded(vocab: int) -> int:

@@ -294,7 +294,9 @@ def finish_rows_kernel(
     total = others + of_target
     cross_entropy = tl.where(odds < 1.0e30, log1p(odds), gap + tl.log(total))
     # Far above the target, the reference is near the log-sum-exp, and finite where the target is -inf.
-    log_sum = tl.where(gap > far, reference * 0.6931471805599453 + tl.log(total), z * 0.6931471805599453 + cross_entropy)
+    log_sum = tl.where(
+        gap > far, reference * 0.6931471805599453 + tl.log(total), z * 0.6931471805599453 + cross_entropy
+    )
 
     weight_label = 1.0
     mean_weight = 1.0

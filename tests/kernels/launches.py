@@ -27,7 +27,9 @@ NO_LAUNCH = {
     "resolve_conj", "resolve_neg", "select", "slice", "squeeze", "t", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view",
 }  # fmt: skip
 COPY_IF_NEEDED = {"to", "reshape", "contiguous"}
-WIDTH, VOCAB = 16, 1001
+ROWS, WIDTH, VOCAB = 16, 16, 130
+WORKSPACE_MB = 13_120 / 2**20
+"""Of ROWS rows of logits and partial sums, whatever the options."""
 run_kernel = GridExecutor.__call__
 
 
@@ -71,8 +73,8 @@ def launches(step: Callable[[], Any]) -> Counter[str]:
 
 
 def linear_step(chunks: int, ignored: bool = False, **options: Any) -> Counter[str]:
-    """A step of `linear_cross_entropy` in so many chunks of 128 rows, the number of counted rows being known."""
-    rows, statistics = 128 * chunks, options.get("return_statistics", False)
+    """A step of `linear_cross_entropy` in so many chunks, the number of counted rows being known."""
+    rows, statistics = ROWS * chunks, options.get("return_statistics", False)
     hidden = torch.randn(rows, WIDTH, requires_grad=True)
     weight = torch.randn(VOCAB, WIDTH, requires_grad=True)
     bias = torch.randn(VOCAB, requires_grad=True) if options.pop("bias", False) else None
@@ -80,7 +82,7 @@ def linear_step(chunks: int, ignored: bool = False, **options: Any) -> Counter[s
     if ignored:
         labels[rows:] = -100
         hidden = torch.randn(len(labels), WIDTH, requires_grad=True)
-    options |= {"workspace_mb": 128 * VOCAB * 4 * 1.9 / 2**20, "backend": "triton", "counted_rows": rows}
+    options |= {"workspace_mb": WORKSPACE_MB, "backend": "triton", "counted_rows": rows}
     upstream = torch.ones(labels.shape if options.get("reduction") == "none" else ())
 
     def step() -> None:
@@ -92,9 +94,9 @@ def linear_step(chunks: int, ignored: bool = False, **options: Any) -> Counter[s
 
 def contrastive_step() -> Counter[str]:
     """A step of `contrastive_loss` without other ranks."""
-    x, y = (torch.randn(256, WIDTH, requires_grad=True) for _ in range(2))
+    x, y = (torch.randn(64, WIDTH, requires_grad=True) for _ in range(2))
     scale = torch.tensor(14.3, requires_grad=True)
-    return launches(lambda: contrastive_loss(x, y, scale, counts=[256], backend="triton").backward())
+    return launches(lambda: contrastive_loss(x, y, scale, counts=[64], backend="triton").backward())
 
 
 CASES: dict[str, dict[str, Any]] = {

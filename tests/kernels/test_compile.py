@@ -117,7 +117,9 @@ def test_the_linear_operators_keep_the_rules_of_torch(gradients, backend):
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     operator = torch.ops.lcl_kernels.linear_cross_entropy_sum_waiting
     torch.library.opcheck(operator, (*leaves, None, *settings, *gradients), test_utils=checks)
-    torch.library.opcheck(torch.ops.lcl_kernels.linear_cross_entropy_rows_waiting, (*leaves, *settings), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.lcl_kernels.linear_cross_entropy_rows_waiting, (*leaves, *settings), test_utils=checks
+    )
 
 
 def test_the_contrastive_operator_keeps_the_rules_of_torch(backend):
