@@ -166,7 +166,7 @@ def _padded(vocab: int) -> int:
 
 
 class _Buffers(NamedTuple):
-    """Of C rows, those of the largest chunk; None where a call has no use for it. T is the number of tiles across the vocabulary.
+    """Of C rows, those of the largest chunk; None where a call has no use for it. T tiles cross the vocabulary.
 
     Logits, anchors and tops are in units of log 2. What each holds is said by the kernel that fills it.
     """

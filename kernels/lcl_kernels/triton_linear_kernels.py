@@ -51,9 +51,9 @@ def scan_labels_kernel(
                 w *= tl.load(class_weight + label, mask=counts, other=0.0)
             weights += tl.sum(w, 0)
         counted_before += tl.sum(one, 0)
-    divisor = weights if HAS_TOKEN_WEIGHT or HAS_CLASS_WEIGHT else counted_before.to(tl.float32)
+    divisor = weights if HAS_TOKEN_WEIGHT or HAS_CLASS_WEIGHT else tl.cast(counted_before, tl.float32)
     infinity = float("inf")
-    tl.store(summary, counted_before.to(tl.int64))
+    tl.store(summary, tl.cast(counted_before, tl.int64))
     tl.store(summary + 1, first_bad)
     tl.store(right, first_bad == count)
     tl.store(right + 1, counted_before == expected)
@@ -161,7 +161,7 @@ def exp_logits_kernel(
     """exponentials[i, j] = 2^(z_ij - anchor_i), 0 at the target, and their sums per row and tile of columns.
 
     Rows with a sum above the limit are marked, and marked[rows] tells whether there is one. HAS_EXCESS: what is stored
-    is share_i 2^(z_ij - anchor_i) - excess_i class_weight_j. PREDICT: the largest logit per row and tile, and its class.
+    is share_i 2^(z_ij - anchor_i) - excess_i class_weight_j. PREDICT: the largest logit per row and tile and its class.
 
     RETRY: returns at once unless a row is marked, and makes only tiles of marked rows: with TOPS their largest logit
     per row and tile, else their exponentials anew, with the largest of tops[i] as anchor.
@@ -253,7 +253,7 @@ def finish_rows_kernel(
     Results of a row go to its place in row_loss, lse, rank and predicted [N]. GRADIENT: at_target[i] is the derivative
     by the logit of the label, and factor[i] what both products with the stored exponentials lack; scaled[i] =
     factor[i] x[i]; columns[i] = factor[i] in two parts, whose sum has twice the digits. TWO_PASSES: the exponentials
-    are still to be stored, against anchor[i] and with share[i] and excess[i]; both, and so what is stored, are at most 1.
+    are still to be stored, against anchor[i], with share[i] and excess[i], which are at most 1 like what is stored.
     """
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = i < count

@@ -23,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton.runtime.interpreter import GridExecutor
 
 NO_LAUNCH = {
-    "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "new_empty", "permute",
-    "resolve_conj", "resolve_neg", "select", "slice", "squeeze", "t", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view",
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand",
+    "new_empty", "permute", "resolve_conj", "resolve_neg", "select", "slice", "squeeze", "t", "unbind", "unsqueeze",
+    "view",
 }  # fmt: skip
 COPY_IF_NEEDED = {"to", "reshape", "contiguous"}
 ROWS, WIDTH, VOCAB = 16, 16, 130

@@ -247,7 +247,7 @@ def test_every_tensor_gets_a_gradient_of_its_own_dtype_under_autocast():
 
 
 def test_unusable_weights_shifts_and_requests_are_named():
-    hidden, weight, bias, labels = inputs()
+    hidden, weight, _, labels = inputs()
 
     def refused(match, *args, **options):
         with pytest.raises(ValueError, match=match):
@@ -268,7 +268,7 @@ def test_unusable_weights_shifts_and_requests_are_named():
 
 @on_cpu
 def test_a_bad_label_is_named_by_its_place():
-    hidden, weight, bias, labels = inputs(24, ignored=0.0)
+    hidden, weight, _, labels = inputs(24, ignored=0.0)
     labels = labels.view(2, 3, 4)
     labels[1, 0, 2] = 77
     for shift, shown in itertools.product((0, 2), (r"labels\[1, 0, 2\] = 77",)):
