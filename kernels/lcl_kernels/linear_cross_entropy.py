@@ -287,7 +287,7 @@ def _check_weights(weight: Tensor, labels: Tensor, token_weight: Tensor | None, 
             raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
         if tensor.is_complex():
             raise ValueError(f"{name} must have real numbers, got {tensor.dtype}")
-        if tensor.requires_grad:
+        if any(wants_gradients(tensor)):
             raise ValueError(f"{name} is a constant without a gradient; pass {name}.detach()")
     check_same("device", labels=labels, token_weight=token_weight, class_weight=class_weight)
 

@@ -125,7 +125,7 @@ class _Call:
         # Float16 has too little range for anchored exponentials, and a smoothed label acts on every class by a term
         # that is no multiple of the exponential: both find the log-sum-exp first, then store the softmax.
         self.two_passes = any(wanted) and (hidden.dtype == torch.float16 or options.label_smoothing > 0)
-        self.tile = _tile(inputs, options)
+        self.tile = _tile(_room_for_rows(hidden, 0) if self.gathers else hidden, inputs, options)
         self.column_tiles = triton.cdiv(len(inputs.weight), self.tile.columns)
         self.at_target = hidden.new_empty(len(counted.rows) if any(wanted) else 0, dtype=torch.float32)
         self.bias_sums = hidden.new_empty(len(inputs.weight) if wanted.bias else 0, BIAS_COLUMNS, dtype=torch.float32)
@@ -133,14 +133,20 @@ class _Call:
         self.class_weight_sum = None if weight is None or not options.label_smoothing else weight.sum()
 
 
-def _tile(inputs: Inputs, options: Options) -> Tile:
+def _room_for_rows(hidden: Tensor, rows: int) -> Tensor:
+    """[rows, H], uninitialised, rows at multiples of 16 bytes, as descriptors need them."""
+    width = hidden.shape[1]
+    return hidden.new_empty(rows, triton.cdiv(width, 8) * 8)[:, :width]
+
+
+def _tile(x: Tensor, inputs: Inputs, options: Options) -> Tile:
     if options.statistics or options.predicted or options.softcap is not None:
         kernel = "logits_crowded"
     elif inputs.bias is not None or options.label_smoothing:
         kernel = "logits_general"
     else:
         kernel = "logits"
-    return tile_on(kernel, inputs.hidden, inputs.weight)
+    return tile_on(kernel, x, inputs.weight)
 
 
 def _limits(call: _Call) -> tuple[int, float, int]:
@@ -202,7 +208,7 @@ def _buffers(call: _Call, rows: int) -> _Buffers:
     smoothed = options.label_smoothing > 0
     exponentials = new(rows, _padded(vocab), dtype=low, when=any_wanted)
     return _Buffers(
-        x=new(rows, width, dtype=low, when=call.gathers),
+        x=_room_for_rows(hidden, rows) if call.gathers else None,
         target=new(rows),
         slope=new(rows, when=options.softcap is not None),
         anchor=new(rows),
@@ -253,7 +259,8 @@ def _find_targets(call: _Call, part: _Part) -> None:
     hidden, weight, width, count = inputs.hidden, inputs.weight, inputs.hidden.shape[1], len(part.rows)
     target_logits_kernel[_grid(count)](
         hidden, weight, inputs.bias, part.rows, part.labels, buffers.x, buffers.target, buffers.slope, buffers.anchor,
-        buffers.marked, count, hidden.stride(0), weight.stride(0), width, options.softcap or 0.0, LEAD * LOG2E,
+        buffers.marked, count, hidden.stride(0), weight.stride(0), part.x.stride(0), width, options.softcap or 0.0,
+        LEAD * LOG2E,
         HAS_BIAS=inputs.bias is not None, HAS_SOFTCAP=options.softcap is not None, GATHER=call.gathers,
         ROWS=ROW_BLOCK, BLOCK=_width_block(width),
     )  # fmt: skip

@@ -64,7 +64,7 @@ def scan_labels_kernel(
 @triton.jit
 def target_logits_kernel(
     hidden, weight, bias, rows, labels, x, target, slope, anchor, marked,
-    count, stride_h, stride_w, width, softcap, lead,
+    count, stride_h, stride_w, stride_x, width, softcap, lead,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, GATHER: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """target[i] = logit of the label of row i, in units of log 2; anchor[i] = a whole number near target + lead, finite
@@ -84,7 +84,7 @@ def target_logits_kernel(
         w = tl.load(weight + label[:, None] * stride_w + k[None, :], mask=inside, other=0.0)
         products += h.to(tl.float32) * w.to(tl.float32)
         if GATHER:
-            tl.store(x + i.to(tl.int64)[:, None] * width + k[None, :], h, mask=inside)
+            tl.store(x + i.to(tl.int64)[:, None] * stride_x + k[None, :], h, mask=inside)
     z = tl.sum(products, 1)
     if HAS_BIAS:
         z += tl.load(bias + label, mask=valid, other=0.0).to(tl.float32)

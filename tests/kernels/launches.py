@@ -1,5 +1,7 @@
 """How many kernels one call of a loss launches, counted on a CPU: ``python -m tests.kernels.launches``.
 
+Where there is a GPU, hide it: ``CUDA_VISIBLE_DEVICES= python -m tests.kernels.launches``.
+
 A step is forward and backward. Counted are Triton launches and those torch operators that launch something: no views,
 no allocations. On a GPU `linear_cross_entropy` launches two assertions more, about its labels. Inputs are float32,
 because a CPU has no matrix product of low precision operands with a float32 result, so that they are cast first.
@@ -8,15 +10,16 @@ because a CPU has no matrix product of low precision operands with a float32 res
 from __future__ import annotations
 
 import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when lcl_kernels is imported
-
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when lcl_kernels is imported
+
 from lcl_kernels import contrastive_loss, linear_cross_entropy
 from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes

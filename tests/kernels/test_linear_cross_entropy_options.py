@@ -3,6 +3,7 @@
 Truth is autograd in float64 over the whole matrix of logits.
 """
 
+import importlib.util
 import itertools
 import math
 
@@ -15,6 +16,8 @@ from lcl_kernels.reference import reference_logits
 
 from tests.kernels.checks import DEVICE, few_rows, leaf, linear_cross_entropy, memory_of, relative_error, seeded
 from tests.kernels.launches import CASES, each_further_chunk, linear_step
+from tests.kernels.peer_matrices import MATRICES
+from tests.kernels.peer_matrices import run as run_cases
 from tests.kernels.test_linear_cross_entropy import BARS, both, check, inputs, on_cpu
 from tests.kernels.test_numerics import tokens
 
@@ -300,6 +303,7 @@ def test_float32_is_left_to_torch_on_a_gpu():
     assert use_triton("triton", OnGPU, torch.float32)
 
 
+@on_cpu
 @pytest.mark.parametrize("case", CASES)
 def test_one_call_launches_little(case, backend):
     if backend == "torch":
@@ -313,3 +317,21 @@ def test_only_operators_that_wait_are_refused_by_cuda_graphs(kind):
     quick, waiting = (getattr(torch.ops.lcl_kernels, f"linear_cross_entropy_{kind}{s}") for s in ("", "_waiting"))
     assert torch.Tag.cudagraph_unsafe in waiting.default.tags
     assert torch.Tag.cudagraph_unsafe not in quick.default.tags
+
+
+def peer_samples():
+    """A few cases of each project's matrix; torch's need a package that its own tests import."""
+    for name, cases in MATRICES.items():
+        missing = name == "torch" and not importlib.util.find_spec("expecttest")
+        marks = [pytest.mark.skip(reason="torch's samples need the package expecttest")] if missing else []
+        yield pytest.param(cases, id=name, marks=marks)
+
+
+@on_cpu
+@pytest.mark.parametrize("cases", peer_samples())
+def test_cases_of_other_projects(cases, backend):
+    if backend == "triton":
+        pytest.skip("runs both")
+    outcome = run_cases(cases(), every=5, start=7, step=61)
+    assert outcome.run["torch"] >= 5
+    assert outcome.wrong == []
