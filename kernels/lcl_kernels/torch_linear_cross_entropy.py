@@ -194,10 +194,10 @@ def _d_logits(
     """
     pull = 2 * options.z_loss * row.lse
     probability = torch.exp(-row.cross_entropy)
-    of_lse = weights.token * (weights.lse + pull) + weights.lse_grad
-    of_entropy = weights.token * weights.entropy
-    at_target = of_entropy * torch.expm1(-row.cross_entropy) + of_lse * probability - weights.token * weights.label
-    d_logits = exponentials.mul_((of_entropy + of_lse) / row.total)
+    of_softmax = weights.entropy + weights.lse
+    at_target = of_softmax * torch.expm1(-row.cross_entropy) + (weights.lse - weights.label) + pull * probability
+    at_target = weights.token * at_target + weights.lse_grad * probability
+    d_logits = exponentials.mul_((weights.token * (of_softmax + pull) + weights.lse_grad) / row.total)
     if options.label_smoothing:
         taken = weights.token * torch.full_like(row.lse, options.label_smoothing / exponentials.shape[1])
         if inputs.class_weight is None:
