@@ -238,25 +238,38 @@ def _resources(kernel: Any, wgmma: bool) -> dict[str, Any]:
 
 
 def _launch_linear_cross_entropy() -> None:
-    from lcl_kernels.sweep import Options, Wanted
-    from lcl_kernels.triton_linear_cross_entropy import sweep
+    from lcl_kernels.sweep import Counted, Inputs, Options, Wanted, empty_rows
+    from lcl_kernels.triton_linear_cross_entropy import scan, sweep
 
-    everything = Wanted(True, True, True)
-    plain = Options(0.0, None, 0.0, False, 64.0)
+    n, vocab, everything = 256, 515, Wanted(True, True, True)
+    capped = Options(z_loss=1e-4, softcap=30.0, statistics=True)
     for dtype, options, wanted, width in (
-        (torch.bfloat16, plain, Wanted(True, True, False), 768),
-        (torch.bfloat16, plain, Wanted(), 768),
-        (torch.bfloat16, plain, Wanted(True, True, False), 771),  # rows that no descriptor can serve
-        (torch.bfloat16, Options(1e-4, 30.0, 0.0, True, 64.0), everything, 768),
-        (torch.bfloat16, Options(1e-4, 30.0, 0.1, True, 64.0), everything, 768),
-        (torch.bfloat16, Options(0.0, 30.0, 0.0, False, 64.0), Wanted(True, True, False), 768),
-        (torch.float16, plain, everything, 768),
-        (torch.float16, Options(0.0, 30.0, 0.1, False, 64.0), everything, 768),
-        (torch.float32, plain, everything, 768),
+        (torch.bfloat16, Options(), Wanted(True, True, False), 768),
+        (torch.bfloat16, Options(), Wanted(), 768),
+        (torch.bfloat16, Options(), Wanted(True, True, False), 771),  # rows that no descriptor can serve
+        (torch.bfloat16, capped, everything, 768),
+        (torch.bfloat16, capped._replace(label_smoothing=0.1), everything, 768),
+        (torch.bfloat16, capped._replace(label_smoothing=0.1, predicted=True), everything, 768),
+        (torch.bfloat16, Options(statistics=True, predicted=True), everything, 768),
+        (torch.bfloat16, Options(softcap=30.0), Wanted(True, True, False), 768),
+        (torch.float16, Options(), everything, 768),
+        (torch.float16, Options(softcap=30.0, label_smoothing=0.1), everything, 768),
+        (torch.float32, Options(), everything, 768),
     ):
-        hidden, weight = torch.zeros(256, width, dtype=dtype), torch.zeros(515, width, dtype=dtype)
-        bias = torch.zeros(515, dtype=dtype) if wanted.bias else None
-        sweep(hidden, weight, bias, torch.zeros(256, dtype=torch.int64), torch.arange(256), options, wanted)
+        for weighted in (False, True):
+            inputs = Inputs(
+                hidden=torch.zeros(n, width, dtype=dtype),
+                weight=torch.zeros(vocab, width, dtype=dtype),
+                bias=torch.zeros(vocab, dtype=dtype) if wanted.bias else None,
+                labels=torch.zeros(n, dtype=torch.int64),
+                token_weight=torch.zeros(n) if weighted else None,
+                class_weight=torch.zeros(vocab) if weighted else None,
+                lse_grad=torch.zeros(n) if weighted and any(wanted) else None,
+            )
+            rows_made = empty_rows(inputs, options)
+            read = scan(inputs, options, None, rows_made)
+            counted = Counted(torch.arange(n - weighted, dtype=torch.int32), read.labels[: n - weighted])
+            sweep(inputs, counted, options, wanted, rows_made)
 
 
 def _launch_contrastive() -> None:

@@ -19,7 +19,10 @@ def reference_linear_cross_entropy(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    shift: int = 0,
     ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
     z_loss: float = 0.0,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
@@ -29,23 +32,42 @@ def reference_linear_cross_entropy(
     """Cross entropy of `hidden @ weight.T + bias` against `labels`; arguments as in `linear_cross_entropy`.
 
     Args:
-        hidden: [N, H], any float dtype, which is also the dtype of the computation.
-        weight: [V, H]; bias: [V] or None; labels: [N] int64.
+        hidden: [..., H], any float dtype, which is also the dtype of the computation.
+        weight: [V, H]; bias, class_weight: [V] or None; labels, token_weight: [...].
 
     Returns:
-        A scalar, or [N] with reduction "none" (0 at ignored rows). Without any counted row the sum 0.
+        A scalar, or [...] with reduction "none" (0 at ignored rows). Where nothing counts, 0.
     """
-    logits = F.linear(hidden, weight, bias)
-    if softcap is not None and softcap < math.inf:
-        logits = softcap * torch.tanh(logits / softcap)
-    counted = labels != ignore_index
-    loss = F.cross_entropy(logits, labels.where(counted, 0).long(), reduction="none", label_smoothing=label_smoothing)
-    loss = (loss + z_loss * logits.logsumexp(1).square()).where(counted, 0)
+    if shift:
+        length = max(0, labels.shape[-1] - shift)
+        hidden, labels = hidden[..., :length, :], labels[..., shift:]
+        token_weight = None if token_weight is None else token_weight[..., shift:]
+    logits = reference_logits(hidden, weight, bias, softcap).view(-1, len(weight))
+    counted = labels.flatten() != ignore_index
+    target = labels.flatten().where(counted, 0).long()
+    class_weight = None if class_weight is None else class_weight.to(logits.dtype)
+    loss = F.cross_entropy(logits, target, weight=class_weight, reduction="none", label_smoothing=label_smoothing)
+    loss = loss + z_loss * logits.logsumexp(1).square()
+    weights = torch.ones_like(loss) if token_weight is None else token_weight.flatten().to(loss.dtype)
+    weights = weights.where(counted, 0)
+    loss = weights * loss.where(counted, 0)
     if reduction == "none":
-        return loss
+        return loss.view(labels.shape)
     if reduction == "sum":
         return loss.sum()
-    return loss.sum() / (counted.sum().clamp(min=1) if normalizer is None else normalizer)
+    if class_weight is not None:
+        weights = weights * class_weight[target]
+    divisor = weights.sum() if normalizer is None else torch.as_tensor(normalizer)
+    nothing = ~counted.any() | (divisor == 0)
+    return torch.where(nothing, 0 * loss.sum(), loss.sum() / divisor.where(~nothing, 1))
+
+
+def reference_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
+    """The logits [..., V] of hidden [..., H]."""
+    logits = F.linear(hidden, weight, bias)
+    return softcap * torch.tanh(logits / softcap) if softcap is not None and softcap < math.inf else logits
 
 
 def reference_contrastive_loss(

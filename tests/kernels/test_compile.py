@@ -78,6 +78,29 @@ def test_options_that_change_from_call_to_call_stay_in_one_graph(option, dynamic
             assert relative_error(actual, wanted) < 1e-6
 
 
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_sequences_with_weights_and_all_that_can_be_read_in_one_graph(known, label_smoothing):
+    def step(hidden, weight, labels, token_weight, class_weight, counted):
+        loss, statistics = linear_cross_entropy(
+            hidden, weight, labels, shift=1, token_weight=token_weight, class_weight=class_weight,
+            label_smoothing=label_smoothing, counted_rows=counted, return_statistics=True, return_predicted=True,
+            differentiable_lse=True,
+        )  # fmt: skip
+        return loss + 0.1 * statistics.lse.square().sum() + (statistics.predicted == labels[..., 1:]).sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (12, 18):
+        hidden, weight, labels = linear_inputs(n)
+        labels = labels.view(3, -1)
+        weights = torch.rand(labels.shape, generator=seeded(3)), torch.rand(len(weight), generator=seeded(4))
+        arguments = (labels, *weights, int((labels[:, 1:] != -100).sum()) if known else None)
+        expected = gradients_of(step, (hidden.view(3, -1, 16), weight), *arguments)
+        actual = gradients_of(compiled, (hidden.view(3, -1, 16), weight), *arguments)
+        for value, wanted in zip(actual, expected, strict=True):
+            assert relative_error(value, wanted) < 1e-6
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_normalizer_of_zero_in_one_graph(dynamic):
     compiled = torch.compile(
@@ -133,12 +156,15 @@ def test_inductor():
 @pytest.mark.parametrize("gradients", [(True, True, False), (False, False, False)])
 def test_the_linear_operators_keep_the_rules_of_torch(gradients, backend):
     hidden, weight, labels = linear_inputs(6)
-    settings = (-100, None, 1e-3, 20.0, 0.1, True, backend == "triton", 1.0)
+    settings = (1, -100, None, 1e-3, 20.0, 0.1, True, True, torch.float32, backend == "triton", 1.0)
     leaves = [leaf(hidden), leaf(weight), None, labels] if any(gradients) else [hidden, weight, None, labels]
+    leaves += [torch.rand(labels.shape), torch.rand(len(weight))]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    operator = torch.ops.lcl_kernels.linear_cross_entropy_sum
+    operator = torch.ops.lcl_kernels.linear_cross_entropy_sum_waiting
     torch.library.opcheck(operator, (*leaves, None, *settings, *gradients), test_utils=checks)
-    torch.library.opcheck(torch.ops.lcl_kernels.linear_cross_entropy_rows, (*leaves, *settings), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.lcl_kernels.linear_cross_entropy_rows_waiting, (*leaves, *settings), test_utils=checks
+    )
 
 
 def test_the_contrastive_operator_keeps_the_rules_of_torch(backend):

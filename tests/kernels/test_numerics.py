@@ -13,6 +13,9 @@ from lcl_kernels import (
     reference_linear_cross_entropy,
     reference_sigmoid_contrastive_loss,
 )
+from lcl_kernels import torch_linear_cross_entropy as torch_linear
+from lcl_kernels import triton_linear_cross_entropy as triton_linear
+from lcl_kernels.sweep import Counted, Inputs, Options, Wanted, empty_rows
 from torch import Tensor
 
 from tests.kernels.checks import (
@@ -69,11 +72,11 @@ def dense_linear(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def float32_linear_gradients(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[Tensor]:
     """Gradients of the sum of the losses as the operator makes them, before they are rounded to the input dtype."""
-    settings = (-100, None, 0.0, None, 0.0, False, running.backend == "triton", 128.0)
-    results = torch.ops.lcl_kernels.linear_cross_entropy_sum(
-        hidden, weight, None, labels, None, *settings, True, True, False
-    )
-    return list(results[4:6])
+    inputs = Inputs(hidden, weight, None, labels)
+    options, backend = Options(), triton_linear if running.backend == "triton" else torch_linear
+    rows_made = empty_rows(inputs, options)
+    scan = backend.scan(inputs, options, len(labels), rows_made)
+    return list(backend.sweep(inputs, Counted(scan.rows, scan.labels), options, Wanted(True, True), rows_made)[:2])
 
 
 def features(noise: float, dtype: torch.dtype, m: int = 200, d: int = 64) -> tuple[Tensor, Tensor]:
