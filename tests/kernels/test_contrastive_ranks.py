@@ -7,7 +7,7 @@ from lcl_kernels import reference_contrastive_loss
 from tests.kernels.checks import leaf, relative_error
 from tests.kernels.ranks import CASES, COUNTS, MISMATCHES, TIMEOUT_S, Case, features, own_slice, results_of_ranks
 
-pytestmark = pytest.mark.timeout(TIMEOUT_S + 60)
+pytestmark = [pytest.mark.timeout(TIMEOUT_S + 60), pytest.mark.xdist_group("ranks")]  # one process starts the ranks
 
 
 @pytest.fixture(autouse=True)
