@@ -160,6 +160,14 @@ first_light() {
   module suite 200 --seconds "$(($(left) - 8))" --processes "$([ -n "$dry" ] && echo 1 || echo 8)"
 }
 
+tune() {
+  rm -f "$out/gpu_tuned.json" # an older run's must not pass for this one's
+  module ceilings 45
+  module profiles 75
+  module tune 500 --seconds "$(($(left) - 15))" --workers "$([ -n "$dry" ] && echo 1 || echo 8)" \
+    --tuned "$out/gpu_tuned.json"
+}
+
 "$check"
 report --complete
 echo "results: $out/gpu_$check.json"

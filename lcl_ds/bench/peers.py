@@ -19,6 +19,8 @@ from torch import Tensor
 Loss = Callable[..., Tensor]
 IGNORED = -100
 OURS, EAGER = "lcl_kernels", "eager"
+COUNTED = "lcl_kernels, counted_rows"
+"""Ours where the caller says how many labels count, as the trainer does: nothing then waits for the device."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUACK_CHUNK = 4096
 """Rows per chunk, QuACK's own default; without a number its module runs F.linear and a loss kernel."""
@@ -108,6 +110,22 @@ def _our_losses(setting: Setting, backend: Any = "auto") -> Loss:
 
     options = {"ignore_index": IGNORED, "backend": backend, **_workspace(setting)}
     return lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels, **options)
+
+
+def _our_counted_losses(setting: Setting) -> Loss:
+    from lcl_kernels import linear_cross_entropy
+
+    options: dict[str, Any] = {"ignore_index": IGNORED, **_workspace(setting)}
+    known: dict[tuple[int, int], int] = {}
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        key = labels.data_ptr(), len(labels)
+        if key not in known:  # in the first call, which is for warm-up
+            known[key] = int((labels != IGNORED).sum())
+        value: Tensor = linear_cross_entropy(hidden, weight, labels, counted_rows=known[key], **options)
+        return value
+
+    return loss
 
 
 def eager_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -215,6 +233,7 @@ def _by_name(*methods: Method) -> dict[str, Method]:
 
 LOSSES = _by_name(
     Method(OURS, _our_losses),
+    Method(COUNTED, _our_counted_losses, gpu_only=True),
     Method("lcl_kernels torch", lambda setting: _our_losses(setting, "torch"), gpu_only=True),
     Method(EAGER, lambda _: eager_losses),
     Method("torch.compile", lambda setting: _compile(eager_losses, setting), compiles=True),
