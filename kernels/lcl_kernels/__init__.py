@@ -6,7 +6,12 @@ package needs torch only; on a GPU it runs Triton kernels, which are imported at
 
 from lcl_kernels.contrastive import contrastive_loss
 from lcl_kernels.linear_cross_entropy import TokenStatistics, linear_cross_entropy
-from lcl_kernels.reference import reference_contrastive_loss, reference_linear_cross_entropy
+from lcl_kernels.reference import (
+    reference_contrastive_loss,
+    reference_linear_cross_entropy,
+    reference_sigmoid_contrastive_loss,
+)
+from lcl_kernels.sigmoid_contrastive import sigmoid_contrastive_loss
 
 __all__ = [
     "TokenStatistics",
@@ -14,4 +19,6 @@ __all__ = [
     "linear_cross_entropy",
     "reference_contrastive_loss",
     "reference_linear_cross_entropy",
+    "reference_sigmoid_contrastive_loss",
+    "sigmoid_contrastive_loss",
 ]

@@ -132,6 +132,7 @@ def compile_all(target: str) -> list[dict[str, Any]]:
     with _compiling_for(target, rows):
         _launch_linear_cross_entropy()
         _launch_contrastive()
+        _launch_sigmoid()
     return rows
 
 
@@ -266,6 +267,19 @@ def _launch_contrastive() -> None:
             triton_contrastive.statistics(x, x, scale, **options)
             d_x = torch.zeros(256, width)
             triton_contrastive.gradients(x, x, scale, shift, shift, d_x=d_x, want_y=True, **options)
+
+
+def _launch_sigmoid() -> None:
+    from lcl_kernels import triton_sigmoid_contrastive
+
+    for dtype, width in ((torch.bfloat16, 768), (torch.bfloat16, 771), (torch.float16, 768), (torch.float32, 768)):
+        x, scale, d_x = torch.zeros(256, width, dtype=dtype), torch.ones(()), torch.zeros(256, width)
+        for diagonal in (True, False):
+            options: dict[str, Any] = {"diagonal": diagonal, "workspace_mb": 64.0}
+            for gradients in (True, False):
+                triton_sigmoid_contrastive.negatives(
+                    x, x, scale, scale, gradients=gradients, d_x=d_x, want_y=True, **options
+                )
 
 
 if __name__ == "__main__":

@@ -20,17 +20,11 @@ from torch import Tensor
 
 from lcl_kernels import torch_contrastive
 from lcl_kernels._common import (
-    DTYPES,
     Backend,
-    check_dtypes,
-    check_same,
     compute_dtype,
     exclusive_cross_entropy,
-    first_derivative_only,
     operand_dtype,
-    refuse_dtensor,
     resolve_workspace,
-    scaled,
     separate_rows,
     use_triton,
     wants_gradients,
@@ -44,12 +38,11 @@ from lcl_kernels.exchange import (
     group_name,
     meet,
     send_rows_home,
-    uses_ring,
 )
+from lcl_kernels.pairs import check_pairs, kept, register_gradients
 from lcl_kernels.similarity import BlockFunctions, ExpSums, merge
 
 Normalize = Literal["global", "per_rank"]
-DETACH = ["none", "remote", "keys"]
 
 
 def contrastive_loss(
@@ -92,9 +85,10 @@ def contrastive_loss(
         group: process group; None is the default group, or this process alone when torch.distributed is not set up.
         normalize, detach_remote, detach_keys: see above.
         counts: pairs of every rank of the group, when the caller knows them: then they are not exchanged and nothing
-            waits for the device. All ranks then have to want gradients, or none.
+            waits for the device, but for the first call on a group, in which all ranks meet. All ranks then have to
+            want gradients, or none. After the first call nobody notices when ranks differ in their options.
         exchange: "gather" collects y of all ranks at once, "ring" passes it on block by block in less memory, "auto"
-            gathers inside one node and takes the ring across nodes.
+            gathers inside one machine and takes the ring across machines.
         backend: "auto" (Triton on a GPU, torch elsewhere and for float64), "triton" or "torch".
         workspace_mb: bound of the similarities kept at a time (one row at least); None: 1024 on a GPU, 128 on a CPU.
 
@@ -108,18 +102,19 @@ def contrastive_loss(
 
     Every rank of the group has to call it, with the same options.
     """
-    _check(x, y, logit_scale, normalize, exchange)
+    check_pairs(x, y, exchange, logit_scale=logit_scale)
+    if normalize not in ("global", "per_rank"):
+        raise ValueError(f"normalize must be 'global' or 'per_rank', not {normalize!r}")
     wanted = wants_gradients(x, y, logit_scale)
-    name = group_name(group)
     loss, *_ = torch.ops.lcl_kernels.contrastive(
         x,
         y,
         logit_scale,
-        name,
+        group_name(group),
         normalize,
         "keys" if detach_keys else "remote" if detach_remote else "none",
         counts,
-        uses_ring(exchange, name),
+        exchange,
         use_triton(backend, x),
         resolve_workspace(workspace_mb, x),
         *wanted,
@@ -136,7 +131,7 @@ def _contrastive_op(
     normalize: str,
     detach: str,
     counts: Sequence[int] | None,
-    ring: bool,
+    exchange: str,
     triton: bool,
     workspace_mb: float,
     want_x: bool,
@@ -147,12 +142,20 @@ def _contrastive_op(
     module = importlib.import_module("lcl_kernels.triton_contrastive") if triton else torch_contrastive
     backend = cast(BlockFunctions, module)
     wanted = _Wanted(want_x, want_y, want_scale)
-    common = (x.shape[1], DTYPES.index(x.dtype), normalize == "global", DETACH.index(detach), ring)
-    ranks = meet(x, group_name, any(wanted), common, counts)
+    options = {"normalize": normalize, "detach": detach}
+    ranks = meet(
+        x,
+        group_name,
+        "contrastive_loss",
+        options,
+        exchange=exchange,
+        counts=counts,
+        wants_gradients=any(wanted),
+    )
     with torch.autocast(x.device.type, enabled=False):
         scale = logit_scale.to(compute_dtype(x.dtype)).reshape(())
         left, right = (separate_rows(t.to(operand_dtype(t)).contiguous()) for t in (x, y))
-        walk = _Walk(left, right, scale, ranks, FeatureBlocks(right, ranks, ring), backend, workspace_mb)
+        walk = _Walk(left, right, scale, ranks, FeatureBlocks(right, ranks), backend, workspace_mb)
         cosine = (x.to(scale.dtype) * y.to(scale.dtype)).sum(1)
         losses = _losses(walk, cosine * scale)
         unit = 0.5 / max(1, ranks.total)
@@ -161,41 +164,12 @@ def _contrastive_op(
         if not ranks.wants_gradients:
             return loss, *(scale.new_empty(0) for _ in range(3))  # type: ignore[return-value]
         gradients = _gradients(walk, losses, cosine, weight, detach, wanted)
-    gradients = (gradients[0].mul_(unit * scale), gradients[1].mul_(unit * scale), gradients[2] * unit)
-    kept = (d if want else scale.new_empty(0) for d, want in zip(gradients, wanted, strict=True))
-    return (loss, *kept)  # type: ignore[return-value]
+    d_x, d_y, d_scale = gradients
+    made = [d_x.mul_(unit * scale), d_y.mul_(unit * scale), d_scale * unit]
+    return loss, *kept(made, wanted, [x, y, logit_scale])  # type: ignore[return-value]
 
 
-@_contrastive_op.register_fake
-def _(x, y, logit_scale, *arguments):  # type: ignore[no-untyped-def]
-    want_x, want_y, want_scale = arguments[-3:]
-    dtype = compute_dtype(x.dtype)
-    return (
-        x.new_empty((), dtype=dtype),
-        x.new_empty(x.shape if want_x else (0,), dtype=dtype),
-        x.new_empty(y.shape if want_y else (0,), dtype=dtype),
-        x.new_empty(() if want_scale else (0,), dtype=dtype),
-    )
-
-
-def _context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.wanted, ctx.inputs = inputs[-3:], len(inputs)
-    ctx.like = [(t.dtype, t.shape) for t in inputs[:3]]
-    ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-@first_derivative_only
-def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients: list[Tensor | None] = [None] * ctx.inputs
-    if grad is not None:
-        for i, (gradient, want, like) in enumerate(zip(ctx.saved_tensors, ctx.wanted, ctx.like, strict=True)):
-            gradients[i] = scaled(gradient, grad, like[0]).reshape(like[1]) if want else None
-    return tuple(gradients)
-
-
-_contrastive_op.register_autograd(_backward, setup_context=_context)
+register_gradients(_contrastive_op, 3)
 
 
 class _Wanted(NamedTuple):
@@ -258,7 +232,7 @@ def _gradients(
     d_scale = (both * cosine).sum()
     home = GradientReturn(ranks, d_y)
     common: dict[str, Any] = {"workspace_mb": walk.workspace_mb}
-    for owner, block in walk.blocks:
+    for owner, block in walk.blocks.walk(home):
         own = owner == ranks.rank
         arguments = (walk.x, block, scale, row_shift, column_shifts[ranks.slice_of(owner)])
         if detach == "none" or (detach == "remote" and own):
@@ -277,19 +251,3 @@ def _gradients(
         if d_block is not None:
             home.send(owner, d_block)
     return d_x, home.finish(), d_scale
-
-
-def _check(x: Tensor, y: Tensor, logit_scale: Tensor, normalize: str, exchange: str) -> None:
-    refuse_dtensor(x=x, y=y, logit_scale=logit_scale)
-    if x.dim() != 2 or x.shape != y.shape:
-        raise ValueError(f"x and y must both be [m, D], got {list(x.shape)} and {list(y.shape)}")
-    check_dtypes(x=x, y=y)
-    if not isinstance(logit_scale, Tensor) or logit_scale.numel() != 1 or not logit_scale.is_floating_point():
-        raise ValueError("logit_scale must be a floating point tensor of one element, the multiplier itself")
-    if logit_scale.dtype not in DTYPES:
-        check_dtypes(logit_scale=logit_scale)
-    check_same("device", x=x, y=y, logit_scale=logit_scale)
-    if normalize not in ("global", "per_rank"):
-        raise ValueError(f"normalize must be 'global' or 'per_rank', not {normalize!r}")
-    if exchange not in ("auto", "gather", "ring"):
-        raise ValueError(f"exchange must be 'auto', 'gather' or 'ring', not {exchange!r}")

@@ -83,3 +83,31 @@ def reference_contrastive_loss(
     both = F.cross_entropy(rows[own], own, reduction="sum") + F.cross_entropy(columns[own], own, reduction="sum")
     pairs = len(x) if normalize == "global" else len(own)
     return both / (2 * max(pairs, 1))
+
+
+def reference_sigmoid_contrastive_loss(
+    x: Tensor,
+    y: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    *,
+    counts: Sequence[int] | None = None,
+    rank: int = 0,
+) -> Tensor:
+    """One rank's share of the sigmoid loss, from the pairs of all ranks in one process.
+
+    Args:
+        x, y: [M, D], the features of all ranks one after the other; pair i is x[i], y[i].
+        logit_scale, logit_bias: the multiplier and what is added, one element each.
+        counts: pairs per rank; None: one rank has them all.
+        rank: whose share to return. The sum of the shares is what training minimises.
+
+    Returns:
+        A scalar, 0 for a rank without pairs. The loss of SigLIP (arXiv 2303.15343).
+    """
+    counts = [len(x)] if counts is None else counts
+    start = sum(counts[:rank])
+    own = slice(start, start + counts[rank])
+    logits = logit_scale.reshape(()) * x @ y.T + logit_bias.reshape(())
+    sign = 2 * torch.eye(len(x), dtype=x.dtype, device=x.device) - 1
+    return -F.logsigmoid(sign * logits)[own].sum() / max(len(x), 1)

@@ -8,6 +8,7 @@ kept per tile and added up in a fixed order: no atomics, the same bits every tim
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
@@ -200,7 +201,7 @@ def _launch(
     tile: Tile,
     x: Tensor,
     y: Tensor,
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[Any, ...],
     numbers: tuple[float, ...],
     **options: bool,
 ) -> None:

@@ -122,6 +122,6 @@ def test_the_linear_operators_keep_the_rules_of_torch(gradients, backend):
 def test_the_contrastive_operator_keeps_the_rules_of_torch(backend):
     x, y = (leaf(torch.randn(5, 8, generator=seeded(s))) for s in (0, 1))
     scale = torch.tensor([3.0], requires_grad=True)
-    settings = ("", "global", "none", None, False, backend == "triton", 1.0, True, True, True)
+    settings = ("", "global", "none", None, "auto", backend == "triton", 1.0, True, True, True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.lcl_kernels.contrastive, (x, y, scale, *settings), test_utils=checks)
