@@ -168,6 +168,65 @@ tune() {
     --tuned "$out/gpu_tuned.json"
 }
 
+# bench JOB LIMIT all|none|PEERS [OPTION...]: a step that adds to $OUT/gpu_JOB.json what it does not have yet. A method that breaks
+# the GPU's context ends the process, so another goes on behind it.
+bench() {
+  local job=$1 limit=$2 chosen=$3 peers attempt code
+  shift 3
+  case "$chosen" in
+    all) peers=() ;;
+    none) peers=(--peers "") ;;
+    *) peers=(--peers "$chosen") ;;
+  esac
+  for attempt in "" _again _once_more; do
+    step "$job$attempt" "$limit" "$python" -m lcl_ds.bench "$job" --json "$out/gpu_$job.json" --resume \
+      "${peers[@]}" "$@"
+    code=$?
+    ((code == 1)) || break
+  done
+}
+
+figures() {
+  local ours="lcl_kernels counted" others=all losses=() pairs=() train size=() port
+  rm -f "$out"/gpu_{losses,contrastive,sigmoid}.json "$out/gpu_train_metrics.jsonl" # an older run's
+  if [ -f "$out/gpu_tuned.json" ]; then
+    export LCL_KERNELS_TUNED=$out/gpu_tuned.json
+  fi
+  if [ -n "$dry" ]; then
+    others=eager
+    losses=(--shape 64,32,131 --valid 0.5 --repeats 1 --no_memory)
+    pairs=(--shape 32,16 --repeats 1 --no_memory)
+  fi
+  # Ours on all cases, then the others, the most important ones first.
+  bench losses 70 "$ours" "${losses[@]}"
+  if [ -z "$dry" ]; then
+    bench contrastive 50 none
+    bench sigmoid 30 none
+    bench losses 130 all
+  fi
+
+  step data 60 "$python" -m launch.gpu_check.data "$work/data" ${dry:+--documents 12 --image_size 32}
+  port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+  train=(deepspeed --master_port "$port" launch/train.py --ds_config ds_configs/zero3.json
+    --recipe launch/recipes/gpu_check.yaml --run_dir "$work/run"
+    "data.shards=$work/data/documents.tar" "data.tokenizer=$work/data/tokenizer")
+  if [ -n "$dry" ]; then
+    train+=(train.steps=2 train.global_batch_rows=2 data.row_tokens=256 data.row_images=4 data.workers=0 data.lanes=2
+      model.vision.{hidden_size=64,intermediate_size=128,num_hidden_layers=1,num_attention_heads=4,image_size=28}
+      model.decoder.{hidden_size=64,intermediate_size=128,num_hidden_layers=1,num_attention_heads=4}
+      model.decoder.num_key_value_heads=4 model.pooling.num_attention_heads=4)
+  fi
+  if ! step train 110 "${train[@]}" && grep -qi "out of memory" "$work/train.out" "$work/train.err"; then
+    # Too large for this card: the figures are then those of a run that recomputes activations, and the command says so.
+    rm -rf "$work/run"
+    step train_checkpointed 100 "${train[@]}" model.{vision,decoder}.activation_checkpointing=true
+  fi
+  [ -f "$work/run/metrics.jsonl" ] && cp "$work/run/metrics.jsonl" "$out/gpu_train_metrics.jsonl"
+
+  bench contrastive 80 "$others" "${pairs[@]}"
+  bench sigmoid 50 "$others" "${pairs[@]}"
+}
+
 "$check"
 report --complete
 echo "results: $out/gpu_$check.json"

@@ -29,7 +29,7 @@ FUNCTIONS = {
     "logits_crowded": "exp_logits_kernel",
     "statistics": "similarity_statistics_kernel",
     "gradient": "similarity_gradient_kernel",
-    "sigmoid": "sigmoid",
+    "sigmoid": "sigmoid_negatives_kernel",
 }
 """Part of the name of the Triton function of each kernel."""
 OPTIONS: dict[str, dict[str, Any]] = {"logits_general": {"label_smoothing": 0.1}, "logits_crowded": {"softcap": 30.0}}
@@ -68,12 +68,13 @@ def step_of(task: Task, backend: str) -> Callable[[], list[Tensor]]:
         loss = partial(lcl_kernels.linear_cross_entropy, *inputs, **options)
     else:
         inputs = ContrastiveCase((task["columns"], task["width"]), "bf16", device, scale=14.3).inputs()
+        x, y, scale = inputs
         options = {"backend": backend, "counts": [task["columns"]]}
         if kernel == "sigmoid":
             bias = torch.full((), -10.0, device=DEVICE, requires_grad=True)
-            loss = partial(lcl_kernels.sigmoid_contrastive_loss, *inputs, bias, **options)  # type: ignore[attr-defined]
+            loss = partial(lcl_kernels.sigmoid_contrastive_loss, x, y, scale, bias, **options)
         else:
-            loss = partial(lcl_kernels.contrastive_loss, *inputs, **options)
+            loss = partial(lcl_kernels.contrastive_loss, x, y, scale, **options)
 
     def step() -> list[Tensor]:
         for tensor in inputs:

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import lcl_kernels
 import torch
-from lcl_kernels import contrastive_loss, linear_cross_entropy
+from lcl_kernels import contrastive_loss, linear_cross_entropy, sigmoid_contrastive_loss
 from torch import Tensor
 
 from launch.gpu_check.truth import Truth, exact_contrastive, exact_linear, exact_sigmoid
@@ -163,19 +162,11 @@ def check_contrastive(x: Tensor, y: Tensor, scale: Tensor, dtype: str = "bf16", 
     return compare(found, exact_contrastive(x, y, scale), dtype)
 
 
-def sigmoid_loss() -> Callable[..., Tensor]:
-    function: Callable[..., Tensor] | None = getattr(lcl_kernels, "sigmoid_contrastive_loss", None)
-    if function is None:
-        raise Skip("this version has no sigmoid loss")
-    return function
-
-
 def check_sigmoid(m: int, d: int, scale: float, bias: float, dtype: str = "bf16") -> Errors:
-    loss_of = sigmoid_loss()
     x, y, multiplier = contrastive_data(m, d, scale, dtype)
     offset = torch.tensor(bias, device=DEVICE, requires_grad=True)
     with poisoned():
-        loss = loss_of(x, y, multiplier, offset, backend=BACKEND)
+        loss = sigmoid_contrastive_loss(x, y, multiplier, offset, backend=BACKEND)
         loss.backward()
     truth = exact_sigmoid(x, y, multiplier, offset)
     truth["d_logit_bias"] = truth.pop("d_bias")

@@ -2,7 +2,7 @@
 
 Linear cross entropy takes (hidden [N, H], weight [V, H], labels [N]), with -100 at labels that are ignored, as a
 training loop has them. The contrastive losses take (x [M, D], y [M, D], scale []), L2-normalised rows and the
-multiplier of the logits. All return the mean loss as a scalar.
+multiplier of the logits, the sigmoid losses their bias [] too. All return the mean loss as a scalar.
 """
 
 import importlib
@@ -19,7 +19,7 @@ from torch import Tensor
 Loss = Callable[..., Tensor]
 IGNORED = -100
 OURS, EAGER = "lcl_kernels", "eager"
-COUNTED = "lcl_kernels, counted_rows"
+COUNTED = "lcl_kernels counted"
 """Ours where the caller says how many labels count, as the trainer does: nothing then waits for the device."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUACK_CHUNK = 4096
@@ -35,7 +35,7 @@ class Setting:
     """What is computed, and where; small, so that it can be sent to another process."""
 
     shape: tuple[int, ...]
-    """(N, H, V) of linear cross entropy or (M, D) of a contrastive loss."""
+    """(N, H, V) of linear cross entropy or (M, D) of the others."""
     dtype_name: str
     device_name: str
     seed: int = 0
@@ -148,6 +148,17 @@ def _liger(_: Setting) -> Loss:
     return lambda hidden, weight, labels: loss(weight, hidden, labels)
 
 
+def _liger_sm90(setting: Setting) -> Loss:
+    rows, _, vocabulary = setting.shape
+    module = _import("liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90", "liger-kernel")
+    if setting.dtype != torch.bfloat16:
+        raise UnavailableError("bfloat16 only")
+    if rows % 128 or vocabulary % 256:
+        raise UnavailableError("shape: N must be a multiple of 128, V of 256")
+    function = module.LigerFusedLinearCrossEntropySM90Function.apply
+    return lambda hidden, weight, labels: function(hidden, weight, labels, IGNORED)
+
+
 def _cut_cross_entropy(setting: Setting) -> Loss:
     function = _import("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
     if setting.dtype == torch.float32:
@@ -181,6 +192,11 @@ def eager_contrastive(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 
 
 def _open_clip(setting: Setting) -> Loss:
+    return _under_autocast(_open_clip_losses().ClipLoss(), setting)
+
+
+def _open_clip_losses() -> Any:
+    """The module of open_clip's losses."""
     package = importlib.util.find_spec("open_clip")
     if package is None or package.origin is None:
         raise UnavailableError("not installed")
@@ -190,13 +206,16 @@ def _open_clip(setting: Setting) -> Loss:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    loss = module.ClipLoss()
+    return module
+
+
+def _under_autocast(loss: Loss, setting: Setting) -> Loss:
+    """As open_clip's training loop calls its losses."""
     half = setting.dtype in (torch.bfloat16, torch.float16)
 
-    def function(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        # Its training loop calls the loss under autocast.
-        with torch.autocast(x.device.type, dtype=x.dtype if half else torch.bfloat16, enabled=half):
-            return loss(x, y, scale)
+    def function(*inputs: Tensor) -> Tensor:
+        with torch.autocast(setting.device.type, dtype=setting.dtype if half else torch.bfloat16, enabled=half):
+            return loss(*inputs)
 
     return function
 
@@ -227,27 +246,63 @@ def _inf_cl(setting: Setting) -> Loss:
     return both
 
 
+# --- sigmoid --------------------------------------------------------------------------------------------------------
+
+
+def _our_sigmoid(setting: Setting, backend: Any = "auto") -> Loss:
+    from lcl_kernels import sigmoid_contrastive_loss
+
+    options = {"backend": backend, **_workspace(setting)}
+    return lambda x, y, scale, bias: sigmoid_contrastive_loss(x, y, scale, bias, **options)
+
+
+def eager_sigmoid(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """One [M, M] matrix in the dtype of the features, the loss in float32."""
+    logits = (scale * (x @ y.T)).float() + bias
+    sign = 2 * torch.eye(len(x), device=x.device) - 1
+    return -F.logsigmoid(sign * logits).sum() / len(x)
+
+
+def _open_clip_sigmoid(setting: Setting) -> Loss:
+    return _under_autocast(_open_clip_losses().SigLipLoss(), setting)
+
+
+def _siglip_kernel(_: Setting) -> Loss:
+    function = _import("siglip_kernel", "siglip-kernel").fused_siglip_loss
+    return lambda x, y, scale, bias: function(x, y, scale.log(), bias)
+
+
 def _by_name(*methods: Method) -> dict[str, Method]:
     return {method.name: method for method in methods}
 
 
+# In order of importance: on a GPU one method after the other runs on all cases.
 LOSSES = _by_name(
     Method(OURS, _our_losses),
     Method(COUNTED, _our_counted_losses, gpu_only=True),
-    Method("lcl_kernels torch", lambda setting: _our_losses(setting, "torch"), gpu_only=True),
-    Method(EAGER, lambda _: eager_losses),
-    Method("torch.compile", lambda setting: _compile(eager_losses, setting), compiles=True),
-    Method("torch chunked", _torch_chunked),
+    Method("quack", _quack, gpu_only=True),
+    Method("liger-kernel sm90", _liger_sm90, gpu_only=True),
     Method("liger-kernel", _liger, gpu_only=True),
     Method("cut-cross-entropy", _cut_cross_entropy, gpu_only=True, compiles=True),
-    Method("quack", _quack, gpu_only=True),
+    Method("torch chunked", _torch_chunked),
+    Method("torch.compile", lambda setting: _compile(eager_losses, setting), compiles=True),
+    Method(EAGER, lambda _: eager_losses),
+    Method("lcl_kernels torch", lambda setting: _our_losses(setting, "torch"), gpu_only=True),
 )
 CONTRASTIVE = _by_name(
     Method(OURS, _our_contrastive),
-    Method("lcl_kernels torch", lambda setting: _our_contrastive(setting, "torch"), gpu_only=True),
-    Method(EAGER, lambda _: eager_contrastive),
-    Method("torch.compile", lambda setting: _compile(eager_contrastive, setting), compiles=True),
     Method("open_clip ClipLoss", _open_clip),
     Method("memeff", _memeff, gpu_only=True),
     Method("inf-cl", _inf_cl, gpu_only=True),
+    Method("torch.compile", lambda setting: _compile(eager_contrastive, setting), compiles=True),
+    Method(EAGER, lambda _: eager_contrastive),
+    Method("lcl_kernels torch", lambda setting: _our_contrastive(setting, "torch"), gpu_only=True),
+)
+SIGMOID = _by_name(
+    Method(OURS, _our_sigmoid),
+    Method("open_clip SigLipLoss", _open_clip_sigmoid),
+    Method("siglip-kernel", _siglip_kernel, gpu_only=True),
+    Method("torch.compile", lambda setting: _compile(eager_sigmoid, setting), compiles=True),
+    Method(EAGER, lambda _: eager_sigmoid),
+    Method("lcl_kernels torch", lambda setting: _our_sigmoid(setting, "torch"), gpu_only=True),
 )
