@@ -8,7 +8,7 @@
 #   figures      our losses and those of other projects, and a training step at full size          9 minutes at most
 #
 # None needs a network: packages that the machine lacks come from wheels/ (launch/collect_wheels.sh fills it; WHEELS names
-# another folder), installed into a temporary folder, and compiled kernels from wheels/triton_cache. Each writes
+# another folder), installed into a temporary folder; so do kernels that were compiled beforehand. Each writes
 # $OUT/gpu_COMMAND.json (OUT: bench_results/) after every step and every 15 seconds, and a log beside it. tune also writes
 # $OUT/gpu_tuned.json, which figures uses when it is there. A failing step does not stop the others; the exit code is 1 if
 # any failed. BUDGET_S: seconds for all steps. --dry runs every step at tiny size on a machine without a GPU: it checks
@@ -35,8 +35,9 @@ touch "$work/steps.tsv"
 log=$out/gpu_$check.log
 : > "$log"
 
-export PATH="$work/site/bin:$(dirname "$python"):$PATH"
-export PYTHONPATH="$work/site:$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
+site=$work/site-packages # some packages look for this name in their own path
+export PATH="$site/bin:$(dirname "$python"):$PATH"
+export PYTHONPATH="$site:$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 MPLBACKEND=Agg PYTHONUNBUFFERED=1
 export CUBLAS_WORKSPACE_CONFIG=:4096:8 # what cuBLAS needs to give the same bits every time
 export TRITON_CACHE_DIR=$work/triton_cache # shared by all processes of all steps
@@ -139,19 +140,19 @@ module() {
 
 # --- what is here ---------------------------------------------------------------------------------------------------
 if [ "$check" = tune ]; then
-  : # needs torch and Triton alone
-elif compgen -G "$wheels/*.whl" > /dev/null; then
-  step wheels 60 env PYTHON="$python" bash launch/install_wheels.sh "$wheels" "$work/site"
+  skip wheels "torch and Triton are enough"
+elif compgen -G "$wheels/part*/*.whl*" > /dev/null; then
+  step wheels 60 "$python" -m launch.gpu_check.wheels install "$wheels" "$site"
+  # What a .pth file of the wheel does where site-packages is Python's own.
+  export PYTHONPATH="$PYTHONPATH:$site/nvidia_cutlass_dsl/dsl_packages"
 else
   skip wheels "no wheels in the folder: what is installed is used"
 fi
-for folder in "$work"/site/nvidia_cutlass_dsl/dsl_packages; do # pip leaves it to a .pth file, which PYTHONPATH ignores
-  [ -d "$folder" ] && export PYTHONPATH="$PYTHONPATH:$folder"
-done
-step environment 60 "$python" -m launch.gpu_check.report environment && cp "$work/environment.out" "$work/environment.json"
-if [ -d "$wheels/triton_cache" ]; then
-  cp -r "$wheels/triton_cache" "$TRITON_CACHE_DIR" # entries of another Triton are never looked up
+mkdir "$TRITON_CACHE_DIR"
+if compgen -G "$wheels/part*/triton_cache-*" > /dev/null; then
+  step kernels 20 "$python" -m launch.gpu_check.wheels cache "$wheels" "$TRITON_CACHE_DIR"
 fi
+step environment 60 "$python" -m launch.gpu_check.report environment && cp "$work/environment.out" "$work/environment.json"
 
 first_light() {
   # Compiling takes most of the time, so four processes; the GPU itself is busy for seconds.

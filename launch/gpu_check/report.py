@@ -156,6 +156,7 @@ def assemble(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "gpu_before": read_json(work / "gpu_before.json"),
         "gpu_after": query_gpu(CLOCKS) if arguments.complete else None,
         "steps": steps,
+        "compiled_kernels": sum(1 for _ in (work / "triton_cache").rglob("*.cubin")),
         "results": read_results(work),
         "training": summarize_training(metrics) if metrics else None,
     }

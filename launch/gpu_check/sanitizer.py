@@ -1,7 +1,7 @@
 """compute-sanitizer's memcheck over one tiny call of each loss: ``python -m launch.gpu_check.sanitizer --out FILE``.
 
 The calls run side by side, because the tool makes each of them some fifty times as slow. Where it is missing, nothing
-is checked and the line says so; ``--dry`` makes the calls without it.
+is checked and the line says so; ``--dry`` makes one call without it.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="file of JSON lines")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each call (default: 60)")
-    parser.add_argument("--dry", action="store_true", help="without the tool")
+    parser.add_argument("--dry", action="store_true", help="one call, without the tool")
     parser.add_argument("--call", choices=CALLS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.call:
@@ -35,8 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     if tool and not shutil.which(tool[0]):
         lines = [{"name": "memcheck", "ok": True, "skipped": True, "message": f"{tool[0]} is not installed"}]
     else:
-        with ThreadPoolExecutor(len(CALLS)) as threads:
-            lines = list(threads.map(lambda call: run_call(call, tool, options.seconds), CALLS))
+        calls = CALLS[-1:] if options.dry else CALLS
+        with ThreadPoolExecutor(len(calls)) as threads:
+            lines = list(threads.map(lambda call: run_call(call, tool, options.seconds), calls))
     options.out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     print(*(json.dumps(line) for line in lines), sep="\n")
     return 0 if all(line["ok"] for line in lines) else 1

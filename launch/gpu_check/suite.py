@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     files = list(DRY) if options.dry else ordered(found)
     sample = ["-k", "tuned"] if options.dry else []
     until = time.monotonic() + options.seconds
-    if find_spec("xdist"):
+    if find_spec("xdist") and not options.dry:
         groups = [[*files, "-n", str(options.processes), "--dist", "loadgroup"]]
     else:
         groups = [[file] for file in files]
