@@ -12,8 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lcl_ds.bench.measure import PACKAGES as PEERS
-
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "webdataset", "numpy", "pydantic", "pytest-xdist")
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,power.limit,memory.used"
 WARM_UP = 10
@@ -49,6 +47,8 @@ def version_of(package: str) -> str | None:
 def describe_environment() -> dict[str, Any]:
     """Versions and the GPU; imports torch, and fails where that fails."""
     import torch
+
+    from lcl_ds.bench.measure import PACKAGES as PEERS
 
     cuda = torch.cuda.is_available()
     nvcc = run_quietly("nvcc", "--version")
