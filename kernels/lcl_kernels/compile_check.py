@@ -271,14 +271,15 @@ def _launch_contrastive() -> None:
 
 def _launch_sigmoid() -> None:
     from lcl_kernels import triton_sigmoid_contrastive
+    from lcl_kernels.sigmoid_negatives import Block
 
     for dtype, width in ((torch.bfloat16, 768), (torch.bfloat16, 771), (torch.float16, 768), (torch.float32, 768)):
         x, scale, d_x = torch.zeros(256, width, dtype=dtype), torch.ones(()), torch.zeros(256, width)
         for diagonal in (True, False):
-            options: dict[str, Any] = {"diagonal": diagonal, "workspace_mb": 64.0}
             for gradients in (True, False):
+                block = Block(x, x, scale, scale, diagonal)
                 triton_sigmoid_contrastive.negatives(
-                    x, x, scale, scale, gradients=gradients, d_x=d_x, want_y=True, **options
+                    block, gradients=gradients, d_x=d_x, want_y=True, workspace_mb=64.0
                 )
 
 

@@ -39,7 +39,7 @@ from lcl_kernels.exchange import (
     meet,
     send_rows_home,
 )
-from lcl_kernels.pairs import check_pairs, kept, register_gradients
+from lcl_kernels.pairs import check_pairs, define_operators, kept, operator_of
 from lcl_kernels.similarity import BlockFunctions, ExpSums, merge
 
 Normalize = Literal["global", "per_rank"]
@@ -106,7 +106,7 @@ def contrastive_loss(
     if normalize not in ("global", "per_rank"):
         raise ValueError(f"normalize must be 'global' or 'per_rank', not {normalize!r}")
     wanted = wants_gradients(x, y, logit_scale)
-    loss, *_ = torch.ops.lcl_kernels.contrastive(
+    loss, *_ = operator_of("contrastive", group, counts)(
         x,
         y,
         logit_scale,
@@ -122,8 +122,7 @@ def contrastive_loss(
     return loss
 
 
-@torch.library.custom_op("lcl_kernels::contrastive", mutates_args=())
-def _contrastive_op(
+def _contrastive(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -169,7 +168,7 @@ def _contrastive_op(
     return loss, *kept(made, wanted, [x, y, logit_scale])  # type: ignore[return-value]
 
 
-register_gradients(_contrastive_op, 3)
+define_operators("contrastive", _contrastive, 3)
 
 
 class _Wanted(NamedTuple):

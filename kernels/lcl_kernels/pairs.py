@@ -1,10 +1,12 @@
-"""What the losses over the pairs of all ranks share: their arguments are checked, their gradients given to autograd."""
+"""What the losses over the pairs of all ranks share: their arguments are checked, their operators defined."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lcl_kernels._common import (
@@ -39,31 +41,39 @@ def check_pairs(x: Tensor, y: Tensor, exchange: str, **scalars: Tensor) -> None:
 
 
 def kept(gradients: Sequence[Tensor | None], wanted: Sequence[bool], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients in the shapes of their inputs, empty where not wanted: what an operator returns beside its loss."""
+    """The gradients in the shapes of their inputs, empty where not wanted: what an operator returns after its loss."""
+    dtype = compute_dtype(inputs[0].dtype)
     return [
-        gradient.reshape(tensor.shape)
-        if want and gradient is not None
-        else tensor.new_empty(0, dtype=compute_dtype(inputs[0].dtype))
+        gradient.reshape(tensor.shape) if want and gradient is not None else tensor.new_empty(0, dtype=dtype)
         for gradient, want, tensor in zip(gradients, wanted, inputs, strict=True)
     ]
 
 
-def register_gradients(operator: Any, count: int) -> None:
-    """Tell torch.compile and autograd of an operator that makes the gradients with the loss.
+def define_operators(
+    name: str,
+    function: Callable[..., Any],
+    differentiable: int,
+    others: Callable[..., Sequence[Tensor]] = lambda *arguments: (),
+) -> None:
+    """Make custom operators of a function that makes the gradients with the loss.
 
-    It returns the loss and, in the compute dtype, the gradients of its first `count` arguments (`kept`), of which x is
-    the first; its last `count` arguments say which are wanted. backward multiplies by the upstream gradient.
+    It returns the loss, the gradients of its first arguments, `differentiable` in number with x the first, as `kept`
+    gives them, and results without gradients. Its last arguments, as many, say which gradients are wanted.
+
+    Args:
+        others: fake tensors like the results without gradients, from all arguments.
     """
 
     def fake(*arguments: Any) -> tuple[Tensor, ...]:
         x, dtype = arguments[0], compute_dtype(arguments[0].dtype)
-        shapes = [t.shape if want else (0,) for t, want in zip(arguments[:count], arguments[-count:], strict=True)]
-        return tuple(x.new_empty(shape, dtype=dtype) for shape in ((), *shapes))
+        tensors, wanted = arguments[:differentiable], arguments[-differentiable:]
+        shapes = [tensor.shape if want else (0,) for tensor, want in zip(tensors, wanted, strict=True)]
+        return (*(x.new_empty(shape, dtype=dtype) for shape in ((), *shapes)), *others(*arguments))
 
     def context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.wanted, ctx.arguments = inputs[-count:], len(inputs)
-        ctx.dtypes = [tensor.dtype for tensor in inputs[:count]]
-        ctx.save_for_backward(*output[1:])
+        ctx.wanted, ctx.arguments = inputs[-differentiable:], len(inputs)
+        ctx.dtypes = [tensor.dtype for tensor in inputs[:differentiable]]
+        ctx.save_for_backward(*output[1 : differentiable + 1])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
@@ -75,5 +85,15 @@ def register_gradients(operator: Any, count: int) -> None:
                 gradients[i] = scaled(gradient, grad, dtype) if want else None
         return tuple(gradients)
 
-    operator.register_fake(fake)
-    operator.register_autograd(backward, setup_context=context)
+    # Where the ranks have to tell each other their counts the host waits for the device, which no CUDA graph can hold.
+    # Tags belong to an operator and not to a call, hence two names.
+    for suffix, tags in (("", []), ("_waiting", [torch.Tag.cudagraph_unsafe])):
+        operator = torch.library.custom_op(f"lcl_kernels::{name}{suffix}", function, mutates_args=(), tags=tags)
+        operator.register_fake(fake)
+        operator.register_autograd(backward, setup_context=context)
+
+
+def operator_of(name: str, group: dist.ProcessGroup | None, counts: Sequence[int] | None) -> Any:
+    """The operator of `define_operators` for a call: the one that waits, unless one rank knows all counts."""
+    alone = not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1
+    return getattr(torch.ops.lcl_kernels, name if alone or counts is not None else f"{name}_waiting")

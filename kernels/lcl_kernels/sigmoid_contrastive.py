@@ -27,8 +27,8 @@ from lcl_kernels._common import (
     wants_gradients,
 )
 from lcl_kernels.exchange import Exchange, FeatureBlocks, GradientReturn, group_name, meet
-from lcl_kernels.pairs import check_pairs, kept, register_gradients
-from lcl_kernels.sigmoid_negatives import BlockFunction, gradient_unit
+from lcl_kernels.pairs import check_pairs, define_operators, kept, operator_of
+from lcl_kernels.sigmoid_negatives import Block, BlockFunction, gradient_unit
 
 
 def sigmoid_contrastive_loss(
@@ -74,7 +74,7 @@ def sigmoid_contrastive_loss(
     Every rank of the group has to call it, with the same options.
     """
     check_pairs(x, y, exchange, logit_scale=logit_scale, logit_bias=logit_bias)
-    loss, *_ = torch.ops.lcl_kernels.sigmoid_contrastive(
+    loss, *_ = operator_of("sigmoid_contrastive", group, counts)(
         x,
         y,
         logit_scale,
@@ -89,8 +89,7 @@ def sigmoid_contrastive_loss(
     return loss
 
 
-@torch.library.custom_op("lcl_kernels::sigmoid_contrastive", mutates_args=())
-def _sigmoid_contrastive_op(
+def _sigmoid_contrastive(
     x: Tensor,
     y: Tensor,
     logit_scale: Tensor,
@@ -130,13 +129,9 @@ def _sigmoid_contrastive_op(
         d_x = weight * right if want_x else None
         sends = ranks.wants_gradients and (want_y or ranks.world_size > 1)
         home = GradientReturn(ranks, weight * left) if sends else None
-        for owner, block in FeatureBlocks(right, ranks).walk(home):
+        for owner, features in FeatureBlocks(right, ranks).walk(home):
             made = backend.negatives(
-                left,
-                block,
-                scale,
-                bias,
-                diagonal=owner == ranks.rank,
+                Block(left, features, scale, bias, owner == ranks.rank),
                 gradients=ranks.wants_gradients,
                 d_x=d_x,
                 want_y=sends,
@@ -155,4 +150,4 @@ def _sigmoid_contrastive_op(
     return loss, *kept([d_x, d_y, d_scale, d_bias], wanted, [x, y, logit_scale, logit_bias])
 
 
-register_gradients(_sigmoid_contrastive_op, 4)
+define_operators("sigmoid_contrastive", _sigmoid_contrastive, 4)

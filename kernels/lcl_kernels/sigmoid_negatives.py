@@ -12,6 +12,16 @@ import torch
 from torch import Tensor
 
 
+class Block(NamedTuple):
+    """The logits of the own x and the y of one rank."""
+
+    x: Tensor  # [m, D]
+    y: Tensor  # [c, D]
+    scale: Tensor  # a scalar in the compute dtype
+    bias: Tensor  # the same
+    diagonal: bool  # whether z_ii are positives (then m = c)
+
+
 class Negatives(NamedTuple):
     """Of one block, in the compute dtype."""
 
@@ -23,23 +33,11 @@ class BlockFunction(Protocol):
     """The module of a backend."""
 
     def negatives(
-        self,
-        x: Tensor,
-        y: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        *,
-        diagonal: bool,
-        gradients: bool,
-        d_x: Tensor | None,
-        want_y: bool,
-        workspace_mb: float,
+        self, block: Block, *, gradients: bool, d_x: Tensor | None, want_y: bool, workspace_mb: float
     ) -> Negatives:
-        """Sums of one block, x [m, D] against y [c, D], from one pass; adds gradient_unit * G y to `d_x`, if given.
+        """Sums of one block, from one pass; adds gradient_unit * G y to `d_x` [m, D], if given.
 
         Args:
-            scale, bias: scalars in the compute dtype.
-            diagonal: whether z_ii are positives (then m = c).
             gradients: whether to make anything beside the losses.
         """
 

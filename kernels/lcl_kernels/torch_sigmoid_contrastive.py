@@ -6,22 +6,12 @@ import torch
 from torch import Tensor
 
 from lcl_kernels._common import largest_chunk, matmul_, row_chunks
-from lcl_kernels.sigmoid_negatives import Negatives, gradient_unit
+from lcl_kernels.sigmoid_negatives import Block, Negatives, gradient_unit
 
 
-def negatives(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    *,
-    diagonal: bool,
-    gradients: bool,
-    d_x: Tensor | None,
-    want_y: bool,
-    workspace_mb: float,
-) -> Negatives:
+def negatives(block: Block, *, gradients: bool, d_x: Tensor | None, want_y: bool, workspace_mb: float) -> Negatives:
     """See `sigmoid_negatives.BlockFunction`."""
+    x, y, scale, bias, diagonal = block
     d_y = scale.new_zeros(y.shape) if want_y else None
     sums, zero = scale.new_zeros(3), scale.new_zeros(())
     matrices = 3 if gradients else 1

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lcl_kernels._common import matmul_, row_chunks
-from lcl_kernels.sigmoid_negatives import Negatives, gradient_unit
+from lcl_kernels.sigmoid_negatives import Block, Negatives, gradient_unit
 from lcl_kernels.tiles import Tile, operand, round_to, tile_on, tile_position, tile_product
 from lcl_kernels.triton_contrastive import _gradient_parts, _launch
 
@@ -60,32 +60,20 @@ def sigmoid_negatives_kernel(
         negative = (r[:, None] < rows) & (c[None, :] < columns)
         if DIAGONAL:
             negative = negative & (r[:, None] + diagonal != c[None, :])
-        z = product * factor + shift
+        z = tl.where(negative, product * factor + shift, float("-inf"))  # where loss and gradient are 0
         decay = tl.exp2(tl.abs(z) * -1.4426950408889634)
-        loss = tl.maximum(z, 0.0) + log1p_of_decay(decay)
         place = sums + tile
-        tl.store(place, tl.sum(tl.where(negative, loss, 0.0)))
+        tl.store(place, tl.sum(tl.maximum(z, 0.0) + log1p_of_decay(decay)))
         if GRADIENT:
             g = tl.where(z >= 0.0, 1.0, decay) / (1.0 + decay)
-            g = tl.where(negative, g, 0.0)
             tl.store(place + tiles, tl.sum(g))
             tl.store(place + 2 * tiles.to(tl.int64), tl.sum(g * product))
             gradient.store([row_tile * ROWS, column_tile * COLUMNS], round_to(g * unit, gradient.dtype, UPCAST))
 
 
-def negatives(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    *,
-    diagonal: bool,
-    gradients: bool,
-    d_x: Tensor | None,
-    want_y: bool,
-    workspace_mb: float,
-) -> Negatives:
+def negatives(block: Block, *, gradients: bool, d_x: Tensor | None, want_y: bool, workspace_mb: float) -> Negatives:
     """See `sigmoid_negatives.BlockFunction`."""
+    x, y, scale = block[:3]
     d_y = scale.new_zeros(y.shape) if want_y else None
     totals = scale.new_zeros(3)
     if not (len(x) and len(y)):
@@ -93,7 +81,7 @@ def negatives(
     tile = tile_on("sigmoid", x, y)
     if not gradients:
         for chunk in row_chunks(len(x), 4 * triton.cdiv(len(y), tile.columns) // tile.rows, workspace_mb, tile.rows):
-            totals[:1] += _sums(tile, x[chunk], y, scale, bias, None, diagonal=diagonal, offset=chunk.start)
+            totals[:1] += _sums(tile, block._replace(x=x[chunk]), None, chunk.start)
         return Negatives(totals, None)
     parts = list(_gradient_parts(len(x), len(y), x.itemsize, tile, workspace_mb))
     room = x.new_empty(max((down.stop - down.start) * stride for down, _, stride in parts))
@@ -101,8 +89,7 @@ def negatives(
         rows, width = down.stop - down.start, across.stop - across.start
         gradient = room[: rows * stride].view(rows, stride)[:, :width]
         filled = operand(gradient, (tile.rows, tile.columns))[0]
-        offset = down.start - across.start
-        totals += _sums(tile, x[down], y[across], scale, bias, filled, diagonal=diagonal, offset=offset)
+        totals += _sums(tile, block._replace(x=x[down], y=y[across]), filled, down.start - across.start)
         if d_x is not None:
             matmul_(d_x[down], gradient, y[across], accumulate=True)
         if d_y is not None:
@@ -110,26 +97,17 @@ def negatives(
     return Negatives(totals, d_y)
 
 
-def _sums(
-    tile: Tile,
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    gradient: Tensor | TensorDescriptor | None,
-    *,
-    diagonal: bool,
-    offset: int,
-) -> Tensor:
-    """Launch the kernel; the sums of the losses, and with `gradient` of the slopes and of these times the cosines.
+def _sums(tile: Tile, block: Block, gradient: Tensor | TensorDescriptor | None, first: int) -> Tensor:
+    """Launch the kernel for a part of a block and add up: [1] of the losses alone, [3] where `gradient` is filled too.
 
     Args:
-        offset: column of the positive of row 0, where `diagonal` says that there are positives.
+        first: column of the positive of row 0, in a block that has positives.
     """
+    x, y, scale, bias, diagonal = block
     tiles = triton.cdiv(len(x), tile.rows) * triton.cdiv(len(y), tile.columns)
     sums = scale.new_empty(1 if gradient is None else 3, tiles)
     _launch(
-        sigmoid_negatives_kernel, tile, x, y, (scale, bias, gradient, sums), (offset, gradient_unit(x)),
+        sigmoid_negatives_kernel, tile, x, y, (scale, bias, gradient, sums), (first, gradient_unit(x)),
         DIAGONAL=diagonal, GRADIENT=gradient is not None,
     )  # fmt: skip
     return sums.sum(1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.kernels.checks import DEVICE, running
+from tests.kernels.ranks import results_of_ranks
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to give the same bits every time
 
@@ -25,3 +26,25 @@ def backend(request):
     running.backend = request.param
     yield request.param
     running.backend = "torch"
+
+
+@pytest.fixture
+def on_a_cpu():
+    """Gloo, and so tests of several ranks, use the CPU also where there is a GPU."""
+    with torch.device("cpu"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory):
+    """What each of four gloo ranks got; see `ranks.py`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)  # as on a machine with a GPU: the ranks see to it themselves
+        return results_of_ranks(tmp_path_factory.mktemp("ranks"))
+
+
+def pytest_collection_modifyitems(items):
+    """Tests of several ranks run in one process of pytest-xdist, which starts the ranks once."""
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ranks"))

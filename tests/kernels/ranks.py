@@ -1,4 +1,4 @@
-"""Runs `contrastive_loss` on four gloo ranks, and on the first two of them, and keeps what each rank got."""
+"""Runs the losses over pairs on four gloo ranks, and on the first two of them, and keeps what each rank got."""
 
 import os
 import time
@@ -14,6 +14,8 @@ from lcl_kernels import contrastive_loss
 from torch import Tensor
 
 from tests.kernels.checks import leaf
+from tests.kernels.exchange_ranks import exchange_results, results_after_a_restart
+from tests.kernels.sigmoid_ranks import SIGMOID_CASES, SigmoidCase, run_sigmoid, runs_of_sigmoid
 
 WORLD = 4
 TIMEOUT_S = 1200
@@ -70,7 +72,7 @@ def runs_of(case: Case) -> int:
     return 5 if case.dtype == torch.float32 and case.scale < 100 and case.backend == "torch" else 2
 
 
-def features(case: Case) -> tuple[Tensor, Tensor]:
+def features(case: Case | SigmoidCase) -> tuple[Tensor, Tensor]:
     """x and y [M, D] of all ranks, with pairs so faintly alike that no loss vanishes, whatever the scale."""
     generator = torch.Generator().manual_seed(sum(case.counts))
     x = torch.randn(sum(case.counts), 16, generator=generator, dtype=torch.float64)
@@ -133,14 +135,21 @@ def _work(rank: int, folder: str) -> None:
         group = None if len(case.counts) == WORLD else pair
         if rank < len(case.counts):
             results[case] = [run_case(case, rank, group) for _ in range(runs_of(case))]
+    for case in SIGMOID_CASES:
+        group = None if len(case.counts) == WORLD else pair
+        if rank < len(case.counts):
+            x, y = (t[own_slice(case.counts, rank)] for t in features(case))
+            results[case] = [run_sigmoid(case, x, y, group, known=run > 0) for run in range(runs_of_sigmoid(case))]
+    results["exchange"] = exchange_results(rank)
     if rank >= 2:
         try:
             contrastive_loss(torch.ones(1, 2), torch.ones(1, 2), torch.tensor(1.0), group=pair)
         except ValueError as error:
             results["outsider"] = str(error)
-    torch.save(results, f"{folder}/rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    results["exchange"] |= results_after_a_restart(rank, folder)
+    torch.save(results, f"{folder}/rank{rank}.pt")
 
 
 MISMATCHES: list[dict[str, Any]] = [

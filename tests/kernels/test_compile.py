@@ -1,11 +1,19 @@
-"""Both losses inside torch.compile, and as well-behaved custom operators."""
+"""The losses inside torch.compile, and as well-behaved custom operators."""
 
 import shutil
 
 import pytest
 import torch
 
-from tests.kernels.checks import DEVICE, contrastive_loss, leaf, linear_cross_entropy, relative_error, seeded
+from tests.kernels.checks import (
+    DEVICE,
+    contrastive_loss,
+    leaf,
+    linear_cross_entropy,
+    relative_error,
+    seeded,
+    sigmoid_contrastive_loss,
+)
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -99,6 +107,20 @@ def test_contrastive_loss_in_one_graph():
             assert relative_error(actual, wanted) < 1e-6
 
 
+def test_sigmoid_contrastive_loss_in_one_graph():
+    def step(x, y, log_scale, bias):
+        x, y = (torch.nn.functional.normalize(t, dim=1) for t in (x, y))
+        return sigmoid_contrastive_loss(x, y, log_scale.exp(), bias * 2) * 0.1
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for m in (7, 12):
+        x, y = (torch.randn(m, 8, generator=seeded(s)) for s in (m, m + 1))
+        tensors = x, y, torch.tensor([2.5]), torch.tensor(-5.0)
+        expected = gradients_of(step, tensors)
+        for actual, wanted in zip(gradients_of(compiled, tensors), expected, strict=True):
+            assert relative_error(actual, wanted) < 1e-6
+
+
 @pytest.mark.skipif(DEVICE == "cpu" and not shutil.which("g++"), reason="on a CPU inductor needs a C++ compiler")
 def test_inductor():
     compiled = torch.compile(lambda h, w, y: linear_cross_entropy(h * 2, w, y), fullgraph=True)
@@ -125,3 +147,12 @@ def test_the_contrastive_operator_keeps_the_rules_of_torch(backend):
     settings = ("", "global", "none", None, "auto", backend == "triton", 1.0, True, True, True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.lcl_kernels.contrastive, (x, y, scale, *settings), test_utils=checks)
+
+
+def test_the_sigmoid_operator_keeps_the_rules_of_torch(backend):
+    x, y = (leaf(torch.randn(5, 8, generator=seeded(s))) for s in (0, 1))
+    scale, bias = torch.tensor([3.0], requires_grad=True), torch.tensor(-5.0, requires_grad=True)
+    settings = ("", None, "auto", backend == "triton", 1.0, True, True, True, True)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    operator = torch.ops.lcl_kernels.sigmoid_contrastive
+    torch.library.opcheck(operator, (x, y, scale, bias, *settings), test_utils=checks)

@@ -5,23 +5,9 @@ import torch
 from lcl_kernels import reference_contrastive_loss
 
 from tests.kernels.checks import leaf, relative_error
-from tests.kernels.ranks import CASES, COUNTS, MISMATCHES, TIMEOUT_S, Case, features, own_slice, results_of_ranks
+from tests.kernels.ranks import CASES, COUNTS, MISMATCHES, TIMEOUT_S, Case, features, own_slice
 
-pytestmark = [pytest.mark.timeout(TIMEOUT_S + 60), pytest.mark.xdist_group("ranks")]  # one process starts the ranks
-
-
-@pytest.fixture(autouse=True)
-def _on_the_device():
-    """Gloo, and so these tests, use the CPU also where there is a GPU."""
-    with torch.device("cpu"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)  # as on a machine with a GPU: the ranks see to it themselves
-        return results_of_ranks(tmp_path_factory.mktemp("ranks"))
+pytestmark = [pytest.mark.timeout(TIMEOUT_S + 60), pytest.mark.usefixtures("on_a_cpu")]
 
 
 def expected_of(case):
