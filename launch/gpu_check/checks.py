@@ -4,11 +4,13 @@ A check is a function without arguments that returns errors and their bars. `CHE
 On a machine without a GPU the same functions run at tiny size in Triton's interpreter.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import lcl_kernels
 import torch
 from lcl_kernels import contrastive_loss, linear_cross_entropy, sigmoid_contrastive_loss
 from torch import Tensor
@@ -518,6 +520,81 @@ def linear_no_label_counts() -> Errors:
 def linear_everything_together() -> Errors:
     data = linear_data(4096, 768, 49411)
     return check_linear(data, with_bias=True, softcap=30.0, z_loss=1e-4, label_smoothing=0.1)
+
+
+@check
+def linear_options_of_language_models() -> Errors:
+    """Batches of sequences, shifted labels, and weights of tokens and classes."""
+    need(linear_cross_entropy, "shift", "token_weight", "class_weight")
+    data = linear_data(4096, 768, 49411)
+    rows, width = data.leaf.shape
+    labels = data.labels.view(4, rows // 4)
+    of_token = torch.rand(labels.shape, device=DEVICE)
+    of_class = torch.rand(len(data.weight), device=DEVICE)
+    options: dict[str, Any] = {"shift": 1, "token_weight": of_token, "class_weight": of_class, "reduction": "sum"}
+    sequences = data._replace(labels=labels, view=lambda leaf: leaf.view(4, rows // 4, width))
+    with poisoned():
+        loss = sequences.step(**options)
+    ignored = torch.full_like(labels[:, :1], IGNORED)
+    aligned = torch.cat([labels[:, 1:], ignored], 1).reshape(-1)  # what position i predicts stands at i + 1
+    weights = torch.cat([of_token[:, 1:], torch.zeros_like(of_token[:, :1])], 1).reshape(-1)
+    upstream = (weights * of_class[aligned.clamp(min=0)]).double().where(aligned != IGNORED, 0)
+    truth = exact_linear(data.leaf, data.weight, aligned, None, upstream)
+    truth["loss"] = (truth["row_loss"] * upstream).sum()
+    assert data.leaf.grad is not None and data.weight.grad is not None  # noqa: PT018
+    return compare({"loss": loss, "d_hidden": data.leaf.grad, "d_weight": data.weight.grad}, truth, "bf16")
+
+
+@check
+def linear_predicted_class_and_differentiable_lse() -> Errors:
+    need(linear_cross_entropy, "return_predicted", "differentiable_lse")
+    data = linear_data(2048, 768, 49411, valid=1.0)
+    options: dict[str, Any] = {"return_statistics": True, "return_predicted": True, "differentiable_lse": True}
+    with poisoned():
+        loss, statistics = data.call(reduction="sum", **options)
+        (loss + statistics.lse.square().sum()).backward()
+    hidden, weight = (t.detach().double().requires_grad_() for t in (data.leaf, data.weight))
+    logits = hidden @ weight.T
+    lse = logits.logsumexp(1)
+    chosen = logits.detach().gather(1, statistics.predicted.unsqueeze(1)).squeeze(1)
+    own = logits.gather(1, data.labels.unsqueeze(1)).squeeze(1)
+    (lse - own + lse.square()).sum().backward()
+    assert hidden.grad is not None and data.leaf.grad is not None  # noqa: PT018
+    return {
+        "lse": (relative_error(statistics.lse, lse.detach()), BARS["bf16"]["loss"]),
+        # In fp32 a logit that is larger in the last digits alone may be passed over.
+        "predicted": (float((logits.detach().amax(1) - chosen).abs().max()), 1e-4),
+        "d_hidden": (relative_error(data.leaf.grad, hidden.grad), BARS["bf16"]["gradient"]),
+    }
+
+
+@check
+def contrastive_groups_of_pairs() -> Errors:
+    """Pairs of one group are no negatives of each other, or positives; some pairs weigh more."""
+    need(contrastive_loss, "group_ids", "same_group", "pair_weight")
+    x, y, scale = contrastive_data(4096, 768, 14.3)
+    ids = torch.randint(len(x) // 3, (len(x),), device=DEVICE)
+    weight = torch.rand(len(x), device=DEVICE)
+    errors: Errors = {}
+    for same_group in ("ignore", "positive"):
+        options: dict[str, Any] = {"group_ids": ids, "pair_weight": weight, "same_group": same_group}
+        with poisoned():
+            loss = contrastive_step(x, y, scale, **options)
+        wide = [tensor.detach().double().requires_grad_() for tensor in (x, y, scale)]
+        truth = lcl_kernels.reference_contrastive_loss(*wide, **options)
+        truth.backward()
+        names = ("loss", "d_x", "d_y")
+        wanted = dict(zip(names, (truth.detach(), wide[0].grad, wide[1].grad), strict=True))
+        found = dict(zip(names, (loss, x.grad, y.grad), strict=True))
+        compared = compare(found, wanted, "bf16")  # type: ignore[arg-type]
+        errors |= {f"{same_group}: {name}": error for name, error in compared.items()}
+    return errors
+
+
+def need(function: Callable[..., Any], *options: str) -> None:
+    """Skip where this version of a loss lacks an option."""
+    if missing := set(options) - set(inspect.signature(function).parameters):
+        raise Skip(f"{function.__name__} has no {', '.join(sorted(missing))}")
 
 
 def passes(errors: Errors) -> bool:

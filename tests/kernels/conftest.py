@@ -43,6 +43,7 @@ def ranks(tmp_path_factory):
         return results_of_ranks(tmp_path_factory.mktemp("ranks"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the mark
 def pytest_collection_modifyitems(items):
     """Tests of several ranks run in one process of pytest-xdist, which starts the ranks once."""
     for item in items:
