@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$1 version=$2 out=$3
-export PYTHONPATH=kernels${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH}
 
 [ "$("$python" -c 'from importlib.metadata import version; print(version("triton"))')" = "$version" ] || {
   echo "error: $python has another Triton than $version" >&2
@@ -18,7 +18,11 @@ cache=$(mktemp -d)
 trap 'rm -rf "$cache"' EXIT
 export TRITON_CACHE_DIR=$cache/kernels
 unset TRITON_INTERPRET
-compile() { "$python" -m lcl_kernels.compile_check --here --target sm_90 > /dev/null; }
+# What first_light and figures need, and the candidates of tune.
+compile() {
+  "$python" -m lcl_kernels.compile_check --here --target sm_90 > /dev/null
+  "$python" -m launch.gpu_check.precompile > /dev/null
+}
 compile
 made=$(find "$cache/kernels" -name '*.cubin' | wc -l)
 compile

@@ -6,6 +6,7 @@ On a machine without a GPU the same functions run at tiny size in Triton's inter
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from lcl_ds.bench.contrastive import ContrastiveCase
 from lcl_ds.bench.losses import LossCase
 from lcl_ds.bench.peers import IGNORED
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to give the same bits every time
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 BACKEND: Any = "triton"

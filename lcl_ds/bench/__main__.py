@@ -29,7 +29,7 @@ from lcl_ds.bench.figures import draw_contrastive, draw_losses, draw_sigmoid
 from lcl_ds.bench.losses import loss_cases
 from lcl_ds.bench.measure import DeviceLostError
 from lcl_ds.bench.peers import CONTRASTIVE, DTYPES, LOSSES, OURS, SIGMOID
-from lcl_ds.bench.runner import Record, describe_environment, new_record, now, run_cases
+from lcl_ds.bench.runner import Record, describe_environment, give_back_running, new_record, now, run_cases
 from lcl_ds.bench.sigmoid import sigmoid_cases
 from lcl_ds.bench.table import open_console, show_rows
 from lcl_ds.cli import run_command
@@ -239,6 +239,7 @@ def measure_and_write(
     try:
         measure(console, record, {"repeats": repeats, "memory": not arguments.no_memory})
     except KeyboardInterrupt:
+        give_back_running(record)
         print("interrupted: what is measured so far is kept", file=sys.stderr)
         return 130
     except DeviceLostError as error:

@@ -63,6 +63,8 @@ class Method:
     gpu_only: bool = False
     compiles: bool = False
     """The first call compiles in this process, which takes memory that later calls do not."""
+    waits: bool = False
+    """A call waits for the device, so no CUDA graph can hold it."""
 
     def function(self, setting: Setting) -> Loss:
         """The loss for inputs of this shape.
@@ -278,16 +280,16 @@ def _by_name(*methods: Method) -> dict[str, Method]:
 
 # In order of importance: on a GPU one method after the other runs on all cases.
 LOSSES = _by_name(
-    Method(OURS, _our_losses),
+    Method(OURS, _our_losses, waits=True),
     Method(COUNTED, _our_counted_losses, gpu_only=True),
     Method("quack", _quack, gpu_only=True),
     Method("liger-kernel sm90", _liger_sm90, gpu_only=True),
-    Method("liger-kernel", _liger, gpu_only=True),
-    Method("cut-cross-entropy", _cut_cross_entropy, gpu_only=True, compiles=True),
+    Method("liger-kernel", _liger, gpu_only=True, waits=True),
+    Method("cut-cross-entropy", _cut_cross_entropy, gpu_only=True, compiles=True, waits=True),
     Method("torch chunked", _torch_chunked),
     Method("torch.compile", lambda setting: _compile(eager_losses, setting), compiles=True),
     Method(EAGER, lambda _: eager_losses),
-    Method("lcl_kernels torch", lambda setting: _our_losses(setting, "torch"), gpu_only=True),
+    Method("lcl_kernels torch", lambda setting: _our_losses(setting, "torch"), gpu_only=True, waits=True),
 )
 CONTRASTIVE = _by_name(
     Method(OURS, _our_contrastive),

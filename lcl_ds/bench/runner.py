@@ -89,6 +89,13 @@ def new_record(
     return record
 
 
+def give_back_running(record: Record) -> None:
+    """Let a later run try what was running when this one was interrupted."""
+    for row in record.rows:
+        if row["status"] == RUNNING:
+            row["status"] = PENDING
+
+
 def rows_left_in(path: Path) -> list[Row]:
     """The rows of an earlier run. What was running when it ended counts as failed, and is not tried again."""
     if not path.is_file():
@@ -198,6 +205,9 @@ def _time_graphs(case: Case, rows: list[Row], record: Record, repeats: int) -> N
     """On a GPU: the time of a CUDA graph of the same step, or why there can be none."""
     for row in rows if case.device.type == "cuda" and case.timed else []:
         if row["status"] != "ok":
+            continue
+        if case.methods[row["method"]].waits:
+            row["graph_failure"] = "waits for the device"
             continue
         row["graph_failure"] = ENDED  # should the process not live to say otherwise
         record.write()

@@ -197,7 +197,7 @@ def test_an_interrupted_run_keeps_what_it_has(run_bench, monkeypatch, capsys):
     code, document = run_bench(*LOSSES, "--valid", "1,0.5", "--peers", EAGER)
     assert code == 130
     assert document["complete"] is False
-    assert [row["status"] for row in document["rows"]] == ["ok", "ok", "running", "running"]
+    assert [row["status"] for row in document["rows"]] == ["ok", "ok", "pending", "pending"]
     assert "interrupted" in capsys.readouterr().err
 
 
