@@ -123,6 +123,7 @@ class Sweep:
 
     def __init__(self, compilers: Pool, clock: Pool, until: float, out: Any) -> None:
         self.compilers, self.clock, self.until, self.out = compilers, clock, until, out
+        self.patience = 1
         self.winners: list[dict[str, Any]] = []
 
     def run(self, groups: tuple[Group, ...], tuned: Path, *, dry: bool) -> int:
@@ -134,6 +135,7 @@ class Sweep:
         if not (answer["gpu"] or dry):
             print("error: no CUDA device; --dry runs tiny shapes without one", file=sys.stderr)
             return 1
+        self.patience = 5 if dry else 1  # a dry run may share its machine
         failed = False
         write_whole(tuned, self.winners)
         for group in groups:
@@ -179,7 +181,7 @@ class Sweep:
         """The tiles that compile, do not spill and are right; None stands for the default."""
         tasks: list[Task] = [{"do": "try", **group._asdict(), "tile": tile} for tile in tiles]
         good = []
-        for task, answer in self.compilers.run(tasks, limit=TRY_S, until=self.until):
+        for task, answer in self.compilers.run(tasks, limit=TRY_S * self.patience, until=self.until):
             if not (answer.get("ok") and not answer.get("spills")):
                 self.write({**task, **reason(answer)})
             elif task["tile"] is not None:
@@ -189,7 +191,7 @@ class Sweep:
     def time(self, group: Group, tile: Tile | None) -> float | None:
         """Milliseconds of the kernel alone, None where it cannot be timed."""
         task = {"do": "time", **group._asdict(), "tile": tile}
-        for _, answer in self.clock.run([task], limit=TIME_S, until=self.until):
+        for _, answer in self.clock.run([task], limit=TIME_S * self.patience, until=self.until):
             self.write({**task, **reason(answer)})
             return answer.get("ms")
         return None
