@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compile the Triton kernels for sm_90 on a machine without a GPU, into an archive that launch/gpu_check.sh unpacks.
 #
-#   launch/compile_cache.sh PYTHON TRITON_VERSION DIR     writes DIR/triton_cache-VERSION-cpNN.tar.gz
+#   launch/compile_cache.sh PYTHON TRITON_VERSION DIR     writes DIR/triton_cache-VERSION-cpNN.tar.xz
 #
 # PYTHON has torch and that Triton, and is of the version that the other machine has. A second process then compiles
 # everything again and must find every kernel in the cache.
@@ -30,4 +30,4 @@ again=$(($(find "$cache/kernels" -name '*.cubin' | wc -l) - made))
 echo "$made kernels compiled; a second process compiled $again of them again"
 ((made > 0 && again == 0))
 python_tag=cp$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("py_version_nodot"))')
-tar -czf "$out/triton_cache-$version-$python_tag.tar.gz" -C "$cache/kernels" .
+tar -cJf "$out/triton_cache-$version-$python_tag.tar.xz" -C "$cache/kernels" .

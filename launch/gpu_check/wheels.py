@@ -4,7 +4,7 @@
     python -m launch.gpu_check.wheels install PARTS SITE   as far as the parts are there
 
 A wheel that does not fit into what is left of a part is cut into pieces, NAME.whl.1of3 and so on. Compiled kernels come
-as triton_cache-VERSION-PYTHON.tar.gz and are unpacked where the versions agree.
+as triton_cache-VERSION-PYTHON.tar.xz and are unpacked where the versions agree.
 """
 
 import argparse
@@ -73,20 +73,18 @@ def install(parts: Path, site: Path) -> None:
         print(name)
 
 
-def cache_name(triton_version: str, python: str) -> str:
-    """Triton's cache keys cover its shared library, which differs between versions of Python too."""
-    return f"triton_cache-{triton_version}-{python}.tar.gz"
-
-
 def unpack_cache(parts: Path, folder: Path) -> None:
-    """Unpack the compiled kernels that were made with this Triton and this Python."""
-    name = cache_name(version("triton"), f"cp{sysconfig.get_config_var('py_version_nodot')}")
-    for path in parts.rglob(name):
+    """Unpack the compiled kernels that were made with this Triton and this Python.
+
+    Triton's keys cover its shared library, which differs between versions of Python too.
+    """
+    name = f"triton_cache-{version('triton')}-cp{sysconfig.get_config_var('py_version_nodot')}"
+    for path in parts.rglob(f"{name}.tar.*"):
         with tarfile.open(path) as archive:
             archive.extractall(folder, filter="data")
         print(f"{path.name}: {sum(1 for _ in folder.iterdir())} entries")
         return
-    others = sorted(path.name for path in parts.rglob(cache_name("*", "*")))
+    others = sorted(path.name for path in parts.rglob("triton_cache-*"))
     print(f"no {name}; there are {', '.join(others) or 'none'}")
 
 

@@ -6,8 +6,10 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -269,6 +271,19 @@ def test_wheels_travel_in_parts_and_large_ones_in_pieces(tmp_path, capfd):
     assert "left out: large-1.0-py3-none-any.whl, of which 2 of 3 pieces are here" in capfd.readouterr().out
     assert (tmp_path / "partly" / "small").is_dir()
     assert not (tmp_path / "partly" / "large").exists()
+
+
+def test_compiled_kernels_are_unpacked_where_the_versions_agree(tmp_path, capfd):
+    (tmp_path / "part1").mkdir()
+    tag = f"{version('triton')}-cp{sys.version_info.major}{sys.version_info.minor}"
+    with tarfile.open(tmp_path / "part1" / f"triton_cache-{tag}.tar.xz", "w:xz") as archive:
+        archive.add(__file__, "KEY/kernel.cubin")
+    (tmp_path / "part1" / "triton_cache-1.0-cp30.tar.xz").write_bytes(b"of another Triton")
+    wheels.unpack_cache(tmp_path, tmp_path / "cache")
+    assert (tmp_path / "cache" / "KEY" / "kernel.cubin").is_file()
+    (tmp_path / "part1" / f"triton_cache-{tag}.tar.xz").unlink()
+    wheels.unpack_cache(tmp_path, tmp_path / "cache")
+    assert f"no triton_cache-{tag}; there are triton_cache-1.0-cp30.tar.xz" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("chunk_bytes", [2**29, 8 * 40])
