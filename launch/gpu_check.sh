@@ -61,12 +61,27 @@ report() {
     --command "$command" --seconds "$(since "$begin")" $dry "$@" || failed=1
 }
 
+# report_now_and_then: until it is told to end, which it does between two reports, so that none comes late.
+report_now_and_then() {
+  local nap=
+  trap 'kill "$nap" 2> /dev/null; exit' TERM
+  while :; do
+    sleep 15 &
+    nap=$!
+    wait "$nap"
+    report
+  done
+}
+
 # end_running: kill what is left of a step, so that no stray process takes the next one's GPU. A step and all that it
 # starts form a process group of timeout's, which carries timeout's number.
 running= reporter=
 end_running() {
   [ -n "$running" ] && kill -KILL -- "-$running" 2> /dev/null
-  [ -n "$reporter" ] && kill "$reporter" 2> /dev/null
+  if [ -n "$reporter" ]; then
+    kill -TERM "$reporter" 2> /dev/null
+    wait "$reporter"
+  fi
   running= reporter=
 }
 
@@ -105,7 +120,7 @@ step() {
   else
     timeout -k 10 "$limit" "$@" > "$work/$name.out" 2> "$work/$name.err" < /dev/null &
     running=$!
-    while sleep 15; do report; done > /dev/null 2>&1 < /dev/null &
+    report_now_and_then > /dev/null 2>&1 < /dev/null &
     reporter=$!
     wait "$running"
     code=$?
