@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lcl_kernels.tiles import round_to, tile_position, tile_product
+from lcl_kernels.tiles import log1p_exact, round_to, tile_position, tile_product
 
 
 @triton.jit
@@ -117,22 +117,6 @@ def tanh_and_decay(x):
 def slope_of(decay):
     """Derivative of tanh at x from exp(-2|x|), with all its digits, which 1 - tanh(x)^2 has not where x is large."""
     return 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) of x >= 0 with all its digits, near 0 (a polynomial, as in Cephes) as well as far."""
-    near = 7.0376836292e-2 * x - 1.1514610310e-1
-    near = near * x + 1.1676998740e-1
-    near = near * x - 1.2420140846e-1
-    near = near * x + 1.4249322787e-1
-    near = near * x - 1.6668057665e-1
-    near = near * x + 2.0000714765e-1
-    near = near * x - 2.4999993993e-1
-    near = near * x + 3.3333331174e-1
-    square = x * x
-    near = x - 0.5 * square + near * x * square
-    return tl.where(x < 0.41421356, near, tl.log(1.0 + x))
 
 
 @triton.jit
@@ -292,7 +276,7 @@ def finish_rows_kernel(
     odds = others * half * half
     of_target = tl.exp2(z - reference)
     total = others + of_target
-    cross_entropy = tl.where(odds < 1.0e30, log1p(odds), gap + tl.log(total))
+    cross_entropy = tl.where(odds < 1.0e30, log1p_exact(odds), gap + tl.log(total))
     # Far above the target, the reference is near the log-sum-exp, and finite where the target is -inf.
     log_sum = tl.where(
         gap > far, reference * 0.6931471805599453 + tl.log(total), z * 0.6931471805599453 + cross_entropy

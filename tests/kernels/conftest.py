@@ -51,3 +51,11 @@ def ranks(tmp_path_factory):
                 run_ranks(folder)
             made.write_text(str(folder))
     return results_of_ranks(Path(made.read_text()))
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the mark
+def pytest_collection_modifyitems(items):
+    """With --dist loadgroup tests of several ranks run in one process, so that no other waits for the ranks."""
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
