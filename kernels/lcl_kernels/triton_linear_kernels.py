@@ -267,6 +267,7 @@ def finish_rows_kernel(
             classes = tl.load(best_class + place, mask=inside, other=0)
             largest = tl.max(values, 1)
             first = tl.min(tl.where(inside & (values == largest[:, None]), classes, vocab), 1)
+            first = tl.where(first < vocab, first, 0)  # logits of NaN are equal to none
             top_class = tl.where((largest > top) | (start == 0), first, top_class)
             top = tl.maximum(top, largest)
 

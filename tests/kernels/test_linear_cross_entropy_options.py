@@ -201,6 +201,15 @@ def test_the_predicted_class(options):
     assert torch.equal(statistics.predicted[right], labels[right])
 
 
+def test_a_row_of_nan_has_a_predicted_class_too():
+    hidden, weight, bias, labels = inputs(5, ignored=0.0)
+    hidden[2] = math.nan
+    _, statistics = linear_cross_entropy(
+        hidden, weight, labels, bias=bias, return_statistics=True, return_predicted=True
+    )
+    assert torch.equal(statistics.predicted, F.linear(hidden, weight, bias).argmax(1))
+
+
 def test_of_equal_classes_the_first_is_predicted():
     """Across tiles and within one, with the label among them, before them and after them."""
     hidden, weight = torch.eye(4)[[0, 0, 0, 0, 1, 2]], torch.zeros(300, 4)
