@@ -19,7 +19,7 @@ Backend = Literal["auto", "triton", "torch"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 """Of features, weights and hidden states."""
 
-WORKSPACE_MB = {"cpu": 128.0, "cuda": 1024.0}
+WORKSPACE_MB = {"cpu": 128.0, "cuda": 2048.0}
 """Default bound of the [rows, V] or [rows, M] values kept at a time.
 
 On a GPU every chunk beyond the first reads and writes the sum of the weight gradient once more, so chunks should have
@@ -31,8 +31,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run in Triton's interpreter, on CPU tensors. Read when the package is imported, as Triton itself does."""
 
 
-def use_triton(backend: str, like: Tensor) -> bool:
-    """Whether the Triton kernels run for tensors such as `like`.
+def use_triton(backend: str, like: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether the Triton kernels run for tensors such as `like`, computed in `dtype` (None: their own).
+
+    "auto" leaves float32 to torch, whose cuBLAS has TF32 products several times faster than these kernels'.
 
     Raises:
         ValueError: no such backend, or "triton" with float64.
@@ -40,9 +42,10 @@ def use_triton(backend: str, like: Tensor) -> bool:
     """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend must be 'auto', 'triton' or 'torch', not {backend!r}")
+    dtype = dtype or like.dtype
     if backend != "triton":
-        return backend == "auto" and like.is_cuda and TRITON_INSTALLED and like.dtype != torch.float64
-    if like.dtype == torch.float64:
+        return backend == "auto" and like.is_cuda and TRITON_INSTALLED and dtype in (torch.bfloat16, torch.float16)
+    if dtype == torch.float64:
         raise ValueError("backend='triton' has no float64 kernels; use 'auto' or 'torch'")
     if not TRITON_INSTALLED:
         raise RuntimeError("backend='triton': the package triton is not installed; use 'auto' or 'torch'")
@@ -74,9 +77,13 @@ def refuse_dtensor(**tensors: Tensor | None) -> None:
 
 def check_same(attribute: Literal["dtype", "device"], **tensors: Tensor | None) -> None:
     """All given tensors must agree in dtype or device."""
-    found = {name: getattr(tensor, attribute) for name, tensor in tensors.items() if tensor is not None}
-    if len(set(found.values())) > 1:
-        listing = ", ".join(f"{name} {value}" for name, value in found.items())
+    check_agreement(attribute, {name: getattr(t, attribute) for name, t in tensors.items() if t is not None})
+
+
+def check_agreement(attribute: str, values: dict[str, Any]) -> None:
+    """All values, by the name of the argument that has them, must be equal."""
+    if len(set(values.values())) > 1:
+        listing = ", ".join(f"{name} {value}" for name, value in values.items())
         raise ValueError(f"{attribute}s do not match: {listing}")
 
 
@@ -199,14 +206,6 @@ def exclusive_cross_entropy(gap: Tensor, others: Tensor) -> Tensor:
     half = torch.exp(0.5 * gap.clamp(max=170))  # in two steps, so that only a huge product can overflow
     odds = others * half * half
     return torch.where(odds < 1e30, torch.log1p(odds), gap + torch.log(others + torch.exp(-gap)))
-
-
-def smoothed(cross_entropy: Tensor, lse: Tensor, mean: Tensor | None, smoothing: float) -> Tensor:
-    """Cross entropy against a smoothed label; `mean` is that of all logits of the row, None without smoothing.
-
-    Also where classes have a logit of -inf: no difference of infinities is taken.
-    """
-    return cross_entropy if mean is None else (1 - smoothing) * cross_entropy + smoothing * (lse - mean)
 
 
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

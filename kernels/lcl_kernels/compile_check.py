@@ -25,6 +25,8 @@ from unittest import mock
 
 import torch
 
+from lcl_kernels.similarity import Block, Kind, OwnPairs
+
 
 class Multiprocessor(NamedTuple):
     """What one multiprocessor (AMD: compute unit) has for the programs that run on it at the same time."""
@@ -132,6 +134,7 @@ def compile_all(target: str) -> list[dict[str, Any]]:
     with _compiling_for(target, rows):
         _launch_linear_cross_entropy()
         _launch_contrastive()
+        _launch_sigmoid()
     return rows
 
 
@@ -235,37 +238,91 @@ def _resources(kernel: Any, wgmma: bool) -> dict[str, Any]:
 
 
 def _launch_linear_cross_entropy() -> None:
-    from lcl_kernels.sweep import Options, Wanted
-    from lcl_kernels.triton_linear_cross_entropy import sweep
+    from lcl_kernels.sweep import Counted, Inputs, Options, Wanted, empty_rows
+    from lcl_kernels.triton_linear_cross_entropy import scan, sweep
 
-    everything = Wanted(True, True, True)
-    plain = Options(0.0, None, 0.0, False, 64.0)
+    n, vocab, everything = 256, 515, Wanted(True, True, True)
+    capped = Options(z_loss=1e-4, softcap=30.0, statistics=True)
     for dtype, options, wanted, width in (
-        (torch.bfloat16, plain, Wanted(True, True, False), 768),
-        (torch.bfloat16, plain, Wanted(), 768),
-        (torch.bfloat16, plain, Wanted(True, True, False), 771),  # rows that no descriptor can serve
-        (torch.bfloat16, Options(1e-4, 30.0, 0.0, True, 64.0), everything, 768),
-        (torch.bfloat16, Options(1e-4, 30.0, 0.1, True, 64.0), everything, 768),
-        (torch.bfloat16, Options(0.0, 30.0, 0.0, False, 64.0), Wanted(True, True, False), 768),
-        (torch.float16, plain, everything, 768),
-        (torch.float16, Options(0.0, 30.0, 0.1, False, 64.0), everything, 768),
-        (torch.float32, plain, everything, 768),
+        (torch.bfloat16, Options(), Wanted(True, True, False), 768),
+        (torch.bfloat16, Options(), Wanted(), 768),
+        (torch.bfloat16, Options(), Wanted(True, True, False), 771),  # rows that no descriptor can serve
+        (torch.bfloat16, capped, everything, 768),
+        (torch.bfloat16, capped._replace(label_smoothing=0.1), everything, 768),
+        (torch.bfloat16, capped._replace(label_smoothing=0.1, predicted=True), everything, 768),
+        (torch.bfloat16, Options(statistics=True, predicted=True), everything, 768),
+        (torch.bfloat16, Options(softcap=30.0), Wanted(True, True, False), 768),
+        (torch.float16, Options(), everything, 768),
+        (torch.float16, Options(softcap=30.0, label_smoothing=0.1), everything, 768),
+        (torch.float32, Options(), everything, 768),
     ):
-        hidden, weight = torch.zeros(256, width, dtype=dtype), torch.zeros(515, width, dtype=dtype)
-        bias = torch.zeros(515, dtype=dtype) if wanted.bias else None
-        sweep(hidden, weight, bias, torch.zeros(256, dtype=torch.int64), torch.arange(256), options, wanted)
+        for weighted in (False, True):
+            inputs = Inputs(
+                hidden=torch.zeros(n, width, dtype=dtype),
+                weight=torch.zeros(vocab, width, dtype=dtype),
+                bias=torch.zeros(vocab, dtype=dtype) if wanted.bias else None,
+                labels=torch.zeros(n, dtype=torch.int64),
+                token_weight=torch.zeros(n) if weighted else None,
+                class_weight=torch.zeros(vocab) if weighted else None,
+                lse_grad=torch.zeros(n) if weighted and any(wanted) else None,
+            )
+            rows_made = empty_rows(inputs, options)
+            read = scan(inputs, options, None, rows_made)
+            counted = Counted(torch.arange(n - weighted, dtype=torch.int32), read.labels[: n - weighted])
+            sweep(inputs, counted, options, wanted, rows_made)
 
 
 def _launch_contrastive() -> None:
+    plain, crowded = Kind(), Kind(positives=True, highest=True)
+    for kind in (plain, Kind(highest=True), Kind(ignored=True), crowded):
+        _launch_pair_losses(kind)
+        for diagonal in (True, False):
+            _launch_block(torch.bfloat16, 768, diagonal, kind, one_sided=kind in (plain, crowded))
+            if kind in (plain, crowded):
+                _launch_block(torch.bfloat16, 771, diagonal, kind)
+                _launch_block(torch.float32, 768, diagonal, kind)
+    for diagonal in (True, False):
+        _launch_block(torch.float16, 768, diagonal, plain)
+
+
+def _launch_block(dtype: torch.dtype, width: int, diagonal: bool, kind: Kind, one_sided: bool = False) -> None:
     from lcl_kernels import triton_contrastive
 
+    x, norms, groups = torch.zeros(256, width, dtype=dtype), torch.zeros(256), torch.zeros(256, dtype=torch.int32)
+    grouped = groups if kind.ignored or kind.positives else None
+    block = Block(x, x, torch.ones(()), norms, grouped, grouped, diagonal, kind)
+    rows, columns = (torch.zeros(256, kind.sums) for _ in range(2))
+    triton_contrastive.pair_products(x, x, torch.float32)
+    triton_contrastive.statistics(block, rows, columns, first=True, workspace_mb=64.0)
+    d_x, d_y = triton_contrastive.pair_gradients(x, x, norms, norms)
+    terms = torch.zeros(256, 1 + kind.positives)
+    for from_rows, from_columns in ((terms, terms), (terms, None), (None, terms))[: 3 if one_sided else 1]:
+        triton_contrastive.gradients(block, from_rows, from_columns, d_x=d_x, d_y=d_y, workspace_mb=64.0)
+
+
+def _launch_pair_losses(kind: Kind) -> None:
+    from lcl_kernels import triton_contrastive
+
+    x, numbers, sums = torch.zeros(256, 64), torch.ones(256), torch.zeros(4, 256, kind.sums)
+    for weight in (1.0, numbers):
+        pairs = OwnPairs(
+            x, x, torch.ones(()), numbers, numbers, numbers, weight, numbers if kind.positives else None, kind
+        )
+        triton_contrastive.pair_losses(pairs, sums[0], sums)
+
+
+def _launch_sigmoid() -> None:
+    from lcl_kernels import triton_sigmoid_contrastive
+    from lcl_kernels.sigmoid_negatives import Block
+
     for dtype, width in ((torch.bfloat16, 768), (torch.bfloat16, 771), (torch.float16, 768), (torch.float32, 768)):
-        x, scale, shift = torch.zeros(256, width, dtype=dtype), torch.ones(()), torch.zeros(256)
+        x, scale, d_x = torch.zeros(256, width, dtype=dtype), torch.ones(()), torch.zeros(256, width)
         for diagonal in (True, False):
-            options: dict[str, Any] = {"diagonal": diagonal, "workspace_mb": 64.0}
-            triton_contrastive.statistics(x, x, scale, **options)
-            d_x = torch.zeros(256, width)
-            triton_contrastive.gradients(x, x, scale, shift, shift, d_x=d_x, want_y=True, **options)
+            for gradients in (True, False):
+                block = Block(x, x, scale, scale, diagonal)
+                triton_sigmoid_contrastive.negatives(
+                    block, gradients=gradients, d_x=d_x, want_y=True, workspace_mb=64.0
+                )
 
 
 if __name__ == "__main__":

@@ -6,18 +6,23 @@ always as bytes, because not every backend knows every dtype.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+import hashlib
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lcl_kernels._common import DTYPES
-
 Exchange = Literal["auto", "gather", "ring"]
+
+_SEVERAL_HOSTS: WeakKeyDictionary[dist.ProcessGroup, bool] = WeakKeyDictionary()
+"""Of the groups that have met: whether their ranks are on more than one machine. Kept by group and not by its name,
+which a later group can have again."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Ranks:
     counts: list[int]
     rank: int
     wants_gradients: bool  # on any rank: then all take part in the exchange that gradients need
+    ring: bool  # the same on all ranks
 
     @property
     def world_size(self) -> int:
@@ -52,7 +58,7 @@ def group_name(group: dist.ProcessGroup | None) -> str:
         return ""
     group = dist.group.WORLD if group is None else group
     if group == dist.GroupMember.NON_GROUP_MEMBER or dist.get_rank(group) < 0:
-        raise ValueError("this process is not a member of the group it passed to contrastive_loss")
+        raise ValueError("this process is not a member of the group that it passed to the loss")
     return str(group.group_name)  # type: ignore[union-attr]
 
 
@@ -63,40 +69,78 @@ def _group_of(name: str) -> dist.ProcessGroup:
 def meet(
     x: Tensor,
     name: str,
-    wants_gradients: bool,
-    common: Sequence[int],
+    function: str,
+    options: Mapping[str, object],
+    *,
+    exchange: str,
     counts: Sequence[int] | None,
+    wants_gradients: bool,
 ) -> Ranks:
-    """Exchanges the counts, and what has to be the same everywhere (`common`), so that a mismatch is an error and not a
-    hang. With `counts` nothing is exchanged and nothing waits for the device."""
+    """Agree with the other ranks of the group on counts and exchange.
+
+    Without `counts` the ranks exchange theirs in every call. With `counts` they meet in the first call on a group only:
+    its first collective has to be one in which all take part, and "auto" has to mean the same to all. Later calls
+    exchange nothing here and wait for nothing.
+
+    Raises:
+        ValueError: `counts` are wrong, or the ranks met and called differently; then on all of them.
+    """
     group = _group_of(name) if name else None
     world_size, rank = (dist.get_world_size(group), dist.get_rank(group)) if name else (1, 0)
-    if counts is not None:
+    if counts is None and world_size == 1:
+        counts = [len(x)]
+    if counts is not None and (world_size == 1 or group in _SEVERAL_HOSTS):
         if len(counts) != world_size or counts[rank] != len(x):
             raise ValueError(
                 f"counts {list(counts)} do not match: {world_size} ranks, {len(x)} pairs on this one (rank {rank})"
             )
-        return Ranks(group, list(counts), rank, wants_gradients)
-    if world_size == 1:
-        return Ranks(group, [len(x)], 0, wants_gradients)
-    mine = torch.tensor([len(x), wants_gradients, *common], device=x.device)
+        pairs, wanted = list(counts), wants_gradients
+    else:
+        options = {"D": x.shape[1], "dtype": x.dtype, "exchange": exchange, **options}
+        if counts is not None:
+            options = {**options, "counts": list(counts), "gradients": wants_gradients}
+        pairs, wanted = _introduce(x, group, function, options, wants_gradients)
+        if counts is not None and list(counts) != pairs:
+            raise ValueError(f"counts {list(counts)} do not match: the ranks have {pairs} pairs")
+    ring = exchange == "ring" or (exchange == "auto" and world_size > 1 and _SEVERAL_HOSTS[group])  # type: ignore[index]
+    return Ranks(group, pairs, rank, wanted, ring)
+
+
+def _introduce(
+    x: Tensor, group: dist.ProcessGroup | None, function: str, options: Mapping[str, object], wants_gradients: bool
+) -> tuple[list[int], bool]:
+    """Tell all ranks of the group what this one has, and remember whether they share a machine.
+
+    Returns:
+        The pairs of every rank, and whether any of them wants gradients.
+    """
+    call = f"{function} with {', '.join(f'{key} {value}' for key, value in options.items())}"
+    mine = torch.tensor([len(x), wants_gradients, _number_of(call), _number_of(_machine())], device=x.device)
     table = [row.tolist() for row in _all_gather(mine, group)]
-    if any(row[2:] != table[0][2:] for row in table):
-        listing = ", ".join(
-            f"rank {r}: D {d} {DTYPES[t]} normalize {'global' if g else 'per_rank'} "
-            f"detach {('none', 'remote', 'keys')[c]} exchange {'ring' if e else 'gather'}"
-            for r, (_, _, d, t, g, c, e) in enumerate(table)
-        )
-        raise ValueError(f"contrastive_loss was called differently by the ranks of the group: {listing}")
-    return Ranks(group, [row[0] for row in table], rank, any(row[1] for row in table))
+    if len({row[2] for row in table}) > 1:
+        calls: list[str] = [""] * len(table)
+        dist.all_gather_object(calls, call, group=group)
+        listing = "; ".join(f"rank {_listed(calls, call)}: {call}" for call in dict.fromkeys(calls))
+        raise ValueError(f"{function} was called differently by the ranks of the group: {listing}")
+    assert group is not None
+    _SEVERAL_HOSTS[group] = len({row[3] for row in table}) > 1
+    return [row[0] for row in table], any(row[1] for row in table)
 
 
-def uses_ring(exchange: Exchange, name: str) -> bool:
-    """ "auto": a gather inside one node, where every pair of ranks has a fast link; a ring across nodes."""
-    if exchange != "auto" or not name:
-        return exchange == "ring"
-    local = int(os.environ.get("LOCAL_WORLD_SIZE") or torch.cuda.device_count() or dist.get_world_size())
-    return dist.get_world_size(_group_of(name)) > local
+def _listed(calls: list[str], call: str) -> str:
+    """The first rank with this call, and how many more there are."""
+    more = calls.count(call) - 1
+    return f"{calls.index(call)}{f' and {more} more' if more else ''}"
+
+
+def _machine() -> str:
+    """A name for this machine, made as NCCL makes it: host names alone are often "localhost"."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text() if boot.exists() else ''}"
+
+
+def _number_of(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
 
 class FeatureBlocks:
@@ -106,18 +150,28 @@ class FeatureBlocks:
     memory, again in every walk.
     """
 
-    def __init__(self, own: Tensor, ranks: Ranks, ring: bool) -> None:
-        self._own, self._ranks, self._ring = own, ranks, ring
+    def __init__(self, own: Tensor, ranks: Ranks) -> None:
+        self._own, self._ranks = own, ranks
         self._gathered: list[Tensor] | None = None
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         """(rank, its features [count, D]) of all ranks that have pairs."""
+        return self.walk(None)
+
+    def walk(self, home: GradientReturn | None) -> Iterator[tuple[int, Tensor]]:
+        """The same, for a walk that sends gradients home.
+
+        NCCL runs the transfers of a rank one after another. Every rank has to start them in the same order then, also
+        those that pass over a rank without pairs: else two ranks wait for each other.
+        """
         if self._ranks.world_size == 1 or self._ranks.total == 0:
             yield self._ranks.rank, self._own
             return
-        for rank, block in self._walk_ring() if self._ring else self._walk_gathered():
+        for rank, block in self._walk_ring() if self._ranks.ring else self._walk_gathered():
             if len(block):
                 yield rank, block
+            elif home is not None:
+                home.pass_over(rank)
 
     def _walk_gathered(self) -> Iterator[tuple[int, Tensor]]:
         ranks, work = self._ranks, None
@@ -155,19 +209,18 @@ class GradientReturn:
 
     def send(self, rank: int, block: Tensor) -> None:
         """Gradient of the features of `rank` from the losses here; the ranks have to come in the order of the hops."""
-        ranks = self._ranks
-        if rank == ranks.rank:
+        if rank == self._ranks.rank:
             self._home += block
-            return
-        hop = (rank - ranks.rank) % ranks.world_size
-        while self._hop < hop - 1:  # ranks without pairs were passed over
+        else:
+            self._advance(block)
+
+    def pass_over(self, rank: int) -> None:
+        """The turn of a rank that has no features; others may send meanwhile."""
+        if rank != self._ranks.rank:
             self._advance(None)
-        self._advance(block)
 
     def finish(self) -> Tensor:
         """The gradient of the own features, complete."""
-        while self._hop < self._ranks.world_size - 1:
-            self._advance(None)
         self._receive()
         return self._home
 

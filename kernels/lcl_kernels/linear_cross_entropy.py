@@ -3,34 +3,28 @@
 Rows whose label is ignored are left out first. The others go through in chunks: exponentials of the logits of a chunk,
 then, when gradients are wanted, the gradient products of that chunk at once. So logits are computed once, and backward
 only multiplies by the upstream gradient.
-
-Two custom operators carry this through torch.compile: `linear_cross_entropy_sum` makes gradients in its forward,
-`linear_cross_entropy_rows` (reduction="none") in its backward, by calling the first.
 """
 
 from __future__ import annotations
 
 import math
 import numbers
-from typing import Any, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from lcl_kernels import torch_linear_cross_entropy
 from lcl_kernels._common import (
     Backend,
+    check_agreement,
     check_dtypes,
     check_same,
-    compute_dtype,
-    first_derivative_only,
     refuse_dtensor,
     resolve_workspace,
-    scaled,
     use_triton,
     wants_gradients,
 )
-from lcl_kernels.sweep import Options, Swept, Wanted
+from lcl_kernels.linear_operators import Settings, operator
 
 Reduction = Literal["mean", "sum", "none"]
 LARGEST_SOFTCAP = 1e30
@@ -39,16 +33,21 @@ SMALLEST_SOFTCAP = 1e-30
 
 
 class TokenStatistics(NamedTuple):
-    """What `linear_cross_entropy` can tell besides the loss; without gradients. Ignored rows have 0, in `rank` -1."""
+    """What `linear_cross_entropy` can tell besides the loss. Ignored rows have 0, in `rank` and `predicted` -1.
+
+    Without gradients, but for `lse` on request. Shapes are those of labels, `shift` shorter in the last dimension.
+    """
 
     row_loss: Tensor
-    """[N], the loss of each row, before reduction."""
+    """[...], the loss of each row, before reduction."""
     lse: Tensor
-    """[N], log-sum-exp of the logits."""
+    """[...], log-sum-exp of the logits."""
     z_loss: Tensor
     """The part of the loss that is z_loss, reduced like the loss."""
     rank: Tensor
-    """[N] int64, how many classes have a larger logit than the target: accuracy is the share of zeros."""
+    """[...] int64, how many classes have a larger logit than the target: accuracy is the share of zeros."""
+    predicted: Tensor | None = None
+    """[...] int64 on request, the class with the largest logit, the first one of equals."""
 
 
 @overload
@@ -58,7 +57,10 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    shift: int = 0,
     ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
     z_loss: float = 0.0,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
@@ -66,6 +68,8 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     counted_rows: int | None = None,
     return_statistics: Literal[False] = False,
+    return_predicted: bool = False,
+    differentiable_lse: bool = False,
     backend: Backend = "auto",
     workspace_mb: float | None = None,
 ) -> Tensor: ...
@@ -78,7 +82,10 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    shift: int = 0,
     ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
     z_loss: float = 0.0,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
@@ -86,6 +93,8 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     counted_rows: int | None = None,
     return_statistics: Literal[True],
+    return_predicted: bool = False,
+    differentiable_lse: bool = False,
     backend: Backend = "auto",
     workspace_mb: float | None = None,
 ) -> tuple[Tensor, TokenStatistics]: ...
@@ -97,7 +106,10 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
+    shift: int = 0,
     ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
     z_loss: float = 0.0,
     softcap: float | None = None,
     label_smoothing: float = 0.0,
@@ -105,265 +117,139 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     counted_rows: int | None = None,
     return_statistics: bool = False,
+    return_predicted: bool = False,
+    differentiable_lse: bool = False,
     backend: Backend = "auto",
     workspace_mb: float | None = None,
 ) -> Tensor | tuple[Tensor, TokenStatistics]:
-    """Cross entropy of z = hidden @ weight.T + bias against labels that are already aligned with `hidden`.
+    """Cross entropy of z = hidden @ weight.T + bias against labels.
 
     Row i costs lse(z_i) - (1 - label_smoothing) z_i[label] - label_smoothing mean(z_i) + z_loss * lse(z_i)^2. With
     `softcap` c, z becomes c * tanh(z / c) first.
 
     Args:
-        hidden: [N, H], float32, bfloat16, float16 or float64. Only rows that count are read.
-        weight: [V, H], same dtype. bias: [V], same dtype, or None. Under autocast all three are cast as F.linear would,
-            so not from float64. A bias of -inf hides its class; a row with such a label costs inf.
-        labels: [N], int64 or int32, in [0, V), or `ignore_index`.
+        hidden: [..., H], float32, bfloat16, float16 or float64. Only rows that count are read; other layouts than
+            that of one matrix are copied.
+        weight: [V, H], same dtype. bias: [V], same dtype, or None. Under autocast all three are read as F.linear would,
+            so not from float64, and a float32 weight still gets a float32 gradient that was never rounded. A bias of
+            -inf hides its class; a row with such a label costs inf.
+        labels: [...], int64 or int32, in [0, V), or `ignore_index`.
+        shift: position t of the last dimension of labels predicts label t + shift: as hidden[..., :-shift, :] with
+            labels[..., shift:], but without a copy of hidden.
         ignore_index: rows with this label count nowhere and cost nothing. A value inside [0, V) stays in the softmax.
+        token_weight: [...], what the whole loss of each label is multiplied with, z_loss included. A constant; where
+            it may be NaN or the loss infinite, use ignore_index instead of 0.
+        class_weight: [V], `weight` of torch.nn.functional.cross_entropy, a constant: of the label, and with
+            label_smoothing of each class in the smoothed part. z_loss is not weighted by class.
         z_loss: weight of the squared log-sum-exp (PaLM, arXiv 2204.02311, section 5).
         softcap: bound of the logits, at least 1e-30, or None (Gemma 2, arXiv 2408.00118, section 2).
         label_smoothing: in [0, 1], as in torch.nn.functional.cross_entropy. In Triton the logits are then computed
             twice.
         normalizer: with reduction "mean", what the sum is divided by instead of the number of counted rows: a number
             or a tensor of one element (a constant, never read on the host). Use the global token count here.
-        reduction: "mean", "sum", or "none" for [N] with 0 at ignored rows. "none" computes the logits a second time
-            in backward, because the gradient of each row is known only then.
-        counted_rows: how many labels are not `ignore_index`, when the caller knows. On a GPU nothing then waits for
-            the device, and the call can be captured in a CUDA graph.
+        reduction: "mean", "sum", or "none" for [...] with 0 at ignored rows. "mean" divides by the number of counted
+            rows, with weights by the sum of token_weight * class_weight[label] over them. "none" computes the logits a
+            second time in backward, because the gradient of each row is known only then.
+        counted_rows: how many labels are not `ignore_index`, those left out by `shift` not counted, when the caller
+            knows. On a GPU nothing then waits for the device, and the call can be captured in a CUDA graph.
         return_statistics: also return `TokenStatistics`, at the price of one comparison per logit.
-        backend: "auto" (Triton on a GPU, torch elsewhere and for float64), "triton" or "torch".
-        workspace_mb: bound of the logits kept at a time (one row at least); None: 1024 on a GPU, 128 on a CPU.
+        return_predicted: with return_statistics, also `TokenStatistics.predicted`.
+        differentiable_lse: with return_statistics, let `TokenStatistics.lse` carry gradients. The logits are then
+            computed a second time in backward.
+        backend: "auto" (Triton on a GPU for bfloat16 and float16, else torch), "triton" or "torch".
+        workspace_mb: bound of the logits kept at a time (one row at least); None: 2048 on a GPU, 128 on a CPU.
 
     Returns:
         The loss in float32 (float64 for float64 inputs), or (loss, TokenStatistics). Without any counted row the loss
-        is 0, with zero gradients, whatever the normalizer. Gradients have the dtypes of their inputs; the same inputs
-        give the same bits.
+        is 0, with zero gradients, whatever the normalizer; also where the weights it is divided by sum to 0. Gradients
+        have the dtypes of their inputs; the same inputs give the same bits.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not match; a label out of range or a wrong `counted_rows` (on
-            CUDA an asynchronous device assertion instead, so that nothing waits); an empty weight; a DTensor; an
-            unusable option.
+            CUDA with `counted_rows` an asynchronous device assertion instead, so that nothing waits); an empty weight;
+            a DTensor; weights that require a gradient; an unusable option.
         RuntimeError: backend "triton" where it cannot run; differentiating twice, forward or by torch.func.
     """
     _check_tensors(hidden, weight, labels, bias)
-    _check_options(reduction, normalizer, ignore_index, softcap, z_loss, label_smoothing, counted_rows, len(labels))
-    hidden, weight, bias = (_autocast(tensor) for tensor in (hidden, weight, bias))
-    check_dtypes(hidden=hidden, weight=weight, bias=bias)
-    if softcap is not None and softcap > LARGEST_SOFTCAP:
-        softcap = None
-
+    _check_weights(weight, labels, token_weight, class_weight)
+    _check_shift(shift, labels)
+    _check_options(reduction, normalizer, ignore_index, softcap, z_loss, label_smoothing, counted_rows, labels.numel())
+    if (return_predicted or differentiable_lse) and not return_statistics:
+        raise ValueError("return_predicted and differentiable_lse are about the statistics: set return_statistics=True")
+    dtype = _computed_in(hidden=hidden, weight=weight, bias=bias)
+    settings = Settings(
+        shift=shift,
+        ignore_index=ignore_index,
+        counted_rows=counted_rows,
+        z_loss=z_loss,
+        softcap=None if softcap is not None and softcap > LARGEST_SOFTCAP else softcap,
+        label_smoothing=label_smoothing,
+        statistics=return_statistics,
+        predicted=return_predicted,
+        dtype=dtype,
+        triton=use_triton(backend, hidden, dtype),
+        workspace_mb=resolve_workspace(workspace_mb, hidden),
+    )
     wants = wants_gradients(hidden, weight, bias)
-    tensors = (hidden, weight, bias, labels)
-    triton, workspace = use_triton(backend, hidden), resolve_workspace(workspace_mb, hidden)
-    settings = (ignore_index, counted_rows, z_loss, softcap, label_smoothing, return_statistics, triton, workspace)
-    if reduction == "none":
-        loss, lse, rank = torch.ops.lcl_kernels.linear_cross_entropy_rows(*tensors, *settings)
-        row_loss, divisor = loss, None
+    tensors = (hidden, weight, bias, labels, token_weight, class_weight)
+    if reduction == "none" or differentiable_lse:
+        row_loss, lse, rank, predicted, mass = operator("rows", counted_rows)(*tensors, *settings)
+        total = row_loss if reduction == "none" else row_loss.sum()
     else:
-        total, row_loss, lse, rank, *_ = torch.ops.lcl_kernels.linear_cross_entropy_sum(
+        total, row_loss, lse, rank, predicted, mass, *_ = operator("sum", counted_rows)(
             *tensors, None, *settings, *wants
         )
-        divisor = _divisor(reduction, normalizer, labels, ignore_index, total.dtype)
-        loss = total if divisor is None else total / divisor
+    divisor = _divisor(normalizer, mass) if reduction == "mean" else None
+    loss = total if divisor is None else total / divisor
     if not return_statistics:
         return loss
-    z_part = z_loss * lse.square()
+    lse_or_constant = lse if differentiable_lse else lse.detach()
+    z_part = z_loss * lse.detach().square()
+    if token_weight is not None:
+        weights = token_weight[..., shift:] if shift else token_weight
+        z_part = (z_part * weights).where(rank >= 0, 0)
     if reduction != "none":
         z_part = z_part.sum() if divisor is None else z_part.sum() / divisor
-    return loss, TokenStatistics(row_loss.detach(), lse, z_part, rank)
+    return loss, TokenStatistics(
+        row_loss.detach(), lse_or_constant, z_part, rank, predicted if return_predicted else None
+    )
 
 
-def _autocast(tensor: Tensor | None) -> Any:
-    """The tensor as F.linear reads it under autocast, which leaves float64 alone."""
-    if tensor is None or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(tensor.device.type):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+def _computed_in(**tensors: Tensor | None) -> torch.dtype:
+    """The dtype that all of them have, or that F.linear reads all of them in under autocast."""
+    dtypes = {name: _read_in(tensor) for name, tensor in tensors.items() if tensor is not None}
+    check_agreement("dtype", dtypes)
+    return dtypes["hidden"]
 
 
-def _divisor(
-    reduction: Reduction, normalizer: float | Tensor | None, labels: Tensor, ignore_index: int, dtype: torch.dtype
-) -> Tensor | None:
-    """What the sum of the losses is divided by, computed on the device; 1 when no row counts."""
-    if reduction == "sum":
-        return None
-    count = (labels != ignore_index).sum()
+def _read_in(tensor: Tensor) -> torch.dtype:
+    """The dtype that F.linear reads the tensor in: under autocast another one, except for float64."""
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(tensor.device.type):
+        return tensor.dtype
+    return torch.get_autocast_dtype(tensor.device.type)
+
+
+def _divisor(normalizer: float | Tensor | None, mass: Tensor) -> Tensor:
+    """What the sum of the losses is divided by, on the device: `Scan.mass`, or the normalizer where a row counts.
+
+    It is inf where nothing counts, so that loss and gradients are 0.
+    """
     if normalizer is None:
-        return count.clamp(min=1).to(dtype)
+        return mass[0]
+    unless_none_counts = mass[1]  # -inf, else inf
     if isinstance(normalizer, Tensor):
-        divisor = normalizer.detach().to(labels.device, dtype).reshape(())
-    else:
-        if normalizer == 0:
-            _check_no_row_counts(count)
-        divisor = torch.full((), float(normalizer), dtype=dtype, device=labels.device)
-    return torch.where(count == 0, 1.0, divisor)
+        return torch.maximum(normalizer.detach().to(mass.device, mass.dtype).reshape(()), unless_none_counts)
+    if normalizer == 0:
+        _check_no_row_counts(unless_none_counts)
+    return unless_none_counts.clamp(min=float(normalizer))
 
 
-def _check_no_row_counts(count: Tensor) -> None:
+def _check_no_row_counts(unless_none_counts: Tensor) -> None:
     """Refuse to divide by a normalizer of 0 when there is a loss to divide."""
     if torch.compiler.is_compiling():
-        torch._assert_async(count == 0, "normalizer is 0, but labels count")
-    elif count:
-        raise ValueError(f"normalizer is 0, but {int(count)} labels count")
-
-
-@torch.library.custom_op("lcl_kernels::linear_cross_entropy_sum", mutates_args=())
-def _sum_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    row_grad: Tensor | None,
-    ignore_index: int,
-    counted_rows: int | None,
-    z_loss: float,
-    softcap: float | None,
-    label_smoothing: float,
-    statistics: bool,
-    triton: bool,
-    workspace_mb: float,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(sum of the losses, row_loss [N], lse [N], rank [N], d_hidden, d_weight, d_bias), the gradients being those of
-    the sum weighted by `row_grad` [N] (None: ones), in the compute dtype and empty where not wanted."""
-    options = Options(z_loss, softcap, label_smoothing, statistics, workspace_mb)
-    wanted = Wanted(want_hidden, want_weight, want_bias)
-    with torch.autocast(hidden.device.type, enabled=False), torch.cuda.device_of(hidden):
-        rows, counted_labels = _counted(labels, ignore_index, counted_rows, len(weight))
-        if triton:
-            from lcl_kernels.triton_linear_cross_entropy import sweep
-        else:
-            sweep = torch_linear_cross_entropy.sweep
-        if row_grad is not None:
-            row_grad = row_grad.to(compute_dtype(hidden.dtype)).index_select(0, rows)
-        swept: Swept = sweep(hidden, weight, bias, counted_labels, rows, options, wanted, row_grad)
-    n = len(labels)
-    return (
-        swept.row_loss.sum(),
-        _spread(swept.row_loss, rows, n, 0),
-        _spread(swept.lse, rows, n, 0),
-        _spread(swept.rank, rows, n, -1) if statistics else swept.rank,
-        swept.d_hidden,
-        swept.d_weight,
-        swept.d_bias,
-    )
-
-
-@_sum_op.register_fake
-def _(hidden, weight, bias, labels, *arguments):  # type: ignore[no-untyped-def]
-    statistics, (want_hidden, want_weight, want_bias) = arguments[6], arguments[-3:]
-    n, dtype = hidden.shape[0], compute_dtype(hidden.dtype)
-    return (
-        hidden.new_empty((), dtype=dtype),
-        hidden.new_empty(n, dtype=dtype),
-        hidden.new_empty(n, dtype=dtype),
-        labels.new_empty(n if statistics else 0, dtype=torch.int64),
-        hidden.new_empty(hidden.shape if want_hidden else (0,), dtype=dtype),
-        hidden.new_empty(weight.shape if want_weight else (0,), dtype=dtype),
-        hidden.new_empty(weight.shape[0] if want_bias else 0, dtype=dtype),
-    )
-
-
-def _sum_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.wanted = inputs[-3:]
-    ctx.dtype, ctx.inputs = inputs[0].dtype, len(inputs)
-    ctx.save_for_backward(*output[4:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-@first_derivative_only
-def _sum_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    gradients: list[Tensor | None] = [None] * ctx.inputs
-    if grad is not None:
-        for i, (gradient, want) in enumerate(zip(ctx.saved_tensors, ctx.wanted, strict=True)):
-            gradients[i] = scaled(gradient, grad, ctx.dtype) if want else None
-    return tuple(gradients)
-
-
-_sum_op.register_autograd(_sum_backward, setup_context=_sum_context)
-
-
-@torch.library.custom_op("lcl_kernels::linear_cross_entropy_rows", mutates_args=())
-def _rows_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    ignore_index: int,
-    counted_rows: int | None,
-    z_loss: float,
-    softcap: float | None,
-    label_smoothing: float,
-    statistics: bool,
-    triton: bool,
-    workspace_mb: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(row_loss [N], lse [N], rank [N])."""
-    settings = (ignore_index, counted_rows, z_loss, softcap, label_smoothing, statistics, triton, workspace_mb)
-    results = _sum_op(hidden, weight, bias, labels, None, *settings, False, False, False)
-    return results[1], results[2], results[3]
-
-
-@_rows_op.register_fake
-def _(hidden, weight, bias, labels, *arguments):  # type: ignore[no-untyped-def]
-    n, dtype = hidden.shape[0], compute_dtype(hidden.dtype)
-    rank = labels.new_empty(n if arguments[5] else 0, dtype=torch.int64)
-    return hidden.new_empty(n, dtype=dtype), hidden.new_empty(n, dtype=dtype), rank
-
-
-def _rows_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.settings = inputs[4:]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-@first_derivative_only
-def _rows_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * (1 + len(ctx.settings))
-    if grad is None:
-        return (None, None, None, *nothing)
-    hidden, weight, bias, labels = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[:3]
-    settings = (*ctx.settings[:5], False, *ctx.settings[6:])
-    results = torch.ops.lcl_kernels.linear_cross_entropy_sum(hidden, weight, bias, labels, grad, *settings, *wanted)
-    gradients = (d.to(hidden.dtype) if want else None for d, want in zip(results[4:], wanted, strict=True))
-    return (*gradients, *nothing)
-
-
-_rows_op.register_autograd(_rows_backward, setup_context=_rows_context)
-
-
-def _counted(labels: Tensor, ignore_index: int, counted_rows: int | None, vocab: int) -> tuple[Tensor, Tensor]:
-    """Indices [n] of the rows that count, in order, and their labels [n] as int64."""
-    counted = labels != ignore_index
-    bad = counted & ((labels < 0) | (labels >= vocab))
-    if labels.is_cuda:
-        torch._assert_async(~bad.any(), f"a label is outside [0, {vocab}) and is not ignore_index")
-        if counted_rows is not None:
-            torch._assert_async(counted.sum() == counted_rows, f"counted_rows={counted_rows} is not what labels say")
-    elif bad.any():
-        first = int(bad.nonzero()[0, 0])
-        raise ValueError(f"labels[{first}] = {int(labels[first])} is outside [0, {vocab}) and is not ignore_index")
-    elif counted_rows is not None and counted.sum() != counted_rows:
-        raise ValueError(f"counted_rows is {counted_rows}, but {int(counted.sum())} labels count")
-
-    if counted_rows is None:
-        rows = counted.nonzero().squeeze(1)
-    elif counted_rows == len(labels):
-        rows = torch.arange(counted_rows, device=labels.device)
-    else:  # a stable sort keeps the order and, unlike nonzero, does not wait for the device
-        rows = torch.argsort((~counted).to(torch.uint8), stable=True)[:counted_rows]
-    # The clamp keeps a bad label from reading outside the weight until the assertion is seen.
-    return rows, labels.index_select(0, rows).long().clamp(0, vocab - 1)
-
-
-def _spread(values: Tensor, rows: Tensor, length: int, fill: int) -> Tensor:
-    """`values` of the counted rows [n], `fill` at the others: [length]."""
-    if len(rows) == length:
-        return values
-    return values.new_full((length,), fill).index_copy_(0, rows, values)
+        torch._assert_async(unless_none_counts > 0, "normalizer is 0, but labels count")
+    elif unless_none_counts < 0:
+        raise ValueError("normalizer is 0, but labels count")
 
 
 def _check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
@@ -373,10 +259,15 @@ def _check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
             "weight is empty: under ZeRO-3 call this inside the forward of the module that owns the weight "
             "(or inside deepspeed.zero.GatheredParameters)"
         )
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden must be [N, H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}")
-    if labels.shape != hidden.shape[:1]:
-        raise ValueError(f"labels must be [N] = [{hidden.shape[0]}], got {list(labels.shape)}")
+    if hidden.dim() == 0 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must be [..., H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}"
+        )
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels must have the dimensions of hidden but the last, {list(hidden.shape[:-1])}, "
+            f"got {list(labels.shape)}"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [V] = [{weight.shape[0]}], got {list(bias.shape)}")
     if labels.dtype not in (torch.int64, torch.int32):
@@ -384,6 +275,28 @@ def _check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         check_dtypes(**{name: tensor})  # before autocast, which would take any floating point dtype
     check_same("device", hidden=hidden, weight=weight, labels=labels, bias=bias)
+
+
+def _check_weights(weight: Tensor, labels: Tensor, token_weight: Tensor | None, class_weight: Tensor | None) -> None:
+    refuse_dtensor(token_weight=token_weight, class_weight=class_weight)
+    expected = (("token_weight", token_weight, labels.shape), ("class_weight", class_weight, weight.shape[:1]))
+    for name, tensor, shape in expected:
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+        if tensor.is_complex():
+            raise ValueError(f"{name} must have real numbers, got {tensor.dtype}")
+        if any(wants_gradients(tensor)):
+            raise ValueError(f"{name} is a constant without a gradient; pass {name}.detach()")
+    check_same("device", labels=labels, token_weight=token_weight, class_weight=class_weight)
+
+
+def _check_shift(shift: int, labels: Tensor) -> None:
+    if shift < 0:
+        raise ValueError(f"shift must not be negative, got {shift}")
+    if shift and labels.dim() == 0:
+        raise ValueError("shift needs labels with a sequence dimension, the last one; these are one number")
 
 
 def _check_options(

@@ -53,6 +53,9 @@ SPARE_MULTIPROCESSORS = 8
 """Left free when there are other ranks. The programs of a collective need multiprocessors of their own; where none is
 free, a persistent kernel and the collective run one after the other."""
 
+REGISTERS = 65_536
+"""Of a multiprocessor of any NVIDIA GPU."""
+
 HIP = "hip"
 BLACKWELL, HOPPER, AMPERE = 100, 90, 80
 POINTERS = "pointers"
@@ -67,8 +70,33 @@ TILES: dict[str, dict[int | str, Tile]] = {
     "logits_general": {HOPPER: Tile(128, 128, 64, 8, 3), AMPERE: Tile(64, 128, 32, 4, 3), HIP: Tile(64, 128, 32, 8, 2)},
     # With ranks or a softcap, which take registers.
     "logits_crowded": {HOPPER: Tile(64, 128, 64, 8, 3), AMPERE: Tile(64, 64, 32, 4, 3), HIP: Tile(64, 64, 32, 8, 2)},
-    "statistics": {HOPPER: Tile(128, 128, 64, 8, 3), AMPERE: Tile(128, 128, 32, 8, 3), HIP: Tile(128, 128, 32, 8, 2)},
+    "statistics": {
+        HOPPER: Tile(128, 128, 64, 8, 3, programs=2),
+        AMPERE: Tile(128, 128, 32, 8, 3),
+        HIP: Tile(128, 128, 32, 8, 2),
+    },
+    # With two exponentials, because |S| is not bounded.
+    "statistics_two": {
+        BLACKWELL: Tile(128, 128, 64, 8, 3),
+        HOPPER: Tile(128, 128, 64, 8, 3, programs=2),
+        AMPERE: Tile(128, 128, 32, 8, 3),
+        HIP: Tile(128, 128, 32, 8, 2),
+    },
+    # With maxima or sums of several positives, which take registers.
+    "statistics_crowded": {
+        BLACKWELL: Tile(128, 64, 64, 8, 3),
+        HOPPER: Tile(128, 128, 64, 8, 3),
+        AMPERE: Tile(128, 128, 32, 8, 3),
+        HIP: Tile(128, 128, 32, 8, 2),
+    },
     "gradient": {HOPPER: Tile(128, 128, 64, 8, 3), AMPERE: Tile(128, 64, 32, 8, 3), HIP: Tile(128, 128, 32, 8, 2)},
+    # With several positives.
+    "gradient_crowded": {
+        HOPPER: Tile(128, 128, 64, 8, 3),
+        AMPERE: Tile(64, 64, 32, 8, 3),
+        HIP: Tile(128, 128, 32, 8, 2),
+    },
+    "sigmoid": {HOPPER: Tile(128, 128, 64, 8, 3), AMPERE: Tile(128, 64, 32, 8, 3), HIP: Tile(128, 128, 32, 8, 2)},
     # Where an operand's rows are not aligned; addresses then take registers.
     POINTERS: {HOPPER: Tile(64, 128, 32, 8, 3), AMPERE: Tile(64, 128, 32, 8, 3), HIP: Tile(64, 128, 32, 8, 2)},
 }
@@ -182,7 +210,10 @@ def operand(matrix: Tensor, block: tuple[int, int]) -> tuple[Tensor | TensorDesc
 
 
 def launch_options(tile: Tile) -> dict[str, Any]:
-    return {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    if tile.programs > 1:  # left alone, the compiler takes registers that the other programs need
+        options["maxnreg"] = min(255, REGISTERS // (32 * tile.warps * tile.programs))
+    return options
 
 
 @triton.jit
@@ -237,3 +268,15 @@ def round_to(values, dtype: tl.constexpr, EMULATE: tl.constexpr):
         bits += 0x7FFF + ((bits >> 16) & 1)
         values = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
     return values.to(dtype)
+
+
+@triton.jit
+def log1p_exact(x):
+    """log(1 + x) of x >= 0 with all its digits, also where 1 + x has none of them: a series in x / (2 + x)."""
+    part = x / (2.0 + x)
+    square = part * part
+    series = square * 0.1111111111111111 + 0.14285714285714285
+    series = series * square + 0.2
+    series = series * square + 0.3333333333333333
+    near = 2.0 * part * (series * square + 1.0)
+    return tl.where(x < 0.5, near, tl.log(1.0 + x))

@@ -5,6 +5,9 @@ On a CPU this is the backend. Logits, softmax and gradient of a chunk live in th
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -15,31 +18,54 @@ from lcl_kernels._common import (
     matmul_,
     operand_dtype,
     row_chunks,
-    smoothed,
 )
-from lcl_kernels.sweep import Options, Swept, Wanted, empty_results
+from lcl_kernels.sweep import Counted, Gradients, Inputs, Options, RowResults, Scan, Wanted, empty_gradients
 
 
-def sweep(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    rows: Tensor,
-    options: Options,
-    wanted: Wanted,
-    row_grad: Tensor | None = None,
-) -> Swept:
-    """Statistics of the counted `rows` [n] and the gradients of sum_i row_grad[i] * loss[i] (row_grad None: ones).
+def scan(inputs: Inputs, options: Options, counted_rows: int | None, rows_made: RowResults) -> Scan:
+    """Find the rows that count, and fill `rows_made` where they do not; see `Scan`.
 
     Args:
-        hidden: [N, H]; weight: [V, H]; bias: [V] or None; labels: [n], those of `rows`; row_grad: [n].
+        counted_rows: how many count, when the caller knows; nothing waits for the device then.
     """
-    vocab, operand = len(weight), operand_dtype(hidden)
-    dtype = compute_dtype(hidden.dtype)
-    results = empty_results(hidden, weight, labels, options, wanted)
-    weight = weight.to(operand)
-    bias = None if bias is None else bias.to(dtype)
+    labels, vocab, n = inputs.labels, len(inputs.weight), len(inputs.labels)
+    counts = labels != options.ignore_index
+    bad = counts & ((labels < 0) | (labels >= vocab))
+    count = counts.sum()
+    first_bad = torch.where(bad, torch.arange(n, device=labels.device), n).amin() if n else count
+    if counted_rows is None:
+        rows = counts.nonzero().squeeze(1)
+    else:  # a stable sort keeps the order and, unlike nonzero, does not wait for the device
+        rows = torch.argsort((~counts).to(torch.uint8), stable=True)
+    # The clamp keeps a bad label from reading outside the weight until the assertion is seen.
+    clamped = labels.long().clamp(0, vocab - 1)
+    mass = count.to(rows_made.lse.dtype)
+    if inputs.token_weight is not None or inputs.class_weight is not None:
+        weights = torch.ones_like(rows_made.lse) if inputs.token_weight is None else inputs.token_weight
+        if inputs.class_weight is not None:
+            weights = weights * inputs.class_weight.index_select(0, clamped)
+        mass = weights.where(counts, 0).sum()
+    for values in (rows_made.row_loss, rows_made.lse):
+        values.zero_()
+    for values in (rows_made.rank, rows_made.predicted):
+        values.fill_(-1)
+    infinity = torch.full_like(mass, math.inf)
+    return Scan(
+        rows=rows,
+        labels=clamped.index_select(0, rows),
+        summary=torch.stack([count, first_bad]),
+        right=torch.stack([first_bad == n, count == (-1 if counted_rows is None else counted_rows)]),
+        mass=torch.stack([infinity.where(mass == 0, mass), infinity.where(count == 0, -infinity)]),
+    )
+
+
+def sweep(inputs: Inputs, counted: Counted, options: Options, wanted: Wanted, rows_made: RowResults) -> Gradients:
+    """Fill the results of the rows that count, and make the gradients of the sum of their losses; see `Inputs`."""
+    hidden, rows, vocab = inputs.hidden, counted.rows, len(inputs.weight)
+    operand, dtype = operand_dtype(hidden), compute_dtype(hidden.dtype)
+    gradients = empty_gradients(inputs, counted, wanted)
+    weight = inputs.weight.to(operand)
+    bias = None if inputs.bias is None else inputs.bias.to(dtype)
 
     # Per class: the logit, with a softcap what its slope is made from, and a byte for comparisons with the target.
     keep_decay = options.softcap is not None and any(wanted)
@@ -49,7 +75,7 @@ def sweep(
 
     for chunk in row_chunks(len(rows), *limits):
         x = hidden.index_select(0, rows[chunk]).to(operand)
-        target = labels[chunk].unsqueeze(1)
+        target = counted.labels[chunk].unsqueeze(1)
         logits = matmul_(workspace[: len(x)], x, weight.t())
         if bias is not None:
             logits.add_(bias)
@@ -60,56 +86,125 @@ def sweep(
                 decay = decay_workspace[: len(x)].copy_(logits).abs_().mul_(-2).exp_()
             logits.tanh_().mul_(options.softcap)
 
-        cross_entropy, lse, total = _statistics(logits, target, chunk, options, results)
+        row_weights = _row_weights(inputs, rows[chunk], target, options.label_smoothing)
+        row = _statistics(logits, target, row_weights, inputs, options)
+        _keep(rows_made, rows[chunk], row)
         if not any(wanted):
             continue
 
-        # d loss / d z_j = (1 + 2 z_loss lse) p_j - (1 - smoothing) [j is the target] - smoothing / V, where
-        # 1 - p_target comes from the cross entropy, which has its digits also when it is small.
-        pull = 2 * options.z_loss * lse
-        grad = torch.ones_like(lse) if row_grad is None else row_grad[chunk].unsqueeze(1)
-        at_target = torch.expm1(-cross_entropy) + pull * torch.exp(-cross_entropy) + options.label_smoothing
-        d_logits = logits.mul_(grad * (1 + pull) / total).scatter_(1, target, grad * at_target)
-        if options.label_smoothing:
-            d_logits.sub_(grad * (options.label_smoothing / vocab))
+        d_logits = _d_logits(logits, target, row, row_weights, inputs, options)
         if decay is not None:  # the slope of tanh at x is 4 u / (1 + u)^2, u = exp(-2 |x|); 1 - tanh^2 loses its digits
             d_logits.mul_(decay).mul_(4)
             d_logits.div_(decay.add_(1)).div_(decay)
         if wanted.bias:
-            results.d_bias.add_(d_logits.sum(0))
+            _add(gradients.bias, d_logits.sum(0), first=chunk.start == 0)
         if wanted.hidden and len(rows) == len(hidden):
-            matmul_(results.d_hidden[chunk], d_logits, weight)
+            matmul_(gradients.hidden[chunk], d_logits, weight)
         elif wanted.hidden:
-            product = matmul_(results.d_hidden.new_empty(x.shape), d_logits, weight)
-            results.d_hidden.index_copy_(0, rows[chunk], product)
+            product = matmul_(gradients.hidden.new_empty(x.shape), d_logits, weight)
+            gradients.hidden.index_copy_(0, rows[chunk], product)
         if wanted.weight:
-            matmul_(results.d_weight, d_logits.t(), x, accumulate=chunk.start > 0)
-    if wanted.weight and len(rows) == 0:
-        results.d_weight.zero_()
-    return results
+            matmul_(gradients.weight, d_logits.t(), x, accumulate=chunk.start > 0)
+    return gradients
 
 
-def _statistics(
-    logits: Tensor, target: Tensor, chunk: slice, options: Options, results: Swept
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Fills `results` for `chunk` and turns `logits` in place into exp(logits - row maximum), the target zeroed.
+def _add(total: Tensor, part: Tensor, *, first: bool) -> None:
+    if first:
+        total.copy_(part)
+    else:
+        total.add_(part)
 
-    Returns:
-        Cross entropy, log-sum-exp and the sum of the exponentials with the target, each [rows, 1].
-    """
+
+class _RowWeights(NamedTuple):
+    """What the parts of a row's loss are multiplied with, each [rows, 1] or a number."""
+
+    token: Tensor | float
+    entropy: Tensor | float
+    """Of the cross entropy of the label, (1 - label_smoothing) class_weight[label]."""
+    lse: Tensor | float
+    """Of the log-sum-exp in the smoothed part, label_smoothing mean(class_weight)."""
+    label: Tensor | float
+    """Of the label's logit in the smoothed part, label_smoothing class_weight[label] / V."""
+    lse_grad: Tensor | float
+
+
+def _row_weights(inputs: Inputs, rows: Tensor, target: Tensor, smoothing: float) -> _RowWeights:
+    of_label: Tensor | float = 1.0
+    mean: Tensor | float = 1.0
+    if inputs.class_weight is not None:
+        of_label, mean = inputs.class_weight[target], inputs.class_weight.mean()
+    return _RowWeights(
+        token=1.0 if inputs.token_weight is None else inputs.token_weight[rows].unsqueeze(1),
+        entropy=(1 - smoothing) * of_label,
+        lse=smoothing * mean,
+        label=smoothing / len(inputs.weight) * of_label,
+        lse_grad=0.0 if inputs.lse_grad is None else inputs.lse_grad[rows].unsqueeze(1),
+    )
+
+
+class _Rows(NamedTuple):
+    """Of the rows of a chunk, each [rows, 1]."""
+
+    loss: Tensor
+    cross_entropy: Tensor
+    lse: Tensor
+    total: Tensor
+    """Sum of the exponentials, with the target."""
+    rank: Tensor | None
+    predicted: Tensor | None
+
+
+def _statistics(logits: Tensor, target: Tensor, weights: _RowWeights, inputs: Inputs, options: Options) -> _Rows:
+    """Losses of the rows; turns `logits` in place into exp(logits - row maximum), the target zeroed."""
     at_target = logits.gather(1, target)
-    if options.statistics:
-        results.rank[chunk] = _count_above(logits, at_target)
-    mean = logits.mean(1, keepdim=True) if options.label_smoothing else None
+    rank = _count_above(logits, at_target) if options.statistics else None
+    predicted = logits.argmax(1, keepdim=True) if options.predicted else None
+    mean = None
+    if options.label_smoothing:
+        mean = logits.mean(1, keepdim=True)
+        if inputs.class_weight is not None:
+            mean = torch.mv(logits, inputs.class_weight / logits.shape[1]).unsqueeze(1)
     top = logits.amax(1, keepdim=True)
     gap = top - at_target
     others = logits.sub_(top).exp_().scatter_(1, target, 0.0).sum(1, keepdim=True)
     cross_entropy = exclusive_cross_entropy(gap, others)
     total = others + torch.exp(-gap)
     lse = top + total.log()
-    loss = smoothed(cross_entropy, lse, mean, options.label_smoothing) + options.z_loss * lse.square()
-    results.row_loss[chunk], results.lse[chunk] = loss.squeeze(1), lse.squeeze(1)
-    return cross_entropy, lse, total
+    loss = weights.entropy * cross_entropy
+    if mean is not None:  # no difference of infinities where a logit is -inf
+        loss = loss + weights.lse * lse - options.label_smoothing * mean
+    loss = weights.token * (loss + options.z_loss * lse.square())
+    return _Rows(loss, cross_entropy, lse, total, rank, predicted)
+
+
+def _keep(rows_made: RowResults, rows: Tensor, row: _Rows) -> None:
+    made = (row.loss, row.lse, row.rank, row.predicted)
+    for result, values in zip(rows_made, made, strict=True):
+        if values is not None:
+            result.index_copy_(0, rows, values.flatten())
+
+
+def _d_logits(
+    exponentials: Tensor, target: Tensor, row: _Rows, weights: _RowWeights, inputs: Inputs, options: Options
+) -> Tensor:
+    """Turns the exponentials in place into the derivative by the logits after softcap.
+
+    d loss / d z_j = (entropy + lse weights + 2 z_loss lse) p_j - entropy weight [j is the target] - smoothing c_j / V,
+    where 1 - p_target comes from the cross entropy, which has its digits also when it is small.
+    """
+    pull = 2 * options.z_loss * row.lse
+    probability = torch.exp(-row.cross_entropy)
+    of_softmax = weights.entropy + weights.lse
+    at_target = of_softmax * torch.expm1(-row.cross_entropy) + (weights.lse - weights.label) + pull * probability
+    at_target = weights.token * at_target + weights.lse_grad * probability
+    d_logits = exponentials.mul_((weights.token * (of_softmax + pull) + weights.lse_grad) / row.total)
+    if options.label_smoothing:
+        taken = weights.token * torch.full_like(row.lse, options.label_smoothing / exponentials.shape[1])
+        if inputs.class_weight is None:
+            d_logits.sub_(taken)
+        else:
+            d_logits.addmm_(taken, inputs.class_weight.unsqueeze(0), alpha=-1)
+    return d_logits.scatter_(1, target, at_target)
 
 
 def _count_above(logits: Tensor, bar: Tensor) -> Tensor:

@@ -2,32 +2,29 @@
 
 One Triton kernel makes a tile of similarities and from it the sums of its rows and of its columns; another makes the
 same tile and writes the gradient of the loss with respect to it, for cuBLAS to multiply with the features. Sums are
-kept per tile and added up in a fixed order: no atomics, the same bits every time.
+kept per tile and added up in a fixed order: no atomics, the same bits every time. What is left, on rows of features
+and on [m] numbers, takes one launch for each step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from lcl_kernels._common import INTERPRETED, largest_chunk, matmul_, row_chunks
-from lcl_kernels.similarity import ExpSums, merge
-from lcl_kernels.tiles import (
-    LN2,
-    LOG2E,
-    Tile,
-    launch_options,
-    operand,
-    precision_of,
-    programs_on,
-    round_to,
-    tile_on,
-    tile_position,
-    tile_product,
+from lcl_kernels.similarity import Block, Kind, OwnPairs, PairLosses, clear, rounding_of
+from lcl_kernels.tiles import LOG2E, Tile, launch_options, operand, precision_of, programs_on, tile_on
+from lcl_kernels.triton_contrastive_kernels import (
+    merge_sums_kernel,
+    pair_gradients_kernel,
+    pair_losses_kernel,
+    pair_products_kernel,
+    similarity_gradient_kernel,
+    similarity_statistics_kernel,
 )
 
 SAFE_BOUND = 40.0 * LOG2E
@@ -35,153 +32,128 @@ SAFE_BOUND = 40.0 * LOG2E
 and the column, and no maximum is needed."""
 LEAST_ROWS = 2048
 """Rows of a gradient block below which its columns are split too: d_y is read and written once per block of rows."""
+PAIRS, WIDTH = (256 if INTERPRETED else 4), 256
+"""Of the kernels that read features once: pairs of a program, and how much of their features at a time. Large in the
+interpreter, which takes the same time for each operation, whatever its size."""
+MERGED_TILES, MERGED = 32, (512 if INTERPRETED else 64)
+"""Partial sums that are merged at a time, and the rows or columns of a program that does it."""
+PAIR_BLOCK = 512 if INTERPRETED else 128
+"""Pairs of a program that makes their losses."""
 
 
-@triton.jit
-def similarity_statistics_kernel(
-    x, y, scale, bound, row_tops, row_totals, column_tops, column_totals,
-    rows, columns, width, stride_x, stride_y, diagonal, safe_bound,
-    DIAGONAL: tl.constexpr, BOUNDED: tl.constexpr, X_DESCRIPTOR: tl.constexpr, Y_DESCRIPTOR: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Per tile, in units of log 2: a top and the sum of 2^(S - top), of each row and of each column.
-
-    Two launches, of which one returns at once: BOUNDED with the bound of all |S| as top where it is safe, else with
-    the largest S of the tile.
-    """
-    row_tiles = tl.cdiv(rows, ROWS)
-    column_tiles = tl.cdiv(columns, COLUMNS)
-    most = tl.load(bound)
-    mine = (most <= safe_bound) == BOUNDED
-    tiles = tl.where(mine, row_tiles * column_tiles, 0)
-    factor = tl.load(scale) * 1.4426950408889634
-    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
-        row_tile, column_tile = tile_position(tile, row_tiles, column_tiles, GROUP)
-        product = tile_product(
-            x, y, stride_x, stride_y, row_tile * ROWS, column_tile * COLUMNS, rows, columns, width,
-            X_DESCRIPTOR, Y_DESCRIPTOR, ROWS, COLUMNS, INNER, PRECISION, UPCAST,
-        )  # fmt: skip
-        r = row_tile * ROWS + tl.arange(0, ROWS)
-        c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-        negative = (r[:, None] < rows) & (c[None, :] < columns)
-        if DIAGONAL:
-            negative = negative & (r[:, None] + diagonal != c[None, :])
-        of_row = column_tile.to(tl.int64) * rows + r
-        of_column = row_tile.to(tl.int64) * columns + c
-        s = product * factor
-        if BOUNDED:
-            e = tl.where(negative, tl.exp2(s - most), 0.0)
-            tl.store(row_totals + of_row, tl.sum(e, 1), mask=r < rows)
-            tl.store(column_totals + of_column, tl.sum(e, 0), mask=c < columns)
-        else:
-            s = tl.where(negative, s, float("-inf"))
-            top = tl.max(s, 1)
-            e = tl.exp2(s - tl.maximum(top, -3.0e38)[:, None])
-            tl.store(row_tops + of_row, top, mask=r < rows)
-            tl.store(row_totals + of_row, tl.sum(e, 1), mask=r < rows)
-            top = tl.max(s, 0)
-            e = tl.exp2(s - tl.maximum(top, -3.0e38)[None, :])
-            tl.store(column_tops + of_column, top, mask=c < columns)
-            tl.store(column_totals + of_column, tl.sum(e, 0), mask=c < columns)
-
-
-@triton.jit
-def similarity_gradient_kernel(
-    x, y, scale, row_shift, column_shift, gradient, weighted_sums,
-    rows, columns, width, stride_x, stride_y, diagonal,
-    DIAGONAL: tl.constexpr, X_DESCRIPTOR: tl.constexpr, Y_DESCRIPTOR: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-    PRECISION: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """gradient[i, j] = exp(S_ij - row_shift_i) + exp(S_ij - column_shift_j), 0 at positives; per tile the sum of
-    gradient * (x . y)."""
-    row_tiles = tl.cdiv(rows, ROWS)
-    column_tiles = tl.cdiv(columns, COLUMNS)
-    factor = tl.load(scale) * 1.4426950408889634
-    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS, flatten=True):
-        row_tile, column_tile = tile_position(tile, row_tiles, column_tiles, GROUP)
-        product = tile_product(
-            x, y, stride_x, stride_y, row_tile * ROWS, column_tile * COLUMNS, rows, columns, width,
-            X_DESCRIPTOR, Y_DESCRIPTOR, ROWS, COLUMNS, INNER, PRECISION, UPCAST,
-        )  # fmt: skip
-        r = row_tile * ROWS + tl.arange(0, ROWS)
-        c = column_tile * COLUMNS + tl.arange(0, COLUMNS)
-        of_row = tl.load(row_shift + r, mask=r < rows, other=float("inf")) * 1.4426950408889634
-        of_column = tl.load(column_shift + c, mask=c < columns, other=float("inf")) * 1.4426950408889634
-        s = product * factor
-        g = tl.exp2(s - of_row[:, None]) + tl.exp2(s - of_column[None, :])
-        negative = (r[:, None] < rows) & (c[None, :] < columns)
-        if DIAGONAL:
-            negative = negative & (r[:, None] + diagonal != c[None, :])
-        g = tl.where(negative, g, 0.0)
-        tl.store(weighted_sums + row_tile.to(tl.int64) * column_tiles + column_tile, tl.sum(g * product))
-        gradient.store([row_tile * ROWS, column_tile * COLUMNS], round_to(g, gradient.dtype, UPCAST))
-
-
-def statistics(x: Tensor, y: Tensor, scale: Tensor, *, diagonal: bool, workspace_mb: float) -> tuple[ExpSums, ExpSums]:
+def pair_products(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """See `similarity.BlockFunctions`."""
-    row_top, row_total = scale.new_full((len(x),), -torch.inf), scale.new_zeros(len(x))
-    columns = ExpSums(scale.new_full((len(y),), -torch.inf), scale.new_zeros(len(y)))
+    products, x_norm, y_norm = (x.new_empty(len(x), dtype=dtype) for _ in range(3))
+    pair_products_kernel[(triton.cdiv(len(x), PAIRS),)](
+        x, y, products, x_norm, y_norm, len(x), x.shape[1], x.stride(0), y.stride(0), PAIRS=PAIRS, BLOCK=WIDTH
+    )
+    return products, x_norm, y_norm
+
+
+def statistics(block: Block, rows: Tensor, columns: Tensor, *, first: bool, workspace_mb: float) -> None:
+    """See `similarity.BlockFunctions`."""
+    x, y, kind = block.x, block.y, block.kind
     if not (len(x) and len(y)):
-        return ExpSums(row_top, row_total), columns
-    tile = tile_on("statistics", x, y)
-    bound = (scale * _largest_norm(x) * _largest_norm(y)).abs() * LOG2E
-    limits = _statistics_limits(len(y), tile, workspace_mb)
-    most_rows, column_tiles = largest_chunk(len(x), *limits), triton.cdiv(len(y), tile.columns)
-    row_room = scale.new_empty(2, column_tiles * most_rows)
-    column_room = scale.new_empty(2, triton.cdiv(most_rows, tile.rows) * len(y))
+        clear(columns, kind)
+        if first:
+            clear(rows, kind)
+        return
+    tiles = {bounded: tile_on(_statistics_tile(kind, bounded), x, y) for bounded in (True, False)}
+    rows_of_tile, columns_of_tile = (min(tile[side] for tile in tiles.values()) for side in (0, 1))
+    limits = _statistics_limits(len(y), rows_of_tile, columns_of_tile, kind, workspace_mb)
+    most_rows = largest_chunk(len(x), *limits)
+    row_parts = block.scale.new_empty(triton.cdiv(len(y), columns_of_tile) * kind.sums * most_rows)
+    column_parts = block.scale.new_empty(triton.cdiv(most_rows, rows_of_tile) * kind.sums * len(y))
+    bound = (block.scale, block.x_norm.amax(), torch.linalg.vector_norm(y, dim=1, dtype=torch.float32).amax())
     for chunk in row_chunks(len(x), *limits):
-        rows = chunk.stop - chunk.start
-        row_parts = _parts(row_room, column_tiles, rows, bound)
-        column_parts = _parts(column_room, triton.cdiv(rows, tile.rows), len(y), bound)
-        for bounded in (True, False):
+        for bounded, tile in tiles.items():
             _launch(
                 similarity_statistics_kernel, tile, x[chunk], y,
-                (scale, bound, *row_parts, *column_parts), (chunk.start, SAFE_BOUND),
-                DIAGONAL=diagonal, BOUNDED=bounded,
+                (*bound, *_groups(block, chunk, slice(None)), row_parts, column_parts), (chunk.start, SAFE_BOUND),
+                DIAGONAL=block.diagonal and not kind.ignored, BOUNDED=bounded, SUMS=kind.sums,
+                IGNORED=kind.ignored, POSITIVES=kind.positives, HIGHEST=kind.highest,
             )  # fmt: skip
-        row_top[chunk], row_total[chunk] = _merged(row_parts)
-        columns = merge(*map(torch.stack, zip(columns, _merged(column_parts), strict=True)))
-    return ExpSums(row_top, row_total), columns
+        across = [triton.cdiv(len(y), tile.columns) for tile in tiles.values()]
+        down = [_tiles_of(chunk, tile.rows) for tile in tiles.values()]
+        _merge(row_parts, rows[chunk], bound, across, first, kind)
+        _merge(column_parts, columns, bound, down, chunk.start == 0, kind)
+
+
+def _merge(parts: Tensor, sums: Tensor, bound: tuple[Tensor, ...], tiles: list[int], first: bool, kind: Kind) -> None:
+    """Adds the parts of all tiles to `sums`; there are so many `tiles` where all |S| are bounded, and elsewhere."""
+    merge_sums_kernel[(triton.cdiv(len(sums), MERGED),)](
+        parts, sums, *bound, len(sums), *tiles, SAFE_BOUND, int(first),
+        HIGHEST=kind.highest, POSITIVES=kind.positives, SUMS=kind.sums, TILES=MERGED_TILES, BLOCK=MERGED,
+    )  # fmt: skip
+
+
+def pair_losses(pairs: OwnPairs, rows: Tensor, columns: Tensor) -> PairLosses:
+    """See `similarity.BlockFunctions`."""
+    kind, like = pairs.kind, pairs.similarity
+    m, weighted = len(like), isinstance(pairs.weight, Tensor)
+    loss, d_scale, of_row, of_column = (torch.empty_like(like) for _ in range(4))
+    row_terms, column_terms = (like.new_empty(m, 1 + kind.positives) for _ in range(2))
+    known: list[Any] = [None, None, None]
+    if kind.highest:
+        known = [like.new_empty(m, dtype=dtype) for dtype in (like.dtype, torch.bool, torch.bool)]
+    pair_losses_kernel[(triton.cdiv(m, PAIR_BLOCK),)](
+        rows, columns, pairs.scale, like, pairs.x_norm, pairs.y_norm,
+        pairs.weight if weighted else None, pairs.group_size,
+        loss, d_scale, row_terms, column_terms, of_row, of_column, *known,
+        m, len(columns), 0.0 if weighted else pairs.weight, rounding_of(pairs.x),
+        WEIGHTED=weighted, HIGHEST=kind.highest, POSITIVES=kind.positives, SUMS=kind.sums, BLOCK=PAIR_BLOCK,
+    )  # fmt: skip
+    return PairLosses(loss, d_scale, row_terms, column_terms, of_row, of_column, *known)
+
+
+def pair_gradients(x: Tensor, y: Tensor, of_x: Tensor, of_y: Tensor) -> tuple[Tensor, Tensor]:
+    """See `similarity.BlockFunctions`."""
+    d_x, d_y = (of_x.new_empty(x.shape) for _ in range(2))
+    pair_gradients_kernel[(triton.cdiv(len(x), PAIRS),)](
+        x, y, of_x, of_y, d_x, d_y, len(x), x.shape[1], x.stride(0), y.stride(0), PAIRS=PAIRS, BLOCK=WIDTH
+    )
+    return d_x, d_y
 
 
 def gradients(
-    x: Tensor,
-    y: Tensor,
-    scale: Tensor,
-    row_shift: Tensor,
-    column_shift: Tensor,
+    block: Block,
+    row_terms: Tensor | None,
+    column_terms: Tensor | None,
     *,
-    diagonal: bool,
     d_x: Tensor | None,
-    want_y: bool,
+    d_y: Tensor | None,
     workspace_mb: float,
-) -> tuple[Tensor | None, Tensor]:
+) -> Tensor:
     """See `similarity.BlockFunctions`."""
-    d_y = scale.new_zeros(y.shape) if want_y else None
-    d_scale = scale.new_zeros(())
+    x, y, kind = block.x, block.y, block.kind
     if not (len(x) and len(y)):
-        return d_y, d_scale
-    tile = tile_on("gradient", x, y)
+        return block.scale.new_zeros(1)
+    tile = tile_on("gradient_crowded" if kind.positives else "gradient", x, y)
     parts = list(_gradient_parts(len(x), len(y), x.itemsize, tile, workspace_mb))
     room = x.new_empty(max((down.stop - down.start) * stride for down, _, stride in parts))
-    for down, across, stride in parts:
-        rows, width = down.stop - down.start, across.stop - across.start
-        gradient = room[: rows * stride].view(rows, stride)[:, :width]
-        filled = operand(gradient, (tile.rows, tile.columns))[0]
-        sums = scale.new_empty(triton.cdiv(rows, tile.rows) * triton.cdiv(width, tile.columns))
+    tiles = [_tiles_of(down, tile.rows) * _tiles_of(across, tile.columns) for down, across, _ in parts]
+    sums = block.scale.new_empty(sum(tiles))
+    for (down, across, stride), part_sums in zip(parts, sums.split(tiles), strict=True):
+        gradient = room[: (down.stop - down.start) * stride].view(-1, stride)[:, : across.stop - across.start]
         _launch(
             similarity_gradient_kernel, tile, x[down], y[across],
-            (scale, row_shift[down], column_shift[across], filled, sums),
-            (down.start - across.start,), DIAGONAL=diagonal,
+            (
+                block.scale,
+                *_groups(block, down, across),
+                row_terms[down] if row_terms is not None else None,
+                column_terms[across] if column_terms is not None else None,
+                operand(gradient, (tile.rows, tile.columns))[0],
+                part_sums,
+            ),
+            (down.start - across.start,),
+            DIAGONAL=block.diagonal and not kind.ignored, IGNORED=kind.ignored, POSITIVES=kind.positives,
+            FROM_ROWS=row_terms is not None, FROM_COLUMNS=column_terms is not None,
         )  # fmt: skip
-        d_scale = d_scale + sums.sum()
         if d_x is not None:
             matmul_(d_x[down], gradient, y[across], accumulate=True)
         if d_y is not None:
             matmul_(d_y[across], gradient.t(), x[down], accumulate=True)
-    return d_y, d_scale
+    return sums
 
 
 def _gradient_parts(
@@ -195,14 +167,18 @@ def _gradient_parts(
             yield down, across, stride
 
 
+def _tiles_of(part: slice, length: int) -> int:
+    return int(triton.cdiv(part.stop - part.start, length))
+
+
 def _launch(
     kernel: triton.JITFunction,
     tile: Tile,
     x: Tensor,
     y: Tensor,
-    tensors: tuple[Tensor, ...],
+    tensors: tuple[Any, ...],
     numbers: tuple[float, ...],
-    **options: bool,
+    **options: Any,
 ) -> None:
     left, stride_x, x_descriptor = operand(x, (tile.rows, tile.inner))
     right, stride_y, y_descriptor = operand(y, (tile.columns, tile.inner))
@@ -215,25 +191,22 @@ def _launch(
     )  # fmt: skip
 
 
-def _largest_norm(features: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(features, dim=1, dtype=torch.float32).amax()
+def _groups(block: Block, rows: slice, columns: slice) -> tuple[Tensor | None, Tensor | None]:
+    if block.x_groups is None or block.y_groups is None:
+        return None, None
+    return block.x_groups[rows], block.y_groups[columns]
 
 
-def _statistics_limits(columns: int, tile: Tile, workspace_mb: float) -> tuple[int, float, int]:
-    """Bytes per row, workspace in MB and multiple for `row_chunks`: every row and column of a tile has two numbers."""
-    return max(1, 8 * columns // tile.columns + 8 * columns // tile.rows), workspace_mb, tile.rows
+def _statistics_tile(kind: Kind, bounded: bool) -> str:
+    """The tile setting of a variant of the kernel, by the registers that it takes."""
+    if kind.highest or kind.positives:
+        return "statistics_crowded"
+    return "statistics" if bounded else "statistics_two"
 
 
-def _parts(room: Tensor, tiles: int, length: int, bound: Tensor) -> tuple[Tensor, Tensor]:
-    """Tops and totals [tiles, length] in `room`; the tops are the bound, which stays where it is safe."""
-    tops, totals = room[:, : tiles * length].view(2, tiles, length)
-    return tops.copy_(bound.expand_as(tops)), totals
-
-
-def _merged(parts: tuple[Tensor, Tensor]) -> ExpSums:
-    """Of all tiles, in nats; like `similarity.merge`, but in the room of the parts."""
-    tops, totals = parts
-    tops.mul_(LN2)
-    top = tops.amax(0)
-    factors = tops.sub_(top.clamp(min=torch.finfo(top.dtype).min)).exp_()
-    return ExpSums(top, factors.mul_(totals).sum(0))
+def _statistics_limits(
+    columns: int, rows_of_tile: int, columns_of_tile: int, kind: Kind, workspace_mb: float
+) -> tuple[int, float, int]:
+    """Bytes per row, workspace in MB and multiple for `row_chunks`: every row and column of a tile has its sums."""
+    numbers = columns // columns_of_tile + columns // rows_of_tile
+    return max(1, 4 * kind.sums * numbers), workspace_mb, rows_of_tile

@@ -1,8 +1,8 @@
-"""``python -m lcl_ds.bench losses|contrastive|train|data``: compare our work with that of other projects.
+"""``python -m lcl_ds.bench losses|contrastive|sigmoid|train|data``: compare our work with that of other projects.
 
-losses and contrastive compare the losses of lcl_kernels; train compares a whole training step with the published
-layout of padded rows, dense masks and full logits, and shows tokens per second too; data compares loading and packing
-with other pipelines.
+losses, contrastive and sigmoid compare the losses of lcl_kernels; train compares a whole training step with the
+published layout of padded rows, dense masks and full logits, and shows tokens per second too; data compares loading and
+packing with other pipelines.
 
 Prints a table per shape: median time of forward and backward, useful TFLOP/s, their share of what a matrix product
 reaches in the same run, peak memory without the inputs, and errors against float64. A method that cannot run is named
@@ -25,22 +25,30 @@ from rich.console import Console
 
 from lcl_ds.bench.case import Case
 from lcl_ds.bench.contrastive import contrastive_cases
-from lcl_ds.bench.figures import draw_contrastive, draw_losses
+from lcl_ds.bench.figures import draw_contrastive, draw_losses, draw_sigmoid
 from lcl_ds.bench.losses import loss_cases
 from lcl_ds.bench.measure import DeviceLostError
-from lcl_ds.bench.peers import CONTRASTIVE, DTYPES, LOSSES, OURS
-from lcl_ds.bench.runner import Record, describe_environment, new_record, now, run_cases
+from lcl_ds.bench.peers import CONTRASTIVE, DTYPES, LOSSES, OURS, SIGMOID
+from lcl_ds.bench.runner import Record, describe_environment, give_back_running, new_record, now, run_cases
+from lcl_ds.bench.sigmoid import sigmoid_cases
 from lcl_ds.bench.table import open_console, show_rows
 from lcl_ds.cli import run_command
 from lcl_ds.errors import UserError
 from lcl_ds.files import check_output, write_whole
 
-METHODS = {"losses": LOSSES, "contrastive": CONTRASTIVE}
+METHODS = {"losses": LOSSES, "contrastive": CONTRASTIVE, "sigmoid": SIGMOID}
 FIGURES: dict[str, Callable[[dict[str, Any], Path], list[Path]]] = {
     "losses": draw_losses,
     "contrastive": draw_contrastive,
+    "sigmoid": draw_sigmoid,
 }
-LETTERS = {"losses": "N,H,V", "contrastive": "M,D"}
+LETTERS = {"losses": "N,H,V", "contrastive": "M,D", "sigmoid": "M,D"}
+LOSS_JOBS = {
+    "losses": "linear layer and cross entropy",
+    "contrastive": "symmetric InfoNCE",
+    "sigmoid": "pairwise sigmoid loss",
+}
+SCALES = {"contrastive": 14.3, "sigmoid": 10.0}
 REPEATS = {"cuda": 20, "cpu": 3}
 SIZES = {
     "rows": "packed rows in a step",
@@ -73,13 +81,13 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m lcl_ds.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     jobs = parser.add_subparsers(dest="job", required=True)
-    for job, what in (("losses", "linear layer and cross entropy"), ("contrastive", "symmetric InfoNCE")):
+    for job, what in LOSS_JOBS.items():
         sub = jobs.add_parser(job, help=what, description=what)
         sub.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
         sub.add_argument("--plots", type=Path, metavar="DIR", help="write PNG files there")
         names = ", ".join(METHODS[job])
         sub.add_argument(
-            "--peers", nargs="?", metavar="A,B", help=f"compare {OURS} with these alone (default: all of {names})"
+            "--peers", metavar="A,B", help=f"compare {OURS} with these alone, '' with none (default: all of {names})"
         )
         sub.add_argument(
             "--shape", action="append", default=[], metavar=LETTERS[job], help="may be repeated (default: by device)"
@@ -89,12 +97,17 @@ def build_parser() -> argparse.ArgumentParser:
         sub.add_argument("--seed", type=int, default=0, help="of the data (default: 0)")
         sub.add_argument("--workspace_mb", type=float, help=f"that of {OURS} (default: its own)")
         sub.add_argument("--no_memory", action="store_true", help="do not measure memory")
+        sub.add_argument("--resume", action="store_true", help="keep the rows that the file of --json has")
         if job == "losses":
             sub.add_argument("--valid", metavar="F,F", help="fractions of labels that count (default: by shape)")
             sub.add_argument("--large", action="store_true", help="on a GPU, N 32768, H 4096, V 151936 too")
-        else:
+            continue
+        scale = SCALES[job]
+        sub.add_argument("--scale", type=float, default=scale, help=f"logit scale (default: {scale:g})")
+        if job == "contrastive":
             sub.add_argument("--sweep", metavar="M,M", help="measure memory alone at these M too (default: by device)")
-            sub.add_argument("--scale", type=float, default=14.3, help="logit scale (default: 14.3)")
+        else:
+            sub.add_argument("--bias", type=float, default=-10.0, help="logit bias (default: -10)")
     add_train_parser(jobs)
     what = "loading and packing"
     sub = jobs.add_parser("data", help=what, description=what)
@@ -221,11 +234,12 @@ def measure_and_write(
     console = open_console()
     if device.type == "cpu":
         console.print("no GPU: torch paths at small shapes; these are not GPU figures")
-    record = new_record(command, arguments.json, device, dtype)
+    record = new_record(command, arguments.json, device, dtype, resume=getattr(arguments, "resume", False))
     show_machine(console, record)
     try:
         measure(console, record, {"repeats": repeats, "memory": not arguments.no_memory})
     except KeyboardInterrupt:
+        give_back_running(record)
         print("interrupted: what is measured so far is kept", file=sys.stderr)
         return 130
     except DeviceLostError as error:
@@ -239,7 +253,7 @@ def measure_and_write(
 def choose_methods(arguments: argparse.Namespace) -> list[str]:
     """Names of methods, ours first."""
     known = METHODS[arguments.job]
-    if not arguments.peers:
+    if arguments.peers is None:
         return list(known)
     asked = [name.strip() for name in arguments.peers.split(",") if name.strip()]
     unknown = [name for name in asked if name not in known]
@@ -260,6 +274,8 @@ def choose_cases(arguments: argparse.Namespace, device: str) -> Sequence[Case]:
         if any(fraction > 1 for fraction in fractions):
             raise UserError(f"--valid {arguments.valid}: fractions are at most 1")
         return loss_cases(device, dtype, fractions=fractions, large=arguments.large, **common)
+    if arguments.job == "sigmoid":
+        return sigmoid_cases(device, dtype, scale=arguments.scale, bias=arguments.bias, **common)
     sweep = None if arguments.sweep is None else read_numbers("--sweep", arguments.sweep, int)
     return contrastive_cases(device, dtype, sweep=sweep, scale=arguments.scale, **common)
 

@@ -24,12 +24,16 @@ PLACES = {
     "torch.compile": 2,
     "torch chunked": 3,
     "open_clip ClipLoss": 3,
+    "open_clip SigLipLoss": 3,
     "liger-kernel": 4,
     "memeff": 4,
+    "siglip-kernel": 4,
     "cut-cross-entropy": 5,
     "inf-cl": 5,
     "quack": 6,
     "lcl_kernels torch": 7,
+    "lcl_kernels counted": 8,
+    "liger-kernel sm90": 9,
 }
 """Colour and marker by method; two share one where no figure shows both."""
 
@@ -73,6 +77,13 @@ def draw_contrastive(document: dict[str, Any], folder: Path) -> list[Path]:
         title = "Share of the matmul rate (8 M² D operations)"
         written.append(_draw_shares(document, timed, title, folder / "contrastive_share.png"))
     return written
+
+
+def draw_sigmoid(document: dict[str, Any], folder: Path) -> list[Path]:
+    """``sigmoid_share.png``: bars per shape."""
+    timed = [row for row in document["rows"] if "median_ms" in row]
+    title = "Share of the matmul rate (6 M² D operations)"
+    return [_draw_shares(document, timed, title, folder / "sigmoid_share.png")] if timed else []
 
 
 def _draw_times(axis: Axes, rows: list[Row], title: str) -> None:

@@ -23,6 +23,7 @@ GPU_SHAPES: dict[Shape, tuple[float, ...]] = {
     (8192, 768, 49411): (1.0, 0.5, 0.12),
     (16384, 2048, 128256): (1.0, 0.5),
     (4096, 4096, 128256): (1.0, 0.5),
+    (8192, 768, 49408): (1.0,),  # a multiple of 256, which some peers need
 }
 LARGE_SHAPES: dict[Shape, tuple[float, ...]] = {(32768, 4096, 151936): (1.0, 0.5)}
 CPU_SHAPES: dict[Shape, tuple[float, ...]] = {(2048, 512, 49411): (1.0, 0.5, 0.12)}

@@ -29,7 +29,16 @@ Call = Callable[[], object]
 Times = dict[str, list[float] | Exception]
 """Seconds of every timed call by method, or why there are none."""
 
-PACKAGES = ("liger-kernel", "cut-cross-entropy", "quack-kernels", "open_clip_torch", "memeff", "inf-cl")
+PACKAGES = (
+    "liger-kernel",
+    "cut-cross-entropy",
+    "quack-kernels",
+    "nvidia-cutlass-dsl",
+    "open_clip_torch",
+    "memeff",
+    "inf-cl",
+    "siglip-kernel",
+)
 L2_FLUSH_BYTES = 256 * 2**20
 GPU_BUDGET_S = 0.6
 """A slow method is timed less often: about so many seconds of it, and three times at least."""
@@ -104,6 +113,28 @@ def time_on_gpu(call: Call, device: torch.device, repeats: int) -> list[float] |
         return without_frames(error)
     finally:
         recover(device)
+
+
+def time_graph(call: Call, device: torch.device, repeats: int) -> list[float]:
+    """Seconds of replays of a CUDA graph of `call`, which then costs the CPU nothing.
+
+    Raises:
+        Exception: the call waits for the device or does something else that a graph cannot hold.
+    """
+    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=device)
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    seconds_of(graph.replay, device, flush)
+    typical = seconds_of(graph.replay, device, flush)
+    count = min(repeats, max(3, int(GPU_BUDGET_S / max(typical, 1e-6))))
+    return [seconds_of(graph.replay, device, flush) for _ in range(count)]
 
 
 def without_frames(error: Exception) -> Exception:
@@ -216,7 +247,7 @@ def square_matmul(device: torch.device, dtype: torch.dtype) -> tuple[Call, float
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """What this machine reaches at best: a square matrix product, and a copy (read and write)."""
     matmul, flops = square_matmul(device, dtype)
-    megabytes, repeats = (1024, 20) if device.type == "cuda" else (128, 5)
+    megabytes, repeats = (1024, 20) if device.type == "cuda" else (128, 3)
     source = torch.empty(megabytes * MB, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return {
@@ -229,7 +260,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, Any]
 
 
 def _median_seconds(call: Call, device: torch.device, repeats: int) -> float:
-    for _ in range(3):
+    for _ in range(3 if device.type == "cuda" else 1):
         call()
     return statistics.median(seconds_of(call, device) for _ in range(repeats))
 

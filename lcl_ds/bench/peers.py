@@ -2,7 +2,7 @@
 
 Linear cross entropy takes (hidden [N, H], weight [V, H], labels [N]), with -100 at labels that are ignored, as a
 training loop has them. The contrastive losses take (x [M, D], y [M, D], scale []), L2-normalised rows and the
-multiplier of the logits. All return the mean loss as a scalar.
+multiplier of the logits, the sigmoid losses their bias [] too. All return the mean loss as a scalar.
 """
 
 import importlib
@@ -19,6 +19,8 @@ from torch import Tensor
 Loss = Callable[..., Tensor]
 IGNORED = -100
 OURS, EAGER = "lcl_kernels", "eager"
+COUNTED = "lcl_kernels counted"
+"""Ours where the caller says how many labels count, as the trainer does: nothing then waits for the device."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 QUACK_CHUNK = 4096
 """Rows per chunk, QuACK's own default; without a number its module runs F.linear and a loss kernel."""
@@ -33,7 +35,7 @@ class Setting:
     """What is computed, and where; small, so that it can be sent to another process."""
 
     shape: tuple[int, ...]
-    """(N, H, V) of linear cross entropy or (M, D) of a contrastive loss."""
+    """(N, H, V) of linear cross entropy or (M, D) of the others."""
     dtype_name: str
     device_name: str
     seed: int = 0
@@ -61,6 +63,8 @@ class Method:
     gpu_only: bool = False
     compiles: bool = False
     """The first call compiles in this process, which takes memory that later calls do not."""
+    waits: bool = False
+    """A call waits for the device, so no CUDA graph can hold it."""
 
     def function(self, setting: Setting) -> Loss:
         """The loss for inputs of this shape.
@@ -110,6 +114,22 @@ def _our_losses(setting: Setting, backend: Any = "auto") -> Loss:
     return lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels, **options)
 
 
+def _our_counted_losses(setting: Setting) -> Loss:
+    from lcl_kernels import linear_cross_entropy
+
+    options: dict[str, Any] = {"ignore_index": IGNORED, **_workspace(setting)}
+    known: dict[tuple[int, int], int] = {}
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        key = labels.data_ptr(), len(labels)
+        if key not in known:  # in the first call, which is for warm-up
+            known[key] = int((labels != IGNORED).sum())
+        value: Tensor = linear_cross_entropy(hidden, weight, labels, counted_rows=known[key], **options)
+        return value
+
+    return loss
+
+
 def eager_losses(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """Logits in the dtype of the inputs, the loss in float32, as autocast has it."""
     return F.cross_entropy(F.linear(hidden, weight).float(), labels, ignore_index=IGNORED)
@@ -128,6 +148,17 @@ def _liger(_: Setting) -> Loss:
     module = _import("liger_kernel.transformers.fused_linear_cross_entropy", "liger-kernel")
     loss = module.LigerFusedLinearCrossEntropyLoss(ignore_index=IGNORED)
     return lambda hidden, weight, labels: loss(weight, hidden, labels)
+
+
+def _liger_sm90(setting: Setting) -> Loss:
+    rows, _, vocabulary = setting.shape
+    module = _import("liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90", "liger-kernel")
+    if setting.dtype != torch.bfloat16:
+        raise UnavailableError("bfloat16 only")
+    if rows % 128 or vocabulary % 256:
+        raise UnavailableError("shape: N must be a multiple of 128, V of 256")
+    function = module.LigerFusedLinearCrossEntropySM90Function.apply
+    return lambda hidden, weight, labels: function(hidden, weight, labels, IGNORED)
 
 
 def _cut_cross_entropy(setting: Setting) -> Loss:
@@ -163,6 +194,11 @@ def eager_contrastive(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 
 
 def _open_clip(setting: Setting) -> Loss:
+    return _under_autocast(_open_clip_losses().ClipLoss(), setting)
+
+
+def _open_clip_losses() -> Any:
+    """The module of open_clip's losses."""
     package = importlib.util.find_spec("open_clip")
     if package is None or package.origin is None:
         raise UnavailableError("not installed")
@@ -172,13 +208,16 @@ def _open_clip(setting: Setting) -> Loss:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    loss = module.ClipLoss()
+    return module
+
+
+def _under_autocast(loss: Loss, setting: Setting) -> Loss:
+    """As open_clip's training loop calls its losses."""
     half = setting.dtype in (torch.bfloat16, torch.float16)
 
-    def function(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        # Its training loop calls the loss under autocast.
-        with torch.autocast(x.device.type, dtype=x.dtype if half else torch.bfloat16, enabled=half):
-            return loss(x, y, scale)
+    def function(*inputs: Tensor) -> Tensor:
+        with torch.autocast(setting.device.type, dtype=setting.dtype if half else torch.bfloat16, enabled=half):
+            return loss(*inputs)
 
     return function
 
@@ -209,26 +248,63 @@ def _inf_cl(setting: Setting) -> Loss:
     return both
 
 
+# --- sigmoid --------------------------------------------------------------------------------------------------------
+
+
+def _our_sigmoid(setting: Setting, backend: Any = "auto") -> Loss:
+    from lcl_kernels import sigmoid_contrastive_loss
+
+    options = {"backend": backend, **_workspace(setting)}
+    return lambda x, y, scale, bias: sigmoid_contrastive_loss(x, y, scale, bias, **options)
+
+
+def eager_sigmoid(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """One [M, M] matrix in the dtype of the features, the loss in float32."""
+    logits = (scale * (x @ y.T)).float() + bias
+    sign = 2 * torch.eye(len(x), device=x.device) - 1
+    return -F.logsigmoid(sign * logits).sum() / len(x)
+
+
+def _open_clip_sigmoid(setting: Setting) -> Loss:
+    return _under_autocast(_open_clip_losses().SigLipLoss(), setting)
+
+
+def _siglip_kernel(_: Setting) -> Loss:
+    function = _import("siglip_kernel", "siglip-kernel").fused_siglip_loss
+    return lambda x, y, scale, bias: function(x, y, scale.log(), bias)
+
+
 def _by_name(*methods: Method) -> dict[str, Method]:
     return {method.name: method for method in methods}
 
 
+# In order of importance: on a GPU one method after the other runs on all cases.
 LOSSES = _by_name(
-    Method(OURS, _our_losses),
-    Method("lcl_kernels torch", lambda setting: _our_losses(setting, "torch"), gpu_only=True),
-    Method(EAGER, lambda _: eager_losses),
-    Method("torch.compile", lambda setting: _compile(eager_losses, setting), compiles=True),
-    Method("torch chunked", _torch_chunked),
-    Method("liger-kernel", _liger, gpu_only=True),
-    Method("cut-cross-entropy", _cut_cross_entropy, gpu_only=True, compiles=True),
+    Method(OURS, _our_losses, waits=True),
+    Method(COUNTED, _our_counted_losses, gpu_only=True),
     Method("quack", _quack, gpu_only=True),
+    Method("liger-kernel sm90", _liger_sm90, gpu_only=True),
+    Method("liger-kernel", _liger, gpu_only=True, waits=True),
+    Method("cut-cross-entropy", _cut_cross_entropy, gpu_only=True, compiles=True, waits=True),
+    Method("torch chunked", _torch_chunked),
+    Method("torch.compile", lambda setting: _compile(eager_losses, setting), compiles=True),
+    Method(EAGER, lambda _: eager_losses),
+    Method("lcl_kernels torch", lambda setting: _our_losses(setting, "torch"), gpu_only=True, waits=True),
 )
 CONTRASTIVE = _by_name(
     Method(OURS, _our_contrastive),
-    Method("lcl_kernels torch", lambda setting: _our_contrastive(setting, "torch"), gpu_only=True),
-    Method(EAGER, lambda _: eager_contrastive),
-    Method("torch.compile", lambda setting: _compile(eager_contrastive, setting), compiles=True),
     Method("open_clip ClipLoss", _open_clip),
     Method("memeff", _memeff, gpu_only=True),
     Method("inf-cl", _inf_cl, gpu_only=True),
+    Method("torch.compile", lambda setting: _compile(eager_contrastive, setting), compiles=True),
+    Method(EAGER, lambda _: eager_contrastive),
+    Method("lcl_kernels torch", lambda setting: _our_contrastive(setting, "torch"), gpu_only=True),
+)
+SIGMOID = _by_name(
+    Method(OURS, _our_sigmoid),
+    Method("open_clip SigLipLoss", _open_clip_sigmoid),
+    Method("siglip-kernel", _siglip_kernel, gpu_only=True),
+    Method("torch.compile", lambda setting: _compile(eager_sigmoid, setting), compiles=True),
+    Method(EAGER, lambda _: eager_sigmoid),
+    Method("lcl_kernels torch", lambda setting: _our_sigmoid(setting, "torch"), gpu_only=True),
 )

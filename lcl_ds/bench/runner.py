@@ -28,12 +28,15 @@ from lcl_ds.bench.measure import (
     recover,
     square_matmul,
     time_calls,
+    time_graph,
     without_frames,
 )
 from lcl_ds.bench.peers import OURS, Loss, UnavailableError
 from lcl_ds.files import write_whole
 
 MATMUL = "matmul"
+PENDING, RUNNING = "pending", "running"
+ENDED = "the process ended before it was measured"
 WARM_UP_ROWS = 16
 """Rows of a step that sets up thread pools and libraries before memory is measured on a CPU."""
 
@@ -69,8 +72,10 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def new_record(command: str, path: Path | None, device: torch.device, dtype: torch.dtype) -> Record:
-    """A document without rows; measures what the machine reaches."""
+def new_record(
+    command: str, path: Path | None, device: torch.device, dtype: torch.dtype, *, resume: bool = False
+) -> Record:
+    """A document without rows, or with those that an earlier run left in `path`; measures what the machine reaches."""
     document = {
         "command": command,
         "date": now(),
@@ -79,9 +84,27 @@ def new_record(command: str, path: Path | None, device: torch.device, dtype: tor
         "environment": describe_environment(device),
         "ceilings": measure_ceilings(device, dtype),
     }
-    record = Record(path, document)
+    record = Record(path, document, rows_left_in(path) if resume and path else [])
     record.write()
     return record
+
+
+def give_back_running(record: Record) -> None:
+    """Let a later run try what was running when this one was interrupted."""
+    for row in record.rows:
+        if row["status"] == RUNNING:
+            row["status"] = PENDING
+
+
+def rows_left_in(path: Path) -> list[Row]:
+    """The rows of an earlier run. What was running when it ended counts as failed, and is not tried again."""
+    if not path.is_file():
+        return []
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    for row in rows:
+        if row["status"] == RUNNING:
+            row.update(status="failed", reason=ENDED)
+    return rows
 
 
 def run_cases(
@@ -99,17 +122,54 @@ def run_cases(
         DeviceLostError: a method broke the GPU's context; the record says which rows are missing.
     """
     began = time.perf_counter()
-    for case in cases:
-        rows = [{"method": name, **case.describe(), "status": "pending", "reason": None} for name in names]
-        record.rows += rows
-        try:
-            _run_case(case, rows, record, repeats, memory)
-        finally:
-            record.document["seconds"] = time.perf_counter() - began
-            record.write()
-        show(case, rows)
+    table = [(case, [row_of(record, case, name) for name in names]) for case in cases]
+
+    def note() -> None:
+        record.document["seconds"] = time.perf_counter() - began
+        record.write()
+
+    note()
+    try:
+        for part in parts_of(table):
+            for case, rows in part:
+                for row in rows:
+                    row["status"] = RUNNING
+                note()
+                _run_case(case, rows, record, repeats, memory)
+                note()
+            for case, rows in part:
+                _time_graphs(case, rows, record, repeats)
+    finally:
+        note()
+        for case, rows in table:
+            show(case, rows)
     record.document["complete"] = True
     record.write()
+
+
+def row_of(record: Record, case: Case, name: str) -> Row:
+    """The row of a method: one that an earlier run left in the record, or a new one."""
+    described = {"method": name, **case.describe()}
+    for row in record.rows:
+        if all(row.get(key) == value for key, value in described.items()):
+            return row
+    record.rows.append({**described, "status": PENDING, "reason": None})
+    return record.rows[-1]
+
+
+def parts_of(table: list[tuple[Case, list[Row]]]) -> list[list[tuple[Case, list[Row]]]]:
+    """In which order rows are measured; those that have been are left out.
+
+    On a CPU all methods of a case take turns. On a GPU each method runs on all cases before the next one begins: should
+    the time run out, the last methods lack figures, and no case lacks all.
+    """
+    waiting = [(case, [row for row in rows if row["status"] == PENDING]) for case, rows in table]
+    waiting = [(case, rows) for case, rows in waiting if rows]
+    if all(case.device.type == "cpu" for case, _ in waiting):
+        return [[part] for part in waiting]
+    names = dict.fromkeys(row["method"] for _, rows in table for row in rows)
+    parts = [[(case, [row for row in rows if row["method"] == name]) for case, rows in waiting] for name in names]
+    return [[(case, rows) for case, rows in part if rows] for part in parts]
 
 
 def _run_case(case: Case, rows: list[Row], record: Record, repeats: int, memory: bool) -> None:
@@ -121,17 +181,17 @@ def _run_case(case: Case, rows: list[Row], record: Record, repeats: int, memory:
             row.update(status="unavailable", reason=str(reason))
         except Exception as error:
             row.update(status="failed", reason=first_line(error))
+    runnable = [row for row in rows if row["method"] in losses]
+    if not runnable:
+        return
     try:
         inputs = case.inputs()
     except Exception as error:
-        for row in rows:
+        for row in runnable:
             row.update(status="failed", reason=f"inputs: {first_line(error)}")
         return
-    runnable = [row for row in rows if row["method"] in losses]
-    # On a CPU the methods take turns; on a GPU each is done with before the next one's memory comes.
-    groups = [runnable] if case.device.type == "cpu" else [[row] for row in runnable]
-    for group in groups if case.timed else []:
-        _time(case, group, losses, inputs, repeats)
+    if case.timed:
+        _time(case, runnable, losses, inputs, repeats)
         record.write()
     for row in runnable:
         if memory and row["status"] != "failed":
@@ -139,6 +199,30 @@ def _run_case(case: Case, rows: list[Row], record: Record, repeats: int, memory:
             record.write()
     if case.timed and case.checked:
         _measure_errors(case, [row for row in runnable if row["status"] == "ok"], losses, inputs, record)
+
+
+def _time_graphs(case: Case, rows: list[Row], record: Record, repeats: int) -> None:
+    """On a GPU: the time of a CUDA graph of the same step, or why there can be none."""
+    for row in rows if case.device.type == "cuda" and case.timed else []:
+        if row["status"] != "ok":
+            continue
+        if case.methods[row["method"]].waits:
+            row["graph_failure"] = "waits for the device"
+            continue
+        row["graph_failure"] = ENDED  # should the process not live to say otherwise
+        record.write()
+        inputs: Inputs = ()
+        try:
+            loss, inputs = case.methods[row["method"]].function(case), case.inputs()
+            seconds = time_graph(partial(step, loss, inputs), case.device, repeats)
+            row["graph_ms"] = 1e3 * statistics.median(seconds)
+            del row["graph_failure"]
+        except Exception as error:
+            row["graph_failure"] = first_line(without_frames(error))
+        finally:
+            clear_gradients(inputs)
+        record.write()
+        recover(case.device)
 
 
 def step(loss: Loss, inputs: Inputs) -> Tensor:
@@ -178,6 +262,7 @@ def _time(case: Case, rows: list[Row], losses: dict[str, Loss], inputs: Inputs, 
         tflops = case.useful_flops / median / 1e12
         row.update(
             status="ok",
+            reason=None,
             loss=float(values[row["method"]]),
             times_ms=[1e3 * second for second in seconds],
             median_ms=1e3 * median,

@@ -23,13 +23,14 @@ def show_rows(console: Console, case: Case, rows: list[Row]) -> None:
         return
     table = Table()
     table.add_column("method", no_wrap=True)
-    headings = ["ms", "x ours", "TFLOP/s", "of matmul", "extra MiB", "loss"]
+    headings = ["ms", "graph ms", "x ours", "TFLOP/s", "of matmul", "extra MiB", "loss"]
     for heading in (*headings, *(f"error of {name}" for name in case.result_names)):
         table.add_column(heading, justify="right")
     table.add_column("note")
     for row in rows:
         figures = [
             number(row.get("median_ms"), ".4g"),
+            number(row.get("graph_ms"), ".4g"),
             number(row.get("ratio_to_ours"), ".2f"),
             number(row.get("useful_tflops"), ".3g"),
             number(row.get("share_of_matmul"), ".0%"),
@@ -52,6 +53,8 @@ def note_of(row: Row) -> str:
     """Why figures are missing."""
     notes = [row["reason"]] if row["reason"] else []
     notes += [
-        f"{what}: {row[key]}" for what, key in (("memory", "memory_failure"), ("error", "error_failure")) if key in row
+        f"{what}: {row[key]}"
+        for what, key in (("memory", "memory_failure"), ("error", "error_failure"), ("graph", "graph_failure"))
+        if key in row
     ]
     return "; ".join(notes)

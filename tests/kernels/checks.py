@@ -27,6 +27,12 @@ def contrastive_loss(x: Tensor, *args: Any, **options: Any) -> Any:
     return lcl_kernels.contrastive_loss(x, *args, **options)
 
 
+def sigmoid_contrastive_loss(x: Tensor, *args: Any, **options: Any) -> Any:
+    """The function under test, on the backend of the running test; float64 exists in torch only."""
+    options.setdefault("backend", "torch" if x.dtype == torch.float64 else running.backend)
+    return lcl_kernels.sigmoid_contrastive_loss(x, *args, **options)
+
+
 def few_rows() -> float:
     """A workspace in megabytes for one row at a time, or for a dozen in the interpreter, where every launch is slow."""
     return 1e-6 if running.backend == "torch" else 4e-3

@@ -1,11 +1,19 @@
-"""Both losses inside torch.compile, and as well-behaved custom operators."""
+"""The losses inside torch.compile, and as well-behaved custom operators."""
 
 import shutil
 
 import pytest
 import torch
 
-from tests.kernels.checks import DEVICE, contrastive_loss, leaf, linear_cross_entropy, relative_error, seeded
+from tests.kernels.checks import (
+    DEVICE,
+    contrastive_loss,
+    leaf,
+    linear_cross_entropy,
+    relative_error,
+    seeded,
+    sigmoid_contrastive_loss,
+)
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -70,6 +78,29 @@ def test_options_that_change_from_call_to_call_stay_in_one_graph(option, dynamic
             assert relative_error(actual, wanted) < 1e-6
 
 
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_sequences_with_weights_and_all_that_can_be_read_in_one_graph(known, label_smoothing):
+    def step(hidden, weight, labels, token_weight, class_weight, counted):
+        loss, statistics = linear_cross_entropy(
+            hidden, weight, labels, shift=1, token_weight=token_weight, class_weight=class_weight,
+            label_smoothing=label_smoothing, counted_rows=counted, return_statistics=True, return_predicted=True,
+            differentiable_lse=True,
+        )  # fmt: skip
+        return loss + 0.1 * statistics.lse.square().sum() + (statistics.predicted == labels[..., 1:]).sum()
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (12, 18):
+        hidden, weight, labels = linear_inputs(n)
+        labels = labels.view(3, -1)
+        weights = torch.rand(labels.shape, generator=seeded(3)), torch.rand(len(weight), generator=seeded(4))
+        arguments = (labels, *weights, int((labels[:, 1:] != -100).sum()) if known else None)
+        expected = gradients_of(step, (hidden.view(3, -1, 16), weight), *arguments)
+        actual = gradients_of(compiled, (hidden.view(3, -1, 16), weight), *arguments)
+        for value, wanted in zip(actual, expected, strict=True):
+            assert relative_error(value, wanted) < 1e-6
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_a_normalizer_of_zero_in_one_graph(dynamic):
     compiled = torch.compile(
@@ -99,6 +130,20 @@ def test_contrastive_loss_in_one_graph():
             assert relative_error(actual, wanted) < 1e-6
 
 
+def test_sigmoid_contrastive_loss_in_one_graph():
+    def step(x, y, log_scale, bias):
+        x, y = (torch.nn.functional.normalize(t, dim=1) for t in (x, y))
+        return sigmoid_contrastive_loss(x, y, log_scale.exp(), bias * 2) * 0.1
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for m in (7, 12):
+        x, y = (torch.randn(m, 8, generator=seeded(s)) for s in (m, m + 1))
+        tensors = x, y, torch.tensor([2.5]), torch.tensor(-5.0)
+        expected = gradients_of(step, tensors)
+        for actual, wanted in zip(gradients_of(compiled, tensors), expected, strict=True):
+            assert relative_error(actual, wanted) < 1e-6
+
+
 @pytest.mark.skipif(DEVICE == "cpu" and not shutil.which("g++"), reason="on a CPU inductor needs a C++ compiler")
 def test_inductor():
     compiled = torch.compile(lambda h, w, y: linear_cross_entropy(h * 2, w, y), fullgraph=True)
@@ -111,17 +156,34 @@ def test_inductor():
 @pytest.mark.parametrize("gradients", [(True, True, False), (False, False, False)])
 def test_the_linear_operators_keep_the_rules_of_torch(gradients, backend):
     hidden, weight, labels = linear_inputs(6)
-    settings = (-100, None, 1e-3, 20.0, 0.1, True, backend == "triton", 1.0)
+    settings = (1, -100, None, 1e-3, 20.0, 0.1, True, True, torch.float32, backend == "triton", 1.0)
     leaves = [leaf(hidden), leaf(weight), None, labels] if any(gradients) else [hidden, weight, None, labels]
+    leaves += [torch.rand(labels.shape), torch.rand(len(weight))]
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
-    operator = torch.ops.lcl_kernels.linear_cross_entropy_sum
+    operator = torch.ops.lcl_kernels.linear_cross_entropy_sum_waiting
     torch.library.opcheck(operator, (*leaves, None, *settings, *gradients), test_utils=checks)
-    torch.library.opcheck(torch.ops.lcl_kernels.linear_cross_entropy_rows, (*leaves, *settings), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.lcl_kernels.linear_cross_entropy_rows_waiting, (*leaves, *settings), test_utils=checks
+    )
 
 
 def test_the_contrastive_operator_keeps_the_rules_of_torch(backend):
     x, y = (leaf(torch.randn(5, 8, generator=seeded(s))) for s in (0, 1))
     scale = torch.tensor([3.0], requires_grad=True)
-    settings = ("", "global", "none", None, False, backend == "triton", 1.0, True, True, True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.lcl_kernels.contrastive, (x, y, scale, *settings), test_utils=checks)
+    for given in ((None, None), (torch.tensor([3, 1, 3, 2, 1]), torch.arange(5.0))):
+        options = ("ignore", None, "auto", given[0] is not None)
+        settings = (*given, "", "global", "none", *options, backend == "triton", 1.0, True, True, True)
+        torch.library.opcheck(torch.ops.lcl_kernels.contrastive, (x, y, scale, *settings), test_utils=checks)
+
+
+def test_the_sigmoid_operator_keeps_the_rules_of_torch(backend):
+    x, y = (leaf(torch.randn(5, 8, generator=seeded(s))) for s in (0, 1))
+    scale, bias = torch.tensor([3.0], requires_grad=True), torch.tensor(-5.0, requires_grad=True)
+    settings = ("", None, "auto", backend == "triton", 1.0, True, True, True, True)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    operator = torch.ops.lcl_kernels.sigmoid_contrastive
+    waiting = torch.ops.lcl_kernels.sigmoid_contrastive_waiting.default
+    unsafe = torch.Tag.cudagraph_unsafe
+    assert [unsafe in variant.tags for variant in (operator.default, waiting)] == [False, True]
+    torch.library.opcheck(operator, (x, y, scale, bias, *settings), test_utils=checks)

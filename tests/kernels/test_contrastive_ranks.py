@@ -5,23 +5,9 @@ import torch
 from lcl_kernels import reference_contrastive_loss
 
 from tests.kernels.checks import leaf, relative_error
-from tests.kernels.ranks import CASES, COUNTS, MISMATCHES, TIMEOUT_S, Case, features, own_slice, results_of_ranks
+from tests.kernels.ranks import CASES, COUNTS, MISMATCHES, TIMEOUT_S, Case, extras, features, own_slice
 
-pytestmark = pytest.mark.timeout(TIMEOUT_S + 60)
-
-
-@pytest.fixture(autouse=True)
-def _on_the_device():
-    """Gloo, and so these tests, use the CPU also where there is a GPU."""
-    with torch.device("cpu"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)  # as on a machine with a GPU: the ranks see to it themselves
-        return results_of_ranks(tmp_path_factory.mktemp("ranks"))
+pytestmark = [pytest.mark.timeout(TIMEOUT_S + 60), pytest.mark.usefixtures("on_a_cpu")]
 
 
 def expected_of(case):
@@ -37,19 +23,26 @@ def expected_of(case):
             normalize=case.normalize,
             detach_remote=case.detach_remote,
             detach_keys=case.detach_keys,
+            same_group=case.same_group or "ignore",
+            return_statistics=True,
+            **extras(case),
         )
         for rank in world
     ]
-    sum(shares).backward()
+    sum(share for share, _ in shares).backward()
     own = [own_slice(case.counts, rank) for rank in world]
-    return [(shares[r].detach(), x.grad[own[r]], y.grad[own[r]], scales[r].grad.reshape(1)) for r in world]
+    return [
+        (share.detach(), x.grad[own[r]], y.grad[own[r]], scales[r].grad.reshape(1), *statistics)
+        for r, (share, statistics) in enumerate(shares)
+    ]
 
 
 def name(case):
     counts = "_".join(map(str, case.counts))
     mode = "keys" if case.detach_keys else "detached" if case.detach_remote else "exact"
     dtype = str(case.dtype).removeprefix("torch.")
-    return f"{counts}-{case.normalize}-{mode}-{case.scale:g}-{dtype}-{case.exchange}-{case.backend}"
+    extra = f"-{case.same_group}{'-weighted' * case.weighted}" if case.same_group else ""
+    return f"{counts}-{case.normalize}-{mode}-{case.scale:g}-{dtype}-{case.exchange}-{case.backend}{extra}"
 
 
 # Relative for the gradients of features; absolute for the loss and the gradient of the scale, because a float32 logit
@@ -66,7 +59,10 @@ def test_equals_one_process(ranks, case):
         assert all(torch.isfinite(tensor).all() for tensor in first)
         for again in others:
             assert all(torch.equal(tensor, repeated) for tensor, repeated in zip(first, again, strict=True))
-        loss, d_x, d_y, _ = first
+        loss, d_x, d_y, _, *statistics = first
+        assert len(statistics) == (4 if case.same_group else 0)
+        for actual, expected in zip(statistics, wanted[4:], strict=False):
+            assert torch.allclose(actual.double(), expected.double(), rtol=1e-6, atol=loss_bar)
         assert loss.item() == pytest.approx(wanted[0].item(), rel=1e-6, abs=loss_bar)
         for actual, expected in ((d_x, wanted[1]), (d_y, wanted[2])):
             assert actual.dtype == case.dtype

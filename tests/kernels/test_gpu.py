@@ -92,12 +92,18 @@ def test_a_label_out_of_range_is_a_device_assertion(labels):
 import torch
 from lcl_kernels import linear_cross_entropy
 hidden, weight = torch.randn(2, 16, device="cuda"), torch.randn(9, 16, device="cuda")
-linear_cross_entropy(hidden, weight, torch.tensor({labels}, device="cuda"))
+linear_cross_entropy(hidden, weight, torch.tensor({labels}, device="cuda"), counted_rows=2, backend="triton")
 torch.cuda.synchronize()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert "assert" in done.stderr.lower()
+
+
+def test_a_label_out_of_range_is_an_error_where_the_call_waits_anyway():
+    hidden, weight = torch.randn(2, 16).bfloat16(), torch.randn(9, 16).bfloat16()
+    with pytest.raises(ValueError, match=r"labels\[1\] = 9 is outside"):
+        linear_cross_entropy(hidden, weight, torch.tensor([5, 9]), backend="triton")
 
 
 def test_more_logits_than_32_bits_can_count():

@@ -8,10 +8,26 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from lcl_kernels import reference_contrastive_loss, reference_linear_cross_entropy
+from lcl_kernels import (
+    reference_contrastive_loss,
+    reference_linear_cross_entropy,
+    reference_sigmoid_contrastive_loss,
+)
+from lcl_kernels import torch_linear_cross_entropy as torch_linear
+from lcl_kernels import triton_linear_cross_entropy as triton_linear
+from lcl_kernels.sweep import Counted, Inputs, Options, Wanted, empty_rows
 from torch import Tensor
 
-from tests.kernels.checks import DEVICE, contrastive_loss, leaf, linear_cross_entropy, relative_error, running, seeded
+from tests.kernels.checks import (
+    DEVICE,
+    contrastive_loss,
+    leaf,
+    linear_cross_entropy,
+    relative_error,
+    running,
+    seeded,
+    sigmoid_contrastive_loss,
+)
 
 REGIMES = {  # how far the target stands above the other logits, in nats, and their spread
     "random, spread 1": (0.0, 1.0),
@@ -27,6 +43,13 @@ PAIRS = {  # noise between the two features of a pair, scale
     "learned, above the safe bound": (1.2, 40.1),
     "learned, scale 100": (1.5, 100.0),
     "faint, scale 100": (2.0, 100.0),
+}
+SIGMOID_PAIRS = {  # noise between the two features of a pair, scale, bias
+    "start, scale 10, bias -10": (2.0, 10.0, -10.0),
+    "learned, scale 14.3, bias -10": (0.6, 14.3, -10.0),
+    "faint, scale 100, bias -10": (2.0, 100.0, -10.0),
+    (CERTAIN_PAIRS := "learned, scale 100, bias -60"): (0.4, 100.0, -60.0),
+    "without a bias, scale 14.3": (0.6, 14.3, 0.0),
 }
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BARS = {torch.float32: 1e-5, torch.bfloat16: 3e-3, torch.float16: 5e-4}
@@ -49,11 +72,11 @@ def dense_linear(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 def float32_linear_gradients(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[Tensor]:
     """Gradients of the sum of the losses as the operator makes them, before they are rounded to the input dtype."""
-    settings = (-100, None, 0.0, None, 0.0, False, running.backend == "triton", 128.0)
-    results = torch.ops.lcl_kernels.linear_cross_entropy_sum(
-        hidden, weight, None, labels, None, *settings, True, True, False
-    )
-    return list(results[4:6])
+    inputs = Inputs(hidden, weight, None, labels)
+    options, backend = Options(), triton_linear if running.backend == "triton" else torch_linear
+    rows_made = empty_rows(inputs, options)
+    scan = backend.scan(inputs, options, len(labels), rows_made)
+    return list(backend.sweep(inputs, Counted(scan.rows, scan.labels), options, Wanted(True, True), rows_made)[:2])
 
 
 def features(noise: float, dtype: torch.dtype, m: int = 200, d: int = 64) -> tuple[Tensor, Tensor]:
@@ -66,6 +89,11 @@ def dense_contrastive(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     logits = scale.to(x.dtype) * x @ y.t()
     target = torch.arange(len(x))
     return (F.cross_entropy(logits.float(), target) + F.cross_entropy(logits.t().float(), target)) / 2
+
+
+def dense_sigmoid(x: Tensor, y: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    logits = scale.to(x.dtype) * x @ y.t() + bias.to(x.dtype)
+    return -F.logsigmoid((2 * torch.eye(len(x)) - 1) * logits.float()).sum() / len(x)
 
 
 def errors(function, truth, tensors: list[Tensor], *rest) -> list[float]:
@@ -131,6 +159,21 @@ def test_contrastive(case, dtype, backend):
         assert mine < max(1.2 * theirs, 3e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SIGMOID_PAIRS)
+def test_sigmoid(case, dtype, backend):
+    if dtype == torch.float16 and case == CERTAIN_PAIRS:
+        pytest.skip("gradients below the range of float16")
+    noise, *scalars = SIGMOID_PAIRS[case]
+    inputs = [list(features(noise, dtype)), *(torch.tensor(s) for s in scalars)]
+    ours = errors(sigmoid_contrastive_loss, reference_sigmoid_contrastive_loss, *inputs)
+    dense = errors(dense_sigmoid, reference_sigmoid_contrastive_loss, *inputs)
+    assert ours[0] < 5e-6
+    for mine, theirs in zip(ours[1:], dense[1:], strict=True):
+        assert mine < BARS[dtype]
+        assert mine < max(1.2 * theirs, 5e-6)
+
+
 def main() -> None:
     print(
         "relative errors of the loss and of both gradients against float64; in brackets dense, logits in the dtype of"
@@ -149,6 +192,11 @@ def main() -> None:
                 mine = errors(contrastive_loss, reference_contrastive_loss, [x, y], torch.tensor(scale))
                 theirs = errors(dense_contrastive, reference_contrastive_loss, [x, y], torch.tensor(scale))
                 _show("contrastive", backend, dtype, case, mine, theirs, [])
+            for case, (noise, *scalars) in SIGMOID_PAIRS.items():
+                arguments = [list(features(noise, dtype)), *(torch.tensor(s) for s in scalars)]
+                mine = errors(sigmoid_contrastive_loss, reference_sigmoid_contrastive_loss, *arguments)
+                theirs = errors(dense_sigmoid, reference_sigmoid_contrastive_loss, *arguments)
+                _show("sigmoid", backend, dtype, case, mine, theirs, [])
 
 
 def _before_rounding(hidden: Tensor, weight: Tensor, labels: Tensor) -> list[float]:

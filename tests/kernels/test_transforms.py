@@ -2,11 +2,22 @@
 
 import pytest
 import torch
-from lcl_kernels import reference_contrastive_loss, reference_linear_cross_entropy
+from lcl_kernels import (
+    reference_contrastive_loss,
+    reference_linear_cross_entropy,
+    reference_sigmoid_contrastive_loss,
+)
 from torch import func
 from torch.autograd import forward_ad
 
-from tests.kernels.checks import contrastive_loss, leaf, linear_cross_entropy, relative_error, seeded
+from tests.kernels.checks import (
+    contrastive_loss,
+    leaf,
+    linear_cross_entropy,
+    relative_error,
+    seeded,
+    sigmoid_contrastive_loss,
+)
 
 LABELS = [0, 1, -100, 3, 2]
 
@@ -21,16 +32,24 @@ def contrastive(function):
     return lambda x: function(x, y.to(x.dtype), scale.to(x.dtype))
 
 
+def sigmoid(function):
+    y, scale, bias = torch.randn(5, 8, generator=seeded(1)), torch.tensor(3.0), torch.tensor(-2.0)
+    return lambda x: function(x, *(t.to(x.dtype) for t in (y, scale, bias)))
+
+
 def losses_of_features():
     """(name, our loss as a function of features [5, 8], its reference)"""
     yield "mean", linear(linear_cross_entropy, "mean"), linear(reference_linear_cross_entropy, "mean")
     yield "none", linear(linear_cross_entropy, "none"), linear(reference_linear_cross_entropy, "none")
     yield "contrastive", contrastive(contrastive_loss), contrastive(reference_contrastive_loss)
+    yield "sigmoid", sigmoid(sigmoid_contrastive_loss), sigmoid(reference_sigmoid_contrastive_loss)
 
 
-@pytest.fixture(params=["mean", "none", "contrastive"])
+@pytest.fixture(params=["mean", "none", "contrastive", "sigmoid"])
 def losses(request, backend):
     """(our loss, its reference)"""
+    if (request.param, backend) == ("sigmoid", "triton"):
+        pytest.skip("the operator is the same as with torch")
     return next((ours, reference) for name, ours, reference in losses_of_features() if name == request.param)
 
 

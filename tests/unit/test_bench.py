@@ -53,7 +53,7 @@ def test_losses_writes_every_figure(run_bench, tmp_path, capsys):
     )
     assert document["ceilings"] == CEILINGS
     assert [(row["method"], row["valid_fraction"]) for row in document["rows"]] == [
-        (name, valid) for valid in (1.0, 0.5) for name in (OURS, EAGER, "torch chunked", "liger-kernel")
+        (name, valid) for valid in (1.0, 0.5) for name in (OURS, "liger-kernel", "torch chunked", EAGER)
     ]
     for row in document["rows"]:
         assert row["shape"] == {"N": 64, "H": 16, "V": 301}
@@ -90,6 +90,54 @@ def test_contrastive_writes_every_figure(run_bench, tmp_path):
     assert rows[OURS]["useful_tflops"] == pytest.approx(8 * 48**2 * 16 / rows[OURS]["median_ms"] / 1e9)
     assert {rows[name]["reason"] for name in ("memeff", "inf-cl")} == {"needs a GPU"}
     assert [path.name for path in plots.iterdir()] == ["contrastive_share.png"]
+
+
+def test_sigmoid_writes_every_figure(run_bench, tmp_path):
+    options = (
+        "--shape",
+        "48,16",
+        "--repeats",
+        "1",
+        "--peers",
+        "eager,siglip-kernel",
+        "--plots",
+        str(tmp_path / "plots"),
+    )
+    code, document = run_bench("sigmoid", *options)
+    assert code == 0
+    rows = by_method(document)
+    assert rows[OURS]["loss"] == pytest.approx(rows[EAGER]["loss"], rel=1e-6)
+    assert max(rows[OURS]["errors"].values()) < 1e-5
+    assert rows[OURS]["useful_tflops"] == pytest.approx(6 * 48**2 * 16 / rows[OURS]["median_ms"] / 1e9)
+    assert rows["siglip-kernel"]["reason"] == "needs a GPU"
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["sigmoid_share.png"]
+
+
+def test_a_run_goes_on_where_another_ended(run_bench, tmp_path, monkeypatch):
+    run_bench(*LOSSES, "--valid", "1", "--peers", "")
+    path = tmp_path / "out" / "bench.json"
+    document = json.loads(path.read_text())
+    first = document["rows"][0]
+    document["rows"].append({**first, "method": EAGER, "status": "running", "reason": None})
+    path.write_text(json.dumps(document))
+    code, document = run_bench(*LOSSES, "--valid", "1", "--peers", "torch chunked,eager", "--resume")
+    assert code == 0
+    rows = by_method(document)
+    assert len(document["rows"]) == 3
+    assert rows[OURS]["times_ms"] == first["times_ms"]
+    assert (rows[EAGER]["status"], rows[EAGER]["reason"]) == ("failed", runner.ENDED)
+    assert rows["torch chunked"]["ratio_to_ours"] > 0
+
+
+def test_on_a_gpu_each_method_runs_on_all_cases_before_the_next():
+    names = [OURS, EAGER]
+    cases = [LossCase((8, 8, 8), "bf16", "cuda", valid=valid) for valid in (1.0, 0.5)]
+    record = runner.Record(None, {})
+    table = [(case, [runner.row_of(record, case, name) for name in names]) for case in cases]
+    order = [[(rows[0]["method"], case.valid) for case, rows in part] for part in runner.parts_of(table)]
+    assert order == [[(OURS, 1.0), (OURS, 0.5)], [(EAGER, 1.0), (EAGER, 0.5)]]
+    record.rows[0]["status"] = "ok"
+    assert [len(part) for part in runner.parts_of(table)] == [1, 2]
 
 
 def test_a_sweep_measures_memory_alone(tmp_path, monkeypatch, capsys):
@@ -247,6 +295,8 @@ def test_adapters_refuse_shapes_that_a_peer_cannot_take(monkeypatch):
     with pytest.raises(UnavailableError, match="multiples of 8"):
         peers.LOSSES["quack"].function(peers.Setting((8192, 768, 49411), "bf16", "cuda"))
     assert peers.LOSSES["quack"].function(peers.Setting((8192, 768, 49408), "bf16", "cuda"))
+    with pytest.raises(UnavailableError, match="V of 256"):
+        peers.LOSSES["liger-kernel sm90"].function(peers.Setting((8192, 768, 49411), "bf16", "cuda"))
     with pytest.raises(UnavailableError, match="power of two"):
         peers.CONTRASTIVE["memeff"].function(peers.Setting((64, 48), "bf16", "cuda"))
     with pytest.raises(UnavailableError, match="multiple of 16"):

@@ -1,4 +1,4 @@
-"""Data for a speed check at full size: ``python launch/gpu_check_data.py OUT`` writes shards and a tokenizer.
+"""Data for a speed check at full size: ``python -m launch.gpu_check.data OUT`` writes shards and a tokenizer.
 
 Pictures and sentences are the demo corpus's, at the size and in the proportions of web documents. The tokenizer is the
 demo's few hundred entries plus unused ones, as many as give the published vocabulary of 49,411 with the control tokens.

@@ -12,8 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "triton", "transformers", "deepspeed", "webdataset", "numpy", "pydantic")
-PEERS = ("liger-kernel", "cut-cross-entropy", "open_clip_torch", "memeff", "inf-cl")
+PACKAGES = ("torch", "triton", "transformers", "deepspeed", "webdataset", "numpy", "pydantic", "pytest-xdist")
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,power.limit,memory.used"
 WARM_UP = 10
 """Training steps that count in no median: compilation, allocator and loader settle in them."""
@@ -48,6 +47,8 @@ def version_of(package: str) -> str | None:
 def describe_environment() -> dict[str, Any]:
     """Versions and the GPU; imports torch, and fails where that fails."""
     import torch
+
+    from lcl_ds.bench.measure import PACKAGES as PEERS
 
     cuda = torch.cuda.is_available()
     nvcc = run_quietly("nvcc", "--version")
@@ -120,21 +121,29 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Whole lines of a ``metrics.jsonl``; a killed run may end in half a line."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Whole lines of a file of JSON lines; a killed step may leave half a line."""
     if not path.is_file():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
+def read_results(work: Path) -> dict[str, list[dict[str, Any]]]:
+    """What the steps have found so far, by step. Of the suite, only what did not pass, and the counts."""
+    results = {path.stem: read_lines(path) for path in sorted(work.glob("*.jsonl"))}
+    if "suite" in results:
+        results["suite"] = [line for line in results["suite"] if line.get("outcome") not in ("passed", "skipped")]
+    return results
+
+
 def assemble(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The contents of ``gpu_check.json`` so far.
+    """The contents of the JSON file so far.
 
     Args:
         work: the script's temporary folder.
     """
     steps = read_steps(work / "steps.tsv")
-    metrics = read_metrics(work / "run" / "metrics.jsonl")
+    metrics = read_lines(work / "run" / "metrics.jsonl")
     return {
         "command": arguments.command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -147,7 +156,8 @@ def assemble(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         "gpu_before": read_json(work / "gpu_before.json"),
         "gpu_after": query_gpu(CLOCKS) if arguments.complete else None,
         "steps": steps,
-        "ceilings": read_json(work / "ceilings.json"),
+        "compiled_kernels": sum(1 for _ in (work / "triton_cache").rglob("*.cubin")),
+        "results": read_results(work),
         "training": summarize_training(metrics) if metrics else None,
     }
 
@@ -157,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="action", required=True)
     commands.add_parser("environment", help="print versions and the GPU as JSON")
     commands.add_parser("gpu", help="print clocks, temperature and power as JSON")
-    writer = commands.add_parser("assemble", help="write gpu_check.json")
+    writer = commands.add_parser("assemble", help="write the JSON file")
     writer.add_argument("work", type=Path)
     writer.add_argument("out", type=Path)
     writer.add_argument("--command", required=True)
@@ -170,7 +180,10 @@ def main(argv: list[str] | None = None) -> int:
     elif arguments.action == "gpu":
         print(json.dumps(query_gpu(CLOCKS)))
     else:
-        arguments.out.write_text(json.dumps(assemble(arguments.work, arguments), indent=1) + "\n", encoding="utf-8")
+        document = json.dumps(assemble(arguments.work, arguments), indent=1) + "\n"
+        whole = arguments.out.with_suffix(f".{os.getpid()}.part")  # a reader sees the old document or the new one
+        whole.write_text(document, encoding="utf-8")
+        whole.replace(arguments.out)
     return 0
 
 
