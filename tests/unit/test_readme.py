@@ -7,12 +7,12 @@ import pytest
 import yaml
 
 from launch import compare_objectives
-from launch.train import parse_arguments
 from lcl_ds import convert
 from lcl_ds.bench import __main__ as bench
-from lcl_ds.config import load_config, recipe_path
+from lcl_ds.config import ds_config_path, load_config, recipe_path
 from lcl_ds.data import __main__ as data
 from lcl_ds.report import __main__ as report
+from lcl_ds.train import parse_arguments
 from tests.support.ranks import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -28,7 +28,7 @@ COMMANDS = [
 def test_training_commands_are_valid(command):
     words = shlex.split(command)
     arguments = parse_arguments(words[words.index("launch/train.py") + 1 :])
-    assert (ROOT / arguments.ds_config).is_file()
+    assert (ROOT / ds_config_path(arguments.ds_config)).is_file()
     load_config(recipe_path(arguments.recipe), arguments.overrides)
 
 

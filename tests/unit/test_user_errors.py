@@ -9,8 +9,8 @@ import yaml
 from torch import distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launch.train import main
 from lcl_ds.models import build
+from lcl_ds.train import main
 from tests.support.ranks import ROOT
 from tests.support.small import small_config
 
