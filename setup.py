@@ -47,5 +47,10 @@ setup(
         "pydantic>=2",
         "tokenizers",
     ],
-    extras_require={"parquet": ["pyarrow"]},
+    extras_require={
+        "parquet": ["pyarrow"],
+        "tensorboard": ["tensorboard"],
+        "wandb": ["wandb"],
+        "trackio": ["trackio"],
+    },
 )

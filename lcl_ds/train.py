@@ -1,4 +1,4 @@
-"""Train: ``lcl train``, or ``deepspeed launch/train.py --ds_config ds_configs/zero3.json [--recipe NAME] [key.sub=value]``.
+"""Train: ``lcl train [--recipe NAME] [--ds_config NAME] [key.sub=value ...]``, which is ``launch/train.py`` as well.
 
 Works the same under ``deepspeed``, ``torchrun``, ``accelerate launch``, ``srun`` and by itself, as one process.
 """
