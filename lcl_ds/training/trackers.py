@@ -52,8 +52,8 @@ class Trackers:
     def log(self, metrics: dict[str, Any]) -> None:
         """Hand over one step's metrics; numbers inside others are named like ``sources/NAME/images``."""
         values = flatten(metrics, separator="/")
-        step = values.pop("step")
-        self._try_each(lambda tracker: tracker.log({"step": step, **values}, step=step))
+        step = values["step"]
+        self._try_each(lambda tracker: tracker.log(_without_reserved(values, tracker), step=step))
 
     def start(self, settings: dict[str, Any]) -> None:
         """Start all trackers and tell them the settings of the run.
@@ -97,6 +97,11 @@ def _tracker(name: str, config: Config, run_dir: Path, first_step: int) -> Gener
     if name == "trackio":
         return make(config.name, name=f"{run_dir.name}-{_run_id(run_dir)}", resume="allow")
     return make(config.name, run_dir) if make.requires_logging_directory else make(config.name)
+
+
+def _without_reserved(values: dict[str, Any], tracker: GeneralTracker) -> dict[str, Any]:
+    """What a tracker takes under names of ours: trackio keeps ``step`` for itself."""
+    return {name: value for name, value in values.items() if (tracker.name, name) != ("trackio", "step")}
 
 
 def _run_id(run_dir: Path) -> str:
