@@ -6,7 +6,7 @@ is named once and left out from then on.
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ PLAIN = (bool, int, float, str, type(None))
 """Types of settings that every tracker takes."""
 
 
-def check_trackers(names: list[str]) -> None:
+def check_trackers(names: Sequence[str]) -> None:
     """Look for the packages of the trackers that a recipe names.
 
     Raises:

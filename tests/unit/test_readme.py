@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from launch import compare_objectives
+from lcl_ds import __main__ as program
 from lcl_ds import convert
 from lcl_ds.bench import __main__ as bench
 from lcl_ds.config import ds_config_path, load_config, recipe_path
@@ -30,6 +31,16 @@ def test_training_commands_are_valid(command):
     arguments = parse_arguments(words[words.index("launch/train.py") + 1 :])
     assert (ROOT / ds_config_path(arguments.ds_config)).is_file()
     load_config(recipe_path(arguments.recipe), arguments.overrides)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("lcl ")])
+def test_commands_of_the_program_are_valid(command):
+    _, name, *words = shlex.split(command)
+    assert name in {"--help", *program.COMMANDS}
+    if name == "train":
+        arguments = parse_arguments(words)
+        assert ds_config_path(arguments.ds_config).is_file()
+        load_config(recipe_path(arguments.recipe), arguments.overrides)
 
 
 @pytest.mark.parametrize("target", [c.split()[1] for c in COMMANDS if c.startswith("make ")])
