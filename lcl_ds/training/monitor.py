@@ -34,7 +34,7 @@ class Monitor:
         if not enabled:
             return
         self.total_steps, self.print_every = total_steps, print_every
-        self.trackers = trackers or Trackers([])
+        self.trackers = trackers or Trackers({})
         self.console = Console(stderr=False, highlight=False)
         keep_metrics(run_dir / METRICS, first_step, kept_metrics(run_dir))
         self._file = MetricsFile(run_dir / METRICS)

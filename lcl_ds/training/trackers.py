@@ -6,7 +6,8 @@ is named once and left out from then on.
 
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,6 @@ logger = logging.getLogger(__name__)
 
 RUN_ID = "tracker_id"
 """File of the run folder with the name under which online trackers know the run when it is continued."""
-PLAIN = (bool, int, float, str, type(None))
-"""Types of settings that every tracker takes."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -44,47 +43,54 @@ def _package(tracker: str) -> str:
 
 
 class Trackers:
-    """The trackers of one run, which take every step's metrics as long as they work."""
+    """The trackers of one run by name, which take every step's metrics as long as they work."""
 
-    def __init__(self, trackers: list[GeneralTracker]):
-        self._trackers = trackers
+    def __init__(self, started: Mapping[str, GeneralTracker]):
+        self._trackers = dict(started)
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Hand over one step's metrics; numbers inside others are named like ``sources/NAME/images``."""
         values = flatten(metrics, separator="/")
         step = values["step"]
-        self._try_each(lambda tracker: tracker.log(_without_reserved(values, tracker), step=step))
-
-    def start(self, settings: dict[str, Any]) -> None:
-        """Start all trackers and tell them the settings of the run.
-
-        Those that write into the run folder have ``config.yaml`` beside them.
-        """
-        self._try_each(lambda tracker: tracker.start())
-        self._try_each(lambda t: t.requires_logging_directory or t.store_init_configuration(settings))
+        self._with_each(lambda tracker: tracker.log(_without_reserved(values, tracker), step=step))
 
     def close(self) -> None:
         """Let every tracker send what it still holds."""
-        self._try_each(lambda tracker: tracker.finish())
+        self._with_each(lambda tracker: tracker.finish())
 
-    def _try_each(self, action: Callable[[GeneralTracker], Any]) -> None:
-        self._trackers = [tracker for tracker in self._trackers if _works(tracker, action)]
+    def _with_each(self, action: Callable[[GeneralTracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            if not _succeeds(name, partial(action, tracker)):
+                del self._trackers[name]
 
 
 def open_trackers(config: Config, run_dir: Path, first_step: int) -> Trackers:
     """Start the trackers that the settings name; for the first rank alone.
 
     Args:
-        first_step: steps that are done. What a tracker has of later ones, from before the run was interrupted, is
-            replaced or stays as it is; no step is there twice.
+        first_step: steps that are done. What TensorBoard has of later ones, from before the run was interrupted, is
+            replaced; wandb keeps what it has of them; the others may show them twice.
     """
-    if not config.log.trackers:
-        return Trackers([])
-    PartialState()  # accelerate's trackers log through it
-    trackers = Trackers([_tracker(name, config, run_dir, first_step) for name in config.log.trackers])
+    trackers: dict[str, GeneralTracker] = {}
+
+    def start(name: str) -> None:
+        PartialState()  # accelerate's trackers log through it
+        tracker = _tracker(name, config, run_dir, first_step)
+        tracker.start()
+        if not tracker.requires_logging_directory:  # those that write into the run folder have config.yaml beside them
+            tracker.store_init_configuration(_plain_settings(config))
+        trackers[name] = tracker
+
+    for name in config.log.trackers:
+        _succeeds(name, partial(start, name))
+    return Trackers(trackers)
+
+
+def _plain_settings(config: Config) -> dict[str, Any]:
+    """Settings by dotted name, in types that every tracker takes."""
     settings = flatten(config.model_dump(mode="json"))
-    trackers.start({key: value if isinstance(value, PLAIN) else str(value) for key, value in settings.items()})
-    return trackers
+    plain = (bool, int, float, str, type(None))
+    return {key: value if isinstance(value, plain) else str(value) for key, value in settings.items()}
 
 
 def _tracker(name: str, config: Config, run_dir: Path, first_step: int) -> GeneralTracker:
@@ -93,9 +99,9 @@ def _tracker(name: str, config: Config, run_dir: Path, first_step: int) -> Gener
         # Its readers pass over what earlier files hold of the steps from purge_step on.
         return make("tensorboard", run_dir, purge_step=first_step + 1)
     if name == "wandb":  # takes no step a second time
-        return make(config.name, id=_run_id(run_dir), name=run_dir.name, resume="allow", dir=run_dir)
+        return make(config.name, id=_run_id(run_dir), name=run_dir.resolve().name, resume="allow", dir=run_dir)
     if name == "trackio":
-        return make(config.name, name=f"{run_dir.name}-{_run_id(run_dir)}", resume="allow")
+        return make(config.name, name=f"{run_dir.resolve().name}-{_run_id(run_dir)}", resume="allow")
     return make(config.name, run_dir) if make.requires_logging_directory else make(config.name)
 
 
@@ -112,11 +118,12 @@ def _run_id(run_dir: Path) -> str:
     return path.read_text().strip()
 
 
-def _works(tracker: GeneralTracker, action: Callable[[GeneralTracker], Any]) -> bool:
+def _succeeds(name: str, action: Callable[[], None]) -> bool:
+    """Whether a tracker does what it should; where it fails, its name and the reason go to the log."""
     try:
-        action(tracker)
+        action()
     except Exception as error:  # whatever a tracker's network, disk or server does to it
-        said = " ".join(str(error).split()) or type(error).__name__
-        logger.warning("log.trackers: %s fails and is left out; metrics.jsonl has everything: %s", tracker.name, said)
+        reason = " ".join(str(error).split()) or type(error).__name__
+        logger.warning("log.trackers: %s fails and is left out; metrics.jsonl has everything: %s", name, reason)
         return False
     return True

@@ -67,7 +67,7 @@ def test_a_continued_run_has_every_step_once_in_tensorboard(tmp_path):
 
 
 class Failing(GeneralTracker):
-    """A tracker whose network is gone after so many calls: its start, a log for each step, its end."""
+    """A tracker whose network is gone after so many calls: a log for each step and its end."""
 
     name = "failing"
     requires_logging_directory = True
@@ -76,9 +76,6 @@ class Failing(GeneralTracker):
     def __init__(self, working_calls):
         super().__init__()
         self.working_calls, self.calls = working_calls, []
-
-    def start(self):
-        self._send("start")
 
     def log(self, values, step=None):
         self._send(step)
@@ -92,21 +89,28 @@ class Failing(GeneralTracker):
             raise ConnectionError("no route\n to host")
 
 
-@pytest.mark.parametrize("working_calls", [0, 3, 5])
+@pytest.mark.parametrize("working_calls", [0, 2, 4])
 def test_a_tracker_that_fails_is_named_once_and_the_others_and_the_run_go_on(working_calls, tmp_path, caplog):
     failing, other = Failing(working_calls), Failing(99)
-    trackers = Trackers([failing, other])
-    trackers.start({})
-    monitor = Monitor(tmp_path, 4, 0, 10, True, trackers)
+    monitor = Monitor(tmp_path, 4, 0, 10, True, Trackers({"failing": failing, "other": other}))
     for step in range(1, 5):
         monitor.step(metrics(step))
     monitor.close()
-    calls = ["start", 1, 2, 3, 4, "finish"]
+    calls = [1, 2, 3, 4, "finish"]
     assert (failing.calls, other.calls) == (calls[: working_calls + 1], calls)
     assert len(metrics_of(tmp_path)) == 4
     assert caplog.messages == [
         "log.trackers: failing fails and is left out; metrics.jsonl has everything: no route to host"
     ]
+
+
+def test_a_tracker_that_cannot_start_is_left_out(tmp_path, caplog):
+    pytest.importorskip("tensorboard")
+    (tmp_path / "tensorboard").touch()  # where its folder should be
+    train(tmp_path, [1, 2])
+    assert len(metrics_of(tmp_path)) == 2
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("log.trackers: tensorboard fails and is left out; ")
 
 
 def test_a_missing_package_is_an_error_that_names_the_extra():
