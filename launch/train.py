@@ -1,60 +1,8 @@
-"""Train: ``deepspeed launch/train.py --ds_config ds_configs/zero3.json [--recipe NAME] [key.sub=value ...]``.
+"""Train: ``deepspeed launch/train.py --ds_config ds_configs/zero3.json [--recipe NAME] [key.sub=value ...]``."""
 
-Works the same under ``deepspeed``, ``torchrun``, ``srun`` and as plain ``python launch/train.py`` (one process).
-"""
-
-import argparse
-import logging
 import sys
-from pathlib import Path
 
-import yaml
-
-from lcl_ds.cli import run_command
-from lcl_ds.config import load_config, recipe_path
-from lcl_ds.tasks import task_number
-from lcl_ds.training.joint_errors import heard_from_any_task
-
-HERE = Path(__file__).resolve().parent
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Command line; settings of the recipe follow as ``key.sub=value``."""
-    parser = argparse.ArgumentParser(description="Pre-train a vision encoder with Latent Compression Learning.")
-    parser.add_argument(
-        "--ds_config", "--deepspeed_config", type=Path, default=HERE.parent / "ds_configs" / "zero3.json"
-    )
-    parser.add_argument("--recipe", default="demo", help="YAML file, or the name of one in launch/recipes")
-    parser.add_argument("--run_dir", type=Path, help="default: runs/<recipe name>")
-    parser.add_argument("--print_config", action="store_true", help="print the resolved settings and stop")
-    parser.add_argument("--dry_run", action="store_true", help="check data, model and engine settings and stop")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # launchers append it
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    return parser.parse_intermixed_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
-    level = logging.INFO if task_number() == 0 else logging.WARNING
-    logging.basicConfig(level=level, format="[%(levelname)s] %(message)s")
-    return run_command(lambda: heard_from_any_task(lambda: train(arguments)))
-
-
-def train(arguments: argparse.Namespace) -> int:
-    """What the arguments ask for; returns the exit code."""
-    config = load_config(recipe_path(arguments.recipe), arguments.overrides)
-    if arguments.print_config:
-        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
-        return 0
-    from lcl_ds.training import run
-    from lcl_ds.training.engine import load_ds_config
-
-    ds_config = load_ds_config(arguments.ds_config)
-    if arguments.dry_run:
-        print(run.dry_run(config, ds_config), end="")
-        return 0
-    return run.run(config, ds_config, arguments.run_dir or Path("runs") / config.name)
-
+from lcl_ds.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

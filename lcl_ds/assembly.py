@@ -1,12 +1,16 @@
 """Put a run together from its settings: the one place where data, models and objectives meet."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+
+from accelerate import init_empty_weights
 
 from lcl_ds.config import Config
 from lcl_ds.data.corpus import OpenData, open_data
 from lcl_ds.data.stream.lanes import LaneSettings
 from lcl_ds.errors import UserError
 from lcl_ds.models.build import build_model, image_size, tokens_per_image
+from lcl_ds.models.decoder import TESTED_FAMILIES
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.weights.transfer import initialize_parts
 from lcl_ds.objectives import build_objective, view_of
@@ -85,6 +89,14 @@ def lane_settings(config: Config, *, training: bool = True) -> LaneSettings:
         max_bad_share=data.max_bad_share,
         stall_seconds=data.stall_seconds,
     )
+
+
+def without_memory(config: Config) -> AbstractContextManager[None]:
+    """Build the network inside to learn names and shapes of its weights alone: they take no memory and hold nothing.
+
+    The exception is a decoder of a family that has to be tried out when it is built, which needs real weights.
+    """
+    return init_empty_weights() if config.model.decoder.model_type in TESTED_FAMILIES else nullcontext()
 
 
 def build_network(config: Config, data: OpenData) -> LCLModel:

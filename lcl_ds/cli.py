@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import TextIO
 
 from lcl_ds.errors import UserError
@@ -50,6 +51,11 @@ def problems_of(error: BaseException) -> list[str] | None:
     if isinstance(error, OSError) and (sentence := sentence_of(error)):
         return [sentence]
     return None
+
+
+def program_name(command: str) -> str:
+    """How a command was called, for its help: ``lcl NAME`` or ``python -m lcl_ds.NAME``."""
+    return f"lcl {command}" if Path(sys.argv[0]).name == "lcl" else f"python -m lcl_ds.{command}"
 
 
 def print_errors(problems: list[str]) -> None:

@@ -9,13 +9,15 @@ from pydantic import Field, ValidationError, field_validator
 from lcl_ds.data.settings import DataSettings
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.settings import EvaluationSettings
+from lcl_ds.files import shipped_folder
 from lcl_ds.models.settings import READ_FOLDERS, ModelSettings
 from lcl_ds.objectives import NAMES, settings_classes
 from lcl_ds.objectives.base import ObjectiveSettings
 from lcl_ds.settings import Settings, suggest
 from lcl_ds.training.settings import CheckpointSettings, LogSettings, TrainSettings
 
-RECIPES = Path(__file__).resolve().parent.parent / "launch" / "recipes"
+RECIPES = shipped_folder("launch/recipes")
+DS_CONFIGS = shipped_folder("ds_configs")
 
 
 if TYPE_CHECKING:
@@ -60,6 +62,21 @@ def recipe_path(name_or_path: str) -> Path:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
         raise UserError(f"recipe {name_or_path}: there is no such file; shipped recipes: {known}")
+    return path
+
+
+def ds_config_path(name_or_path: str) -> Path:
+    """A DeepSpeed configuration's file from its name (``zero3``) or path; whether it can be read is seen later.
+
+    Raises:
+        UserError: there is no such name.
+    """
+    shipped, path = DS_CONFIGS / f"{name_or_path}.json", Path(name_or_path)
+    if shipped.is_file():
+        return shipped
+    if path.suffix != ".json" and not path.exists():
+        known = ", ".join(sorted(p.stem for p in DS_CONFIGS.glob("*.json")))
+        raise UserError(f"--ds_config {name_or_path}: there is no such file; shipped configurations: {known}")
     return path
 
 

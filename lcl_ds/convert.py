@@ -27,7 +27,7 @@ from transformers import AutoModel, CLIPImageProcessorPil, Siglip2ImageProcessor
 from transformers.utils import logging as transformers_logging
 
 from lcl_ds import __version__
-from lcl_ds.cli import run_command
+from lcl_ds.cli import program_name, run_command
 from lcl_ds.config import Config
 from lcl_ds.data.documents import BadSampleError, read_document
 from lcl_ds.data.images import decode_image
@@ -330,7 +330,7 @@ def convert(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lcl_ds.convert", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program_name("convert"), description=__doc__)
     parser.add_argument("source", type=Path, metavar="RUN|CHECKPOINT|FILE")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--part", choices=("vision", "full"), help="default: vision; with --format reference: full")

@@ -47,6 +47,17 @@ REMEDIES = {
 """What is wrong and what to do, for errors that lie in the machine and not in this program."""
 
 
+def shipped_folder(place: str) -> Path:
+    """A folder of files that come with the program.
+
+    Args:
+        place: where it lies in a checkout, as ``launch/recipes``; an installed package has it inside as ``recipes``.
+    """
+    package = Path(__file__).resolve().parent
+    installed = package / Path(place).name
+    return installed if installed.is_dir() else package.parent / place
+
+
 def sentence_of(error: OSError) -> str | None:
     """What the machine's error means and what to do about it, with its path; None where it may be our own mistake."""
     remedy = REMEDIES.get(error.errno or 0)

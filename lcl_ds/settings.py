@@ -12,6 +12,18 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
+def flatten(tree: dict[str, Any], prefix: str = "", separator: str = ".") -> dict[str, Any]:
+    """Values by dotted name."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{name}{separator}", separator)
+        else:
+            flat[name] = value
+    return flat
+
+
 def suggest(word: str, known: Any) -> str:
     """A hint at the known word that is most like ``word``; empty where none is."""
     close = difflib.get_close_matches(word, list(known), n=1)

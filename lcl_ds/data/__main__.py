@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lcl_ds.cli import run_command
+from lcl_ds.cli import program_name, run_command
 from lcl_ds.data.corpora import READERS
 from lcl_ds.data.corpora.build import build, local_files
 from lcl_ds.data.corpora.check import check_shards, show, total_of
@@ -28,7 +28,7 @@ CPUS = os.cpu_count() or 1
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m lcl_ds.data", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program_name("data"), description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     defaults = ReadOptions()
 

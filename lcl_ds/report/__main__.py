@@ -4,12 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from lcl_ds.cli import run_command
+from lcl_ds.cli import program_name, run_command
 from lcl_ds.report.page import write_report
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lcl_ds.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program_name("report"), description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder; several are compared")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="HTML file to write (default: in the first run folder)"

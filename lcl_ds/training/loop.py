@@ -25,6 +25,7 @@ from lcl_ds.training.monitor import Monitor
 from lcl_ds.training.schedule import learning_rate
 from lcl_ds.training.signals import StopRequest
 from lcl_ds.training.throughput import flops_per_token, peak_flops
+from lcl_ds.training.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +63,9 @@ class Trainer:
             UserError: on all ranks: ``train.max_skipped_steps`` steps in a row had no finite gradient, or what a rank
                 finds wrong with its data.
         """
-        monitor = Monitor(
-            self.run_dir, self.config.train.steps, self.progress.step, self.config.log.every, self.rank_info.is_first
-        )
+        first, done = self.rank_info.is_first, self.progress.step
+        trackers = open_trackers(self.config, self.run_dir, done) if first else None
+        monitor = Monitor(self.run_dir, self.config.train.steps, done, self.config.log.every, first, trackers)
         self._flops = flops_per_token(self.engine.module.model)
         self._peak = peak_flops(self.rank_info.device)
         try:

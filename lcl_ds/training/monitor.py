@@ -9,19 +9,32 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from lcl_ds.metrics import METRICS, MetricsFile, keep_metrics
 from lcl_ds.training.checkpoint import checkpoints_folder
+from lcl_ds.training.trackers import Trackers
 
 
 class Monitor:
-    """Appends ``metrics.jsonl`` and shows a progress line; on other ranks than the first it does nothing.
+    """Appends ``metrics.jsonl``, feeds trackers, shows a progress line; on other ranks than the first it does nothing.
 
     On a terminal one line is redrawn; elsewhere a line is printed every ``print_every`` steps.
+
+    Args:
+        trackers: what gets every step's metrics as well; closed together with the monitor.
     """
 
-    def __init__(self, run_dir: Path, total_steps: int, first_step: int, print_every: int, enabled: bool):
+    def __init__(
+        self,
+        run_dir: Path,
+        total_steps: int,
+        first_step: int,
+        print_every: int,
+        enabled: bool,
+        trackers: Trackers | None = None,
+    ):
         self.enabled = enabled
         if not enabled:
             return
         self.total_steps, self.print_every = total_steps, print_every
+        self.trackers = trackers or Trackers({})
         self.console = Console(stderr=False, highlight=False)
         keep_metrics(run_dir / METRICS, first_step, kept_metrics(run_dir))
         self._file = MetricsFile(run_dir / METRICS)
@@ -38,6 +51,7 @@ class Monitor:
         if not self.enabled:
             return
         self._file.append(metrics)
+        self.trackers.log(metrics)
         average = self._seconds_per_step or metrics["step_s"]
         self._seconds_per_step = 0.95 * average + 0.05 * metrics["step_s"]
         left = time_left((self.total_steps - metrics["step"]) * self._seconds_per_step)
@@ -67,6 +81,7 @@ class Monitor:
             self._file.close()
             if self._progress is not None:
                 self._progress.stop()
+            self.trackers.close()
 
 
 def kept_metrics(run_dir: Path) -> list[Path]:

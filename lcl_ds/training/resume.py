@@ -13,6 +13,7 @@ from lcl_ds.errors import UserError
 from lcl_ds.files import read_json
 from lcl_ds.models.build import vision_config
 from lcl_ds.models.decoder import build_decoder_config
+from lcl_ds.settings import flatten
 from lcl_ds.training.checkpoint import FOLDERS, folder_contents, load_config_of, read_state, value_of
 from lcl_ds.training.engine import ENGINE_KEYS
 from lcl_ds.training.optimizer import group_shape
@@ -62,6 +63,7 @@ DECISIONS: dict[str, Decision] = {
     "checkpoint.every": "applied",
     "checkpoint.keep": "applied",
     "log.every": "free",
+    "log.trackers": "free",
     "evaluation": "applied",
 }
 """By setting or, where nothing longer fits, by the group it is in. Refused: the run ends with a sentence. Applied: it
@@ -161,18 +163,6 @@ def what_settings_come_to(config: Config) -> dict[str, Any]:
             branch = branch[group]
         branch.pop(last)
     return flatten(tree)
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted name."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{name}.")
-        else:
-            flat[name] = value
-    return flat
 
 
 def _by_step(weight: float | dict[int, float]) -> dict[int, float]:

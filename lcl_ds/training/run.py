@@ -15,6 +15,7 @@ from lcl_ds.assembly import (
     lane_settings,
     load_initial_weights,
     open_checked_data,
+    without_memory,
 )
 from lcl_ds.config import Config
 from lcl_ds.data.corpus import OpenData
@@ -45,6 +46,7 @@ from lcl_ds.training.monitor import kept_metrics
 from lcl_ds.training.optimizer import options_of
 from lcl_ds.training.resume import check_same_run, engine_changes
 from lcl_ds.training.run_folder import check_own_folder, check_run_writable, write_run_files
+from lcl_ds.training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
     with on_all_ranks(rank_info):
         if rank_info.is_first:
             check_own_folder(run_dir)
+            check_trackers(config.log.trackers)
     checkpoint = newest_checkpoint(run_dir, rank_info)
     changes: list[str] = []
     if checkpoint is not None:
@@ -167,13 +170,15 @@ def dry_run(config: Config, ds_config: dict[str, Any]) -> str:
     Returns:
         YAML with sample counts, parameters by part and one batch.
     """
+    check_trackers(config.log.trackers)
     data = open_checked_data(config)
     check_evaluation(config, data)
     complete = complete_ds_config(ds_config, config, 1)
     rows = rows_per_micro_step(config, 1)
-    network = build_network(config, data)
-    given = load_initial_weights(network, config, data)
-    objective = attach_objective(network, config)
+    with without_memory(config):
+        network = build_network(config, data)
+        given = load_initial_weights(network, config, data)
+        objective = attach_objective(network, config)
     batch = next(BatchLoader(data.sources, lane_settings(config), data.tokenizer, rows))
     return yaml.safe_dump(
         {

@@ -120,9 +120,6 @@ def _write_all(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def _environment(world_size: int, step: int) -> dict[str, Any]:
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    )
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "argv": sys.argv,
@@ -133,9 +130,18 @@ def _environment(world_size: int, step: int) -> dict[str, Any]:
         "platform": platform.platform(),
         "gpu": gpu,
         "cpu_count": os.cpu_count(),
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": _git_commit(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _git_commit() -> str | None:
+    """The commit of the checkout that runs; None for an installed package, wherever its environment lies."""
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=checkout, check=False)
+    return git.stdout.strip() or None
 
 
 def _version(package: str) -> str | None:

@@ -1,9 +1,16 @@
 """Settings of training: the ``train``, ``checkpoint`` and ``log`` parts of a recipe."""
 
-from pydantic import Field, model_validator
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
 
 from lcl_ds.models.settings import Part
 from lcl_ds.settings import Settings
+
+Tracker = Literal["tensorboard", "wandb", "trackio", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab"]
+"""Experiment trackers, by the names that accelerate gives them."""
+TRACKER_EXTRAS = ("tensorboard", "wandb", "trackio")
+"""Those that are extras of this package, as in ``pip install 'lcl_ds[tensorboard]'``."""
 
 
 class TrainSettings(Settings):
@@ -57,3 +64,15 @@ class LogSettings(Settings):
     """What is shown; metrics.jsonl always has every step."""
 
     every: int = Field(10, gt=0, description="Steps between printed lines where there is no terminal.")
+    trackers: list[Tracker] = Field(
+        default_factory=list,
+        description="Experiment trackers that get every metric as well: tensorboard (into the run folder), wandb, "
+        "trackio, ... . One that fails is left out; metrics.jsonl has everything.",
+    )
+
+    @field_validator("trackers")
+    @classmethod
+    def _each_once(cls, trackers: list[Tracker]) -> list[Tracker]:
+        if len(set(trackers)) != len(trackers):
+            raise ValueError("a tracker is named twice")
+        return trackers

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from lcl_ds.config import RECIPES, Config, load_config, recipe_path
+from lcl_ds.config import DS_CONFIGS, RECIPES, Config, load_config, recipe_path
 from lcl_ds.errors import UserError
 
 DEMO = RECIPES / "demo.yaml"
@@ -77,7 +77,7 @@ def test_a_file_that_is_not_yaml_is_named(tmp_path):
         load_config(tmp_path / "x.yaml")
 
 
-@pytest.mark.parametrize("path", sorted((RECIPES.parents[1] / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(DS_CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_every_shipped_ds_config_is_valid(path):
     from lcl_ds.training.engine import load_ds_config
 

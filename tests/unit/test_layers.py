@@ -20,7 +20,7 @@ LAYERS = [
     {"report"},
     {"evaluation"},
     {"training"},
-    {"bench", "convert"},
+    {"bench", "convert", "train"},
 ]
 """From the bottom; a module may import from its own layer and from those below it."""
 APART = [("models", "data")]

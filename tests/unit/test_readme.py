@@ -7,12 +7,13 @@ import pytest
 import yaml
 
 from launch import compare_objectives
-from launch.train import parse_arguments
+from lcl_ds import __main__ as program
 from lcl_ds import convert
 from lcl_ds.bench import __main__ as bench
-from lcl_ds.config import load_config, recipe_path
+from lcl_ds.config import ds_config_path, load_config, recipe_path
 from lcl_ds.data import __main__ as data
 from lcl_ds.report import __main__ as report
+from lcl_ds.train import parse_arguments
 from tests.support.ranks import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -28,8 +29,18 @@ COMMANDS = [
 def test_training_commands_are_valid(command):
     words = shlex.split(command)
     arguments = parse_arguments(words[words.index("launch/train.py") + 1 :])
-    assert (ROOT / arguments.ds_config).is_file()
+    assert (ROOT / ds_config_path(arguments.ds_config)).is_file()
     load_config(recipe_path(arguments.recipe), arguments.overrides)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("lcl ")])
+def test_commands_of_the_program_are_valid(command):
+    _, name, *words = shlex.split(command)
+    assert name in {"--help", *program.COMMANDS}
+    if name == "train":
+        arguments = parse_arguments(words)
+        assert ds_config_path(arguments.ds_config).is_file()
+        load_config(recipe_path(arguments.recipe), arguments.overrides)
 
 
 @pytest.mark.parametrize("target", [c.split()[1] for c in COMMANDS if c.startswith("make ")])

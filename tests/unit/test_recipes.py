@@ -1,8 +1,8 @@
 """Every shipped recipe is valid and describes the model that it says."""
 
 import pytest
-import torch
 
+from lcl_ds.assembly import without_memory
 from lcl_ds.config import RECIPES, load_config
 from lcl_ds.models.build import build_model, tokens_per_image
 
@@ -18,7 +18,7 @@ PUBLISHED = {
 
 def model_of(name):
     config = load_config(RECIPES / f"{name}.yaml")
-    with torch.device("meta"):
+    with without_memory(config):
         return config, build_model(config.model, CLIP_TEXT + CONTROL, config.data.row_tokens, seed=0)
 
 

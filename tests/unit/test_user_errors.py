@@ -1,16 +1,18 @@
 """A user's mistake ends within seconds with sentences that name file and key, and exit code 2."""
 
 import json
+import resource
 import subprocess
 import sys
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launch.train import main
 from lcl_ds.models import build
+from lcl_ds.train import main
 from tests.support.ranks import ROOT
 from tests.support.small import small_config
 
@@ -87,6 +89,11 @@ def test_missing_held_out_shards_are_found_before_training(start, tmp_path):
     assert (code, err) == (2, f"error: evaluation.shards: data path {tmp_path}/held-out.tar: no such file\n")
 
 
+def test_a_tracker_that_is_not_installed_is_found_before_training(start):
+    code, err = start("log.trackers=[aim]")
+    assert (code, err) == (2, "error: log.trackers: aim is not installed: pip install aim\n")
+
+
 def test_a_vocabulary_that_does_not_match(start, demo_folder):
     code, err = start("model.decoder.vocab_size=50000")
     assert code == 2
@@ -116,6 +123,20 @@ def test_print_config_shows_the_resolved_settings_and_dry_run_one_batch(tmp_path
     assert shown["first_micro_batch_of_one_rank"]["padding_fraction"] < 0.05
 
 
+def test_a_dry_run_of_a_large_model_needs_no_memory_for_its_weights(demo_folder, capsys):
+    data = [f"data.shards={demo_folder}/train-documents-*.tar", f"data.tokenizer={demo_folder}/tokenizer"]
+    sizes = "hidden_size: 4096, intermediate_size: 11008, num_hidden_layers: 32, num_attention_heads: 32"
+    towers = ["model.vision={shape: vit_6b14}", f"model.decoder={{model_type: llama, {sizes}}}", "data.row_tokens=512"]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert main(["--dry_run", "data.demo=null", "evaluation.shards=null", *data, *towers]) == 0
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    shown = capsys.readouterr().out
+    parameters = yaml.safe_load(shown[shown.index("samples:") :])["parameters"]
+    assert parameters["vision"] == 5_902_956_800
+    assert parameters["decoder"] == 6_478_123_008
+    assert kibibytes < 1 << 20, "weights of 12 billion parameters would be 46 GiB"
+
+
 def test_a_pretrained_decoder_brings_its_tokenizer(tmp_path, demo_folder, capsys):
     tokenizer = json.loads((demo_folder / "tokenizer" / "tokenizer.json").read_text())
     ids = tokenizer["model"]["vocab"]
@@ -130,6 +151,12 @@ def test_a_pretrained_decoder_brings_its_tokenizer(tmp_path, demo_folder, capsys
     shown = capsys.readouterr().out  # DeepSpeed may have said something on being imported
     (sentence,) = yaml.safe_load(shown[shown.index("samples:") :])["given_weights"]
     assert sentence == f"model.decoder.pretrained: {tmp_path}: 17 weights"
+
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({n: w for n, w in weights.items() if not n.endswith("ln_f.bias")}, tmp_path / "model.safetensors")
+    assert main(command) == 2, "a dry run compares names though its model has no memory for weights"
+    assert "ln_f.bias is missing; allow it with model.allow_missing" in capsys.readouterr().err
+    save_file(weights, tmp_path / "model.safetensors")
 
     first, second = list(ids)[:2]
     ids[first], ids[second] = ids[second], ids[first]

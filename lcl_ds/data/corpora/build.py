@@ -7,11 +7,9 @@ of completion.
 """
 
 import hashlib
-import io
 import json
 import os
 import shutil
-import tarfile
 import threading
 import time
 from collections import Counter
@@ -26,6 +24,7 @@ from typing import IO, Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from webdataset import TarWriter
 
 from lcl_ds.data.corpora import READERS
 from lcl_ds.data.corpora.local_images import open_images
@@ -457,7 +456,7 @@ class _ShardFiles:
         self.written = 0
         self.path = folder
         self.file: IO[bytes] | None = None
-        self.tar: tarfile.TarFile | None = None
+        self.writer: TarWriter | None = None
 
     def __enter__(self) -> "_ShardFiles":
         return self
@@ -465,15 +464,16 @@ class _ShardFiles:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None or issubclass(kind, UserError):
             self._finish()
-        elif self.file is not None:
-            with suppress(OSError):  # the first error is the one to report
-                self.file.close()
+        elif self.file is not None and self.writer is not None:
+            for half_done in (self.writer, self.file):
+                with suppress(OSError):  # the first error is the one to report
+                    half_done.close()
 
     def _finish(self) -> None:
-        if self.file is None or self.tar is None:
+        if self.file is None or self.writer is None:
             return
         with naming(self.path), self.file:
-            self.tar.close()
+            self.writer.close()
             self.file.flush()
             os.fsync(self.file.fileno())
 
@@ -484,19 +484,16 @@ class _ShardFiles:
             self._finish()
             self.path = self.folder / f"{self.job.number:06d}-{part:05d}.tar"
             self.file = self.path.open("wb")
-            self.tar = tarfile.TarFile(fileobj=self.file, mode="w")
-        assert self.tar is not None
+            self.writer = shard_writer(self.file)
+        assert self.writer is not None
         with naming(self.path):
-            add_sample(self.tar, key, members)
+            self.writer.write({"__key__": key, **members})
         self.written += 1
 
 
-def add_sample(tar: tarfile.TarFile, key: str, members: dict[str, bytes]) -> None:
-    """Append a sample; without times and owners, or two builds would differ."""
-    for suffix, data in sorted(members.items()):
-        info = tarfile.TarInfo(f"{key}.{suffix}")
-        info.size = len(data)
-        tar.addfile(info, io.BytesIO(data))
+def shard_writer(file: IO[bytes]) -> TarWriter:
+    """Webdataset's writer of samples whose members are bytes; without times and owners, or two builds would differ."""
+    return TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False)
 
 
 def to_members(document: SourceDocument, key: str) -> dict[str, bytes]:
@@ -604,12 +601,12 @@ def _put_in_place(staged: Path, final: Path, kept: np.ndarray) -> None:
     if kept.all():
         staged.replace(final)
         return
-    with writing(final) as file, tarfile.TarFile(fileobj=file, mode="w") as tar:
+    with writing(final) as file, shard_writer(file) as writer:
         for wanted, (key, parts) in zip(kept, read_tar(staged), strict=True):
             if isinstance(parts, BadSampleError):
                 raise UserError(f"{staged}: it was damaged since it was written; remove it and build again")
             if wanted:
-                add_sample(tar, key, parts)
+                writer.write({"__key__": key, **parts})
     staged.unlink()
 
 

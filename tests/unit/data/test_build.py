@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -95,8 +96,27 @@ def test_plain_webdataset_reads_them(tmp_path):
     paths = [str(path) for path in sorted((tmp_path / "out").glob("*.tar"))]
     samples = list(webdataset.WebDataset(paths, shardshuffle=False))
     source = source_of(tmp_path / "out")
+    assert len(paths) == 2
     assert [sample["__key__"] for sample in samples] == [source.sample(number).key for number in range(5)]
     assert [sample["000.jpg"] for sample in samples] == [picture(number) for number in range(5)]
+
+
+@pytest.mark.parametrize("deduplicate", [False, True])
+@pytest.mark.parametrize("make", [make_mmc4, make_img2dataset], ids=["documents", "pairs"])
+def test_plain_webdataset_decodes_every_sample(make, deduplicate, tmp_path):
+    corpus = make(tmp_path / "in", 5)
+    twice = replace(corpus, sources=corpus.sources * (1 + deduplicate))
+    build(twice, tmp_path / "out", "--shard-samples", "3", *(["--deduplicate"] if deduplicate else []))
+    paths = [str(path) for path in sorted((tmp_path / "out").glob("*.tar"))]
+    samples = list(webdataset.WebDataset(paths, shardshuffle=False).decode("pil"))
+    source = source_of(tmp_path / "out")
+    assert [sample["__key__"] for sample in samples] == [source.sample(number).key for number in range(5)]
+    for number, sample in enumerate(samples):
+        members = {suffix: value for suffix, value in sample.items() if not suffix.startswith("__")}
+        assert members.keys() == source.sample(number).parts.keys()
+        pictures = [value for suffix, value in members.items() if suffix.endswith("jpg")]
+        assert [picture.size for picture in pictures] == [(24, 32)] * (len(members) - (2 if corpus.pairs else 1))
+        assert members["json"]["source_key"]
 
 
 def test_pairs_stay_pairs_and_members_keep_their_format(tmp_path):
