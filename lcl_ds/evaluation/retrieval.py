@@ -1,4 +1,4 @@
-"""Image-to-context retrieval: does an image find the context that announced it?"""
+"""Measure image-to-context retrieval: does an image find the context that announced it?"""
 
 from dataclasses import dataclass
 
@@ -27,11 +27,11 @@ class PairFeatures:
     pixels: np.ndarray
     """uint8 [K, 3, H, W]."""
     context_ids: list[np.ndarray]
-    """Token ids before the place where each context is read, from the beginning of its part."""
+    """Token ids before the position where each context is read, from the beginning of its passage."""
 
 
 def too_few_pairs(count: int) -> str:
-    """A sentence for where there are fewer than :data:`LEAST_PAIRS`."""
+    """Say that there are fewer pairs than :data:`LEAST_PAIRS`."""
     return (
         f"image-to-context retrieval is left out: images with text that announces them: {count}, needed: {LEAST_PAIRS}"
     )
@@ -73,7 +73,7 @@ def pair_features(
 
 
 def retrieval_scores(queries: Tensor, targets: Tensor) -> dict[str, float]:
-    """Rank of each query's own target among all targets by inner product.
+    """Rank each query's own target among all targets by inner product.
 
     Args:
         queries, targets: [K, D]; row i of each belongs together.

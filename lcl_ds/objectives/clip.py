@@ -23,7 +23,7 @@ class Settings(ObjectiveSettings):
 
 
 def view(settings: Settings, image_first_probability: float) -> PairView:
-    """The text alone."""
+    """Show the text alone."""
     return PairView(("text",))
 
 

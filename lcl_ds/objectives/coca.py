@@ -26,7 +26,7 @@ class Settings(ObjectiveSettings):
 
 
 def view(settings: Settings, image_first_probability: float) -> PairView:
-    """The text alone, and after its image."""
+    """Show the text alone, and after its image."""
     return PairView(("text", "caption"))
 
 

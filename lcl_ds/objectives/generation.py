@@ -22,7 +22,7 @@ class Settings(ObjectiveSettings):
 
 
 def view(settings: Settings, image_first_probability: float) -> DocumentView:
-    """Whole documents."""
+    """Show whole documents."""
     return DocumentView(image_first_probability=image_first_probability)
 
 

@@ -35,7 +35,7 @@ class Settings(ObjectiveSettings):
 
 
 def view(settings: Settings, image_first_probability: float) -> DocumentView:
-    """Whole documents."""
+    """Show whole documents."""
     return DocumentView(settings.context_rule, image_first_probability)
 
 
