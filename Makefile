@@ -15,7 +15,7 @@ test: .venv/ready
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 quick: .venv/ready
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile tests/unit
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow" tests/unit
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -262,7 +262,7 @@ def _index_tar(database: sqlite3.Connection, number: int, tar: Path) -> None:
 def _members_in(tar: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, str | None]]:
     """Key, suffix and header of a tar's files; of ``.json`` files also the URL that they tell."""
     size = tar.stat().st_size
-    # Tars may lie one behind the other, and what is damaged costs what is damaged.
+    # Tars may be joined end to end, and damage costs only what is damaged.
     with tarfile.open(tar, "r:", ignore_zeros=True) as opened:
         for member in opened:
             opened.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
