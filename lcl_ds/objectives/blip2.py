@@ -54,7 +54,7 @@ class Objective(base.Objective):
         return {"labels": len(batch.labels), "pairs": pairs, "matches": 2 * pairs if pairs > 1 else 0}
 
     def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
-        """Shares of the losses, and the ``logit_scale`` [1] that was used."""
+        """Compute the shares of the losses, and the ``logit_scale`` [1] that was used."""
         pooled, tokens = self.model.encode_images(batch.images, batch.image_seeds)
         settings = self.settings
         other = mismatched_images(pooled, self.model.logit_scale(), batch.image_seeds)

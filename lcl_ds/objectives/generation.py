@@ -38,7 +38,7 @@ class Objective(base.Objective):
         return {"labels": len(batch.labels)}
 
     def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
-        """Shares of the loss."""
+        """Compute the share of the loss."""
         hidden_states, _ = self.model(batch)
         loss = self.generation(hidden_states, batch, normalizers)
         return {"loss": loss, "generation_loss": loss}

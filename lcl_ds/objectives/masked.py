@@ -55,7 +55,7 @@ class Objective(base.Objective):
         return {"labels": len(batch.labels), "images": batch.image_count}
 
     def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
-        """Shares of the losses; that of images is the mean squared error over hidden patches and their pixels."""
+        """Compute the shares; that of images is the mean squared error over hidden patches and their pixels."""
         pixels = self.model.vision.normalize(batch.images)
         hidden = patch_order(batch.image_seeds, self.model.vision.patch_tokens)[:, : self.hidden_patches]
         _, tokens = self.model.encode_images(without_patches(pixels, hidden, self.patch_size), batch.image_seeds)

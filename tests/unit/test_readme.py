@@ -53,6 +53,10 @@ def commands_of(page: Path) -> list[list[str]]:
 COMMANDS = [(page, words) for page in TODAY for words in commands_of(page)]
 
 
+SPOKEN = ("data", "models", "objectives", "evaluation", "report")
+"""Packages whose docstrings and messages were read for words that nobody says."""
+
+
 class Parsed(Exception):
     """Raised in the place of a command's work, once its arguments were understood."""
 
@@ -201,6 +205,14 @@ def test_the_glossary_explains_each_word_once():
     words = [row for row in rows if row != "word"]
     assert len(words) > 60
     assert len(set(words)) == len(words)
+
+
+@pytest.mark.parametrize("word", ["upstream", "for ever", "of late", "mend", "mended", "mending"])
+def test_pages_and_docstrings_use_the_words_of_the_glossary(word):
+    own = [path for folder in SPOKEN for path in (ROOT / "lcl_ds" / folder).rglob("*.py")]
+    pages = [page for page in TODAY if page.parent != ROOT / "kernels"]
+    found = [page_id(path) for path in [*own, *pages] if re.search(rf"\b{word}\b", path.read_text(), re.IGNORECASE)]
+    assert found == []
 
 
 def test_the_way_of_a_document_is_as_the_page_shows_it():

@@ -482,7 +482,7 @@ class _ShardFiles:
             os.fsync(self.file.fileno())
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
-        """Raises: OSError, with a path."""
+        """Write one sample. Raises: OSError, with a path."""
         part, place = divmod(self.written, self.job.shard_samples)
         if place == 0:
             self._finish()
@@ -496,7 +496,7 @@ class _ShardFiles:
 
 
 def add_sample(tar: tarfile.TarFile, key: str, members: dict[str, bytes]) -> None:
-    """Append a sample; without times and owners, or two builds would differ."""
+    """Append a sample, without times and owners, by which two builds would differ."""
     for suffix, data in sorted(members.items()):
         info = tarfile.TarInfo(f"{key}.{suffix}")
         info.size = len(data)

@@ -214,7 +214,7 @@ def name_of(location: str) -> str:
 
 
 def size_of(location: str) -> int:
-    """Bytes.
+    """Return the size of a location in bytes.
 
     Raises:
         OSError: it is not there or out of reach.

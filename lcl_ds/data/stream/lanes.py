@@ -217,11 +217,11 @@ class Lane:
 
     @property
     def rows_returned(self) -> int:
-        """Rows so far, over all starts."""
+        """Rows that were returned so far, over all starts."""
         return self._rows_returned
 
     def skip_row(self) -> None:
-        """Pass over the next row: packed to know what follows, but not decoded."""
+        """Pass over the next row: it is packed, because the following ones depend on it, but not decoded."""
         self._next_pieces()
         self._pending_skips = 0  # they are counted where the row is used
         if self._watch:

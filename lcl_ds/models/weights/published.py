@@ -23,7 +23,7 @@ from lcl_ds.tokens import Vocabulary
 
 CONTROL_NAMES = ("<start_of_text>", "<end_of_text>", "<img_placehold>", "<start_of_img>", "<end_of_img>")
 PAD = 0
-"""Upstream's padding id, which is also the token "!": it carries no loss there."""
+"""The published padding id, which is also the token "!": it carries no loss there."""
 IGNORED = {"text.attn_mask"}
 """A buffer that some versions save."""
 
