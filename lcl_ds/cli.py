@@ -1,4 +1,4 @@
-"""How every command ends: what the user or the machine has to mend is one sentence, our own mistakes are tracebacks."""
+"""End every command alike: what the user or the machine can put right is a sentence, our own mistakes a traceback."""
 
 import signal
 import sys
@@ -19,7 +19,7 @@ def run_command(action: Callable[[], int]) -> int:
     """Run a command and turn what went wrong outside this program into sentences on stderr.
 
     Returns:
-        The action's exit code; 2 after an error that the user can mend; 130 after Ctrl-C.
+        The action's exit code; 2 after an error that the user can put right; 130 after Ctrl-C.
     """
     print_any_name()
     try:
@@ -41,7 +41,7 @@ def problems_of(error: BaseException) -> list[str] | None:
         return error.problems
     if isinstance(error, BrokenProcessPool):
         return [
-            "a worker process was killed, most likely for want of memory; start again with fewer --workers "
+            "a worker process was killed, most likely because memory ran out; start again with fewer --workers "
             "or more memory"
         ]
     if isinstance(error, MemoryError):

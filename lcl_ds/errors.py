@@ -1,4 +1,4 @@
-"""The one error that means: the user can mend this."""
+"""Define the one error that means that the user can put something right."""
 
 from collections.abc import Iterable
 

@@ -1,6 +1,6 @@
-"""Control tokens and the grammar of an interleaved sequence.
+"""Encode interleaved documents: control tokens and the grammar of a sequence.
 
-A document becomes ``<sot> text <soi> <img>*N <eoi> text ... <eot>`` (paper, section 3; upstream ``interleaved.py``),
+A document becomes ``<sot> text <soi> <img>*N <eoi> text ... <eot>`` (paper, section 3; published ``interleaved.py``),
 where N is the number of image tokens. The five control ids stand behind the tokenizer's own vocabulary, so no text can
 ever produce one: a literal ``<start_of_image>`` in web text is encoded as ordinary characters.
 """
@@ -207,7 +207,7 @@ def _join_neighbouring_text(segments: Sequence[str | int]) -> list[str | int]:
 def labels_of(input_ids: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
     """Positions whose next token carries generation loss, and those next tokens.
 
-    Next tokens that are ``<image>`` or ``<eoi>`` do not count; ``<soi>`` and ``<eot>`` do (upstream ``lcl_model.py``:
+    Next tokens that are ``<image>`` or ``<eoi>`` do not count; ``<soi>`` and ``<eot>`` do (published ``lcl_model.py``:
     the decoder learns when an image begins; the ``<eoi>`` position predicts the text after the image).
 
     Returns:

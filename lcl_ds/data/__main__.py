@@ -27,7 +27,7 @@ CPUS = os.cpu_count() or 1
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Make the parser of the command line."""
     parser = argparse.ArgumentParser(prog=program_name("data"), description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     defaults = ReadOptions()
@@ -124,7 +124,7 @@ def _show_manifest(manifest: dict[str, Any], out: Path, console: Console) -> Non
 
 
 def _say(console: Console, line: str) -> None:
-    """A line with names in it, which are no markup and are not broken."""
+    """Print a line with names in it, without markup and without breaking it."""
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

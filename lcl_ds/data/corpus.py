@@ -49,7 +49,7 @@ def open_data(settings: DataSettings) -> OpenData:
 
 
 def _index_all(entry: SourceSettings, cache: Path) -> list[Shard]:
-    """The shards of a source that hold samples; the others are named in the log.
+    """Index the shards of a source and return those that hold samples; the others are named in the log.
 
     Raises:
         UserError: a shard is missing or cannot be read, or none holds samples.

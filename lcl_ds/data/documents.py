@@ -1,4 +1,4 @@
-"""The one document type and how samples of a shard become documents."""
+"""Turn samples of a shard into documents, of which there is one type."""
 
 import json
 import math
@@ -10,9 +10,9 @@ from lcl_ds.data.shards.source import Source
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 MAX_TEXT_BYTES = 1 << 20
-"""Of all texts of a document in UTF-8; a longer one is no document but a dump."""
+"""Limit of all texts of a document together, in UTF-8; what has more is not a document but a dump."""
 JSON_PER_TEXT = 16
-"""A ``.json`` member may have so many times the bytes of the longest text: names, escapes and lists take room too."""
+"""A ``.json`` member may be this many times as large as the longest text: names, escapes and lists take room too."""
 
 TOO_MUCH_TEXT = "a document with too much text"
 
@@ -43,7 +43,7 @@ class Document:
     """Images that the record names and the sample lacks."""
 
     def pairs(self) -> list[tuple[str, int]]:
-        """Each image with one text: its matched one, else the nearest before it, else the nearest after it.
+        """Give each image one text: its matched one, else the nearest before it, else the nearest after it.
 
         Images of a document without text are left out.
         """
@@ -60,10 +60,10 @@ class Document:
 
 
 def read_document(source: Source, number: int, max_text_bytes: int = MAX_TEXT_BYTES) -> Document:
-    """The document of one sample of a shard; see :func:`document_of`.
+    """Read the document of one sample of a shard; see :func:`document_of`.
 
     Raises:
-        BadSampleError: there is none, or it is damaged.
+        BadSampleError: there is no document, or it is damaged.
     """
     sample = source.sample(number)
     if sample.problem:
@@ -76,8 +76,10 @@ def read_document(source: Source, number: int, max_text_bytes: int = MAX_TEXT_BY
 def document_of(
     key: str, sizes: Mapping[str, int], read: Callable[[str], bytes], max_text_bytes: int = MAX_TEXT_BYTES
 ) -> Document:
-    """A sample's document: an interleaved one (``.json`` with parallel ``texts`` and ``images`` lists, as in OBELICS,
-    images naming member suffixes) or an image-text pair as img2dataset writes it (``.jpg`` and ``.txt``).
+    """Read a sample as a document.
+
+    It is an interleaved one (``.json`` with parallel ``texts`` and ``images`` lists, as in OBELICS, where images name
+    member suffixes) or an image-text pair as img2dataset writes it (``.jpg`` and ``.txt``).
 
     A document may hold a third parallel list, ``matched_text_index`` (the name is MMC4's): per image the index in
     ``texts`` of the sentence that describes it.
@@ -88,7 +90,7 @@ def document_of(
         max_text_bytes: of all texts together, in UTF-8.
 
     Raises:
-        BadSampleError: neither, or damaged.
+        BadSampleError: it is neither, or is damaged.
     """
     if sizes.get("txt", 0) > max_text_bytes:
         raise BadSampleError(TOO_MUCH_TEXT)
@@ -113,7 +115,7 @@ def document_of(
     missing = 0
     for number, (text, image, match) in enumerate(zip(texts, images, matched, strict=True)):
         if text is not None and not isinstance(text, str):
-            raise BadSampleError("a text that is no string")
+            raise BadSampleError("a text that is not a string")
         if text is not None and text.strip():
             places[number] = len(segments)
             segments.append(_valid(text))
@@ -142,12 +144,12 @@ def _read_pair(key: str, sizes: Mapping[str, int], read: Callable[[str], bytes])
 
 
 def text_bytes(texts: Iterable[str]) -> int:
-    """How much text a document has, in bytes of UTF-8: what ``build``, ``check`` and training limit."""
+    """Measure the text of a document in bytes of UTF-8, which ``build``, ``check`` and training limit."""
     return sum(len(text.encode("utf-8")) for text in texts)
 
 
 def number_or_none(value: Any) -> float | None:
-    """A finite number, also one that was written as a string; None for anything else."""
+    """Return a finite number, also one that was written as a string; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
@@ -158,13 +160,13 @@ def number_or_none(value: Any) -> float | None:
 
 
 def whole_number(value: Any) -> int | None:
-    """A whole number, also as ``2.0`` or ``"2"``, as some libraries write a list with gaps; None for anything else."""
+    """Return a whole number, also one written as ``2.0`` or ``"2"``, as some libraries do; None for anything else."""
     number = number_or_none(value)
     return int(number) if number is not None and number.is_integer() else None
 
 
 def read_labels(source: Source, number: int, document: Document) -> list[dict[str, Any]] | None:
-    """Evaluation labels of each image of ``document``; training never reads them.
+    """Read the evaluation labels of each image of ``document``; training never reads them.
 
     A document may hold a list ``labels``: for each of its ``images`` an object or null. The labels of a pair are the
     keys of its ``.json``, where it has one: img2dataset keeps further columns of its input there.
@@ -197,7 +199,7 @@ def read_labels(source: Source, number: int, document: Document) -> list[dict[st
 
 
 def _has_image(members: Container[str], image: Any) -> bool:
-    """Whether an entry of ``images`` names a member of the sample."""
+    """Say whether an entry of ``images`` names a member of the sample."""
     return isinstance(image, str) and image.lower() in members
 
 
@@ -212,7 +214,7 @@ def _load_json(data: bytes) -> dict[str, Any]:
 
 
 def _valid(text: str) -> str:
-    """JSON may hold halves of surrogate pairs, which no tokenizer takes."""
+    """Refuse halves of surrogate pairs, which JSON may hold and no tokenizer takes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""Encoded images to square uint8 pixels."""
+"""Decode images to square uint8 pixels."""
 
 import io
 import math
@@ -40,7 +40,7 @@ EXIF_START = b"Exif\0\0"
 JPEG_NOTES = frozenset((*range(0xE1, 0xEE), 0xEF, 0xFE))
 """JPEG segments that no pixel depends on: EXIF, profiles, previews, comments. JFIF and Adobe tell the colour space."""
 JPEG_LEAST_BYTES = {0xE0: 16, 0xEE: 14}
-"""Of the JFIF and Adobe segments; a shorter one says nothing, and Pillow stumbles over it."""
+"""Least size of the JFIF and Adobe segments; a shorter one says nothing, and Pillow fails on it."""
 JPEG_SCAN = 0xDA
 PNG_TRANSPARENCY, PNG_EXIF = b"tRNS", b"eXIf"
 
@@ -66,7 +66,7 @@ def decode_image(
     """Decode, turn upright and crop to a square.
 
     The first frame of an animation is taken, transparent pixels show white, and a JPEG much larger than needed is
-    decoded at a half, a quarter or an eighth of its size, which the DCT gives away for free.
+    decoded at a half, a quarter or an eighth of its size, which costs less than the whole.
 
     Args:
         data: a file's bytes.
@@ -93,7 +93,7 @@ def decode_image(
 
 
 def check_image(data: bytes, max_pixels: int = MAX_PIXELS, decode: bool = True) -> ImageFacts:
-    """What an image is, after everything was read that :func:`decode_image` would read.
+    """Read everything of an image that :func:`decode_image` would read, and return what it is.
 
     Args:
         decode: False looks at the header alone.
@@ -109,7 +109,7 @@ def check_image(data: bytes, max_pixels: int = MAX_PIXELS, decode: bool = True) 
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """An image of which only the header was read, with its EXIF block in ``info``.
+    """Open an image and read only its header; its EXIF block is in ``info``.
 
     Raises:
         BadSampleError: of another format, or of a size that no picture has.
@@ -126,7 +126,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def page_of(data: bytes, number: int, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """One page of a multi-page TIFF as RGB.
+    """Decode one page of a multi-page TIFF as RGB.
 
     Raises:
         BadSampleError: there is no such page, it is damaged, or of a size that no picture has.
@@ -140,7 +140,7 @@ def page_of(data: bytes, number: int, max_pixels: int = MAX_PIXELS) -> Image.Ima
 
 @contextmanager
 def _damage_as(reason: str) -> Iterator[None]:
-    """Around calls of Pillow alone: on damaged bytes its readers raise errors of any kind.
+    """Turn any error of Pillow into a bad sample: on damaged bytes its readers raise errors of any kind.
 
     Raises:
         BadSampleError: for any of them.
@@ -156,9 +156,9 @@ def _damage_as(reason: str) -> Iterator[None]:
 
 
 def _without_notes(data: bytes) -> tuple[bytes, bytes]:
-    """A JPEG or PNG without what no pixel depends on, and its EXIF block, which tells the orientation.
+    """Take out of a JPEG or PNG what no pixel depends on; the EXIF block, which tells the orientation, is returned too.
 
-    Texts, colour profiles and previews of any size or kind then reach no reader that could stumble over them. Where the
+    Texts, colour profiles and previews of any size or kind then reach no reader that could fail on them. Where the
     structure is damaged the rest is left as it is; what is of another format stays untouched.
     """
     if data.startswith(JPEG_START):
@@ -254,9 +254,9 @@ def _central_square(width: int, height: int) -> Box:
 
 
 def random_box(width: int, height: int, scale: tuple[float, float], rng: np.random.Generator) -> Box:
-    """A box as torchvision's RandomResizedCrop draws it: area in ``scale``, aspect 3/4 to 4/3, whole pixels.
+    """Draw a box as torchvision's RandomResizedCrop does: area in ``scale``, aspect 3/4 to 4/3, whole pixels.
 
-    Ten tries to fit it into the image; then the largest central box of an allowed aspect.
+    It tries ten times to fit the box into the image, and then takes the largest central box of an allowed aspect.
     """
     low, high = CROP_RATIOS
     for _ in range(CROP_TRIES):

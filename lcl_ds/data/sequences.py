@@ -1,4 +1,4 @@
-"""How a document becomes token sequences: one view of the same shards for each kind of objective.
+"""Turn documents into token sequences: each kind of objective has its own view of the same shards.
 
 A view says what a document's sequences are. They carry with them which positions bear generation loss and where the
 decoder's state is read about an image. Whatever a view draws comes from the generator it is handed, so a document gives
@@ -28,7 +28,7 @@ class Sequencer:
     max_images: int
 
     def sequences(self, segments: Sequence[str | int]) -> list[TokenSequence]:
-        """See :func:`lcl_ds.tokens.encode_sequence`."""
+        """Encode segments within the budgets; see :func:`lcl_ds.tokens.encode_sequence`."""
         return encode_sequence(
             segments, self.encode, self.vocabulary, self.image_tokens, self.max_tokens, self.max_images
         )
@@ -79,7 +79,7 @@ class DocumentView:
         return replace(tokens, label_positions=positions, labels=labels, readouts=self._readouts(tokens))
 
     def _readouts(self, tokens: TokenSequence) -> dict[str, tuple[tuple[int, int], ...]]:
-        """The ``<soi>`` before each image that has context."""
+        """Find the ``<soi>`` before each image that has context."""
         counts = [s for s in tokens.slots if (s.has_context if self.context_rule == "text_before" else s.position > 1)]
         return {"context": tuple((slot.position - 1, slot.image) for slot in counts)}
 
@@ -172,7 +172,7 @@ class PairView:
 
 
 def without_images(tokens: TokenSequence, lost: Sequence[int], image_tokens: int) -> TokenSequence:
-    """The sequence without the images in ``lost`` and the tokens around them; text stays."""
+    """Take the images in ``lost`` and the tokens around them out of a sequence; text stays."""
     keep = np.ones(len(tokens.input_ids), dtype=bool)
     slots = []
     removed = 0

@@ -8,11 +8,11 @@ from pydantic import Field, field_validator, model_validator
 from lcl_ds.settings import Settings
 
 Weight = float | Mapping[int, float]
-"""Constant, or by the step from which on it holds."""
+"""Either constant, or by the step from which it holds."""
 
 
 def weight_at(weight: Weight, step: int) -> float:
-    """The weight that holds at ``step``."""
+    """Return the weight that holds at ``step``."""
     if not isinstance(weight, Mapping):
         return float(weight)
     return float(weight[max(first for first in weight if first <= step)])
@@ -38,7 +38,7 @@ class SourceSettings(Settings):
         if min(weights, default=-1) != 0:
             raise ValueError("by step it must name steps from 0 on")
         if not all(0 <= w < float("inf") for w in weights.values()) or not any(weights.values()):
-            raise ValueError("must not be negative, nor 0 throughout")
+            raise ValueError("must not be negative, and not 0 at every step")
         return weight
 
 
@@ -124,5 +124,5 @@ class DataSettings(Settings):
 
     @property
     def longest_document(self) -> int:
-        """Tokens of the longest document that a row can hold as one sequence."""
+        """The length in tokens of the longest document that a row can hold as one sequence."""
         return self.document_tokens or self.row_tokens

@@ -1,4 +1,4 @@
-"""What of the closing evaluation is possible, tried before the first training step."""
+"""Try before the first training step how much of the final evaluation is possible."""
 
 from collections import Counter
 from contextlib import suppress
@@ -18,7 +18,7 @@ def check_held_out(config: Config, tokenizer: TextTokenizer) -> list[str]:
     """Read samples of every held-out shard as the evaluation will, and look for the labels and pairs of all.
 
     Returns:
-        A sentence about each figure that there will not be.
+        A sentence about each figure that will be missing.
 
     Raises:
         UserError: a shard cannot be read or nothing in it can be evaluated, or a probe's label is misspelt; names
@@ -79,7 +79,7 @@ def _no_retrieval(reader: HeldOutReader) -> str:
 
 
 def _check_pairs(reader: HeldOutReader) -> str | None:
-    """Why there will be no retrieval; None where there will. Reads no image."""
+    """Say why there will be no retrieval; None if there will. No image is read."""
     if not reader.has_pairs:
         return _no_retrieval(reader)
     count = 0
@@ -93,8 +93,7 @@ def _check_pairs(reader: HeldOutReader) -> str | None:
 
 
 def _check_labels(reader: HeldOutReader) -> tuple[dict[str, str], list[str], int]:
-    """Why probes will be left out, by label; problems with labels that nobody has though others are there; documents
-    whose labels are unusable.
+    """Say why probes will be left out, by label; name labels that no image has; count documents with unusable labels.
 
     Reads no image, and no more documents than it takes to see that every probe is possible.
     """

@@ -1,4 +1,4 @@
-"""Held-out documents: what the check before training tries and the evaluation after it reads."""
+"""Read held-out documents, which are tried before training and evaluated after it."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -33,7 +33,7 @@ Labels = dict[str, Any]
 
 @dataclass
 class HeldOut:
-    """What was read of held-out documents: pixels and labels for probes, sequences for retrieval."""
+    """What was read from held-out documents: pixels and labels for probes, sequences for retrieval."""
 
     sequences: list[PackedSequence] = field(default_factory=list)
     """Empty where the objective has no contrastive pairs."""
@@ -96,7 +96,7 @@ class HeldOutReader:
         )
 
     def document(self, number: int) -> tuple[Document, list[Labels] | None]:
-        """One document without its pixels, and the labels of its images; None: labels that cannot be used.
+        """Read one document without its pixels, and the labels of its images; None: labels that cannot be used.
 
         Raises:
             BadSampleError, OSError: it cannot be read.
@@ -105,7 +105,7 @@ class HeldOutReader:
         return document, read_labels(self.source, number, document)
 
     def samples(self) -> Iterator[tuple[int, bool]]:
-        """The number of each sample that is read, and whether it tests the probes."""
+        """Yield the number of each sample that is read, and whether it tests the probes."""
         for place, number in enumerate(self.numbers):
             yield number, place % TEST_EVERY == 0
 
@@ -139,7 +139,7 @@ class HeldOutReader:
             held_out.left_out[reason_of(problem)] += 1
 
     def _pixels(self, number: int, document: Document, left_out: Counter[str]) -> dict[int, np.ndarray]:
-        """By the number of the document's image; those that cannot be decoded are counted."""
+        """Decode the images of a document, by their numbers; those that cannot be decoded are counted."""
         pixels = {}
         if document.missing_images:
             left_out["an image that is not there"] += document.missing_images
@@ -152,7 +152,7 @@ class HeldOutReader:
         return pixels
 
     def pieces(self, number: int, document: Document) -> list[TokenSequence]:
-        """Sequences of one document; none where the decoder is not needed. What is drawn depends on its number alone.
+        """Make the sequences of one document; none where the decoder is not needed. Draws depend on its number alone.
 
         Raises:
             BadSampleError: there is nothing in it for the objective.
@@ -166,11 +166,11 @@ class HeldOutReader:
             raise self._too_small(number, str(error)) from error
 
     def pair_count(self, pieces: Iterable[TokenSequence]) -> int:
-        """Contrastive pairs in them."""
+        """Count the contrastive pairs in them."""
         return sum(len(tokens.readouts["context"]) for tokens in pieces) if self.has_pairs else 0
 
     def _with_pixels(self, key: str, piece: TokenSequence, pixels: dict[int, np.ndarray]) -> list[PackedSequence]:
-        """A sequence without the images that could not be decoded; nothing where nothing is left of it."""
+        """Take the images that could not be decoded out of a sequence; nothing where nothing is left of it."""
         lost = [image for image in piece.images if image not in pixels]
         assert self._sequencer is not None  # it made the piece
         tokens = self.view.without_images(piece, lost, self._sequencer) if lost else piece
@@ -180,7 +180,7 @@ class HeldOutReader:
         return [PackedSequence(key, tokens, np.stack([pixels[i] for i in tokens.images]) if tokens.images else empty)]
 
     def read_all(self) -> HeldOut:
-        """All samples.
+        """Read all samples.
 
         Raises:
             UserError: see :meth:`read`.

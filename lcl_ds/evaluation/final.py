@@ -1,4 +1,4 @@
-"""The closing evaluation of a run on held-out documents: linear probes and image-to-context retrieval."""
+"""Evaluate a run at its end on held-out documents: linear probes and image-to-context retrieval."""
 
 import json
 import logging
@@ -52,7 +52,7 @@ def close_run(config: Config, run_dir: Path, step: int, load_model: Callable[[],
 
 
 def _is_evaluated(config: Config, run_dir: Path, step: int) -> bool:
-    """Whether ``evaluation.json`` is of this step and of these settings."""
+    """Say whether ``evaluation.json`` is of this step and of these settings."""
     try:
         results = json.loads((run_dir / EVALUATION).read_bytes())
     except (OSError, ValueError):  # a damaged file is made again
@@ -89,7 +89,7 @@ def _evaluate(config: Config, run_dir: Path, step: int, load_model: Callable[[],
 
 
 def evaluate_model(model: LCLModel, config: Config, picture: Path | None = None) -> dict[str, Any]:
-    """Probe and retrieval figures of a trained model.
+    """Compute probe and retrieval figures of a trained model.
 
     Args:
         model: in evaluation mode, on any device.
@@ -98,7 +98,7 @@ def evaluate_model(model: LCLModel, config: Config, picture: Path | None = None)
 
     Returns:
         ``documents`` and ``images`` that were used, ``left_out`` (what was not, by reason), ``notes`` (a sentence about
-        each figure that there is not), ``probe`` per label (accuracy ``trained``, ``untrained``, ``raw_pixels``,
+        each figure that is missing), ``probe`` per label (accuracy ``trained``, ``untrained``, ``raw_pixels``,
         ``chance``) and, where the objective has contrastive pairs, ``retrieval`` (see
         :func:`lcl_ds.evaluation.retrieval.retrieval_scores`).
 
@@ -133,7 +133,7 @@ def evaluate_model(model: LCLModel, config: Config, picture: Path | None = None)
 def _probes(
     model: LCLModel, config: Config, held_out: HeldOut, vocab_size: int
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Accuracies by label, and a sentence about each label that has none."""
+    """Compute accuracies by label, and a sentence about each label that has none."""
     classes: dict[str, list[str | None]] = {}
     notes = []
     for name in config.evaluation.probe_labels:
@@ -170,7 +170,7 @@ def _probe(features: dict[str, torch.Tensor], values: list[str | None], is_test:
 
 
 def _examples(pairs: PairFeatures, tokenizer: TextTokenizer) -> list[RetrievalExample]:
-    """Contexts spread over the held-out set with the images they rank first."""
+    """Choose contexts spread over the held-out set, with the images that they rank first."""
     chosen = np.unique(np.linspace(0, len(pairs.context) - 1, EXAMPLES).round().astype(int))
     ranked = (pairs.context[chosen] @ pairs.image.T).argsort(dim=1, descending=True)[:, :5]
     return [
@@ -184,13 +184,13 @@ def _examples(pairs: PairFeatures, tokenizer: TextTokenizer) -> list[RetrievalEx
 
 
 def _readable(context: str, characters: int = 160) -> str:
-    """The end of a context, each image as one word."""
+    """Shorten a context to its end, with each image as one word."""
     text = re.sub(r"<start_of_image>( <image>)+ <end_of_image>", "[image]", context).replace("<start_of_text> ", "")
     return text if len(text) <= characters else "... " + text[-characters:].split(" ", 1)[-1]
 
 
 def closing_table(results: dict[str, Any]) -> Table:
-    """The figures as a table for the terminal."""
+    """Make a table of the figures for the terminal."""
     table = Table(title=f"Held-out: {results['documents']} documents, {results['images']} images")
     for column in ("", "trained", "untrained", "raw pixels", "chance"):
         table.add_column(column, justify="left" if not column else "right")

@@ -20,7 +20,7 @@ LEAST_CLASSES = 2
 
 
 def class_of(labels: dict[str, Any], name: str) -> str | None:
-    """The value of one image's label as a class; None where it has none, or one that names no class."""
+    """Return the value of one image's label as a class; None where it has none, or one that names no class."""
     value = labels.get(name)
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -42,7 +42,7 @@ class ProbeImages:
         return self.train.total() + self.test.total()
 
     def shortage(self) -> str | None:
-        """Why there can be no probe; None where there can."""
+        """Say why there can be no probe; None if there can."""
         if not self.total():
             return "no image has this label"
         counts = self.train.total(), self.test.total()
@@ -57,7 +57,7 @@ class ProbeImages:
 
 @torch.no_grad()
 def encoder_features(encoder: VisionEncoder, pixels: Sequence[np.ndarray], batch_size: int = 256) -> Tensor:
-    """uint8 [3, H, W] each -> mean patch token, fp32 [M, width] on the CPU."""
+    """Encode uint8 [3, H, W] each to its mean patch token, fp32 [M, width] on the CPU."""
     device = next(encoder.parameters()).device
     parts = []
     for start in range(0, len(pixels), batch_size):
@@ -67,12 +67,12 @@ def encoder_features(encoder: VisionEncoder, pixels: Sequence[np.ndarray], batch
 
 
 def pixel_features(pixels: Sequence[np.ndarray]) -> Tensor:
-    """uint8 [3, H, W] each -> fp32 [M, 3*H*W]: the baseline without an encoder."""
+    """Flatten uint8 [3, H, W] each to fp32 [M, 3*H*W]: the baseline without an encoder."""
     return torch.from_numpy(np.stack(pixels).reshape(len(pixels), -1)).float() / 255
 
 
 def linear_probe(features: Tensor, classes: Tensor, train: Tensor, test: Tensor) -> float:
-    """Accuracy of multinomial logistic regression on standardised frozen features.
+    """Measure the accuracy of multinomial logistic regression on standardised frozen features.
 
     The L2 penalty is chosen on every fifth training image, then the classifier is fitted on all of them.
 

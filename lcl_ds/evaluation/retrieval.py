@@ -1,4 +1,4 @@
-"""Image-to-context retrieval: does an image find the context that announced it?"""
+"""Measure image-to-context retrieval: does an image find the context that announced it?"""
 
 from dataclasses import dataclass
 
@@ -27,11 +27,11 @@ class PairFeatures:
     pixels: np.ndarray
     """uint8 [K, 3, H, W]."""
     context_ids: list[np.ndarray]
-    """Token ids before the place where each context is read, from the beginning of its part."""
+    """Token ids before the position where each context is read, from the beginning of its passage."""
 
 
 def too_few_pairs(count: int) -> str:
-    """A sentence for where there are fewer than :data:`LEAST_PAIRS`."""
+    """Say that there are fewer pairs than :data:`LEAST_PAIRS`."""
     return (
         f"image-to-context retrieval is left out: images with text that announces them: {count}, needed: {LEAST_PAIRS}"
     )
@@ -54,11 +54,12 @@ def pair_features(
     device = next(model.parameters()).device
     lengths = [len(sequence.tokens.input_ids) for sequence in sequences]
     images = [len(sequence.pixels) for sequence in sequences]
+    readouts = sorted({name for sequence in sequences for name in sequence.tokens.readouts})
     packed = pack(lengths, images, row_tokens, row_images)
     image_parts, context_parts, pixels, context_ids = [], [], [], []
     for start in range(0, len(packed), rows_per_batch):
         rows = [Row(tuple(sequences[i] for i in row)) for row in packed[start : start + rows_per_batch]]
-        batch = collate(rows, row_tokens, sequences[0].pixels.shape[-1], vocabulary, ["context"]).to(device)
+        batch = collate(rows, row_tokens, sequences[0].pixels.shape[-1], vocabulary, readouts).to(device)
         hidden_states, pooled = model(batch)
         image, context = model.pair_features(hidden_states, pooled, batch)
         image_parts.append(image.cpu())
@@ -73,7 +74,7 @@ def pair_features(
 
 
 def retrieval_scores(queries: Tensor, targets: Tensor) -> dict[str, float]:
-    """Rank of each query's own target among all targets by inner product.
+    """Rank each query's own target among all targets by inner product.
 
     Args:
         queries, targets: [K, D]; row i of each belongs together.

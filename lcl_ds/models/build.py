@@ -1,4 +1,4 @@
-"""From settings to a model with reproducible initial weights."""
+"""Build a model from settings, with reproducible initial weights."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from lcl_ds.models.vision import build_vision_config, image_tokens
 
 
 def vision_config(settings: ModelSettings) -> Any:
-    """The transformers configuration of the vision tower in ``settings``.
+    """Make the transformers configuration of the vision tower in ``settings``.
 
     Raises:
         UserError: the family is not supported, or the image size is not a multiple of the patch size.
@@ -27,23 +27,23 @@ def vision_config(settings: ModelSettings) -> Any:
 
 
 def tokens_per_image(settings: ModelSettings, training: bool = False) -> int:
-    """Image tokens N of the vision tower in ``settings``; in training those that patch dropout keeps."""
+    """Count the image tokens N of the vision tower in ``settings``; in training those that patch dropout keeps."""
     return kept_count(image_tokens(vision_config(settings)), settings.vision.patch_dropout if training else 0.0)
 
 
 def image_size(settings: ModelSettings) -> int:
-    """Side of the vision tower's square images in pixels."""
+    """Return the side of the vision tower's square images in pixels."""
     return vision_config(settings).image_size
 
 
 def build_model(settings: ModelSettings, vocab_size: int, document_tokens: int, seed: int) -> LCLModel:
-    """An fp32 model on the CPU; the same seed gives the same weights whatever the rank or ZeRO stage.
+    """Build an fp32 model on the CPU; the same seed gives the same weights whatever the rank or ZeRO stage.
 
     It is built plainly and partitioned by ``deepspeed.initialize`` afterwards: initialisation under ``zero.Init``
     acts on empty tensors and is silently lost.
 
     Args:
-        document_tokens: of the longest document; a learned position table has as many rows.
+        document_tokens: length of the longest document; a learned position table has as many rows.
 
     Raises:
         UserError: the settings do not fit together; names the key.

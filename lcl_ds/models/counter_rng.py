@@ -1,4 +1,4 @@
-"""Random draws for an image, such as which patches are kept: the same on any device and number of ranks."""
+"""Draw at random for an image, such as which patches are kept: the same on any device and number of ranks."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ FIRST, SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 
 def patch_order(seeds: Tensor, patches: int) -> Tensor:
-    """A random permutation of each image's patches.
+    """Draw a random permutation of each image's patches.
 
     The permutation sorts a counter-based hash of (seed, patch), made of integer operations alone, so a seed gives the
     same one on the CPU and on any GPU.
@@ -25,7 +25,7 @@ def patch_order(seeds: Tensor, patches: int) -> Tensor:
 
 
 def uniform(seeds: Tensor, count: int) -> Tensor:
-    """``count`` numbers for each of ``seeds`` [M], uniform in (0, 1), fp32 [M, count]."""
+    """Draw ``count`` numbers for each of ``seeds`` [M], uniform in (0, 1), fp32 [M, count]."""
     return (_shifted(_hashes(seeds, count), 41) + 0.5) * 2.0**-23
 
 
@@ -35,22 +35,22 @@ def _hashes(seeds: Tensor, count: int) -> Tensor:
 
 
 def kept_count(patches: int, dropout: float) -> int:
-    """How many of an image's patches training keeps; at least one."""
+    """Say how many of an image's patches training keeps; at least one."""
     return max(1, round(patches * (1 - dropout)))
 
 
 def kept_patches(seeds: Tensor, patches: int, count: int) -> Tensor:
-    """int64 [M, count], different patches of each image in raster order, so that positions keep their meaning."""
+    """Draw different patches of each image, int64 [M, count], in raster order, so that positions keep their meaning."""
     return patch_order(seeds, patches)[:, :count].sort(dim=1).values
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser; products wrap around."""
+    """Apply SplitMix64's finaliser; products wrap around."""
     x = (x ^ _shifted(x, 30)) * FIRST
     x = (x ^ _shifted(x, 27)) * SECOND
     return x ^ _shifted(x, 31)
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift: torch's own copies the sign."""
+    """Shift right logically: torch's own shift copies the sign."""
     return (x >> bits) & (2 ** (64 - bits) - 1)

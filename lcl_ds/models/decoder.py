@@ -1,4 +1,4 @@
-"""The causal decoder: any transformers family that keeps packed documents apart, without its head."""
+"""Build the causal decoder: any transformers family that keeps packed documents apart, without its head."""
 
 from typing import Any
 
@@ -14,13 +14,13 @@ FINAL_NORMS = ("norm", "ln_f", "decoder.final_layer_norm")
 TESTED_FAMILIES = ("llama", "gpt2", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "opt")
 """Families that the tests hold to keeping packed documents apart; any other is tried out when it is built."""
 POSITION_TABLES = ("wpe", "embed_positions")
-"""How the supported families call a learned position table."""
+"""What the supported families call a learned position table."""
 DROPOUT_ENDINGS = ("dropout", "pdrop", "layerdrop", "dropout_prob", "drop_path_rate")
 """How transformers' configuration keys of dropout end."""
 
 
 def build_decoder_config(model_type: str, hf_keys: dict[str, Any], vocab_size: int, max_positions: int) -> Any:
-    """A transformers configuration of the decoder.
+    """Make the transformers configuration of the decoder.
 
     Dropout is off unless the settings name it: families like GPT-2 switch it on by default, which hurts pre-training
     and makes losses depend on the number of ranks.
@@ -52,9 +52,9 @@ def _check_layers(config: Any) -> None:
 
 
 def build_decoder(config: Any) -> tuple[PreTrainedModel, nn.Module]:
-    """The blocks and, apart, the norm that follows them.
+    """Build the blocks and, apart from them, the norm that follows.
 
-    The final norm is taken out because two heads read the states before it, each through a norm of its own.
+    The final norm is taken out because two heads read the states before it, each through its own norm.
 
     Raises:
         ValueError: the final norm was not found.
@@ -70,10 +70,10 @@ def build_decoder(config: Any) -> tuple[PreTrainedModel, nn.Module]:
 
 @torch.no_grad()
 def check_isolation(decoder: PreTrainedModel) -> None:
-    """Try two short documents in one row, where the family is not one of the tested.
+    """Try two short documents in one row, unless the family is one of the tested ones.
 
     Raises:
-        ValueError: the second one feels the first, or is not what it is alone.
+        ValueError: the second one depends on the first, or differs from what it is alone.
     """
     family = decoder.config.model_type
     if family in TESTED_FAMILIES:
@@ -96,7 +96,7 @@ def check_isolation(decoder: PreTrainedModel) -> None:
 
 
 def check_positions(decoder: PreTrainedModel, document_tokens: int) -> None:
-    """Raises: ValueError when a learned position table is shorter than the longest document."""
+    """Refuse a learned position table that is shorter than the longest document. Raises: ValueError."""
     learned = any(name.endswith(POSITION_TABLES) for name, _ in decoder.named_modules())
     rows = decoder.config.max_position_embeddings
     if learned and rows < document_tokens:

@@ -1,4 +1,4 @@
-"""The families of vision encoders: one record for each, with everything that is its own."""
+"""Describe each family of vision encoders in one record."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -85,5 +85,5 @@ FAMILIES = {
 
 
 def family_of(config: Any) -> EncoderFamily:
-    """The record of the family that a transformers configuration belongs to."""
+    """Return the record of the family that a transformers configuration belongs to."""
     return FAMILIES[config.model_type]

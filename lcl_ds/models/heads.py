@@ -1,4 +1,4 @@
-"""What reads the decoder's states: the language-model loss, the context feature, the temperature."""
+"""Read the decoder's states: language-model loss, context feature, temperature."""
 
 import math
 
@@ -26,7 +26,7 @@ class LMHead(nn.Module):
         nn.init.normal_(self.weight, std=std)
 
     def forward(self, hidden_states: Tensor, labels: Tensor, normalizer: Tensor | float) -> Tensor:
-        """[T, H], [T] -> sum of next-token losses / ``normalizer``, fp32 scalar; 0 and connected for T = 0."""
+        """Sum the next-token losses of [T, H], [T] / ``normalizer``: an fp32 scalar, 0 and connected for T = 0."""
         states = self.norm(hidden_states)
         return linear_cross_entropy(
             states, self.weight, labels, softcap=self.softcap, normalizer=normalizer, counted_rows=len(labels)
@@ -34,7 +34,7 @@ class LMHead(nn.Module):
 
 
 class ContextHead(nn.Module):
-    """What the preceding context expects of an image: a norm of its own and a projection, read at ``<soi>``."""
+    """Norm and projection of what the preceding context expects of an image, read at ``<soi>``."""
 
     def __init__(self, norm: nn.Module, hidden_size: int, embed_dim: int):
         super().__init__()
@@ -43,7 +43,7 @@ class ContextHead(nn.Module):
         nn.init.normal_(self.proj.weight, std=hidden_size**-0.5)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """[P, H] -> [P, embed_dim]."""
+        """Turn states [P, H] into features [P, embed_dim]."""
         return self.proj(self.norm(hidden_states))
 
 
@@ -51,11 +51,11 @@ class ExactScalar(nn.Module):
     """A learned number that stays exact where weights are rounded to bf16.
 
     Near 2.66 bf16 has steps of 0.016, so a temperature would stand still for hundreds of steps and then jump. What
-    rounding took away is kept beside the weight and added back; gradients reach the weight as ever.
+    rounding took away is kept beside the weight and added back; gradients reach the weight as usual.
     """
 
     rounded_off: Tensor
-    """fp32 [1], the exact value less the weight; 0 where the weight is fp32. Made anew from the optimizer's fp32
+    """fp32 [1], the exact value less the weight; 0 where the weight is fp32. Computed from the optimizer's fp32
     weights, so no checkpoint holds it."""
 
     def __init__(self) -> None:
@@ -64,12 +64,12 @@ class ExactScalar(nn.Module):
 
     @property
     def weight(self) -> nn.Parameter:
-        """The one weight, [1]."""
+        """Return the one weight, [1]."""
         (weight,) = self.parameters()
         return weight
 
     def value(self) -> Tensor:
-        """fp32 [1]."""
+        """Return the exact value, fp32 [1]."""
         return self.weight.float() + self.rounded_off
 
     def remember(self, exact: Tensor) -> None:
@@ -85,5 +85,5 @@ class LogitScale(ExactScalar):
         self.log_scale = nn.Parameter(torch.tensor([math.log(init)]))
 
     def forward(self) -> Tensor:
-        """fp32 [1], the multiplier."""
+        """Return the multiplier, fp32 [1]."""
         return self.value().exp()

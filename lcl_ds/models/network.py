@@ -72,7 +72,7 @@ class LCLModel(nn.Module):
         recompute_blocks(self.decoder, checkpoint_decoder)
 
     def encode_images(self, images: Tensor, image_seeds: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 or normalised [M, 3, H, W] -> pooled [M, H], tokens for the decoder [M, N, H].
+        """Encode images [M, 3, H, W], uint8 or normalised: pooled [M, H], tokens for the decoder [M, N, H].
 
         In training N are the patches that patch dropout keeps, drawn from ``image_seeds`` [M].
         """
@@ -82,7 +82,7 @@ class LCLModel(nn.Module):
         return self.pooling(self.vision(self.vision.normalize(images), kept))
 
     def decode(self, batch: Batch, image_tokens: Tensor, mode: Mode | None = None) -> Tensor:
-        """Decoder states before any final norm, rows laid end to end [R*L, H].
+        """Run the decoder; returns its states before any final norm, rows laid end to end [R*L, H].
 
         Args:
             image_tokens: [S, N, H], what stands in each slot of ``batch``.
@@ -113,15 +113,15 @@ class LCLModel(nn.Module):
         return hidden_states.flatten(0, 1)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Decoder states [R*L, H] and pooled features [M, H] with every image in its own slots."""
+        """Return decoder states [R*L, H] and pooled features [M, H], with every image in its own slots."""
         pooled, tokens = self.encode_images(batch.images, batch.image_seeds)
         return self.decode(batch, tokens.index_select(0, batch.slot_images)), pooled
 
     def pair_features(self, hidden_states: Tensor, pooled: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """L2-normalised image and context features [P, H] of the contrastive pairs.
+        """Return L2-normalised image and context features [P, H] of the contrastive pairs.
 
-        Normalised in fp32, then in the dtype of the towers: similarities of bf16 features are still summed in fp32, at
-        many times the speed.
+        They are normalised in fp32 and then take the dtype of the towers: similarities of bf16 features are still
+        summed in fp32, at many times the speed.
         """
         pairs = batch.readouts["context"]
         image = pooled.index_select(0, pairs.images)
@@ -132,7 +132,7 @@ class LCLModel(nn.Module):
         )
 
     def contrastive_parts(self) -> tuple[nn.Module | nn.Parameter, ...]:
-        """What only features of contrastive pairs depend on: no loss on decoder states alone reaches it."""
+        """List what only features of contrastive pairs depend on: no loss on decoder states alone reaches it."""
         pooling = self.pooling
         attention = pooling.query, pooling.norm_q, pooling.norm_k, pooling.q, pooling.k
         return self.context_head, self.logit_scale, *attention

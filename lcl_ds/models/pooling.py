@@ -1,4 +1,4 @@
-"""Attentive pooling whose value path is also the projection into the decoder (upstream ``attentive.py``)."""
+"""Pool attentively; the value path is also the projection into the decoder (published ``attentive.py``)."""
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ class AttentivePooling(nn.Module):
         self.proj = nn.Linear(output_dim, output_dim, bias=False)
 
     def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """[M, N, input_dim] -> pooled [M, output_dim], tokens [M, N, output_dim]."""
+        """Pool patches [M, N, input_dim]: pooled [M, output_dim], tokens [M, N, output_dim]."""
         query = self.q(self.norm_q(self.query)).expand(patches.shape[0], -1, -1)
         key, value = self.k(self.norm_k(patches)), self.v(self.norm_v(patches))
         heads = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value)]

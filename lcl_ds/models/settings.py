@@ -1,4 +1,4 @@
-"""Settings of the network: the ``model`` part of a recipe."""
+"""Declare the settings of the network: the ``model`` part of a recipe."""
 
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -18,8 +18,7 @@ READ_FOLDERS = object()
 
 
 def part_of(name: str) -> Part:
-    """Which part of :class:`lcl_ds.models.network.LCLModel` a weight belongs to; an
-    objective's own count as heads."""
+    """Say which part of :class:`lcl_ds.models.network.LCLModel` a weight belongs to; an objective's own are heads."""
     top = name.removeprefix("model.").split(".")[0]
     return top if top in ("vision", "pooling", "decoder") else "heads"  # type: ignore[return-value]
 
@@ -47,13 +46,13 @@ class TowerSettings(Settings):
 
     @property
     def hf_keys(self) -> dict[str, Any]:
-        """The keys that belong to the transformers configuration."""
+        """Return the keys that belong to the transformers configuration."""
         return dict(self.model_extra or {})
 
     @model_validator(mode="before")
     @classmethod
     def _from_folder(cls, values: Any, info: ValidationInfo) -> Any:
-        """Only where a recipe is read: settings saved with a checkpoint hold the folder's architecture already."""
+        """Read the folder where a recipe is read: settings saved with a checkpoint have its architecture already."""
         if info.context is not READ_FOLDERS or not isinstance(values, dict) or not values.get("pretrained"):
             return values
         return with_architecture(values, cls.part)
@@ -113,7 +112,7 @@ class DecoderSettings(TowerSettings):
 
 
 class PoolingSettings(Settings):
-    """The attentive pooling and projection head (upstream ``attentive.py``)."""
+    """The attentive pooling and projection head (published ``attentive.py``)."""
 
     num_attention_heads: int = Field(
         8, ge=1, description="Heads of the learned query; must divide the decoder's width."

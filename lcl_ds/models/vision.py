@@ -36,9 +36,9 @@ def build_vision_config(
     image_mean: Sequence[float] = IMAGE_MEAN,
     image_std: Sequence[float] = IMAGE_STD,
 ) -> Any:
-    """A transformers configuration of the encoder; ``hf_keys`` are that family's own keys.
+    """Make the transformers configuration of the encoder; ``hf_keys`` are that family's own keys.
 
-    It also carries the size and the statistics of images, which make no part of some families' own configuration:
+    It also carries the size and the statistics of images, which are not part of some families' own configuration:
     SigLIP 2 counts positions instead of pixels.
 
     Raises:
@@ -60,7 +60,7 @@ def build_vision_config(
 
 
 def image_tokens(config: Any) -> int:
-    """Patch tokens of one image."""
+    """Count the patch tokens of one image."""
     return (config.image_size // config.patch_size) ** 2
 
 
@@ -70,7 +70,7 @@ def normalize_images(
     image_mean: Sequence[float] = IMAGE_MEAN,
     image_std: Sequence[float] = IMAGE_STD,
 ) -> Tensor:
-    """uint8 [M, 3, H, W] to normalised ``dtype``; floating images are taken as normalised already."""
+    """Normalise uint8 [M, 3, H, W] to ``dtype``; floating images are taken as normalised already."""
     if images.is_floating_point():
         return images.to(dtype)
     mean = torch.tensor(image_mean, device=images.device).view(3, 1, 1) * 255
@@ -81,7 +81,7 @@ def normalize_images(
 class VisionEncoder(nn.Module):
     """Patch tokens after the final norm, from any of :data:`lcl_ds.models.encoders.FAMILIES`.
 
-    A class token takes part in attention and is then dropped, as published (upstream ``lcl_model.py``). Images have no
+    A class token takes part in attention and is then dropped, as in the published ``lcl_model.py``. Images have no
     masks, so ``auto`` is sdpa: torch takes its own flash kernel then.
     """
 
@@ -92,12 +92,12 @@ class VisionEncoder(nn.Module):
         self.patch_tokens = image_tokens(config)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 [M, 3, H, W] to what the tower expects, in its dtype; floating images are normalised already."""
+        """Normalise uint8 [M, 3, H, W] as the tower expects, in its dtype; floating images are normalised already."""
         config = self.model.config
         return normalize_images(images, self.model.dtype, config.image_mean, config.image_std)
 
     def forward(self, pixel_values: Tensor, kept: Tensor | None = None) -> Tensor:
-        """[M, 3, H, W] -> [M, N, width].
+        """Encode images [M, 3, H, W] to patch tokens [M, N, width].
 
         Args:
             kept: int64 [M, K], patches to go on with after positions are added; the blocks then run on these alone and
@@ -120,7 +120,7 @@ class VisionEncoder(nn.Module):
 
 
 def _embed(model: Any, pixel_values: Tensor) -> Tensor:
-    """Patch embeddings with positions, class token first where the family has one."""
+    """Embed patches with positions, class token first where the family has one."""
     if not family_of(model.config).reads_flat_patches:
         return model.embeddings(pixel_values)
     # Its own forward resizes the positions for every image by itself. All images here have the size of the positions.
@@ -129,13 +129,13 @@ def _embed(model: Any, pixel_values: Tensor) -> Tensor:
 
 
 def flat_patches(images: Tensor, patch_size: int) -> Tensor:
-    """[M, 3, H, W] -> [M, N, patch_size * patch_size * 3], patches in raster order, channels last in each."""
+    """Cut [M, 3, H, W] into patches [M, N, patch_size * patch_size * 3], in raster order, channels last in each."""
     tiles = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
     return tiles.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def released_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """An encoder's weights under the names of every published checkpoint of its family.
+    """Return an encoder's weights under the names that published checkpoints of its family have.
 
     transformers 5 took the outer ``vision_model`` away from CLIP and SigLIP and adds it when it reads; transformers 4
     reads nothing else and would leave every weight random.
@@ -145,7 +145,7 @@ def released_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def released_patch_tokens(model: Any, pixel_values: Tensor) -> Tensor:
-    """Patch tokens [M, N, width] of a released folder's model, through the forward of its transformers class."""
+    """Compute patch tokens [M, N, width] of a released folder's model, by the forward of its transformers class."""
     inputs: dict[str, Tensor] = {"pixel_values": pixel_values}
     family = family_of(model.config)
     if family.reads_flat_patches:

@@ -1,4 +1,4 @@
-"""What is trained for: one module per objective, found by its name.
+"""Find objectives, what is trained for, by their names: each is one module here.
 
 A module holds ``Settings`` (a subclass of :class:`lcl_ds.objectives.base.ObjectiveSettings` whose ``name`` is the
 module's), ``view(settings, image_first_probability)`` (how documents become sequences) and ``Objective(model,
@@ -23,17 +23,17 @@ def objective_module(name: str) -> ModuleType:
 
 
 def settings_classes() -> tuple[type[ObjectiveSettings], ...]:
-    """The settings of every objective."""
+    """List the settings of every objective."""
     return tuple(objective_module(name).Settings for name in NAMES)
 
 
 def view_of(settings: ObjectiveSettings, image_first_probability: float) -> View:
-    """How documents become sequences for the objective that ``settings`` name."""
+    """Return the view of the objective that ``settings`` name: how documents become sequences."""
     return objective_module(settings.name).view(settings, image_first_probability)
 
 
 def build_objective(model: LCLModel, settings: ObjectiveSettings, seed: int) -> Objective:
-    """The objective that ``settings`` name, around ``model``; its own heads are drawn from ``seed``."""
+    """Build the objective that ``settings`` name, around ``model``; its own heads are drawn from ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return objective_module(settings.name).Objective(model, settings)

@@ -69,7 +69,7 @@ class Objective(nn.Module):
             part.requires_grad_(False)
 
     def generation(self, hidden_states: Tensor, batch: Batch, normalizers: LossNormalizers) -> Tensor:
-        """Share of the generation loss; needs the normalizer of ``labels``."""
+        """Compute the share of the generation loss; it needs the normalizer of ``labels``."""
         states = hidden_states.index_select(0, batch.label_positions)
         return self.model.lm_head(states, batch.labels, normalizers["labels"].divisor)
 
@@ -82,7 +82,11 @@ class Objective(nn.Module):
         normalize: Literal["global", "per_rank"],
         detach_keys: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Share of the contrastive loss, and the multiplier [1] that was used; needs the normalizer of ``pairs``."""
+        """Compute the share of the contrastive loss; it needs the normalizer of ``pairs``.
+
+        Returns:
+            The share, and the multiplier [1] that was used.
+        """
         image, context = self.model.pair_features(hidden_states, pooled, batch)
         scale, pairs = self.model.logit_scale(), normalizers["pairs"]
         loss = contrastive_loss(
@@ -92,7 +96,7 @@ class Objective(nn.Module):
 
     @abstractmethod
     def count_terms(self, batch: Batch) -> dict[str, int]:
-        """What the losses of ``batch`` are averaged over; known on the host."""
+        """Count what the losses of ``batch`` are averaged over; known on the host."""
 
     @abstractmethod
     def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
@@ -100,7 +104,7 @@ class Objective(nn.Module):
 
 
 def local_normalizers(objective: Objective, *batches: Batch) -> list[LossNormalizers]:
-    """Counts of one step of one process per batch, without communication: all are taken to be of one micro-step."""
+    """Make the normalizers of one process without communication: all batches together are one step."""
     tables = [objective.count_terms(batch) for batch in batches]
     device = batches[0].labels.device
     totals = {name: max(1, sum(table[name] for table in tables)) for name in tables[0]}

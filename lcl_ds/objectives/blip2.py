@@ -32,7 +32,7 @@ class Settings(ObjectiveSettings):
 
 
 def view(settings: Settings, image_first_probability: float) -> PairView:
-    """The text alone, after its image, and after another one."""
+    """Show the text alone, after its image, and after another image."""
     return PairView(("text", "caption", "match"))
 
 
@@ -54,7 +54,7 @@ class Objective(base.Objective):
         return {"labels": len(batch.labels), "pairs": pairs, "matches": 2 * pairs if pairs > 1 else 0}
 
     def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
-        """Shares of the losses, and the ``logit_scale`` [1] that was used."""
+        """Compute the shares of the losses, and the ``logit_scale`` [1] that was used."""
         pooled, tokens = self.model.encode_images(batch.images, batch.image_seeds)
         settings = self.settings
         other = mismatched_images(pooled, self.model.logit_scale(), batch.image_seeds)
@@ -83,7 +83,7 @@ class Objective(base.Objective):
 
 @torch.no_grad()
 def mismatched_images(pooled: Tensor, scale: Tensor, seeds: Tensor) -> Tensor:
-    """Another image for each of [M, H], int64 [M]: drawn by softmax of ``scale`` x cosine similarity.
+    """Draw another image for each of [M, H], int64 [M], by softmax of ``scale`` x cosine similarity.
 
     The draw is the largest of similarity plus Gumbel noise, and the noise a function of ``seeds`` [M].
     """
@@ -94,7 +94,7 @@ def mismatched_images(pooled: Tensor, scale: Tensor, seeds: Tensor) -> Tensor:
 
 
 def with_mismatched_images(batch: Batch, other: Tensor) -> Tensor:
-    """``batch.slot_images`` with every second slot, a pair's mismatched one, given the image that ``other`` names."""
+    """Return ``batch.slot_images`` with every second slot, a pair's mismatched one, given the image in ``other``."""
     in_pairs = 2 * len(batch.readouts["context"])
     caption, match = batch.slot_images[:in_pairs].view(-1, 2).unbind(1)
     swapped = torch.stack([caption, other.index_select(0, match)], dim=1).flatten()

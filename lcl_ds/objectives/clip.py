@@ -23,7 +23,7 @@ class Settings(ObjectiveSettings):
 
 
 def view(settings: Settings, image_first_probability: float) -> PairView:
-    """The text alone."""
+    """Show the text alone."""
     return PairView(("text",))
 
 
@@ -40,7 +40,7 @@ class Objective(base.Objective):
         return {"pairs": len(batch.readouts["context"])}
 
     def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
-        """Shares of the loss, and the ``logit_scale`` [1] that was used."""
+        """Compute the share of the loss, and the ``logit_scale`` [1] that was used."""
         hidden_states, pooled = self.model(batch)
         loss, scale = self.contrastive(hidden_states, pooled, batch, normalizers, self.settings.normalize)
         return {"loss": loss, "contrastive_loss": loss, "logit_scale": scale}

@@ -26,7 +26,7 @@ class Settings(ObjectiveSettings):
 
 
 def view(settings: Settings, image_first_probability: float) -> PairView:
-    """The text alone, and after its image."""
+    """Show the text alone, and after its image."""
     return PairView(("text", "caption"))
 
 
@@ -44,7 +44,7 @@ class Objective(base.Objective):
         return {"labels": len(batch.labels), "pairs": len(batch.readouts["context"])}
 
     def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
-        """Shares of the losses, and the ``logit_scale`` [1] that was used."""
+        """Compute the shares of the losses, and the ``logit_scale`` [1] that was used."""
         hidden_states, pooled = self.model(batch)
         generation = self.generation(hidden_states, batch, normalizers)
         settings = self.settings

@@ -22,7 +22,7 @@ class Settings(ObjectiveSettings):
 
 
 def view(settings: Settings, image_first_probability: float) -> DocumentView:
-    """Whole documents."""
+    """Show whole documents."""
     return DocumentView(image_first_probability=image_first_probability)
 
 
@@ -38,7 +38,7 @@ class Objective(base.Objective):
         return {"labels": len(batch.labels)}
 
     def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
-        """Shares of the loss."""
+        """Compute the share of the loss."""
         hidden_states, _ = self.model(batch)
         loss = self.generation(hidden_states, batch, normalizers)
         return {"loss": loss, "generation_loss": loss}

@@ -29,7 +29,7 @@ class Settings(ObjectiveSettings):
 
 
 def view(settings: Settings, image_first_probability: float) -> DocumentView:
-    """Whole documents."""
+    """Show whole documents."""
     return DocumentView(image_first_probability=image_first_probability)
 
 
@@ -48,7 +48,7 @@ class Objective(base.Objective):
         return {"labels": len(batch.labels), "images": batch.image_count}
 
     def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
-        """Shares of the losses; regression is the mean squared error over an image's tokens and channels."""
+        """Compute this rank's shares; regression is the mean squared error over an image's tokens and channels."""
         _, tokens = self.model.encode_images(batch.images, batch.image_seeds)
         tokens = tokens.index_select(0, batch.slot_images)
         hidden_states = self.model.decode(batch, tokens)

@@ -35,7 +35,7 @@ class Settings(ObjectiveSettings):
 
 
 def view(settings: Settings, image_first_probability: float) -> DocumentView:
-    """Whole documents."""
+    """Show whole documents."""
     return DocumentView(settings.context_rule, image_first_probability)
 
 
@@ -52,7 +52,7 @@ class Objective(base.Objective):
         return {"labels": len(batch.labels), "pairs": len(batch.readouts["context"])}
 
     def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
-        """Shares of the losses, and the ``logit_scale`` [1] that was used."""
+        """Compute the shares of the losses, and the ``logit_scale`` [1] that was used."""
         hidden_states, pooled = self.model(batch)
         generation = self.generation(hidden_states, batch, normalizers)
         settings = self.settings

@@ -33,7 +33,7 @@ class Settings(ObjectiveSettings):
 
 
 def view(settings: Settings, image_first_probability: float) -> MaskedView:
-    """Whole documents with hidden text."""
+    """Show whole documents with hidden text."""
     return MaskedView(image_first_probability=image_first_probability, text_share=settings.text_share)
 
 
@@ -55,7 +55,7 @@ class Objective(base.Objective):
         return {"labels": len(batch.labels), "images": batch.image_count}
 
     def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
-        """Shares of the losses; that of images is the mean squared error over hidden patches and their pixels."""
+        """Compute the shares; that of images is the mean squared error over hidden patches and their pixels."""
         pixels = self.model.vision.normalize(batch.images)
         hidden = patch_order(batch.image_seeds, self.model.vision.patch_tokens)[:, : self.hidden_patches]
         _, tokens = self.model.encode_images(without_patches(pixels, hidden, self.patch_size), batch.image_seeds)
@@ -82,7 +82,7 @@ class Objective(base.Objective):
 
 
 def without_patches(images: Tensor, hidden: Tensor, size: int) -> Tensor:
-    """Square images [M, C, H, W] with 0, the mean colour, in the patches that ``hidden`` [M, K] numbers."""
+    """Put 0, the mean colour, into the patches of square images [M, C, H, W] that ``hidden`` [M, K] numbers."""
     side = images.shape[2] // size
     shown = images.new_ones(len(images), side * side).scatter(1, hidden, 0.0)
     return images * shown.view(-1, 1, side, side).repeat_interleave(size, 2).repeat_interleave(size, 3)

@@ -52,7 +52,7 @@ class Part:
 
 
 def parts_of(batch: Batch, tokenizer: TextTokenizer) -> list[Part]:
-    """What stands in the rows of a batch, in order."""
+    """List what stands in the rows of a batch, in order."""
     vocabulary = tokenizer.vocabulary
     ids, length = batch.input_ids.flatten().tolist(), batch.input_ids.shape[1]
     losses = set(batch.label_positions.tolist())
@@ -81,7 +81,7 @@ def parts_of(batch: Batch, tokenizer: TextTokenizer) -> list[Part]:
 
 
 def show(batch: Batch, tokenizer: TextTokenizer, console: Console) -> None:
-    """Rows on the terminal: control tokens in brackets, images as what they are, readings behind an arrow."""
+    """Print rows on the terminal: control tokens in brackets, images by size, readouts behind an arrow."""
     row = -1
     for part in parts_of(batch, tokenizer):
         if part.row != row:
@@ -147,7 +147,7 @@ $rows
 
 
 def page(batch: Batch, tokenizer: TextTokenizer, title: str) -> str:
-    """The same as an HTML page with the images in it."""
+    """Make an HTML page of the same, with the images in it."""
     row, blocks = -1, []
     for part in parts_of(batch, tokenizer):
         if part.row != row:
@@ -187,7 +187,7 @@ def _html(token: Token, place: int, batch: Batch) -> str:
 
 
 def _picture(pixels: np.ndarray) -> str:
-    """uint8 [3, H, W] as a data URL."""
+    """Encode uint8 [3, H, W] as a data URL."""
     buffer = io.BytesIO()
     Image.fromarray(pixels.transpose(1, 2, 0)).save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -43,7 +43,7 @@ class RetrievalExample:
 
 
 def plot_losses(runs: Runs, path: Path) -> None:
-    """Every loss of the runs' objectives against the step, unweighted."""
+    """Plot every loss of the runs' objectives against the step, unweighted."""
     names = list(dict.fromkeys(name for rows in runs.values() for name in loss_names(rows)))
     figure, axes = _figure(1, max(1, len(names)))
     for axis, name in zip(axes, names, strict=False):
@@ -52,12 +52,12 @@ def plot_losses(runs: Runs, path: Path) -> None:
 
 
 def loss_names(rows: list[dict[str, Any]]) -> list[str]:
-    """Keys of a run's metrics that hold the losses of its objective, without their weighted total."""
+    """List the keys of a run's metrics that hold the losses of its objective, without their weighted total."""
     return [key for key in (rows[-1] if rows else {}) if key.endswith("_loss")]
 
 
 def plot_schedule(runs: Runs, path: Path) -> None:
-    """Learning rate, gradient norm and the multiplier of the contrastive logits against the step."""
+    """Plot learning rate, gradient norm and the multiplier of the contrastive logits against the step."""
     figure, (rate, norm, scale) = _figure(1, 3)
     _draw(rate, runs, "Learning rate", "lr", smooth=False)
     _draw(norm, runs, "Gradient norm", "grad_norm")
@@ -69,7 +69,7 @@ def plot_schedule(runs: Runs, path: Path) -> None:
 
 
 def plot_throughput(runs: Runs, path: Path) -> None:
-    """Tokens and images per second, the share of time spent waiting for data, and padding."""
+    """Plot tokens and images per second, the share of time spent waiting for data, and padding."""
     figure, axes = _figure(2, 2)
     _draw(axes[0], runs, "Tokens per second", "tokens_per_s")
     _draw(axes[1], runs, "Images per second", "images_per_s")
@@ -85,7 +85,7 @@ def plot_throughput(runs: Runs, path: Path) -> None:
 
 
 def plot_retrieval(examples: Sequence[RetrievalExample], path: Path) -> None:
-    """A row per context: its text, then the images it ranks first; the right one has a green frame."""
+    """Draw a row per context: its text, then the images it ranks first; the right one has a green frame."""
     rows = max(1, len(examples))
     figure = _page(0.5 + 1.4 * rows)
     grid = figure.subplots(rows, 1 + SHOWN, squeeze=False, width_ratios=[2.6] + [1] * SHOWN)
@@ -103,13 +103,13 @@ def plot_retrieval(examples: Sequence[RetrievalExample], path: Path) -> None:
 
 
 def column(rows: list[dict[str, Any]], key: str) -> np.ndarray:
-    """One value per row as float64; NaN where a row has none (null marks what was not finite)."""
+    """Read one value per row as float64; NaN where a row has none (null marks what was not finite)."""
     values = (row.get(key) for row in rows)
     return np.array([np.nan if value is None else float(value) for value in values])
 
 
 def moving_average(values: np.ndarray, steps: float) -> np.ndarray:
-    """Exponential moving average over about ``steps`` values; NaN leaves it as it is.
+    """Compute an exponential moving average over about ``steps`` values; NaN leaves it as it is.
 
     The weights always sum to one, so the curve starts at the first value and not at zero.
     """
@@ -154,7 +154,7 @@ def _draw(
     values: str | Callable[[list[dict[str, Any]]], np.ndarray],
     smooth: bool = True,
 ) -> None:
-    """One curve per run: raw values faint behind their moving average, or as they are."""
+    """Draw one curve per run: raw values faint behind their moving average, or as they are."""
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=10)
     # An average trails behind its values: by as many steps in every run, or curves could not be compared.
     window = max((len(rows) for rows in runs.values()), default=0) / 80
@@ -169,7 +169,7 @@ def _draw(
 
 
 def _mark_skipped(axis: Axes, runs: Runs) -> None:
-    """Crosses on the step axis where no update was applied: the gradient was not finite there."""
+    """Draw crosses on the step axis where no update was applied: the gradient was not finite there."""
     for i, rows in enumerate(runs.values()):
         steps = [row["step"] for row in rows if row.get("applied") is False]
         heights = np.full(len(steps), 0.02)

@@ -86,7 +86,7 @@ $body
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Rows of ``metrics.jsonl``, one per optimizer step; a last line that was cut off is left out.
+    """Read the rows of ``metrics.jsonl``, one per optimizer step; a last line that was cut off is left out.
 
     Raises:
         UserError: the file is missing, or a line before the last is not a JSON object with a step.
@@ -149,7 +149,7 @@ def write_report(run_dirs: list[Path], out: Path | None = None) -> Path:
 
 
 def is_current(run_dir: Path) -> bool:
-    """Whether the run's page shows its last recorded step and its evaluation as they are now.
+    """Say whether the run's page shows its last recorded step and its evaluation as they are now.
 
     Raises:
         UserError: the run has no readable metrics.
@@ -161,7 +161,7 @@ def is_current(run_dir: Path) -> bool:
 
 
 def _state(folder: Path, rows: list[dict[str, Any]]) -> str:
-    """An invisible mark in a run's page of what the page was made from."""
+    """Make an invisible mark in a run's page that says what the page was made from."""
     path = folder / EVALUATION
     evaluation = f"{zlib.crc32(path.read_bytes()):08x}" if path.is_file() else "none"
     step = rows[-1]["step"] if rows else 0
@@ -169,7 +169,7 @@ def _state(folder: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def key_figures(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """What was done in all, written for a reader, by the label to show with it; ``rows`` must not be empty."""
+    """Sum up what was done, written for a reader, by the label to show with it; ``rows`` must not be empty."""
 
     def total(key: str) -> float:
         return float(np.nansum(column(rows, key)))
@@ -203,7 +203,7 @@ def key_figures(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _by_name(run_dirs: Iterable[Path]) -> dict[str, Path]:
-    """Each run folder once, under as much of the end of its path as tells it from the others."""
+    """Name each run folder once, by as much of the end of its path as distinguishes it from the others."""
     folders = {path.resolve(): path for path in run_dirs}
     depth = 1
     while len(names := {"/".join(folder.parts[-depth:]): path for folder, path in folders.items()}) < len(folders):
@@ -266,7 +266,7 @@ def _evaluation(folder: Path) -> dict[str, Any]:
 
 
 def _why_missing(folder: Path, results: dict[str, Any], last_step: int) -> str:
-    """A sentence about why a run has no figures of an evaluation; empty where its folder does not say."""
+    """Say why a run has no figures of an evaluation; empty where its folder does not say."""
     if "failed" in results:
         return f"It failed after step {results.get('step', last_step):,}: {results['failed']}"
     settings = _settings(folder / "config.yaml")
@@ -280,7 +280,7 @@ def _why_missing(folder: Path, results: dict[str, Any], last_step: int) -> str:
 
 
 def caveats(results: dict[str, Any]) -> list[str]:
-    """Sentences about what an evaluation does not say: figures that are missing, samples that were not used."""
+    """Say what an evaluation leaves out: figures that are missing, samples that were not used."""
     left_out = ", ".join(f"{reason} ({count:,})" for reason, count in (results.get("left_out") or {}).items())
     return [*results.get("notes", []), *([f"left out: {left_out}"] if left_out else [])]
 
@@ -320,7 +320,7 @@ def _retrieval_cells(retrieval: dict[str, Any]) -> list[str]:
 
 
 def _flat_evaluation(results: dict[str, Any]) -> dict[str, str]:
-    """One label per figure, for a column of a comparison."""
+    """Give each figure one label, for a column of a comparison."""
     if "failed" in results:
         return {"Evaluation": "failed"}
     flat = {
@@ -360,7 +360,7 @@ def _setting_differences(folders: dict[str, Path]) -> str:
 
 
 def _settings(path: Path) -> dict[str, str]:
-    """Settings of a run as ``key.sub: text``; empty without the file."""
+    """Read the settings of a run as ``key.sub: text``; empty without the file."""
 
     def flatten(value: Any, prefix: str) -> dict[str, str]:
         if isinstance(value, dict):
@@ -397,7 +397,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def _count(value: float) -> str:
-    """12,345 up to a hundred thousand, then 1.23 M."""
+    """Write a count: 12,345 up to a hundred thousand, then 1.23 M."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if value >= size:
             return f"{value / size:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""Readers of published interleaved and paired corpora, by the name that ``python -m lcl_ds.data build`` knows.
+"""Find the reader of a published corpus by the name that ``python -m lcl_ds.data build`` knows.
 
 Each is a generator of :class:`lcl_ds.data.corpora.record.SourceDocument` over one file.
 """

@@ -1,4 +1,4 @@
-"""Any published format to shards: ``python -m lcl_ds.data build``.
+"""Turn any published format into shards: ``python -m lcl_ds.data build``.
 
 One source file is one unit of work. A finished unit lies whole in ``OUT/.build``, so a build that was killed, or whose
 disk was full, goes on with the next one; when all are there, their shards are put in place, without duplicates where
@@ -62,7 +62,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """Where its finished shards wait."""
+        """The folder in which its finished shards wait."""
         return self.work / f"{self.number:06d}"
 
 
@@ -76,7 +76,7 @@ class Built:
 
 
 def local_files(patterns: Sequence[str]) -> list[Path]:
-    """The files that paths, globs, braces and lists name.
+    """List the files that paths, globs, braces and lists name.
 
     Raises:
         UserError: there are none, or no plain files; says what to do.
@@ -88,7 +88,7 @@ def local_files(patterns: Sequence[str]) -> list[Path]:
         if path.is_dir():
             raise UserError(f"{path}: is a folder; name its files, as in '{path}/*'")
         if not path.is_file():
-            raise UserError(f"{path}: is no plain file; write what it gives to one and name that")
+            raise UserError(f"{path}: is not a plain file; write its content to a file and name that")
     return [Path(location) for location in locations]
 
 
@@ -168,13 +168,13 @@ def build(
 
 
 def _identity(path: Path) -> list[int]:
-    """By what a file is known again besides its path: bytes, and nanoseconds of its last change."""
+    """Say what a file is recognised by besides its path: bytes, and nanoseconds of its last change."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
 
 
 def _finished(out: Path, settings: dict[str, Any], sources: list[Path]) -> dict[str, Any] | None:
-    """The manifest of a finished build; None where there is none.
+    """Read the manifest of a finished build; None where there is none.
 
     Raises:
         UserError: it is of other sources or settings, or its sources or shards are no longer what they were.
@@ -231,14 +231,14 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _difference(saved: dict[str, Any], settings: dict[str, Any]) -> str:
-    """What differs between the kept settings of a build and others, in words; empty where nothing does."""
+    """Say what differs between the saved settings of a build and others; empty where nothing does."""
     old, new = ({**values, **values.get("options", {})} for values in (saved, _as_json(settings)))
     names = [name for name in new if name != "options" and old.get(name) != new[name]]
     return f"sources or settings ({', '.join(names)})" if names else ""
 
 
 def _remove_parts(out: Path) -> None:
-    """What a try that ended left half done; only for the process that holds the lock."""
+    """Remove what an attempt left half done; only for the process that holds the lock."""
     for folder in (out, out / WORK):
         with suppress(OSError):  # what cannot be removed now is removed at the next start
             for path in folder.iterdir():
@@ -256,7 +256,7 @@ def _give_up(out: Path) -> None:
 
 
 def _as_json(value: dict[str, Any]) -> Any:
-    """As it is after it was kept: tuples are lists."""
+    """Convert a value to what it is after it was saved as JSON: tuples become lists."""
     return json.loads(json.dumps(value))
 
 
@@ -269,7 +269,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _unit(job: Job) -> dict[str, Any] | None:
-    """What is known of a finished source file; None for one that has to be read, or read again since it changed."""
+    """Read what is known of a finished source file; None where it must be read, or read again because it changed."""
     unit = _read_json(job.folder / UNIT)
     hashes = job.folder / HASHES
     if (
@@ -283,21 +283,25 @@ def _unit(job: Job) -> dict[str, Any] | None:
 
 
 def _refuse_problems(jobs: list[Job], units: list[dict[str, Any]], out: Path, skip_unreadable: bool) -> None:
-    """Raises: UserError for sources that cannot be read, unless they may be skipped, and where nothing came of any."""
+    """Refuse sources that cannot be read, unless they may be skipped, and a build that gives nothing.
+
+    Raises:
+        UserError: names each source, or the commonest reasons.
+    """
     problems = [unit["problem"] for unit in units if unit["problem"]]
     is_empty = not any(unit["samples"] for unit in units)
     if is_empty or (problems and not skip_unreadable):
         for job, unit in zip(jobs, units, strict=True):
             if is_empty or unit["problem"]:
-                shutil.rmtree(job.folder)  # so that it is read again, mended or with other settings
+                shutil.rmtree(job.folder)  # so that it is read again, repaired or with other settings
     if problems and not skip_unreadable:
-        raise UserError([*problems, "mend these sources, or go on without them: --skip-unreadable"])
+        raise UserError([*problems, "repair these sources, or go on without them: --skip-unreadable"])
     if is_empty:
         skips: Counter[str] = Counter()
         for unit in units:
             skips.update(unit["skips"])
         most = [f"{count} times {reason}" for reason, count in skips.most_common(5)] or ["nothing"]
-        raise UserError([f"{out}: no documents came of the sources; left out were:", *problems, *most])
+        raise UserError([f"{out}: the sources gave no documents; left out were:", *problems, *most])
 
 
 def _run(jobs: list[Job], total: int, workers: int, console: Console | None) -> None:
@@ -334,7 +338,7 @@ def _start_worker(counter: Any, watch: bool) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """A worker whose build was killed would wait for work for ever."""
+    """End this worker when its build was killed: it would wait for work forever."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -372,7 +376,7 @@ class _Findings:
     longest_text_bytes: int = 0
 
     def add(self, document: SourceDocument) -> None:
-        """A document that was written."""
+        """Count a document that was written."""
         self.hashes.append(content_hash(document))
         self.counts["pairs" if document.is_pair else "documents"] += 1
         self.counts["images"] += sum(image is not None for image in document.images)
@@ -380,7 +384,7 @@ class _Findings:
         self.longest_text_bytes = max(self.longest_text_bytes, length)
 
     def leave_out(self, key: str, reasons: Iterable[str]) -> None:
-        """What a record lost, or why it was lost as a whole."""
+        """Count what a record lost, or why it was lost as a whole."""
         lost = list(reasons)
         self.counts["incomplete"] += bool(lost)
         for reason in lost:
@@ -390,7 +394,7 @@ class _Findings:
                 examples.append(key)
 
     def as_dict(self, job: Job, problem: str | None) -> dict[str, Any]:
-        """JSON; ``incomplete`` counts the records of which something or everything was left out."""
+        """Convert to JSON; ``incomplete`` counts the records of which something or everything was left out."""
         return {
             "source": printable(job.source.name),
             "identity": job.identity,
@@ -437,7 +441,7 @@ def _refuse_compressed(source: Path) -> None:
 
 
 def _checked_members(document: SourceDocument, key: str, options: ReadOptions) -> dict[str, bytes]:
-    """The members of a sample, after training's own reader took them.
+    """Make the members of a sample, and check that training's own reader takes them.
 
     Raises:
         BadSampleError: it would refuse them.
@@ -478,7 +482,7 @@ class _ShardFiles:
             os.fsync(self.file.fileno())
 
     def write(self, key: str, members: dict[str, bytes]) -> None:
-        """Raises: OSError, with a path."""
+        """Write one sample. Raises: OSError, with a path."""
         part, place = divmod(self.written, self.job.shard_samples)
         if place == 0:
             self._finish()
@@ -492,12 +496,12 @@ class _ShardFiles:
 
 
 def shard_writer(file: IO[bytes]) -> TarWriter:
-    """Webdataset's writer of samples whose members are bytes; without times and owners, or two builds would differ."""
+    """Open webdataset's writer of samples whose members are bytes; times and owners would make two builds differ."""
     return TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False)
 
 
 def to_members(document: SourceDocument, key: str) -> dict[str, bytes]:
-    """A document as the members of a sample, by suffix; a pair as img2dataset writes it."""
+    """Turn a document into the members of a sample, by suffix; a pair becomes what img2dataset writes."""
     members: dict[str, bytes] = {}
     names: list[str | None] = []
     for image in document.images:
@@ -524,7 +528,7 @@ def _dump(record: dict[str, Any]) -> bytes:
 
 
 def content_hash(document: SourceDocument) -> bytes:
-    """16 bytes that two documents share when their texts and images are equal and in the same order."""
+    """Hash a document to 16 bytes: equal texts and images in the same order give equal bytes."""
     digest = hashlib.blake2b(digest_size=16)
     for text, image in zip(document.texts, document.images, strict=True):
         content = image if text is None else text.encode()
@@ -534,7 +538,7 @@ def content_hash(document: SourceDocument) -> bytes:
 
 
 def first_of_each(hashes: np.ndarray) -> np.ndarray:
-    """Which rows of uint64 [N, 2] have no equal row before them: bool [N]."""
+    """Mark the rows of uint64 [N, 2] that have no equal row before them: bool [N]."""
     order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: equal rows stay in their order
     ordered = hashes[order]
     first = np.ones(len(hashes), dtype=bool)
@@ -611,7 +615,7 @@ def _put_in_place(staged: Path, final: Path, kept: np.ndarray) -> None:
 
 
 def text_limit_of(shard: str) -> int:
-    """How many bytes of text a document of a shard may have: more than usual where it was built so, as is recorded."""
+    """Say how many bytes of text a document of a shard may have; a build records a limit other than the usual one."""
     manifest = (None if is_remote(shard) else _read_json(Path(shard).parent / MANIFEST)) or {}
     shards, longest = manifest.get("shards"), manifest.get("longest_text_bytes")
     if isinstance(shards, dict) and Path(shard).name in shards and isinstance(longest, int):

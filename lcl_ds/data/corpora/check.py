@@ -32,7 +32,7 @@ Report = dict[str, Any]
 def check_shards(
     paths: list[str], workers: int = 1, console: Console | None = None, max_text_bytes: int | None = None
 ) -> list[Report]:
-    """A report on every shard, in order.
+    """Report on every shard, in order.
 
     Args:
         workers: processes.
@@ -136,7 +136,7 @@ def _check_sample(source: Source, number: int, sample: Sample, report: _Findings
 
 
 def total_of(reports: list[Report]) -> Report:
-    """The reports of all shards as one."""
+    """Add the reports of all shards up."""
     formats: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     for report in reports:
@@ -151,7 +151,7 @@ def total_of(reports: list[Report]) -> Report:
 
 
 def show(reports: list[Report], console: Console, most: int = 30) -> None:
-    """Tables: bad shards first, then some good ones, the sum, and the problems by reason."""
+    """Print tables: bad shards first, then some good ones, the sum, and the problems by reason."""
     table = Table()
     table.add_column("shard", overflow="fold")
     for heading in ("samples", "documents", "pairs", "images", "short side", "problems"):

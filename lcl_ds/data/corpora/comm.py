@@ -28,7 +28,7 @@ from lcl_ds.errors import UserError
 
 
 def read_comm(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
-    """Documents: title, summary, steps.
+    """Read documents: title, summary, steps.
 
     Raises:
         UserError: the file cannot be read.

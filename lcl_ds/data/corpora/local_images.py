@@ -55,7 +55,7 @@ class LocalImages:
     """Made by :func:`index_images`."""
 
     def find(self, name: Any, url: Any, digest: str | None = None) -> bytes:
-        """An image by its file name, else by its URL; what is no string is no name.
+        """Find an image by its file name, else by its URL; a value that is not a string is not a name.
 
         Args:
             digest: the source's own hash of the URL, where it has one, by which files may be named too.
@@ -75,7 +75,7 @@ class LocalImages:
         return data
 
     def by_name(self, name: str) -> bytes | None:
-        """An image by file name, which may have folders in it; None when there is none.
+        """Find an image by file name, which may contain folders; None when there is none.
 
         Names come from outside: those that lead out of the folder find nothing.
 
@@ -93,7 +93,7 @@ class LocalImages:
         return None if place is None else self._read(place)
 
     def by_url(self, url: str, digest: str | None = None) -> bytes | None:
-        """An image by its URL; None when there is none.
+        """Find an image by its URL; None when there is none.
 
         Args:
             digest: see :meth:`find`.
@@ -163,12 +163,12 @@ def _database(index: Path, pid: int) -> sqlite3.Connection:
 
 
 def url_digest(url: str) -> str:
-    """By which an image is found whose URL is known."""
+    """Hash a URL to the name by which its image is found."""
     return hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def open_images(places: Sequence[Path], work: Path, skip_unreadable: bool = False) -> tuple[LocalImages, list[str]]:
-    """Images of folders and tars, and what could not be read; tars are indexed once into ``work``.
+    """Open the images of folders and tars; tars are indexed once into ``work``. What cannot be read is returned too.
 
     Args:
         skip_unreadable: go on with what is whole in tars that are damaged.
@@ -198,7 +198,7 @@ def open_images(places: Sequence[Path], work: Path, skip_unreadable: bool = Fals
 
 
 def index_images(tars: Sequence[Path], work: Path) -> Path:
-    """Names and URL digests of the images in tars to their places, as an SQLite file.
+    """Write an SQLite file that leads from names and URL digests of images in tars to where they lie.
 
     Raises:
         UserError: it cannot be written.
@@ -262,7 +262,7 @@ def _index_tar(database: sqlite3.Connection, number: int, tar: Path) -> None:
 def _members_in(tar: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, str | None]]:
     """Key, suffix and header of a tar's files; of ``.json`` files also the URL that they tell."""
     size = tar.stat().st_size
-    # Tars may lie one behind the other, and what is damaged costs what is damaged.
+    # Tars may be joined end to end, and damage costs only what is damaged.
     with tarfile.open(tar, "r:", ignore_zeros=True) as opened:
         for member in opened:
             opened.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all

@@ -27,7 +27,7 @@ JPEG_QUALITY = 95
 
 
 def read_mint_pdf(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
-    """Documents of a tar; pages become JPEG files.
+    """Read the documents of a tar; pages become JPEG files.
 
     Raises:
         UserError: the file cannot be read.

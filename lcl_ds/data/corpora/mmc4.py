@@ -37,7 +37,7 @@ FindImage = Callable[[Entry], bytes]
 
 
 def read_mmc4(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
-    """Documents of a ``.jsonl.zip`` (or unzipped ``.jsonl``) with images by name, or by URL where there is no name.
+    """Read a ``.jsonl.zip`` (or unzipped ``.jsonl``); images are found by name, or by URL where there is no name.
 
     Raises:
         UserError: the file cannot be read.
@@ -50,7 +50,7 @@ def read_mmc4(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
 
 
 def read_mmc4_tar(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
-    """Documents of a tar that OpenFlamingo's conversion wrote.
+    """Read the documents of a tar that OpenFlamingo's conversion wrote.
 
     Raises:
         UserError: the file cannot be read.
@@ -121,7 +121,7 @@ def _by_sentence(entries: list[Any], sentences: int, draft: Draft) -> dict[int, 
 
 
 def _draw(entries: list[tuple[Entry, float]], find: FindImage, draft: Draft, rng: random.Random) -> list[int]:
-    """Places of the images drawn for one sentence; one that cannot be had makes room for another."""
+    """Draw the images of one sentence and return their places; one that is not available makes room for another."""
     places: list[int] = []
     for entry, similarity in rng.sample(entries, len(entries)):
         if len(places) == draft.options.images_per_sentence:

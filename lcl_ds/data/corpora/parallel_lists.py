@@ -1,8 +1,8 @@
 """Parquet files of parallel lists ``texts`` and ``images``: OBELICS, OmniCorpus and the HTML part of MINT-1T.
 
-In each place one of text and image URL is null. OBELICS keeps ``general_metadata`` as a JSON string; OmniCorpus as a
-struct, with ``metadata`` a list of structs, one per image, whose ``img_url_sha`` may name the file. The files hold
-URLs, not pixels: images come from :class:`lcl_ds.data.corpora.local_images.LocalImages`.
+At each position either the text or the image URL is null. OBELICS keeps ``general_metadata`` as a JSON string; in
+OmniCorpus it is a struct, and ``metadata`` a list of structs, one per image, whose ``img_url_sha`` may name the file.
+The files hold URLs, not pixels: images come from :class:`lcl_ds.data.corpora.local_images.LocalImages`.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ Row = Any
 
 
 def read_parallel_lists(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
-    """Documents of a parquet file.
+    """Read the documents of a Parquet file.
 
     Raises:
         UserError: pyarrow is not installed, or the file cannot be read.

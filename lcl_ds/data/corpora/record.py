@@ -78,9 +78,9 @@ Reader = Callable[[Path, ReadOptions], Iterator[SourceDocument]]
 def read_each(
     records: Iterable[tuple[str, Record | BadSampleError]], read: Callable[[str, Record], SourceDocument]
 ) -> Iterator[SourceDocument]:
-    """A document, or a reason why there is none, for every record: what is wrong with one costs that one alone.
+    """Yield a document, or the reason why there is none, for every record: a bad record costs itself alone.
 
-    Every reader of a format goes through here, so a value of a kind that nobody thought of ends no build.
+    Every reader of a format goes through here, so a value that nobody thought of does not end a build.
 
     Args:
         records: keys and raw records; an error in a record's place is its reason.
@@ -114,7 +114,7 @@ def _read_one(
 
 @contextmanager
 def reading(path: Path, kind: str) -> Iterator[None]:
-    """Around calls of a library that reads a file: on damaged bytes they raise errors of any kind.
+    """Turn any error of a library that reads a file into a sentence; damaged bytes give errors of any kind.
 
     Raises:
         UserError: for any of them; names the file.
@@ -129,7 +129,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
 
 
 def numbered_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[str, bytes | BadSampleError]]:
-    """Lines that are not blank, with file name and number; one that is too long is a reason."""
+    """Yield lines that are not blank, with file name and number; for one that is too long, the reason."""
     number = 0
     while line := file.readline(MAX_LINE_BYTES):
         is_whole = len(line) < MAX_LINE_BYTES or line.endswith(b"\n")
@@ -158,7 +158,7 @@ class Draft:
     skips: list[str] = field(default_factory=list)
 
     def add_text(self, text: Any) -> int | None:
-        """Text is taken as it is; null and blank text is no error.
+        """Add a text as it is; null and blank text is not an error.
 
         Returns:
             Its place, None when it was left out.
@@ -166,7 +166,7 @@ class Draft:
         if text is None:
             return None
         if not isinstance(text, str):
-            self.skips.append("a text that is no string")
+            self.skips.append("a text that is not a string")
         elif not is_unicode(text):
             self.skips.append("a text that is not valid Unicode")
         elif text.strip():
@@ -174,7 +174,7 @@ class Draft:
         return None
 
     def add_image(self, find: Callable[[], bytes], similarity: float | None = None) -> int | None:
-        """Takes an image if it is there and can be one.
+        """Add an image if it is there and is one.
 
         Args:
             find: gives its bytes; raises BadSampleError where it cannot.
@@ -198,7 +198,7 @@ class Draft:
         return len(self.texts) - 1
 
     def finish(self, max_images: int | None = None) -> SourceDocument:
-        """The document, or a record of why there is none."""
+        """Return the document, or a record of why there is none."""
         limit = self.options.max_images if self.options.max_images is not None else max_images
         if limit is not None:
             self._keep_images(limit)
@@ -220,7 +220,7 @@ class Draft:
         )
 
     def _keep_images(self, limit: int) -> None:
-        """Without the images beyond the limit; what points to a later place moves along."""
+        """Drop the images beyond the limit; what points to a later place moves along."""
         kept, seen = [], 0
         for place, image in enumerate(self.images):
             seen += image is not None
@@ -238,12 +238,12 @@ class Draft:
 
 
 def left_out(key: str, reason: str) -> SourceDocument:
-    """A record that could not be used at all."""
+    """Make the result of a record that could not be used at all."""
     return SourceDocument(key, skips=(reason,))
 
 
 def is_unicode(text: str) -> bool:
-    """Whether text can be encoded; JSON may hold halves of surrogate pairs."""
+    """Say whether text can be encoded; JSON may hold halves of surrogate pairs."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -252,10 +252,10 @@ def is_unicode(text: str) -> bool:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """A JSON value. Bytes that are not UTF-8 and overlong numbers cost the text or number that holds them alone.
+    """Parse a JSON value. Bytes that are not UTF-8 and overlong numbers cost only the text or number that holds them.
 
     Raises:
-        BadSampleError: it is none.
+        BadSampleError: it is not one.
     """
     try:
         return json.loads(data)
@@ -278,10 +278,10 @@ def _integer(digits: str) -> int | float:
 
 
 def parse_object(data: bytes | str) -> dict[str, Any]:
-    """A JSON object.
+    """Parse a JSON object.
 
     Raises:
-        BadSampleError: it is none.
+        BadSampleError: it is not one.
     """
     record = parse_json(data)
     if not isinstance(record, dict):
@@ -290,7 +290,7 @@ def parse_object(data: bytes | str) -> dict[str, Any]:
 
 
 def list_of(record: dict[str, Any], key: str) -> list[Any]:
-    """A record's list.
+    """Return a record's list.
 
     Raises:
         BadSampleError: it has none by that name.

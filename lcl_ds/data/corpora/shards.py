@@ -24,7 +24,7 @@ from lcl_ds.data.documents import IMAGE_SUFFIXES, BadSampleError, number_or_none
 
 
 def read_shard(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
-    """Interleaved documents and pairs of a tar.
+    """Read the interleaved documents and caption pairs of a tar.
 
     Raises:
         UserError: the file cannot be read.
@@ -71,7 +71,7 @@ def _read_document(key: str, record: dict[str, Any], parts: Parts, options: Read
             place = draft.add_image(partial(_member, parts, name), number_or_none(sim))
             wanted = whole_number(match)
             if match is not None and (wanted is None or not 0 <= wanted < len(texts)):
-                draft.skips.append("a 'matched_text_index' that is no place in 'texts'")
+                draft.skips.append("a 'matched_text_index' that is not a position in 'texts'")
             elif place is not None and wanted is not None:
                 matches[place] = wanted
     for place, wanted in matches.items():
@@ -80,7 +80,7 @@ def _read_document(key: str, record: dict[str, Any], parts: Parts, options: Read
 
 
 def _parallel(record: dict[str, Any], key: str, length: int, draft: Draft) -> list[Any]:
-    """A list that a record may lack; one that is not parallel to its texts is left out alone."""
+    """Read a list that a record may lack; one that is not parallel to its texts is left out."""
     values = record.get(key)
     if isinstance(values, list) and len(values) == length:
         return values

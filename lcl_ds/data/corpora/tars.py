@@ -14,13 +14,13 @@ Parts = dict[str, bytes]
 
 
 def read_tar(path: Path) -> Iterator[tuple[str, Parts | BadSampleError]]:
-    """Samples of a WebDataset tar: key and members by suffix, or why a sample cannot be used.
+    """Yield the samples of a WebDataset tar: key and members by suffix, or why a sample cannot be used.
 
     What is a sample, and whether it can be used, is decided as for training. Where the tar breaks off, the last sample
     may lack members, so it is not used; bytes in which there may be more samples are an entry of their own.
 
     Raises:
-        UserError: the file is not there or no tar.
+        UserError: the file is not there or is not a tar.
     """
     try:
         scan = scan_shard(str(path))

@@ -82,7 +82,7 @@ def _small(rng: Rng, items: tuple[Item, ...]) -> str:
 
 
 def describe(scene: Scene, rng: Rng) -> str:
-    """A phrase that names everything in a scene."""
+    """Write a phrase that names everything in a scene."""
     return f"a large {scene.large.colour} {scene.large.shape}{_small(rng, scene.small)}"
 
 
@@ -97,9 +97,9 @@ def _told_after(scene: Scene, rng: Rng, was_described: bool) -> Iterator[str]:
 
 
 def make_document(seed: int, split: str, index: int) -> tuple[list[str | None], list[Scene | None], list[int | None]]:
-    """Parallel lists of sentences, of scenes and of the place of the sentence that describes each scene.
+    """Make parallel lists in reading order: sentences, scenes, and the position of the sentence that describes each.
 
-    In reading order; one of a sentence and a scene is None.
+    At each position either the sentence or the scene is None.
     """
     rng = _rng(seed, split, index)
     texts: list[str | None] = []
@@ -127,7 +127,7 @@ def make_document(seed: int, split: str, index: int) -> tuple[list[str | None], 
 
 
 def make_pair(seed: int, index: int) -> tuple[str, Scene]:
-    """A caption and its scene."""
+    """Make a caption and its scene."""
     rng = _rng(seed, "train-pairs", index)
     scene = sample_scene(rng)
     sentences = [f"{describe(scene, rng)} .", *_told_after(scene, rng, was_described=True)]
@@ -180,7 +180,7 @@ def build_demo(
 
 
 def ensure_demo(out_dir: Path) -> Path:
-    """The default corpus at ``out_dir``, built if it is missing or of another version.
+    """Build the default corpus at ``out_dir`` if it is missing or of another version.
 
     Any number of processes may ask at once: one builds, the others wait.
 
@@ -194,7 +194,7 @@ def ensure_demo(out_dir: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _is_current(out_dir):
             if out_dir.exists() and _manifest(out_dir) is None:
-                raise UserError(f"data.demo: {out_dir} exists and is no demo corpus; name a new folder or null")
+                raise UserError(f"data.demo: {out_dir} exists and is not a demo corpus; name a new folder or null")
             partial, old = (out_dir.parent / f".{out_dir.name}.{name}" for name in ("partial", "old"))
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)

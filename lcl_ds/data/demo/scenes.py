@@ -64,15 +64,15 @@ class Scene:
         return self.items[1:]
 
     def labels(self) -> dict[str, str | int | None]:
-        """Evaluation labels: colour and shape of the large object, colour of the small one where there is exactly one,
-        and how many objects the picture holds."""
+        """Return the evaluation labels: colour and shape of the large object, colour of the small one where there is
+        exactly one, and how many objects the picture holds."""
         small_colour = self.small[0].colour if len(self.small) == 1 else None
         large = self.large
         return {"colour": large.colour, "shape": large.shape, "small_colour": small_colour, "count": len(self.items)}
 
 
 def pick(rng: Rng, options: Sequence[T]) -> T:
-    """One of `options`, all equally likely (`Generator.choice` is ten times slower and returns numpy types)."""
+    """Pick one of `options`, all equally likely (`Generator.choice` is ten times slower and returns numpy types)."""
     return options[int(rng.integers(len(options)))]
 
 

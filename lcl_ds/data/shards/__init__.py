@@ -1,1 +1,1 @@
-"""Tar shards: where they lie, what is in them, samples by number."""
+"""Read tar shards: where they lie, what is in them, samples by number."""

@@ -1,4 +1,4 @@
-"""Where the members of a WebDataset tar lie: an index made once and kept beside the shard.
+"""Index a WebDataset tar once, and keep beside the shard where its members lie.
 
 Starting on many thousand shards then reads a few small pieces of each. Nothing in a shard is ever unpickled or used as
 a path. A kept index is believed only where its hashes agree; otherwise it is made again.
@@ -103,7 +103,7 @@ class ShardIndex:
         return Sample(key, parts, PROBLEMS[self.problem[number]])
 
     def member(self, number: int, suffix: str) -> tuple[int, int, int]:
-        """Offset, size and header hash of one member.
+        """Return offset, size and header hash of one member.
 
         Raises:
             KeyError: the sample has no such member.
@@ -124,7 +124,7 @@ class Scan:
     broken: BrokenTarError | None
     """Why the tar could not be read to its end; its samples up to there are in the index."""
     tars: int
-    """How many lie one behind the other."""
+    """How many are joined end to end."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,11 @@ class Shard:
     """When the output of a command was kept as this file, for the log; None: it is no such copy."""
 
     def fingerprint(self) -> str:
-        """Hash of name and layout; differs when samples were added, removed, renamed or resized."""
+        """Return the hash of name and layout: it differs when samples were added, removed, renamed or resized."""
         return self.layout
 
     def load_index(self) -> ShardIndex:
-        """The index, made again where what is kept is gone or damaged.
+        """Load the index, or make it again where the kept one is gone or damaged.
 
         Raises:
             OSError: neither the index nor the shard can be read.
@@ -169,7 +169,7 @@ class Shard:
         return scan.index
 
     def changed(self) -> UserError:
-        """The error for a shard that is not the indexed one; its index goes, so that the next start looks anew."""
+        """Return the error for a shard that changed, and remove its index, so that the next start makes it again."""
         for sidecar in self.sidecars:
             _remove(sidecar)
         return UserError(
@@ -192,7 +192,7 @@ class BrokenShardError(UserError):
 
 
 def index_shard(path: str | Path, cache: Path = DEFAULT_CACHE, rescan: bool = False) -> Shard:
-    """A shard with its index, taken from beside it or from the cache, or made by reading the tar's headers.
+    """Open a shard with its index, which is found beside it or in the cache, or made by reading the tar's headers.
 
     Members of a sample are neighbours that share the name up to the first dot (the WebDataset convention). A kept index
     counts as that of the tar when its hash, name, size, some headers and the end mark agree; every read then looks at
@@ -205,7 +205,7 @@ def index_shard(path: str | Path, cache: Path = DEFAULT_CACHE, rescan: bool = Fa
 
     Raises:
         EmptyShardError: it holds no samples.
-        BrokenShardError: not a complete, plain tar.
+        BrokenShardError: it is not a complete, plain tar.
         UserError: it cannot be read; names the file and what is wrong.
     """
     path = str(path)
@@ -225,7 +225,7 @@ def index_shard(path: str | Path, cache: Path = DEFAULT_CACHE, rescan: bool = Fa
         if count == 0:
             raise EmptyShardError(f"shard {path}: it holds no samples")
         if scan.tars > 1:
-            logger.warning("shard %s: it is %d tars one behind the other, which are all read", path, scan.tars)
+            logger.warning("shard %s: it is %d tars joined end to end, which are all read", path, scan.tars)
         kept = _keep(scan, path, sidecars)
     except OSError as error:
         raise UserError(f"shard {path}: cannot be read: {error_text(error)}") from error
@@ -233,7 +233,7 @@ def index_shard(path: str | Path, cache: Path = DEFAULT_CACHE, rescan: bool = Fa
 
 
 def _index_output(command: str, cache: Path, again: bool) -> Shard:
-    """The shard that a command writes; a kept copy that fails is made again."""
+    """Open the shard that a command writes; a kept copy that fails is made again."""
     copy, is_new = materialise(command, cache, _check_tar, again)
     try:
         shard = index_shard(copy, cache, rescan=is_new)
@@ -250,14 +250,14 @@ def _index_output(command: str, cache: Path, again: bool) -> Shard:
 
 
 def _check_tar(path: str) -> None:
-    """Raises: ValueError when a file is no whole tar."""
+    """Check that a file is a whole tar. Raises: ValueError when it is not."""
     broken = scan_shard(path).broken
     if broken:
         raise broken
 
 
 def _sidecars(path: str, cache: Path) -> tuple[str, ...]:
-    """Where the index of a shard may lie, best first."""
+    """List where the index of a shard may lie, best first."""
     beside = path + INDEX_SUFFIX
     try:
         folder = cache.expanduser()
@@ -267,7 +267,7 @@ def _sidecars(path: str, cache: Path) -> tuple[str, ...]:
 
 
 def _kept(path: str, size: int, sidecar: str, sidecars: tuple[str, ...]) -> Shard | None:
-    """The shard by its kept index; None when there is none, it is damaged or it is another tar's."""
+    """Open the shard by its kept index; None when there is none, it is damaged or it belongs to another tar."""
     try:
         (length,) = struct.unpack("<Q", read_range(sidecar, 0, 8))
         facts = _facts(read_range(sidecar, 8, 8 + min(length, MAX_HEADER_BYTES)))
@@ -285,7 +285,7 @@ def _kept(path: str, size: int, sidecar: str, sidecars: tuple[str, ...]) -> Shar
 
 
 def _load(sidecar: str, layout: str) -> ShardIndex | None:
-    """A kept index; None when it is gone, damaged or another tar's."""
+    """Read a kept index; None when it is gone, damaged or belongs to another tar."""
     try:
         data = read_range(sidecar, 0, size_of(sidecar))
         (length,) = struct.unpack("<Q", data[:8])
@@ -325,7 +325,7 @@ def _keep(scan: Scan, path: str, sidecars: Sequence[str]) -> str | None:
             continue
         try:
             if not _may_replace(place):
-                logger.warning("%s: it is no index of ours and stays as it is; the index is kept elsewhere", place)
+                logger.warning("%s: it is not an index of ours and stays as it is; the index is kept elsewhere", place)
                 continue
             Path(place).parent.mkdir(parents=True, exist_ok=True)
             write_whole(Path(place), data, sync=False)  # many thousands, each with its hash
@@ -355,7 +355,7 @@ def _may_replace(place: str) -> bool:
 
 
 def _facts(header: bytes) -> dict[str, Any]:
-    """What an index's header says of its tar. Raises: ValueError when it is none of ours or damaged."""
+    """Read what an index's header says of its tar. Raises: ValueError when it is not ours or is damaged."""
     try:
         entry = json.loads(json.loads(header)["__metadata__"][MARK])
         facts: dict[str, Any] = entry["facts"]
@@ -447,12 +447,12 @@ class _Builder:
         self.open.add(member)
 
     def begin_tar(self) -> None:
-        """Samples do not reach from one tar into the next."""
+        """Begin a tar: samples do not reach from one tar into the next."""
         self.close()
         self.seen.clear()
 
     def break_off(self) -> None:
-        """What the open sample still lacks is not known."""
+        """Mark the open sample: what it still lacks is not known."""
         if self.open is not None:
             self.open.problem = self.open.problem or CUT
 

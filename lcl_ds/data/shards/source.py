@@ -1,4 +1,4 @@
-"""WebDataset tars as random-access collections: samples by number instead of a stream.
+"""Read WebDataset tars as random-access collections: samples by number instead of a stream.
 
 A sample's parts are read by offset, so any sample costs the same and the position in the data is a number.
 """
@@ -23,7 +23,7 @@ from lcl_ds.files import printable
 __all__ = ["Sample", "Shard", "Source", "expand_paths", "index_shard"]
 
 OPEN_SHARDS = 256
-"""Shards whose index and descriptor a process keeps at hand at most."""
+"""Most shards whose index and descriptor a process keeps open."""
 
 T = TypeVar("T")
 
@@ -69,7 +69,7 @@ class Opened:
     file: IO[bytes] | None = None
 
     def descriptor(self, path: str) -> int:
-        """Raises: OSError."""
+        """Open the shard if it is not open, and return its descriptor. Raises: OSError."""
         if self.file is None:
             self.file = AT_HAND.with_descriptors(lambda: open_file(path), path)
         return self.file.fileno()
@@ -84,7 +84,7 @@ class Opened:
 
 
 class AtHand:
-    """Indices and descriptors that this process keeps at hand for all its sources; the least used are put away."""
+    """Keeps the indices and descriptors of all sources of this process open; the least recently used are closed."""
 
     def __init__(self) -> None:
         self._opened: OrderedDict[tuple[int, int], Opened] = OrderedDict()
@@ -97,7 +97,7 @@ class AtHand:
         return opened
 
     def look(self, source: "Source", number: int) -> Opened | None:
-        """The same from another thread: nothing changes."""
+        """Return what is open, for another thread: nothing changes."""
         return self._opened.get((id(source), number))
 
     def put(self, source: "Source", number: int, opened: Opened) -> None:
@@ -105,10 +105,10 @@ class AtHand:
         self._keep(most_open_shards())
 
     def with_descriptors(self, action: Callable[[], T], path: str) -> T:
-        """The action's result; where it finds no descriptor free, shards that are at hand are put away for it.
+        """Return the action's result; where no descriptor is free, open shards are closed for it.
 
         Raises:
-            UserError: there are none left to put away.
+            UserError: there are none left to close.
         """
         while True:
             try:
@@ -121,7 +121,7 @@ class AtHand:
                 self._keep(len(self._opened) // 2)
 
     def put_away_with(self, source: "Source") -> None:
-        """Put a source's shards away when it goes."""
+        """Close a source's shards when the source is deleted."""
         weakref.finalize(source, self._put_away, id(source)).atexit = False
 
     def _put_away(self, source: int) -> None:
@@ -138,7 +138,7 @@ AT_HAND = AtHand()
 
 
 def most_open_shards() -> int:
-    """Shards that this process keeps at hand: a quarter of the descriptors it may have, for others need theirs."""
+    """Say how many shards this process keeps open: a quarter of the descriptors it may have, others need some too."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return OPEN_SHARDS if limit == resource.RLIM_INFINITY else max(1, min(OPEN_SHARDS, limit // 4))
 
@@ -167,11 +167,11 @@ class Source:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def blocks(self, size: int) -> Blocks:
-        """All samples in blocks of ``size`` neighbours."""
+        """Cut all samples into blocks of ``size`` neighbours."""
         return Blocks(np.diff(self._ends, prepend=0), size)
 
     def sample(self, number: int) -> Sample:
-        """Where a sample's members lie.
+        """Say where a sample's members lie.
 
         Raises:
             OSError: neither the index nor the shard can be read.
@@ -181,11 +181,11 @@ class Source:
         return self._opened(shard).index.sample(place)
 
     def shard_of(self, number: int) -> Shard:
-        """The shard that holds a sample."""
+        """Return the shard that holds a sample."""
         return self.shards[self._locate(number)[0]]
 
     def where(self, number: int, is_read: bool = True) -> str:
-        """``shard: key`` of a sample, for messages, or ``shard: sample 7`` where its key is out of reach.
+        """Name a sample in messages: ``shard: key``, or ``shard: sample 7`` where its key is out of reach.
 
         Args:
             is_read: False: only what is in memory, so that it never waits for a disk.
@@ -201,7 +201,7 @@ class Source:
         return f"{path}: {printable(opened.index.sample(place).key)}" if opened else f"{path}: sample {place}"
 
     def read(self, number: int, suffix: str) -> bytes:
-        """One member's bytes.
+        """Read one member's bytes.
 
         Raises:
             KeyError: the sample has no such member.
@@ -221,12 +221,12 @@ class Source:
         return data[BLOCK:]
 
     def fingerprint(self) -> dict[str, str]:
-        """Layout hash of every shard, in order, by its path below the folder that all have in common."""
+        """Return the layout hash of every shard, in order, by its path below the folder that all have in common."""
         names = names_below_common_folder([shard.path for shard in self.shards])
         return {f"{self.name}/{name}": shard.fingerprint() for name, shard in zip(names, self.shards, strict=True)}
 
     def _locate(self, number: int) -> tuple[int, int]:
-        """Shard of a sample and its place there."""
+        """Find the shard of a sample and its number there."""
         if not 0 <= number < len(self):
             raise IndexError(number)
         shard = int(np.searchsorted(self._ends, number, side="right"))
@@ -256,7 +256,7 @@ class Source:
 
 
 def names_below_common_folder(locations: Sequence[str]) -> list[str]:
-    """Paths of shards below the deepest folder that holds them all: the same wherever that folder lies.
+    """Name shards by their paths below the deepest folder that holds them all: the same wherever that folder lies.
 
     A shard that is named twice gets a number.
     """

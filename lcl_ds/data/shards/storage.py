@@ -1,4 +1,4 @@
-"""Where shards lie: local files, any URL that fsspec opens, and streams of ``pipe:`` commands.
+"""Find and read shards: local files, any URL that fsspec opens, and streams of ``pipe:`` commands.
 
 A location is a string. Commands run only because the user wrote them into the settings: a list of shards, which may
 come from elsewhere, must not name any, and nothing that is read from a shard ever becomes a location.
@@ -44,10 +44,10 @@ REMOTE_BLOCK = 1 << 18
 
 
 def expand_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
-    """Locations named by paths, globs, braces, URLs, ``pipe:`` commands and lists of shards; sorted, each once.
+    """Find what paths, globs, braces, URLs, ``pipe:`` commands and lists of shards name; sorted, each once.
 
-    What exists under the very name that was given is that file or folder, whatever signs its name holds. A file that
-    several names lead to is taken once, under the first of them.
+    What exists under the very name that was given is that file or folder, whatever characters its name contains. A file
+    that several names lead to is taken once, under the first of them.
 
     Raises:
         UserError: a pattern matches nothing or cannot be read; names it.
@@ -128,7 +128,7 @@ def _globbed(folder: str, pattern: str) -> list[str]:
 
 
 def _check_readable(pattern: str, folder: str) -> None:
-    """Raises: UserError when a folder cannot be listed, for glob takes that for an empty one."""
+    """Refuse a folder that cannot be listed, which glob takes for an empty one. Raises: UserError."""
     try:
         os.listdir(folder)
     except OSError as error:
@@ -136,7 +136,7 @@ def _check_readable(pattern: str, folder: str) -> None:
 
 
 def _plain(path: str) -> str:
-    """A local path, so written that it can be taken for nothing else."""
+    """Write a local path so that it cannot be taken for anything else."""
     return f"./{path}" if SCHEME.match(path) or path.startswith(COMMAND) else path
 
 
@@ -178,7 +178,9 @@ def _listed_name(location: str, line: str, number: int) -> str | None:
     if not name or name.startswith("#"):
         return None
     if name.startswith(COMMAND):
-        raise UserError(f"data path {location}: it lists the command {name!r}; name commands in data.shards alone")
+        raise UserError(
+            f"data path {location}: it lists the command {name!r}; commands can be named in data.shards only"
+        )
     if "\0" in name or any("\udc80" <= sign <= "\udcff" for sign in name):
         raise UserError(
             f"data path {location}: line {number} is not UTF-8, and there is no such file; save it as UTF-8"
@@ -197,22 +199,22 @@ def _lines_of(location: str) -> list[str]:
 
 
 def is_command(location: str) -> bool:
-    """Whether a shell runs it to get a shard: it is named so and no file of that name exists."""
+    """Say whether a shell runs it to get a shard: it is named so and no file of that name exists."""
     return location.startswith(COMMAND) and not os.path.exists(location)
 
 
 def is_remote(location: str) -> bool:
-    """Whether fsspec reads it: it is named like a URL. :func:`expand_paths` writes existing files otherwise."""
+    """Say whether fsspec reads it: it is named like a URL. :func:`expand_paths` writes existing files otherwise."""
     return SCHEME.match(location) is not None
 
 
 def name_of(location: str) -> str:
-    """Last part of a location: in the hash of a shard's layout, so that a renamed shard is another one."""
+    """Return the last part of a location. The hash of a layout has it, so that a renamed shard is another one."""
     return posixpath.basename(location)
 
 
 def size_of(location: str) -> int:
-    """Bytes.
+    """Return the size of a location in bytes.
 
     Raises:
         OSError: it is not there or out of reach.
@@ -221,7 +223,7 @@ def size_of(location: str) -> int:
     if not is_remote(location):
         status = os.stat(location)
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-            raise UserError(f"{location}: is no plain file; write what it gives to one and name that")
+            raise UserError(f"{location}: is not a plain file; write its content to a file and name that")
         return status.st_size
     filesystem, path = _resolve(location)
     size = _retried(location, lambda: filesystem.size(path))
@@ -231,7 +233,7 @@ def size_of(location: str) -> int:
 
 
 def read_range(location: str, start: int, end: int) -> bytes:
-    """Bytes ``start`` to ``end``; fewer where the file ends before.
+    """Read the bytes from ``start`` to ``end``; fewer where the file ends earlier.
 
     Raises:
         OSError: it is not there or out of reach.
@@ -244,19 +246,19 @@ def read_range(location: str, start: int, end: int) -> bytes:
     data = bytes(_retried(location, lambda: filesystem.cat_file(path, start=start, end=end)))
     if len(data) > end - start:
         raise UserError(
-            f"data path {location}: its server knows no byte ranges ({end - start} bytes were asked for, {len(data)} "
-            f"came); {DOWNLOAD}"
+            f"data path {location}: its server does not support byte ranges ({end - start} bytes were asked for, "
+            f"{len(data)} came); {DOWNLOAD}"
         )
     return data
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """A stream in the place of a file is then an error of reading; opened as usual it would wait for a writer."""
+    """Open a file so that a stream in its place gives an error; opened as usual it would wait for a writer."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_all(location: str) -> bytes:
-    """A whole small file.
+    """Read a whole small file.
 
     Raises:
         UserError: it is not there or cannot be read.
@@ -268,7 +270,7 @@ def read_all(location: str) -> bytes:
 
 
 def open_file(location: str) -> IO[bytes]:
-    """For reading front to back with seeks. Raises: OSError."""
+    """Open a file for reading front to back with seeks. Raises: OSError."""
     if not is_remote(location):
         return open(location, "rb")
     return io.BufferedReader(_RemoteFile(location), REMOTE_BLOCK)
@@ -301,24 +303,24 @@ class _RemoteFile(io.RawIOBase):
 
 
 def cached_name(location: str, suffix: str) -> str:
-    """Name for something about a location in the cache folder."""
+    """Make the name under which the cache folder keeps something about a location."""
     return hashlib.sha256(location.encode("utf-8", "surrogateescape")).hexdigest()[:32] + suffix
 
 
 def materialise(
     command: str, cache: Path, check: Callable[[str], None] = lambda path: None, again: bool = False
 ) -> tuple[str, bool]:
-    """The output of ``pipe:COMMAND`` as a file in the cache folder, made once by one process while others wait.
+    """Keep the output of ``pipe:COMMAND`` as a file in the cache folder; one process makes it while others wait.
 
     Args:
-        check: looks at the output before it is kept; a ValueError says why it is of no use.
+        check: looks at the output before it is kept; a ValueError says why it cannot be used.
         again: run the command even if its output was kept.
 
     Returns:
         The file, and whether it was made just now.
 
     Raises:
-        UserError: the command failed, or its output is of no use or cannot be kept.
+        UserError: the command failed, or its output cannot be used or kept.
     """
     try:
         path = cache.expanduser() / cached_name(command, ".tar")
@@ -374,13 +376,13 @@ def _resolve(location: str) -> tuple[Any, str]:
 
 
 def error_text(error: OSError) -> str:
-    """What is wrong and what to do, without the path."""
+    """Say what is wrong and what to do, without the path."""
     number = errno.ENOENT if isinstance(error, FileNotFoundError) else error.errno
     return REMEDIES.get(number or 0) or error.strerror or str(error)
 
 
 def _retried(location: str, action: Any) -> Any:
-    """The action's result after up to four tries; drivers raise errors of many kinds, all become OSError."""
+    """Return the action's result after up to four tries; whatever error a driver raises becomes an OSError."""
     for attempt in range(TRIES):
         try:
             return action()

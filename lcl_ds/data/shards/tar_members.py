@@ -1,4 +1,4 @@
-"""The members of a WebDataset tar, header by header, and where and why the tar cannot be read on.
+"""Read the members of a WebDataset tar, header by header, and say where and why the tar cannot be read on.
 
 Two things are kept apart: a member that cannot be used costs its own sample, and a tar that breaks off costs what
 follows, of which only the number of bytes is known.
@@ -40,14 +40,14 @@ COMPRESSED = {
 """First bytes of compressed files."""
 _NOT_A_TAR = {
     **{
-        start: f"it is compressed with {name}; unpack it, for samples are read from their place in the tar"
+        start: f"it is compressed with {name}; unpack it, because samples are read from their place in the tar"
         for start, name in COMPRESSED.items()
     },
-    b"PK\x03\x04": "it is a zip archive and no tar",
-    b"PAR1": "it is a Parquet file and no tar; make shards of it with python -m lcl_ds.data build",
+    b"PK\x03\x04": "it is a zip archive, not a tar",
+    b"PAR1": "it is a Parquet file, not a tar; make shards of it with python -m lcl_ds.data build",
     b"version https://git-lfs": "it is a Git LFS pointer; fetch the file itself with git lfs pull",
-    b"<": "it is an HTML or XML page and no tar",
-    b"{": "it is JSON and no tar",
+    b"<": "it is an HTML or XML page, not a tar",
+    b"{": "it is JSON, not a tar",
 }
 _DAMAGE = (tarfile.TarError, ValueError, OverflowError, RecursionError)
 """What tarfile raises on bytes that are no proper headers."""
@@ -88,12 +88,12 @@ class UnusableMemberError(ValueError):
 
 
 def header_hash(block: bytes) -> int:
-    """CRC-32 of the name and size fields of a member's header block, by which a member is known again."""
+    """Return the CRC-32 of the name and size fields of a member's header block, by which a member is recognised."""
     return zlib.crc32(block[:100] + block[124:136] + block[345:500])
 
 
 class _Header(tarfile.TarInfo):
-    """A header that remembers its hash and refuses what would send the reader astray."""
+    """A header that remembers its hash and refuses sizes that would mislead the reader."""
 
     header = 0
 
@@ -107,7 +107,7 @@ class _Header(tarfile.TarInfo):
 
 
 def members_of(file: IO[bytes], size: int) -> Iterator[Member | None]:
-    """Members in the order of the file; None at each end mark, for tars may lie one behind the other.
+    """Yield members in the order of the file, and None at each end mark, because tars may be joined end to end.
 
     Raises:
         BrokenTarError: the file cannot be read on; a member that is cut was handed out before, with ``CUT``.
@@ -122,7 +122,7 @@ def members_of(file: IO[bytes], size: int) -> Iterator[Member | None]:
 
 
 def _members_of_archive(file: IO[bytes], start: int, size: int) -> Generator[Member, None, int]:
-    """Members up to the end mark, whose place is returned."""
+    """Yield members up to the end mark, whose position is returned."""
     file.seek(start)
     position = start
     try:
@@ -160,7 +160,7 @@ def _check_end_mark(file: IO[bytes], start: int, position: int, size: int) -> in
         raise BrokenTarError(NO_END_MARK)
     unread = size - position
     if position == start > 0:
-        raise BrokenTarError(f"{unread} bytes behind its end mark are no tar and were not read", unread)
+        raise BrokenTarError(f"{unread} bytes after its end mark are not a tar and were not read", unread)
     if len(block) < BLOCK:
         raise BrokenTarError(f"it is cut: the file ends inside the header at byte {position}")
     raise BrokenTarError(
@@ -175,7 +175,7 @@ def _check_padding(zeros: int, size: int) -> None:
 
 
 def _placed(member: tarfile.TarInfo, file_size: int) -> Member | None:
-    """A member as one of a sample; None for what is none."""
+    """Make a member of a sample; None for what is not one."""
     problem = ""
     try:
         placed = member_place(member, file_size)
@@ -191,7 +191,7 @@ def _placed(member: tarfile.TarInfo, file_size: int) -> Member | None:
 
 
 def member_place(member: tarfile.TarInfo, file_size: int) -> tuple[str, str] | None:
-    """Key and suffix of a tar's member; None for what is no file.
+    """Return key and suffix of a tar's member; None for what is not a file.
 
     Raises:
         UnusableMemberError: sparse or too large; what follows can be read.
@@ -209,7 +209,7 @@ def member_place(member: tarfile.TarInfo, file_size: int) -> tuple[str, str] | N
 
 
 def key_and_suffix(name: str) -> tuple[str, str] | None:
-    """A member's name, split at the first dot of its last part; None where that begins with the dot."""
+    """Split a member's name at the first dot of its last part; None where that part begins with the dot."""
     folder, _, name = name.rpartition("/")
     stem, _, suffix = name.partition(".")
     if not stem:
@@ -237,4 +237,4 @@ def _what_it_is(file: IO[bytes], size: int) -> str:
     file.seek(0)
     head = file.read(BLOCK).lstrip()
     found = (sentence for start, sentence in _NOT_A_TAR.items() if head.startswith(start))
-    return next(found, "it is no tar: it does not begin with a tar header")
+    return next(found, "it is not a tar: it does not begin with a tar header")

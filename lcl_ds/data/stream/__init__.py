@@ -1,1 +1,1 @@
-"""From samples to batches: mixing, packing, lanes and the loader, with a position that can be saved."""
+"""Turn samples into batches: mixing, packing, lanes and the loader, with a position that can be saved."""

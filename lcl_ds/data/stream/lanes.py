@@ -1,4 +1,4 @@
-"""The endless deterministic stream of rows, in independent lanes.
+"""Draw the endless deterministic stream of rows, in independent lanes.
 
 The global stream's n-th group of rows comes from lane ``n % lanes``. A lane owns every ``lanes``-th block of a
 permutation drawn anew each epoch, shuffles samples inside a window of blocks, packs a window of documents into rows and
@@ -34,14 +34,14 @@ SOURCE, EPOCH, WINDOW, ROWS, SEQUENCES, CROP, IMAGE = range(7)
 """Purposes of keyed draws."""
 
 CARRIED_SHARE = 4
-"""One row in this many, the emptiest, is dissolved into the next window ..."""
+"""One row in this many is dissolved into the next window: the emptiest ones."""
 MAX_CARRIES = 2
-"""... so often at most for any piece."""
+"""How often a piece may be carried into the next window."""
 
 MEASURED_SAMPLES = 500
-"""Samples of a source, spread over it, whose tokens and images are counted ..."""
+"""Samples of a source, spread over it, whose tokens and images are counted."""
 PRIOR_ROWS = 2000
-"""... and how many rows of a lane weigh as much as that count."""
+"""Rows of a lane that weigh as much as the count of those samples."""
 
 MOST_LANES = 64
 """Lanes where their number is not set and the corpus is not small."""
@@ -59,7 +59,7 @@ rows returned (``emitted``)."""
 
 
 def measure_sizes(sources: Sequence[Source], settings: "LaneSettings", tokenizer: TextTokenizer) -> np.ndarray:
-    """Mean tokens and images of a sample of each source, float64 [sources, 2]; bad samples are passed over."""
+    """Measure mean tokens and images of a sample of each source, float64 [sources, 2]; bad samples are passed over."""
     sequencer = sequencer_of(settings, tokenizer)
     sizes = []
     for source in sources:
@@ -76,13 +76,13 @@ def measure_sizes(sources: Sequence[Source], settings: "LaneSettings", tokenizer
 
 
 def draws_per_epoch(sources: Sequence[Source], mixture: Mixture, step: int) -> float:
-    """Samples that are drawn of all sources at ``step`` until the first of them has been read once."""
+    """Count the samples that are drawn from all sources at ``step`` until the first source has been read once."""
     shares = mixture.shares(step)
     return min(len(source) / share for source, share in zip(sources, shares, strict=True) if share > 0)
 
 
 def choose_lanes(sources: Sequence[Source], settings: "LaneSettings", tokenizer: TextTokenizer) -> int:
-    """As many lanes as suit the corpus, a power of two up to 64, whatever the number of ranks."""
+    """Choose as many lanes as suit the corpus: a power of two up to 64, whatever the number of ranks."""
     mixture = Mixture(sources, settings.mix_by)
     windows = min(draws_per_epoch(sources, mixture, step) for step in change_steps(sources)) / settings.pack_window
     if windows < MOST_LANES * WINDOWS_PER_EPOCH:
@@ -96,19 +96,19 @@ def choose_lanes(sources: Sequence[Source], settings: "LaneSettings", tokenizer:
 
 
 def sequencer_of(settings: "LaneSettings", tokenizer: TextTokenizer) -> Sequencer:
-    """Text to ids within the budgets of ``settings``."""
+    """Make the sequencer for the budgets of ``settings``."""
     longest = settings.document_tokens or settings.row_tokens
     return Sequencer(tokenizer.encode, tokenizer.vocabulary, settings.image_tokens, longest, settings.row_images)
 
 
 def keyed_rng(*key: int) -> np.random.Generator:
-    """A generator that depends on ``key`` alone."""
+    """Make a generator that depends on ``key`` alone."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
 @lru_cache(maxsize=8)
 def epoch_order(seed: int, source: int, epoch: int, blocks: int) -> np.ndarray:
-    """Order of a source's blocks in one epoch; the same for all lanes of a process, which keep it together."""
+    """Draw the order of a source's blocks in one epoch; all lanes of a process share it."""
     return keyed_rng(seed, EPOCH, source, epoch).permutation(blocks)
 
 
@@ -212,23 +212,23 @@ class Lane:
         self._pending_skips = 0
 
     def state(self) -> LaneState:
-        """Position after the last row returned."""
+        """Return the position after the last row returned."""
         return {**self._window_state, "emitted": self._emitted}
 
     @property
     def rows_returned(self) -> int:
-        """Rows so far, over all starts."""
+        """Rows that were returned so far, over all starts."""
         return self._rows_returned
 
     def skip_row(self) -> None:
-        """Pass over the next row: packed to know what follows, but not decoded."""
+        """Pass over the next row: it is packed, because the following ones depend on it, but not decoded."""
         self._next_pieces()
         self._pending_skips = 0  # they are counted where the row is used
         if self._watch:
             self._watch.end()
 
     def next_row(self) -> Row:
-        """The lane's next row, pixels decoded."""
+        """Return the lane's next row with its pixels decoded."""
         pieces = self._next_pieces()
         sequences = []
         for piece in pieces:
@@ -270,7 +270,7 @@ class Lane:
     def _images_per_row(self) -> float:
         """In the long run: what the sources promise, and more and more what this lane has seen.
 
-        Lanes must agree from the start, or ranks would differ by what each lane happened to see first.
+        Lanes must agree from the start; otherwise ranks would differ by what each lane happened to see first.
         """
         rows, images = self._packed
         if self._sizes is None:
@@ -313,7 +313,7 @@ class Lane:
             self.settings.row_tokens,
             self.settings.row_images,
         )
-        # A piece of an awkward length must not wait for ever.
+        # A piece of an awkward length must not wait forever.
         free = [row for row in packed if all(pieces[i].carries < MAX_CARRIES for i in row)]
         dissolved = free[-max(1, len(packed) // CARRIED_SHARE) :] if len(packed) > 1 else []
         kept = [row for row in packed if row not in dissolved]
@@ -409,7 +409,7 @@ class Lane:
             UserError: its document can no longer be read as it was.
         """
         try:
-            pieces, problem = self._pieces(source, sample, draw), "its text is another one"
+            pieces, problem = self._pieces(source, sample, draw), "its text has changed"
         except (BadSampleError, OSError) as error:
             pieces, problem = [], reason_of(error)
         if piece >= len(pieces):

@@ -1,4 +1,4 @@
-"""Rows from lanes to ranks: which rank gets which row, in which process, and where to continue."""
+"""Hand the rows of lanes to ranks: which rank gets which row, in which process, and where to continue."""
 
 import atexit
 import logging
@@ -86,7 +86,7 @@ class BatchLoader:
     Args:
         sources, settings, tokenizer: what the stream is made of.
         rows_per_batch: rows of this rank in one micro-step.
-        rank, world_size: this process's place.
+        rank, world_size: which of how many processes this is.
         workers: loader processes; 0 makes rows in this one.
         state: from :meth:`state`, with the lanes of all ranks.
         pin_memory: for asynchronous copies to a GPU.
@@ -173,7 +173,7 @@ class BatchLoader:
         return batch.pin_memory() if self.pin_memory else batch
 
     def state(self) -> LoaderState:
-        """Position after the last batch; ``lanes`` holds those that this rank reads, to be merged with other ranks'."""
+        """Return the position after the last batch; its ``lanes`` are those of this rank, see :func:`merge_states`."""
         return {
             "next_row": self._next_row,
             "lanes": dict(self._lane_states),
@@ -183,7 +183,7 @@ class BatchLoader:
 
 
 def merge_states(states: list[LoaderState]) -> LoaderState:
-    """One state from those of all ranks; of a lane that several of them read, the one that is furthest."""
+    """Merge the states of all ranks; of a lane that several ranks read, the furthest state counts."""
     lanes: dict[str, LaneState] = {}
     for state in states:
         for n, lane in state["lanes"].items():
@@ -218,7 +218,7 @@ def check_same_data(state: LoaderState, lanes: int, fingerprint: dict[str, str])
 
 
 def shard_differences(saved: dict[str, str], now: dict[str, str]) -> list[str]:
-    """What differs between two fingerprints, a sentence for each shard."""
+    """Say what differs between two fingerprints, a sentence for each shard."""
     before, after = _by_source(saved), _by_source(now)
     problems: list[str] = []
     for source in {**before, **after}:
@@ -278,7 +278,7 @@ def _may_be_same_file(name: str, other: str) -> bool:
 
 
 def _leave_signals_to_the_trainer(ending: Event | None, _: int) -> None:
-    """Launchers signal whole process trees; a loader that died at once would take the trainer's last save with it.
+    """Ignore signals: launchers signal whole process trees, and the trainer needs its loaders for its last checkpoint.
 
     But when a loader is given up after an error, or its process ends, Python sends the same signal and waits.
     """

@@ -1,4 +1,4 @@
-"""Which source the next sample comes from."""
+"""Choose which source the next sample comes from."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,17 +14,17 @@ MEASURED_SAMPLES = 1000
 
 
 def change_steps(sources: Sequence[Source]) -> list[int]:
-    """Steps at which the weight of a source changes, 0 among them, in order."""
+    """List the steps at which the weight of a source changes, 0 among them, in order."""
     return sorted({0, *(step for source in sources if isinstance(source.weight, Mapping) for step in source.weight)})
 
 
 def spread_samples(source: Source, count: int) -> list[int]:
-    """Numbers of up to ``count`` samples, spread evenly over the source."""
+    """Choose up to ``count`` samples, spread evenly over the source."""
     return np.unique(np.linspace(0, len(source) - 1, count).astype(np.int64)).tolist()
 
 
 def images_per_sample(source: Source) -> float:
-    """Mean number of image members of a sample, from the index alone."""
+    """Count the image members of a sample in the mean, from the index alone."""
     numbers = spread_samples(source, MEASURED_SAMPLES)
     suffixes = [suffix for number in numbers for suffix in source.sample(number).parts]
     return sum(suffix.rsplit(".", 1)[-1] in IMAGE_SUFFIXES for suffix in suffixes) / len(numbers)
@@ -52,7 +52,7 @@ class Mixture:
         self._shares: dict[tuple[float, ...], np.ndarray] = {}
 
     def shares(self, step: int) -> np.ndarray:
-        """Each source's share of draws at ``step``."""
+        """Return each source's share of draws at ``step``."""
         weights = tuple(weight_at(weight, step) for weight in self._weights)
         if weights not in self._shares:
             shares = np.array(weights) / self._per_sample
@@ -60,7 +60,7 @@ class Mixture:
         return self._shares[weights]
 
     def choose(self, step: int, draw: float) -> int:
-        """The source that ``draw``, uniform in [0, 1), falls on at ``step``."""
+        """Choose the source that ``draw``, uniform in [0, 1), falls on at ``step``."""
         shares = self.shares(step)
         chosen = int(np.searchsorted(np.cumsum(shares), draw, side="right"))
         # The last edge may be rounded to a little below 1; a source of weight 0 has no share to fall on.

@@ -1,4 +1,4 @@
-"""Token sequences into rows, and rows into a batch."""
+"""Pack token sequences into rows, and lay rows side by side as a batch."""
 
 import bisect
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ PREFER_OLDER = 0.01
 
 
 def pack(lengths: Sequence[int], images: Sequence[int], row_tokens: int, row_images: int) -> list[list[int]]:
-    """Best fit by decreasing length under two budgets.
+    """Pack sequences into rows: best fit by decreasing length under two budgets.
 
     Args:
         lengths: tokens of each sequence, each at most ``row_tokens``.
@@ -46,9 +46,9 @@ def pack(lengths: Sequence[int], images: Sequence[int], row_tokens: int, row_ima
 
 
 def choose_group(images: Sequence[int], size: int, mean: float) -> list[int]:
-    """Rows whose images sum to about ``size * mean``.
+    """Choose rows whose images sum to about ``size * mean``.
 
-    The oldest row is always among them, so none waits for ever; the next ones are those of the oldest few that leave
+    The oldest row is always among them, so none waits forever; the next ones are those of the oldest few that leave
     the rest nearest to the mean, and the last two the pair that comes closest.
 
     Args:
@@ -165,7 +165,7 @@ def collate(
 
 
 def _positions(tokens: TokenSequence) -> np.ndarray:
-    """Position of every token in its part."""
+    """Number every token within its passage."""
     places = np.arange(len(tokens.input_ids))
     starts = np.array(tokens.starts)
     return places - starts[np.searchsorted(starts, places, side="right") - 1]

@@ -1,4 +1,4 @@
-"""What happens to bad input while training, in one place.
+"""Say what happens to bad input while training, in one place.
 
 - A shard that is missing, cut short or no plain tar ends the run before a model is built (``index_shard``). An empty
   one is passed over with a warning. One that goes away while the run uses it costs its samples, each a read error.
@@ -9,7 +9,7 @@
 - Everything left out is counted by source and reason, appears in ``skipped_samples``, and the 1st, 10th, 100th, ... of
   a kind is logged with shard and key.
 - When more than ``data.max_bad_share`` of the last thousand documents and images were bad, the run ends: such data
-  needs mending, not patience.
+  needs repair, not patience.
 - An error in our own code is never taken for a bad sample: only :class:`BadSampleError`, which is raised around the
   reading of outside bytes, and ``OSError`` from reading a shard count as bad input.
 """
@@ -42,14 +42,14 @@ class Skips:
         self._recent_bad = 0
 
     def good(self) -> None:
-        """A document or image that was used."""
+        """Count a document or image that was used."""
         self._add(False)
 
     def bad(self, source: Source, sample: int, problem: BadSampleError | OSError) -> None:
-        """A document or image that was left out.
+        """Count a document or image that was left out.
 
         Raises:
-            UserError: too many of late; names the commonest reasons.
+            UserError: too many recent ones were bad; names the commonest reasons.
         """
         kind = source.name, reason_of(problem)
         self.counts[kind] += 1
@@ -72,7 +72,7 @@ class Skips:
 
 
 def reason_of(problem: BadSampleError | OSError) -> str:
-    """A short phrase of a bounded set, by which problems are counted."""
+    """Name the kind of a problem by a short phrase of a bounded set."""
     if isinstance(problem, BadSampleError):
         return problem.reason
     return f"a read error ({problem.strerror or 'the shard is shorter or out of reach'})"

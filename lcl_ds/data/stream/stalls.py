@@ -1,4 +1,4 @@
-"""Names the sample that a process is reading when that takes too long, as from a file system that hangs."""
+"""Name the sample that a process is reading when that takes too long, as from a file system that hangs."""
 
 import logging
 import threading
@@ -22,11 +22,11 @@ class StallWatch:
         threading.Thread(target=self._look, daemon=True, name="stall-watch").start()
 
     def begin(self, source: Source, sample: int) -> None:
-        """From now on this sample is being read."""
+        """Note that this sample is being read from now on."""
         self._reading = source, sample, time.monotonic()
 
     def end(self) -> None:
-        """Nothing is being read."""
+        """Note that nothing is being read."""
         self._reading = None
 
     def _look(self) -> None:

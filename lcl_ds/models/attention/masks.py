@@ -87,7 +87,7 @@ def attention_arguments(
 
 
 def image_blocks(position_ids: Tensor, slot_positions: Tensor, tokens: int) -> Tensor:
-    """int64 [R, L]: the number of the image slot that a token is in, -1 for none.
+    """Number the image slot that each token is in, int64 [R, L]; -1 for none.
 
     Args:
         slot_positions: int64 [S], flat position of each slot's first token; one beyond the rows stands nowhere.
@@ -108,7 +108,7 @@ def choose_implementation(
     dtype: torch.dtype,
     preferred: tuple[str, ...] = PREFERRED,
 ) -> str:
-    """The wanted implementation where it can run, as off the GPU flash cannot; else the best that can.
+    """Choose the wanted implementation if it can run, and otherwise the best that can.
 
     Args:
         wanted: ``auto``, or an attention implementation of transformers.
@@ -128,7 +128,7 @@ def switch_implementation(tower: PreTrainedModel, implementation: str) -> None:
 
 
 def unsupported(tower: PreTrainedModel, implementation: str, mode: Mode = "causal") -> str | None:
-    """Why this family cannot use the implementation on any machine; None when it can."""
+    """Say why this family cannot use the implementation on any machine; None if it can."""
     config, family = tower.config, tower.config.model_type
     dropout = getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0)
     if implementation in FLASH:
@@ -153,7 +153,7 @@ def unsupported(tower: PreTrainedModel, implementation: str, mode: Mode = "causa
 
 
 def unavailable(implementation: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why the implementation cannot run here; None when it can."""
+    """Say why the implementation cannot run here; None if it can."""
     if implementation in FLASH:
         if dtype not in (torch.bfloat16, torch.float16):
             return "it needs precision bf16"
@@ -171,7 +171,7 @@ def unavailable(implementation: str, device_type: str, dtype: torch.dtype) -> st
 
 
 def _bounds_arguments(config: Any, mode: Mode, cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Any]:
-    """Documents as sequences of their own, whatever row they lie in.
+    """Make arguments in which documents are sequences of their own, whatever row they lie in.
 
     With flash, families without layer types (llama, gpt2, mistral, gemma) look at ``position_ids`` for packed rows all
     the same, which waits for the GPU once per forward pass; transformers has no argument against it.
@@ -187,7 +187,7 @@ def _bounds_arguments(config: Any, mode: Mode, cu_seqlens: Tensor, max_seqlen: i
 
 
 def _per_layer_type(config: Any, mask: Callable[[int | None], Any]) -> Any:
-    """One mask for all layers, or one for each kind of layer in a decoder that has several.
+    """Make one mask for all layers, or one for each kind of layer in a decoder that has several.
 
     Args:
         mask: from the width of the sliding window, None for full attention, to the mask.
@@ -199,7 +199,7 @@ def _per_layer_type(config: Any, mask: Callable[[int | None], Any]) -> Any:
 
 
 def _visible(mode: Mode, window: int | None, documents: Tensor, blocks: Tensor | None) -> Callable[..., Tensor]:
-    """Whether a query position sees a key position; windows of both directions hold ``2 * window - 1`` tokens."""
+    """Say whether a query position sees a key position; windows of both directions hold ``2 * window - 1`` tokens."""
     if mode == "bidirectional":
         near = bidirectional_mask_function if window is None else sliding_window_bidirectional_overlay(window - 1)
     else:

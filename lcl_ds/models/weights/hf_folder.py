@@ -36,7 +36,7 @@ class Architecture:
 
 
 def read_architecture(folder: Path, part: Literal["vision", "decoder"]) -> Architecture:
-    """The tower in ``config.json``; a folder of a whole CLIP or SigLIP has the vision tower inside.
+    """Read the tower in ``config.json``; a folder of a whole CLIP or SigLIP has the vision tower inside.
 
     Raises:
         ValueError: no such file, or no tower that transformers knows.
@@ -66,7 +66,7 @@ def read_architecture(folder: Path, part: Literal["vision", "decoder"]) -> Archi
 
 
 def _pixels(folder: Path, model_type: str, config: Any) -> dict[str, Any]:
-    """Size and statistics of the images that the tower was trained with."""
+    """Read size and statistics of the images that the tower was trained with."""
     processor = _read_json(folder / "preprocessor_config.json", missing_ok=True)
     family = FAMILIES.get(model_type)
     mean, std = (family.image_mean, family.image_std) if family else (IMAGE_MEAN, IMAGE_STD)
@@ -79,7 +79,7 @@ def _pixels(folder: Path, model_type: str, config: Any) -> dict[str, Any]:
 
 
 def with_architecture(values: dict[str, Any], part: Literal["vision", "decoder"]) -> dict[str, Any]:
-    """A recipe's tower settings completed with what the folder ``pretrained`` says.
+    """Complete a recipe's tower settings with what the folder ``pretrained`` says.
 
     Raises:
         ValueError: a key of the recipe contradicts the folder; names the key and both values.
@@ -106,18 +106,18 @@ class WeightFolder:
     file_of: dict[str, Path]
 
     def read(self, name: str) -> Tensor:
-        """One weight, on the CPU, in the dtype of the file."""
+        """Read one weight, on the CPU, in the dtype of the file."""
         with safe_open(self.file_of[name], framework="pt") as file:
             return file.get_tensor(name)
 
     def rows(self, name: str) -> int:
-        """Length of a weight's first dimension, without reading it."""
+        """Return the length of a weight's first dimension, without reading it."""
         with safe_open(self.file_of[name], framework="pt") as file:
             return file.get_slice(name).get_shape()[0]
 
 
 def open_weights(folder: Path) -> WeightFolder:
-    """The safetensors files of a folder, sharded or not. Nothing is unpickled.
+    """Open the safetensors files of a folder, sharded or not. Nothing is unpickled.
 
     Raises:
         ValueError: there are none, a shard is missing, or one cannot be read.

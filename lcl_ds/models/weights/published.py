@@ -23,7 +23,7 @@ from lcl_ds.tokens import Vocabulary
 
 CONTROL_NAMES = ("<start_of_text>", "<end_of_text>", "<img_placehold>", "<start_of_img>", "<end_of_img>")
 PAD = 0
-"""Upstream's padding id, which is also the token "!": it carries no loss there."""
+"""The published padding id, which is also the token "!": it carries no loss there."""
 IGNORED = {"text.attn_mask"}
 """A buffer that some versions save."""
 
@@ -87,7 +87,7 @@ class Reference:
 
 
 def read_reference_config(config: Mapping[str, Any], origin: str = "reference config") -> Reference:
-    """Settings of a published model.
+    """Read the settings of a published model.
 
     Args:
         config: the JSON of ``model_configs/LCL_*.json``.
@@ -135,7 +135,7 @@ def read_reference_config(config: Mapping[str, Any], origin: str = "reference co
 
 
 def load_reference(source: Path | Mapping[str, Tensor], config: Mapping[str, Any]) -> LCLModel:
-    """A model with published weights, fp32 on the CPU.
+    """Build a model with published weights, fp32 on the CPU.
 
     Args:
         source: a state dict, or a file with one (``.pt``, also inside ``{"state_dict": ...}``, or ``.safetensors``);
@@ -166,7 +166,7 @@ def load_reference(source: Path | Mapping[str, Tensor], config: Mapping[str, Any
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file. Nothing in it is executed.
+    """Read the tensors of a checkpoint file. Nothing in it is executed.
 
     Raises:
         UserError: it cannot be read as tensors.
@@ -184,7 +184,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def from_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Published names and layouts to those of :class:`LCLModel`."""
+    """Convert published names and layouts to those of :class:`LCLModel`."""
     ours: dict[str, Tensor] = {}
     for there, here, change in _single_pairs():
         ours[here] = _changed(state[there], change, back=False)
@@ -201,7 +201,7 @@ def from_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`from_reference`.
+    """Convert back: the inverse of :func:`from_reference`.
 
     Raises:
         UserError: the towers are not CLIP's and GPT-2's, which alone the published format has.
@@ -227,7 +227,7 @@ def to_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_reference_config(model: LCLModel, vocabulary: Vocabulary) -> dict[str, Any]:
-    """The JSON model configuration of the published code, which :func:`read_reference_config` reads.
+    """Write the JSON model configuration of the published code, which :func:`read_reference_config` reads.
 
     Raises:
         UserError: the model computes something that the published code cannot.
@@ -270,7 +270,7 @@ def _activation(config: Any) -> str | None:
 
 
 def read_reference_json(path: Path) -> dict[str, Any]:
-    """The published JSON model configuration in a file.
+    """Read the published JSON model configuration in a file.
 
     Raises:
         UserError: the file is not a JSON object.

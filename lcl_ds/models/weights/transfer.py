@@ -1,4 +1,4 @@
-"""Given weights for parts of the network, copied into the plainly built model before DeepSpeed partitions it.
+"""Copy given weights for parts of the network into the plainly built model before DeepSpeed partitions it.
 
 Nothing stays random unnoticed: a weight that is missing, has no place or has another shape ends the run, unless the
 settings allow it by name.
@@ -57,7 +57,7 @@ class Transfer:
 
 
 def initialize_parts(model: LCLModel, settings: ModelSettings, text_size: int, seed: int) -> list[str]:
-    """Give the parts that the settings name a source for its weights.
+    """Load weights into the parts for which the settings name a source.
 
     Args:
         model: from :func:`lcl_ds.models.build.build_model`, with all its weights.
@@ -99,7 +99,7 @@ def initialize_parts(model: LCLModel, settings: ModelSettings, text_size: int, s
 
 @torch.no_grad()
 def _carry_out(transfer: Transfer, settings: ModelSettings) -> tuple[str, list[str]]:
-    """Copy; returns a sentence and all problems."""
+    """Copy the weights; returns a sentence and all problems."""
     where = f"{transfer.setting}: {transfer.folder.path}"
     missing = transfer.targets.keys() - transfer.names.keys()
     unexpected = {name for name in transfer.names.keys() - transfer.targets.keys() if not COMPUTED.search(name)}
@@ -133,7 +133,7 @@ def _matches(name: str, patterns: list[str]) -> bool:
 
 
 def vision_transfer(model: LCLModel, settings: ModelSettings, path: Path) -> Transfer:
-    """From a folder of a vision tower, or of a whole CLIP or SigLIP, whose text tower is left alone."""
+    """Prepare a folder of a vision tower, or of a whole CLIP or SigLIP, whose text tower is left alone."""
     folder = open_weights(path)
     inside = {name.removeprefix("vision_model."): name for name in folder.file_of if name.startswith("vision_model.")}
     names = inside or {name: name for name in folder.file_of}
@@ -149,7 +149,7 @@ def _renamed(name: str) -> str:
 
 
 def decoder_transfer(model: LCLModel, path: Path, text_size: int, seed: int) -> Transfer:
-    """From a folder of a causal language model: blocks to the decoder, final norm and head to our head.
+    """Prepare a folder of a causal language model: blocks go to the decoder, final norm and head to our head.
 
     Rows of the embedding and of the head are those of the tokenizer's ids. Rows beyond the tokenizer, which pad the
     vocabulary of many models, are left out; control tokens, and tokens that the folder has no row for, get new rows.
@@ -183,7 +183,7 @@ def decoder_transfer(model: LCLModel, path: Path, text_size: int, seed: int) -> 
 
 
 def release_transfer(model: LCLModel, settings: ModelSettings, path: Path) -> Transfer:
-    """From what ``lcl_ds.convert --part full`` wrote, for the chosen parts.
+    """Prepare what ``lcl_ds.convert --part full`` wrote, for the chosen parts.
 
     Raises:
         ValueError: the parts have another architecture there; names the keys with both values.
@@ -198,10 +198,10 @@ def release_transfer(model: LCLModel, settings: ModelSettings, path: Path) -> Tr
 
 
 def release_settings(path: Path) -> ModelSettings:
-    """Settings of the network that a full release holds.
+    """Read the settings of the network that a full release holds.
 
     Raises:
-        ValueError: there are none, or not such that this version understands.
+        ValueError: there are none, or this version does not understand them.
     """
     file = path / "config.yaml"
     try:
@@ -214,7 +214,7 @@ def release_settings(path: Path) -> ModelSettings:
 
 
 def _differences(ours: ModelSettings, theirs: ModelSettings) -> list[tuple[str, Any, Any]]:
-    """What the chosen parts compute differently, beyond the number of patches and of positions."""
+    """Find what the chosen parts compute differently, beyond the number of patches and of positions."""
     found = []
     if "vision" in ours.init_parts:
         found += _different_keys("model.vision", vision_config(ours), vision_config(theirs))
@@ -254,7 +254,7 @@ def _adapt_positions(model: LCLModel, settings: ModelSettings, targets: dict[str
 
 
 def resize_positions(positions: Tensor, prefix: int, side: int, mode: str = "bicubic") -> Tensor:
-    """Position embeddings for a grid of ``side`` x ``side`` patches, antialiased as in OpenCLIP and timm.
+    """Resize position embeddings to a grid of ``side`` x ``side`` patches, antialiased as in OpenCLIP and timm.
 
     Args:
         positions: [..., prefix + old patches, width], the old patches a square in raster order.
@@ -278,7 +278,7 @@ def _cut_positions(given: Tensor, here: Tensor) -> Tensor:
 
 
 def vocabulary_rows(given: Tensor, text_size: int, rows: int, generator: torch.Generator) -> Tensor:
-    """[V, H] -> [rows, H]: the rows of the tokenizer's tokens, then new ones with their mean and deviation."""
+    """Turn [V, H] into [rows, H]: the rows of the tokenizer's tokens, then new ones with their mean and deviation."""
     known = given[:text_size]
     fresh = torch.randn(rows - len(known), given.shape[1], generator=generator)
     return torch.cat([known, known.mean(0) + known.std(0) * fresh])

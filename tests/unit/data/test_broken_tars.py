@@ -112,7 +112,7 @@ def test_tars_one_behind_the_other_are_all_read(tmp_path, caplog):
     path = tmp_path / "all.tar"
     path.write_bytes(one + two + bytes(700) + three)
     assert lost_everywhere(path) == (["0000", "0001", "0002", "0003", "0004", "0005"], {})
-    assert "3 tars one behind the other" in caplog.text
+    assert "3 tars joined end to end" in caplog.text
     path.write_bytes(one + one)  # keys of one tar have nothing to do with those of another
     assert lost_in_training(path) == lost_in_build(path) == (["0000", "0001"] * 2, {})
     path.write_bytes(one + write_tar(tmp_path / "png.tar", [("0000.png", picture(3)), *pairs(0)[1:]]).read_bytes())
@@ -131,7 +131,7 @@ def refusal(path):
 def test_bytes_behind_the_end_that_are_no_tar_are_told_with_their_number(tmp_path, junk):
     path = write_tar(tmp_path / "a.tar", pairs(0, 1))
     path.write_bytes(path.read_bytes() + junk)
-    sentence = f"{len(junk.lstrip(bytes(1)))} bytes behind its end mark are no tar and were not read"
+    sentence = f"{len(junk.lstrip(bytes(1)))} bytes after its end mark are not a tar and were not read"
     assert sentence in refusal(path)
     assert lost_in_build(path) == (["0000", "0001"], {sentence: 1})
     report = check_shard(str(path))

@@ -452,7 +452,7 @@ def test_places_that_cannot_be_used_are_named_before_the_work(tmp_path, capsys):
     assert "file: is a file; name a new folder" in error_of(source, tmp_path / "file")
     assert "a part of the path is a file and no folder" in error_of(source, tmp_path / "file" / "out")
     assert "is a folder; name its files" in error_of(str(tmp_path / "in"), tmp_path / "out")
-    assert "is no plain file" in error_of(str(tmp_path / "pipe"), tmp_path / "out")
+    assert "is not a plain file" in error_of(str(tmp_path / "pipe"), tmp_path / "out")
     assert "build reads local files; download it" in error_of("https://example.org/x.tar", tmp_path / "out")
     assert "build reads local files; download it" in error_of("s3://bucket/{0..9}.tar", tmp_path / "out")
     assert "write the command's output to one" in error_of(f"pipe:cat {source}", tmp_path / "out")
@@ -501,8 +501,8 @@ def test_what_was_left_out_is_counted_by_record_and_named(tmp_path, capsys):
     write_tar(corpus.sources[0], members)
     (unit,) = build(corpus, tmp_path / "out", "--min-images", "0")["sources"]
     assert (unit["records"], unit["incomplete"], unit["samples"]) == (6, 5, 5)
-    assert unit["skips"] == {"a text that is no string": 4, "json that cannot be parsed": 1}
-    assert unit["examples"] == {"a text that is no string": ["0", "1", "2"], "json that cannot be parsed": ["4"]}
+    assert unit["skips"] == {"a text that is not a string": 4, "json that cannot be parsed": 1}
+    assert unit["examples"] == {"a text that is not a string": ["0", "1", "2"], "json that cannot be parsed": ["4"]}
     assert "of 5 of 6 records something or everything was left out" in capsys.readouterr().out
 
 

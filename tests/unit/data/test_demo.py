@@ -165,6 +165,6 @@ def test_the_corpus_is_built_once_also_for_two_processes_and_again_for_another_v
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="is no demo corpus"):
+    with pytest.raises(UserError, match="is not a demo corpus"):
         demo.ensure_demo(tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"

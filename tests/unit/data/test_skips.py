@@ -52,7 +52,7 @@ BAD_MEMBERS = {
     "json without parallel lists": [("x.json", record(["a"], []))],
     "not parallel to 'images'": [("x.json", record(["a"], [None], matched_text_index=[1, 2]))],
     "without text and images": [("x.json", record([" ", None], [None, None]))],
-    "a text that is no string": [("x.json", record(["a", 7], [None, None]))],
+    "a text that is not a string": [("x.json", record(["a", 7], [None, None]))],
     "not UTF-8": [("x.json", b'{"texts": ["\xff"], "images": [null]}')],
     "not valid Unicode": [("x.json", b'{"texts": ["\\udc80"], "images": [null]}')],
     "too much text": [("x.json", record(["x" * 2_000_000], [None]))],
