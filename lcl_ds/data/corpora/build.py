@@ -492,7 +492,7 @@ class _ShardFiles:
 
 
 def shard_writer(file: IO[bytes]) -> TarWriter:
-    """Open webdataset's writer for samples whose members are bytes; without times and owners, or two builds would differ."""
+    """Open webdataset's writer for samples of bytes; without times and owners, or two builds would differ."""
     return TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False)
 
 
