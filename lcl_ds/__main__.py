@@ -45,7 +45,7 @@ def dispatch(words: list[str]) -> int:
 
 
 def help_text() -> str:
-    """What ``lcl --help`` prints: the commands with a line about each."""
+    """Write what ``lcl --help`` prints: the commands with a line about each."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {sentence}" for name, (_, sentence) in COMMANDS.items()]
     return "\n".join(

@@ -54,7 +54,7 @@ def problems_of(error: BaseException) -> list[str] | None:
 
 
 def program_name(command: str) -> str:
-    """How a command was called, for its help: ``lcl NAME`` or ``python -m lcl_ds.NAME``."""
+    """Say how a command was called, for its help: ``lcl NAME`` or ``python -m lcl_ds.NAME``."""
     return f"lcl {command}" if Path(sys.argv[0]).name == "lcl" else f"python -m lcl_ds.{command}"
 
 

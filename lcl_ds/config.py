@@ -66,7 +66,7 @@ def recipe_path(name_or_path: str) -> Path:
 
 
 def ds_config_path(name_or_path: str) -> Path:
-    """A DeepSpeed configuration's file from its name (``zero3``) or path; whether it can be read is seen later.
+    """Find a DeepSpeed configuration's file from its name (``zero3``) or path; whether it can be read is seen later.
 
     Raises:
         UserError: there is no such name.

@@ -48,7 +48,7 @@ REMEDIES = {
 
 
 def shipped_folder(place: str) -> Path:
-    """A folder of files that come with the program.
+    """Find a folder of files that come with the program.
 
     Args:
         place: where it lies in a checkout, as ``launch/recipes``; an installed package has it inside as ``recipes``.

@@ -13,7 +13,7 @@ class Settings(BaseModel):
 
 
 def flatten(tree: dict[str, Any], prefix: str = "", separator: str = ".") -> dict[str, Any]:
-    """Values by dotted name."""
+    """List the values of a tree by dotted name."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"

@@ -17,7 +17,7 @@ from lcl_ds.training.joint_errors import heard_from_any_task
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Command line; settings of the recipe follow as ``key.sub=value``."""
+    """Read the command line; settings of the recipe follow as ``key.sub=value``."""
     parser = argparse.ArgumentParser(
         prog=program_name("train"), description="Pre-train a vision encoder with Latent Compression Learning."
     )
@@ -37,6 +37,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
     arguments = parse_arguments(argv)
     level = logging.INFO if task_number() == 0 else logging.WARNING
     logging.basicConfig(level=level, format="[%(levelname)s] %(message)s")

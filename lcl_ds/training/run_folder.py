@@ -136,7 +136,7 @@ def _environment(world_size: int, step: int) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout that runs; None for an installed package, wherever its environment lies."""
+    """Read the commit of the checkout that runs; None for an installed package, wherever its environment lies."""
     checkout = Path(__file__).resolve().parents[2]
     if not (checkout / ".git").exists():
         return None

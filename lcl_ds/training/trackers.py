@@ -1,4 +1,4 @@
-"""Metrics to experiment trackers, through the classes of ``accelerate.tracking``.
+"""Send metrics to experiment trackers, through the classes of ``accelerate.tracking``.
 
 ``metrics.jsonl`` is the record of a run; a tracker is a copy for watching. So no tracker can end a run: one that fails
 is named once and left out from then on.
@@ -87,7 +87,7 @@ def open_trackers(config: Config, run_dir: Path, first_step: int) -> Trackers:
 
 
 def _plain_settings(config: Config) -> dict[str, Any]:
-    """Settings by dotted name, in types that every tracker takes."""
+    """List the settings by dotted name, in types that every tracker takes."""
     settings = flatten(config.model_dump(mode="json"))
     plain = (bool, int, float, str, type(None))
     return {key: value if isinstance(value, plain) else str(value) for key, value in settings.items()}
@@ -106,12 +106,12 @@ def _tracker(name: str, config: Config, run_dir: Path, first_step: int) -> Gener
 
 
 def _without_reserved(values: dict[str, Any], tracker: GeneralTracker) -> dict[str, Any]:
-    """What a tracker takes under names of ours: trackio keeps ``step`` for itself."""
+    """Leave out what a tracker keeps for itself: trackio has a ``step`` of its own."""
     return {name: value for name, value in values.items() if (tracker.name, name) != ("trackio", "step")}
 
 
 def _run_id(run_dir: Path) -> str:
-    """What names the run to an online tracker, also when it is continued."""
+    """Read what names the run to an online tracker when it is continued; drawn at its first start."""
     path = run_dir / RUN_ID
     if not path.is_file():
         write_whole(path, secrets.token_hex(4) + "\n")
@@ -119,7 +119,7 @@ def _run_id(run_dir: Path) -> str:
 
 
 def _succeeds(name: str, action: Callable[[], None]) -> bool:
-    """Whether a tracker does what it should; where it fails, its name and the reason go to the log."""
+    """Let a tracker do something; where it fails, its name and the reason go to the log. Returns whether it worked."""
     try:
         action()
     except Exception as error:  # whatever a tracker's network, disk or server does to it
