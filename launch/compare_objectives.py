@@ -29,6 +29,7 @@ from lcl_ds.data.corpus import open_data
 from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.errors import UserError
 from lcl_ds.files import check_output, write_whole
+from lcl_ds.metrics import read_metrics
 from lcl_ds.objectives import NAMES, objective_module
 
 HERE = Path(__file__).resolve().parent
@@ -117,7 +118,7 @@ def images_per_row(config: Config) -> float:
 
 def summary(name: str, folders: list[Path]) -> dict[str, Any]:
     """Figures of the runs of one objective, lists over seeds."""
-    metrics = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+    metrics = [read_metrics(folder) for folder in folders]
     evaluations = [json.loads((folder / "evaluation.json").read_text()) for folder in folders]
     losses = objective_module(name).Objective.losses
     return {

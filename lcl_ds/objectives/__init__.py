@@ -33,7 +33,8 @@ def view_of(settings: ObjectiveSettings, image_first_probability: float) -> View
 
 
 def build_objective(model: LCLModel, settings: ObjectiveSettings, seed: int) -> Objective:
-    """The objective that ``settings`` name, around ``model``; its own heads are drawn from ``seed``."""
+    """The objective that ``settings`` name, around ``model``, which stays as it is; its own heads are drawn from
+    ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return objective_module(settings.name).Objective(model, settings)

@@ -4,10 +4,11 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import torch
@@ -19,6 +20,8 @@ from lcl_ds.cli import problems_of
 from lcl_ds.errors import UserError
 from lcl_ds.tasks import fill_environment, task_number
 
+Totals = dict[Any, float]
+"""Sums over ranks by name."""
 PATIENCE_S = 20
 """How long a rank with a problem tries to reach the others before it speaks for itself."""
 # DeepSpeed reports each start at length, and torch its own renaming of the collectives that DeepSpeed calls.
@@ -146,6 +149,19 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def sum_over_ranks(tensors: Mapping[Any, Tensor], numbers: Mapping[Any, float]) -> Totals:
+    """Named values summed over ranks by one collective; every rank gives the same names in the same order.
+
+    Args:
+        tensors: scalars on the device of the collective, float64; at least one.
+        numbers: what the host knows, under other names.
+    """
+    on_device = torch.stack([*tensors.values()])
+    on_host = on_device.new_tensor([float(number) for number in numbers.values()])
+    totals = all_reduce_sum(torch.cat([on_device, on_host])).tolist()
+    return dict(zip([*tensors, *numbers], totals, strict=True))
 
 
 def gather_integers(values: list[int], device: torch.device) -> list[list[int]]:

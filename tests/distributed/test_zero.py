@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from lcl_ds.objectives import NAMES, build_objective
+from lcl_ds.assembly import attach_objective
+from lcl_ds.objectives import NAMES
 from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.training.checkpoint import load_model, resolve_checkpoint
 from tests.support.rank_tasks import STAGES, THREE_STEPS, batch_of_rank
@@ -58,7 +59,7 @@ def objectives(tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_objective_at_stage_3_computes_what_one_process_computes(objectives, name):
     config = small_config(f"objective.name={name}")
-    objective = build_objective(small_model(config), config.objective, seed=0)
+    objective = attach_objective(small_model(config), config)
     batch = merged(three_documents(config, seed=0), three_documents(config, seed=1))
     losses = objective(batch, *local_normalizers(objective, batch))
     losses["loss"].backward()
@@ -76,7 +77,7 @@ def test_every_objective_at_stage_3_computes_what_one_process_computes(objective
 @pytest.mark.parametrize("name", NAMES)
 def test_every_weight_that_an_objective_trains_moves_and_no_other(objectives, name):
     config = small_config(f"objective.name={name}")
-    objective = build_objective(small_model(config), config.objective, seed=0)
+    objective = attach_objective(small_model(config), config)
     before, after = objectives[0][name]["before"], objectives[0][name]["after"]
     for n, weight in objective.named_parameters():
         assert torch.equal(before[n], after[n]) != weight.requires_grad, n

@@ -14,11 +14,11 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import distributed as dist
 
-from lcl_ds.assembly import open_checked_data
+from lcl_ds.assembly import attach_objective, open_checked_data
 from lcl_ds.batch import Batch
 from lcl_ds.config import Config
 from lcl_ds.errors import UserError
-from lcl_ds.objectives import NAMES, build_objective
+from lcl_ds.objectives import NAMES
 from lcl_ds.training.checkpoint import Progress, load_engine, newest_checkpoint
 from lcl_ds.training.distributed import RankInfo, all_reduce_sum, init_distributed
 from lcl_ds.training.engine import apply_settings, complete_ds_config, refresh_exact_scalars, start_engine
@@ -64,7 +64,7 @@ def trainer_of(config: Config, stage: int, rank_info: RankInfo, batches: list[Ba
     # No parameter is small enough to stay whole: partitioning is what is tested.
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     ds_config = complete_ds_config({"zero_optimization": zero}, config, rank_info.world_size)
-    engine = start_engine(build_objective(small_model(config), config.objective, 0), config, ds_config, rank_info)
+    engine = start_engine(attach_objective(small_model(config), config), config, ds_config, rank_info)
     run_dir.mkdir(parents=True, exist_ok=True)
     return Trainer(engine, GivenBatches(batches), config, rank_info, run_dir, VOCABULARY.size, Progress())
 

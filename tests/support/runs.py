@@ -4,16 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-TIMING = ("step_s", "data_s", "images_per_s", "tokens_per_s")
+from lcl_ds.metrics import METRICS, read_metrics
+
+MEASURED = {"step_s", "data_s", "images_per_s", "tokens_per_s", "mfu", "memory_gb"}
+"""Keys whose values no two runs share."""
 
 
 def metrics_of(run_dir: Path) -> list[dict]:
-    path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_metrics(run_dir) if (run_dir / METRICS).exists() else []
 
 
 def without_timing(metrics: list[dict]) -> list[dict]:
-    return [{key: value for key, value in step.items() if key not in TIMING} for step in metrics]
+    return [{key: value for key, value in step.items() if key not in MEASURED} for step in metrics]
 
 
 def metrics(step: int, **changes: Any) -> dict[str, Any]:

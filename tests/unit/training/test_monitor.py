@@ -5,7 +5,7 @@ import torch
 
 from lcl_ds.training.loop import step_seed
 from lcl_ds.training.monitor import time_left
-from lcl_ds.training.optimizer import parameter_groups
+from lcl_ds.training.optimizer import freeze_parts
 from lcl_ds.training.throughput import flops_per_token
 from tests.support.small import small_config, small_model
 
@@ -30,7 +30,7 @@ def test_a_duration_says_its_days(seconds, shown):
 def model_with(*factors):
     config = small_config(*factors)
     model = small_model(config)
-    parameter_groups(model, config.train, (0.0, 1.0))
+    freeze_parts(model, config.train)
     return model
 
 
