@@ -14,7 +14,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from lcl_ds.cli import run_command
 from lcl_ds.config import Config, load_config, recipe_path
 from lcl_ds.data.corpus import open_data
 from lcl_ds.data.stream.loader import BatchLoader
+from lcl_ds.environment import versions
 from lcl_ds.errors import UserError
 from lcl_ds.files import check_output, write_whole
 from lcl_ds.metrics import read_metrics
@@ -97,12 +97,11 @@ def compare(arguments: argparse.Namespace, command: str) -> int:
     }
     open_console().print(table_of(results))
     if arguments.json:
-        versions = {name: metadata.version(name) for name in ("torch", "transformers", "deepspeed")}
         record = {
             "command": command,
             "date": date.today().isoformat(),
             "machine": f"CPU, {platform.machine()}",
-            "versions": versions,
+            "versions": versions(["torch", "transformers", "deepspeed"]),
             "results": results,
         }
         write_whole(arguments.json, json.dumps(record, indent=1) + "\n")

@@ -1,32 +1,26 @@
 """Say which rank this process is, however it was started, and let all ranks hear of one rank's problem."""
 
-import logging
 import os
 import socket
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch import distributed as dist
 
 from lcl_ds.cli import problems_of
 from lcl_ds.errors import UserError
 from lcl_ds.tasks import fill_environment, task_number
+from lcl_ds.training.preparation import prepare_for_deepspeed
 
 Totals = dict[Any, float]
 """Sums over ranks by name."""
 PATIENCE_S = 20
 """How long a rank with a problem tries to reach the others before it speaks for itself."""
-# DeepSpeed reports each start at length, and torch its own renaming of the collectives that DeepSpeed calls.
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor).*", category=FutureWarning)
 
 
 @dataclass(frozen=True)
@@ -55,6 +49,10 @@ def init_distributed(timeout_s: float | None = None) -> RankInfo:
     Raises:
         UserError: one of several Slurm tasks that cannot know where to meet the others.
     """
+    prepare_for_deepspeed()
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
     fill_environment()
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
