@@ -311,12 +311,14 @@ def changed_settings(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for stage in (1, 3):
         whole = folder / f"stage{stage}"
-        whole.mkdir(parents=True)
+        whole.mkdir(parents=True, exist_ok=True)
         results[whole.name] = {"whole": losses_of_run(shared, stage, rank_info, whole)[0]}
         for name, value in CHANGES.items():
             run_dir = folder / f"stage{stage} {name}"
-            shutil.copytree(whole, run_dir)
-            shutil.rmtree(run_dir / "checkpoints" / "step_00000004")
+            if rank_info.is_first:
+                shutil.copytree(whole, run_dir)
+                shutil.rmtree(run_dir / "checkpoints" / "step_00000004")
+            dist.barrier()
             overrides = [*shared, f"train.{name}={value}"]
             results[whole.name][name] = losses_of_run(overrides, stage, rank_info, run_dir)
     return results
@@ -333,6 +335,7 @@ def losses_of_run(
     trainer = prepare(config, ds_config, run_dir, rank_info, open_checked_data(config), checkpoint)
     trainer.train()
     trainer.release()
+    dist.barrier()  # the first rank writes the metrics
     return [row["loss"] for row in read_metrics(run_dir)], sentences
 
 
