@@ -56,9 +56,10 @@ def pair_features(
     images = [len(sequence.pixels) for sequence in sequences]
     packed = pack(lengths, images, row_tokens, row_images)
     image_parts, context_parts, pixels, context_ids = [], [], [], []
+    readouts = sorted({"context"}.union(*(sequence.tokens.readouts for sequence in sequences)))
     for start in range(0, len(packed), rows_per_batch):
         rows = [Row(tuple(sequences[i] for i in row)) for row in packed[start : start + rows_per_batch]]
-        batch = collate(rows, row_tokens, sequences[0].pixels.shape[-1], vocabulary, ["context"]).to(device)
+        batch = collate(rows, row_tokens, sequences[0].pixels.shape[-1], vocabulary, readouts).to(device)
         hidden_states, pooled = model(batch)
         image, context = model.pair_features(hidden_states, pooled, batch)
         image_parts.append(image.cpu())

@@ -45,7 +45,7 @@ def test_a_problem_of_one_rank_is_printed_by_the_first_and_ends_both(command, tm
 
 def test_a_rank_that_reaches_nobody_speaks_for_itself(command):
     environment = rank_environment(1, 2, free_port())
-    impatient = "import sys; from lcl_ds.training import distributed; distributed.PATIENCE_S = 1; "
+    impatient = "import sys; from lcl_ds.training import distributed; distributed.PATIENCE_S = 5; "
     impatient += "from launch.train import main; sys.exit(main(sys.argv[1:]))"
     arguments = [*command[2:], "data.shards=/not/mounted/*.tar"]
     done = subprocess.run(
