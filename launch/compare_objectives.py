@@ -14,7 +14,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,10 @@ from lcl_ds.cli import run_command
 from lcl_ds.config import Config, load_config, recipe_path
 from lcl_ds.data.corpus import open_data
 from lcl_ds.data.stream.loader import BatchLoader
+from lcl_ds.environment import versions
 from lcl_ds.errors import UserError
 from lcl_ds.files import check_output, write_whole
+from lcl_ds.metrics import read_metrics
 from lcl_ds.objectives import NAMES, objective_module
 
 HERE = Path(__file__).resolve().parent
@@ -96,12 +97,11 @@ def compare(arguments: argparse.Namespace, command: str) -> int:
     }
     open_console().print(table_of(results))
     if arguments.json:
-        versions = {name: metadata.version(name) for name in ("torch", "transformers", "deepspeed")}
         record = {
             "command": command,
             "date": date.today().isoformat(),
             "machine": f"CPU, {platform.machine()}",
-            "versions": versions,
+            "versions": versions(["torch", "transformers", "deepspeed"]),
             "results": results,
         }
         write_whole(arguments.json, json.dumps(record, indent=1) + "\n")
@@ -117,7 +117,7 @@ def images_per_row(config: Config) -> float:
 
 def summary(name: str, folders: list[Path]) -> dict[str, Any]:
     """Figures of the runs of one objective, lists over seeds."""
-    metrics = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+    metrics = [read_metrics(folder) for folder in folders]
     evaluations = [json.loads((folder / "evaluation.json").read_text()) for folder in folders]
     losses = objective_module(name).Objective.losses
     return {

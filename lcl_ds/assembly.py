@@ -14,7 +14,7 @@ from lcl_ds.models.decoder import TESTED_FAMILIES
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.weights.transfer import initialize_parts
 from lcl_ds.objectives import build_objective, view_of
-from lcl_ds.objectives.base import Objective
+from lcl_ds.objectives.base import Objective, freeze_unused
 
 
 def open_checked_data(config: Config) -> OpenData:
@@ -114,5 +114,7 @@ def load_initial_weights(network: LCLModel, config: Config, data: OpenData) -> l
 
 
 def attach_objective(network: LCLModel, config: Config) -> Objective:
-    """Wrap the network in the objective of the run, whose own heads its seed draws."""
-    return build_objective(network, config.objective, config.seed("init"))
+    """Wrap the network in the objective of the run, whose heads its seed draws, and freeze what that leaves unused."""
+    objective = build_objective(network, config.objective, config.seed("init"))
+    freeze_unused(objective)
+    return objective

@@ -5,10 +5,12 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from lcl_ds.errors import UserError
 from lcl_ds.files import sentence_of, write_whole
 
 logger = logging.getLogger(__name__)
@@ -18,6 +20,122 @@ DAMAGED = "metrics.damaged"
 """Beside it: lines that were taken out because they are damaged, as they were found."""
 NAMED = 3
 """How many damaged lines a warning names one by one."""
+
+Row = dict[str, Any]
+"""A line as it is read: values by their keys, None for what was not finite. Runs of other versions may lack keys."""
+LOSS_ENDING = "_loss"
+"""How the names of an objective's losses end, and those of no other number: it tells a reader of the file."""
+Whose = Literal["all ranks", "first rank", "GPU"]
+"""Whose value a key has: the sum over all ranks; that of the first rank; the first rank's where it has a GPU."""
+Combination = Literal["sum", "same"]
+"""How a number that every rank has becomes one: their sum, or that of any of them because all have the same."""
+
+
+def _of(whose: Whose, description: str) -> dict[str, str]:
+    return {"whose": whose, "description": description}
+
+
+@dataclass(frozen=True)
+class SourceCounts:
+    """What one step took from one source of data."""
+
+    documents: int
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """What is recorded of one optimizer step. The fields are the keys of a line, in their order.
+
+    ``losses`` and ``reports`` stand there under the names that the objective gives them.
+    """
+
+    step: int = field(metadata=_of("first rank", "Optimizer steps done, this one included."))
+    losses: dict[str, float] = field(metadata=_of("all ranks", "The weighted total `loss`, then each loss unweighted."))
+    reports: dict[str, float] = field(metadata=_of("all ranks", "Other numbers of the objective, combined as it says."))
+    grad_norm: float = field(metadata=_of("first rank", "Global norm of the gradients before clipping."))
+    lr: float = field(metadata=_of("first rank", "Learning rate of the step."))
+    images: int = field(metadata=_of("all ranks", "Images seen."))
+    documents: int = field(metadata=_of("all ranks", "Documents seen."))
+    tokens: int = field(metadata=_of("all ranks", "Tokens that are not padding."))
+    text_tokens: int = field(metadata=_of("all ranks", "Tokens that carry generation loss."))
+    padding_fraction: float = field(metadata=_of("first rank", "Fraction of the rows' tokens that is padding."))
+    images_per_s: float = field(metadata=_of("first rank", "Images of all ranks per second."))
+    tokens_per_s: float = field(metadata=_of("first rank", "Tokens of all ranks per second."))
+    step_s: float = field(metadata=_of("first rank", "Seconds of the step."))
+    data_s: float = field(metadata=_of("first rank", "Seconds of it that were spent waiting for data."))
+    skipped_samples: int = field(metadata=_of("all ranks", "Samples and images left out because they were damaged."))
+    sources: dict[str, SourceCounts] = field(metadata=_of("all ranks", "Documents and images of each source."))
+    applied: bool = field(metadata=_of("first rank", "Whether the step changed the weights."))
+    mfu: float | None = field(
+        default=None, metadata=_of("GPU", "Model FLOPs utilisation: fraction of the GPU's bf16 peak.")
+    )
+    memory_gb: float | None = field(default=None, metadata=_of("GPU", "Most GPU memory allocated so far, in GiB."))
+
+    def row(self) -> Row:
+        """Values by key, in order; what only a GPU has is left out where there is none."""
+        row: Row = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.name in OF_THE_OBJECTIVE:
+                row |= value
+            elif entry.name == "sources":
+                row["sources"] = {name: asdict(counts) for name, counts in value.items()}
+            elif value is not None:
+                row[entry.name] = value
+        return row
+
+
+OF_THE_OBJECTIVE = ("losses", "reports")
+"""Fields whose values stand in a line under names of their own."""
+KEYS = {entry.name: entry.metadata["whose"] for entry in fields(StepMetrics) if entry.name not in OF_THE_OBJECTIVE}
+"""Keys of every objective's lines, and whose value each is."""
+RESERVED = {*KEYS, "loss"}
+
+
+def check_names(losses: Iterable[str], reports: Mapping[str, Combination]) -> None:
+    """Refuse names of an objective's numbers that a reader of the file would take for something else.
+
+    Raises:
+        ValueError: the name is another key's, or does not say whether it is a loss.
+    """
+    for name in losses:
+        if not name.endswith(LOSS_ENDING):
+            raise ValueError(f"{name}: the name of a loss must end in {LOSS_ENDING}")
+    for name in reports:
+        if name in RESERVED or name.endswith(LOSS_ENDING):
+            raise ValueError(f"{name}: the name of a loss or of another metric")
+
+
+def loss_names(row: Row) -> list[str]:
+    """Keys of a line that hold losses, without their weighted total."""
+    return [key for key in row if key.endswith(LOSS_ENDING)]
+
+
+def report_names(row: Row) -> list[str]:
+    """Keys of a line that hold other numbers of its objective."""
+    own = [key for key in row if key not in RESERVED and not key.endswith(LOSS_ENDING)]
+    return [key for key in own if row[key] is None or isinstance(row[key], (int, float))]
+
+
+def read_metrics(run_dir: Path) -> list[Row]:
+    """Lines of a run's ``metrics.jsonl``, one per optimizer step; a last line that was cut off is left out.
+
+    Raises:
+        UserError: the file is missing, or a line before the last is damaged.
+    """
+    path = run_dir / METRICS
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; name a run folder in which training has begun")
+    rows: list[Row] = []
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
+    for number, line in enumerate(lines, 1):
+        row = parse_line(line)
+        if isinstance(row, dict):
+            rows.append(row)
+        elif number < len(lines):
+            raise UserError(f"{path}: line {number} {row}; repair or remove it")
+    return rows
 
 
 class MetricsFile:
@@ -35,9 +153,9 @@ class MetricsFile:
         self._waiting: list[bytes] = []
         self._warned = False
 
-    def append(self, metrics: dict[str, Any]) -> None:
+    def append(self, row: Row) -> None:
         """Write one step's metrics, or keep them for later where the disk takes nothing."""
-        line = json.dumps(finite(metrics)).encode() + b"\n"
+        line = json.dumps(finite(row)).encode() + b"\n"
         self.since_saved.append(line)
         self._waiting.append(line)
         self._write()
@@ -89,9 +207,9 @@ class MetricsFile:
             logger.warning("%s: cannot be written: %s; training goes on, lines are kept for later", self.path, reason)
 
 
-def finite(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics with null for what is not a finite number: JSON has no word for it."""
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}
+def finite(row: Row) -> Row:
+    """The same with None for what is not a finite number: JSON has no word for it."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def keep_metrics(path: Path, step: int, spares: Iterable[Path] = ()) -> None:
@@ -127,24 +245,24 @@ def _read_lines(content: bytes) -> tuple[dict[int, bytes], dict[int, tuple[bytes
     for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
         if not line.strip():
             continue
-        step = step_of(line)
-        if isinstance(step, int):
-            lines[step] = line.rstrip(b"\r") + b"\n"
+        row = parse_line(line)
+        if isinstance(row, dict):
+            lines[row["step"]] = line.rstrip(b"\r") + b"\n"
         else:
-            damaged[number] = line, step
+            damaged[number] = line, row
     return lines, damaged
 
 
-def step_of(line: bytes) -> int | str:
-    """The step that a line is about; a reason where it is no line of metrics."""
+def parse_line(line: bytes) -> Row | str:
+    """The metrics of a line; a reason where it holds none."""
     try:
-        metrics = json.loads(line.decode())  # of bytes it would guess the encoding
+        row = json.loads(line.decode())  # of bytes it would guess the encoding
     except (ValueError, RecursionError):
         return "has bytes that are zero" if b"\0" in line else "is not valid JSON"
-    step = metrics.get("step") if isinstance(metrics, dict) else None
+    step = row.get("step") if isinstance(row, dict) else None
     if not isinstance(step, int) or isinstance(step, bool) or step < 1:
         return "names no step"
-    return step
+    return row
 
 
 def _set_aside(path: Path, damaged: dict[int, tuple[bytes, str]]) -> None:

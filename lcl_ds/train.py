@@ -50,6 +50,9 @@ def train(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
         return 0
+    from lcl_ds.training.preparation import prepare_for_deepspeed
+
+    prepare_for_deepspeed()
     from lcl_ds.training import run
     from lcl_ds.training.engine import load_ds_config
 

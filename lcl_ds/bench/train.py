@@ -212,6 +212,7 @@ def published_loss(model: LCLModel, batch: Batch, mask: Tensor | None) -> Tensor
     flat = embeddings.flatten(0, 1).index_copy(0, places.flatten(), tokens.flatten(0, 1))
     model.decoder.set_attn_implementation("sdpa")
     states = model.decoder(inputs_embeds=flat.view_as(embeddings), attention_mask=mask, use_cache=False)
+    model.choose_attention()  # other methods run the same model
     hidden = states.last_hidden_state.flatten(0, 1)
     text = model.lm_head.norm(hidden.index_select(0, batch.label_positions))
     generation = F.cross_entropy(F.linear(text, model.lm_head.weight).float(), batch.labels)

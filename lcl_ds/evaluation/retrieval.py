@@ -57,6 +57,7 @@ def pair_features(
     readouts = sorted({name for sequence in sequences for name in sequence.tokens.readouts})
     packed = pack(lengths, images, row_tokens, row_images)
     image_parts, context_parts, pixels, context_ids = [], [], [], []
+    readouts = sorted({"context"}.union(*(sequence.tokens.readouts for sequence in sequences)))
     for start in range(0, len(packed), rows_per_batch):
         rows = [Row(tuple(sequences[i] for i in row)) for row in packed[start : start + rows_per_batch]]
         batch = collate(rows, row_tokens, sequences[0].pixels.shape[-1], vocabulary, readouts).to(device)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lcl_ds.batch import Batch
-from lcl_ds.models.attention.masks import Mode, attention_arguments, image_blocks
+from lcl_ds.models.attention.masks import Mode, attention_arguments, image_blocks, use_best_implementation
 from lcl_ds.models.counter_rng import kept_count, kept_patches
 from lcl_ds.models.decoder import build_decoder
 from lcl_ds.models.heads import ContextHead, LMHead, LogitScale
@@ -70,6 +70,17 @@ class LCLModel(nn.Module):
         self.logit_scale = LogitScale(logit_scale_init)
         recompute_blocks(self.vision.model, checkpoint_vision)
         recompute_blocks(self.decoder, checkpoint_decoder)
+        self.choose_attention()
+
+    def choose_attention(self) -> None:
+        """Let the decoder use the attention implementation that suits the settings, its device and its dtype."""
+        use_best_implementation(self.decoder, self.attention, self.attention_mode)
+
+    def _apply(self, *args: Any, **options: Any) -> "LCLModel":
+        """Move or cast the network, as ``to`` and ``bfloat16`` do by this, and choose attention for what it is then."""
+        super()._apply(*args, **options)
+        self.choose_attention()
+        return self
 
     def encode_images(self, images: Tensor, image_seeds: Tensor) -> tuple[Tensor, Tensor]:
         """Encode images [M, 3, H, W], uint8 or normalised: pooled [M, H], tokens for the decoder [M, N, H].
@@ -86,7 +97,7 @@ class LCLModel(nn.Module):
 
         Args:
             image_tokens: [S, N, H], what stands in each slot of ``batch``.
-            mode: what a token sees of its document; None: what the settings say.
+            mode: what a token sees of its document; None: what the settings say. ``images`` only where they do.
         """
         embeddings = self.decoder.get_input_embeddings()(batch.input_ids)
         # One image's worth of slots beyond the rows: a rank without images writes its constant image there, so that
@@ -103,7 +114,6 @@ class LCLModel(nn.Module):
             self.decoder,
             inputs_embeds,
             batch.position_ids,
-            implementation=self.attention,
             mode=mode,
             image_blocks=blocks,
             cu_seqlens=batch.cu_seqlens,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from lcl_ds.models.attention.masks import choose_implementation, switch_implementation
+from lcl_ds.models.attention.masks import use_best_implementation
 from lcl_ds.models.encoders import FAMILIES, IMAGE_MEAN, IMAGE_STD, family_of
 
 
@@ -90,6 +90,17 @@ class VisionEncoder(nn.Module):
         self.attention = attention
         self.model: PreTrainedModel = AutoModel.from_config(config)
         self.patch_tokens = image_tokens(config)
+        self.choose_attention()
+
+    def choose_attention(self) -> None:
+        """Use the attention implementation that suits the settings, the device and the dtype of the tower."""
+        use_best_implementation(self.model, self.attention, preferred=("sdpa", "eager"))
+
+    def _apply(self, *args: Any, **options: Any) -> "VisionEncoder":
+        """Move or cast the tower, as ``to`` and ``bfloat16`` do by this, and choose attention for what it is then."""
+        super()._apply(*args, **options)
+        self.choose_attention()
+        return self
 
     def normalize(self, images: Tensor) -> Tensor:
         """Normalise uint8 [M, 3, H, W] as the tower expects, in its dtype; floating images are normalised already."""
@@ -103,9 +114,6 @@ class VisionEncoder(nn.Module):
             kept: int64 [M, K], patches to go on with after positions are added; the blocks then run on these alone and
                 [M, K, width] comes out.
         """
-        device, dtype = pixel_values.device.type, pixel_values.dtype
-        chosen = choose_implementation(self.model, self.attention, "causal", device, dtype, ("sdpa", "eager"))
-        switch_implementation(self.model, chosen)
         tokens = _embed(self.model, pixel_values)
         prefix = tokens.shape[1] - self.patch_tokens
         if kept is not None:

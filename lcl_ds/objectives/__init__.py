@@ -33,7 +33,7 @@ def view_of(settings: ObjectiveSettings, image_first_probability: float) -> View
 
 
 def build_objective(model: LCLModel, settings: ObjectiveSettings, seed: int) -> Objective:
-    """Build the objective that ``settings`` name, around ``model``; its own heads are drawn from ``seed``."""
+    """Build the objective that ``settings`` name around ``model``, which stays as it is; ``seed`` draws its heads."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return objective_module(settings.name).Objective(model, settings)

@@ -1,8 +1,9 @@
 """What all objectives share: their base settings, what their losses are divided by, the interface to the trainer."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lcl_kernels import contrastive_loss
@@ -10,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lcl_ds.batch import Batch
+from lcl_ds.metrics import Combination, check_names
 from lcl_ds.models.network import LCLModel
 from lcl_ds.settings import Settings
 
@@ -54,19 +56,28 @@ class Objective(nn.Module):
 
     Args:
         model: the network.
-        unused: weights of it that no loss of this objective reaches; they are frozen.
     """
 
     losses: ClassVar[tuple[str, ...]]
-    """What is reported besides the weighted total ``loss``."""
+    """Losses that are recorded besides the weighted total ``loss``; their names end in ``_loss``."""
+    reports: ClassVar[Mapping[str, Combination]] = {}
+    """Other outputs that are recorded, and how the ranks' values become one: ``sum`` adds up those of all ranks and
+    micro-steps, ``same`` takes that of the last micro-step, which is the same on all ranks."""
     decoder_passes: ClassVar[int] = 1
     """How often the decoder reads one sample."""
 
-    def __init__(self, model: LCLModel, unused: tuple[nn.Module | nn.Parameter, ...] = ()):
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        check_names(getattr(cls, "losses", ()), cls.reports)
+
+    def __init__(self, model: LCLModel):
         super().__init__()
         self.model = model
-        for part in unused:
-            part.requires_grad_(False)
+
+    @property
+    def unused(self) -> tuple[nn.Module | nn.Parameter, ...]:
+        """Parts of the network that no loss of this objective reaches."""
+        return ()
 
     def generation(self, hidden_states: Tensor, batch: Batch, normalizers: LossNormalizers) -> Tensor:
         """Compute the share of the generation loss; it needs the normalizer of ``labels``."""
@@ -100,7 +111,13 @@ class Objective(nn.Module):
 
     @abstractmethod
     def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
-        """This rank's shares of ``loss`` and of ``losses``, fp32 scalars."""
+        """This rank's shares of ``loss`` and of ``losses``, fp32 scalars, and its ``reports``, one number each."""
+
+
+def freeze_unused(objective: Objective) -> None:
+    """Let nothing train that no loss of ``objective`` reaches: its gradients would be missing on every rank."""
+    for part in objective.unused:
+        part.requires_grad_(False)
 
 
 def local_normalizers(objective: Objective, *batches: Batch) -> list[LossNormalizers]:

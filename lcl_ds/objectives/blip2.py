@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lcl_ds.batch import Batch
 from lcl_ds.data.sequences import PairView
+from lcl_ds.metrics import Combination
 from lcl_ds.models.counter_rng import uniform
 from lcl_ds.models.network import LCLModel
 from lcl_ds.objectives import base
@@ -40,6 +41,7 @@ class Objective(base.Objective):
     """The weighted sum of the three losses."""
 
     losses: ClassVar[tuple[str, ...]] = ("contrastive_loss", "generation_loss", "matching_loss")
+    reports: ClassVar[dict[str, Combination]] = {"logit_scale": "same"}
     decoder_passes: ClassVar[int] = 3
 
     def __init__(self, model: LCLModel, settings: Settings):

@@ -7,10 +7,11 @@ through the context head, so that nothing but the loss differs from LCL.
 
 from typing import ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lcl_ds.batch import Batch
 from lcl_ds.data.sequences import PairView
+from lcl_ds.metrics import Combination
 from lcl_ds.models.network import LCLModel
 from lcl_ds.objectives import base
 from lcl_ds.objectives.base import LossNormalizers, ObjectiveSettings
@@ -31,10 +32,15 @@ class Objective(base.Objective):
     """The contrastive loss alone."""
 
     losses: ClassVar[tuple[str, ...]] = ("contrastive_loss",)
+    reports: ClassVar[dict[str, Combination]] = {"logit_scale": "same"}
 
     def __init__(self, model: LCLModel, settings: Settings):
-        super().__init__(model, unused=(model.lm_head,))
+        super().__init__(model)
         self.settings = settings
+
+    @property
+    def unused(self) -> tuple[nn.Module | nn.Parameter, ...]:
+        return (self.model.lm_head,)
 
     def count_terms(self, batch: Batch) -> dict[str, int]:
         return {"pairs": len(batch.readouts["context"])}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lcl_ds.batch import Batch
 from lcl_ds.data.sequences import PairView
+from lcl_ds.metrics import Combination
 from lcl_ds.models.network import LCLModel
 from lcl_ds.objectives import base
 from lcl_ds.objectives.base import LossNormalizers, ObjectiveSettings
@@ -34,6 +35,7 @@ class Objective(base.Objective):
     """``contrastive_weight * contrastive + generation_weight * captioning``."""
 
     losses: ClassVar[tuple[str, ...]] = ("contrastive_loss", "generation_loss")
+    reports: ClassVar[dict[str, Combination]] = {"logit_scale": "same"}
     decoder_passes: ClassVar[int] = 2
 
     def __init__(self, model: LCLModel, settings: Settings):

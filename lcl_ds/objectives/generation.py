@@ -6,7 +6,7 @@ loss). Ours: the image is a prefix in the sequence as in LCL, where Flamingo add
 
 from typing import ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lcl_ds.batch import Batch
 from lcl_ds.data.sequences import DocumentView
@@ -32,7 +32,11 @@ class Objective(base.Objective):
     losses: ClassVar[tuple[str, ...]] = ("generation_loss",)
 
     def __init__(self, model: LCLModel, settings: Settings):
-        super().__init__(model, unused=model.contrastive_parts())
+        super().__init__(model)
+
+    @property
+    def unused(self) -> tuple[nn.Module | nn.Parameter, ...]:
+        return self.model.contrastive_parts()
 
     def count_terms(self, batch: Batch) -> dict[str, int]:
         return {"labels": len(batch.labels)}

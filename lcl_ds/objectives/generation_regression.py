@@ -39,10 +39,14 @@ class Objective(base.Objective):
     losses: ClassVar[tuple[str, ...]] = ("generation_loss", "regression_loss")
 
     def __init__(self, model: LCLModel, settings: Settings):
-        super().__init__(model, unused=model.contrastive_parts())
+        super().__init__(model)
         self.settings = settings
         width = model.decoder.config.hidden_size
         self.regression_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width))
+
+    @property
+    def unused(self) -> tuple[nn.Module | nn.Parameter, ...]:
+        return self.model.contrastive_parts()
 
     def count_terms(self, batch: Batch) -> dict[str, int]:
         return {"labels": len(batch.labels), "images": batch.image_count}

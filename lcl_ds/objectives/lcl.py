@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lcl_ds.batch import Batch
 from lcl_ds.data.sequences import DocumentView
+from lcl_ds.metrics import Combination
 from lcl_ds.models.network import LCLModel
 from lcl_ds.objectives import base
 from lcl_ds.objectives.base import LossNormalizers, ObjectiveSettings
@@ -43,6 +44,7 @@ class Objective(base.Objective):
     """``generation_weight * generation + contrastive_weight * contrastive``."""
 
     losses: ClassVar[tuple[str, ...]] = ("contrastive_loss", "generation_loss")
+    reports: ClassVar[dict[str, Combination]] = {"logit_scale": "same"}
 
     def __init__(self, model: LCLModel, settings: Settings):
         super().__init__(model)

@@ -43,13 +43,17 @@ class Objective(base.Objective):
     losses: ClassVar[tuple[str, ...]] = ("generation_loss", "image_loss")
 
     def __init__(self, model: LCLModel, settings: Settings):
-        super().__init__(model, unused=model.contrastive_parts())
+        super().__init__(model)
         if model.kept_tokens < model.vision.patch_tokens:
             raise UserError("model.vision.patch_dropout: the masked objective predicts every patch; set it to 0")
         self.settings = settings
         width, self.patch_size = model.decoder.config.hidden_size, model.vision.model.config.patch_size
         self.hidden_patches = max(1, round(settings.image_share * model.vision.patch_tokens))
         self.pixel_head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * self.patch_size**2))
+
+    @property
+    def unused(self) -> tuple[nn.Module | nn.Parameter, ...]:
+        return self.model.contrastive_parts()
 
     def count_terms(self, batch: Batch) -> dict[str, int]:
         return {"labels": len(batch.labels), "images": batch.image_count}

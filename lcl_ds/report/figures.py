@@ -3,6 +3,7 @@
 Only matplotlib's object interface is used: no window system, no state that outlives a call.
 """
 
+import math
 import textwrap
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,7 +20,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
-Runs = dict[str, list[dict[str, Any]]]
+from lcl_ds.metrics import Row, loss_names, report_names
+
+Runs = dict[str, list[Row]]
 """Rows of ``metrics.jsonl`` by the name of their run."""
 
 # Okabe and Ito's palette, without its yellow, which is too pale for lines: told apart by colour-blind readers too.
@@ -44,28 +47,33 @@ class RetrievalExample:
 
 def plot_losses(runs: Runs, path: Path) -> None:
     """Plot every loss of the runs' objectives against the step, unweighted."""
-    names = list(dict.fromkeys(name for rows in runs.values() for name in loss_names(rows)))
+    names = _names(runs, loss_names)
     figure, axes = _figure(1, max(1, len(names)))
     for axis, name in zip(axes, names, strict=False):
         _draw(axis, runs, name.replace("_", " ").capitalize(), name)
     _save(figure, runs, path)
 
 
-def loss_names(rows: list[dict[str, Any]]) -> list[str]:
-    """List the keys of a run's metrics that hold the losses of its objective, without their weighted total."""
-    return [key for key in (rows[-1] if rows else {}) if key.endswith("_loss")]
-
-
 def plot_schedule(runs: Runs, path: Path) -> None:
-    """Plot learning rate, gradient norm and the multiplier of the contrastive logits against the step."""
-    figure, (rate, norm, scale) = _figure(1, 3)
+    """Plot learning rate, gradient norm and what else the objectives report against the step."""
+    names = _names(runs, report_names)
+    panels = 2 + len(names)
+    figure, (rate, norm, *others) = _figure(math.ceil(panels / 3), min(panels, 3))
     _draw(rate, runs, "Learning rate", "lr", smooth=False)
     _draw(norm, runs, "Gradient norm", "grad_norm")
-    _draw(scale, runs, "Logit scale", "logit_scale", smooth=False)
+    for axis, name in zip(others, names, strict=False):
+        _draw(axis, runs, name.replace("_", " ").capitalize(), name, smooth=False)
+    for axis in others[len(names) :]:
+        axis.set_visible(False)
     rate.set_ylim(bottom=0)
     rate.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     _mark_skipped(norm, runs)
     _save(figure, runs, path)
+
+
+def _names(runs: Runs, names_in: Callable[[Row], list[str]]) -> list[str]:
+    """Names in the last line of each run, each once."""
+    return list(dict.fromkeys(name for rows in runs.values() if rows for name in names_in(rows[-1])))
 
 
 def plot_throughput(runs: Runs, path: Path) -> None:
@@ -102,7 +110,7 @@ def plot_retrieval(examples: Sequence[RetrievalExample], path: Path) -> None:
     _write(figure, path)
 
 
-def column(rows: list[dict[str, Any]], key: str) -> np.ndarray:
+def column(rows: list[Row], key: str) -> np.ndarray:
     """Read one value per row as float64; NaN where a row has none (null marks what was not finite)."""
     values = (row.get(key) for row in rows)
     return np.array([np.nan if value is None else float(value) for value in values])
@@ -151,7 +159,7 @@ def _draw(
     axis: Axes,
     runs: Runs,
     title: str,
-    values: str | Callable[[list[dict[str, Any]]], np.ndarray],
+    values: str | Callable[[list[Row]], np.ndarray],
     smooth: bool = True,
 ) -> None:
     """Draw one curve per run: raw values faint behind their moving average, or as they are."""

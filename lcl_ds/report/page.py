@@ -18,13 +18,14 @@ import yaml
 
 from lcl_ds.errors import UserError
 from lcl_ds.files import check_output, printable, write_whole
-from lcl_ds.report.figures import Runs, column, loss_names, plot_losses, plot_schedule, plot_throughput
+from lcl_ds.metrics import METRICS, Row, loss_names, read_metrics
+from lcl_ds.report.figures import Runs, column, plot_losses, plot_schedule, plot_throughput
 
 REPORT, EVALUATION, RETRIEVAL_PICTURE = "report.html", "evaluation.json", "plots/retrieval.png"
 """Files of a run folder."""
 FIGURES = {
     "losses": (plot_losses, "Losses, unweighted. Faint: every step; strong: moving average."),
-    "schedule": (plot_schedule, "Learning rate, gradient norm before clipping, multiplier of the contrastive logits."),
+    "schedule": (plot_schedule, "Learning rate, gradient norm before clipping, and what else the objective reports."),
     "throughput": (plot_throughput, "Throughput of the whole run, over all ranks."),
 }
 RETRIEVAL_CAPTION = (
@@ -85,30 +86,6 @@ $body
 """)
 
 
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Read the rows of ``metrics.jsonl``, one per optimizer step; a last line that was cut off is left out.
-
-    Raises:
-        UserError: the file is missing, or a line before the last is not a JSON object with a step.
-    """
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; name a run folder in which training has begun")
-    rows: list[dict[str, Any]] = []
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row["step"], int):
-                raise TypeError
-        except (ValueError, TypeError, KeyError, IndexError):
-            if number == len(lines):
-                break
-            raise UserError(f'{path}: line {number} is not a JSON object with a "step"; repair or remove it') from None
-        rows.append(row)
-    return rows
-
-
 def write_report(run_dirs: list[Path], out: Path | None = None) -> Path:
     """Draw the figures of a run and write its page, or a page that compares several runs.
 
@@ -160,7 +137,7 @@ def is_current(run_dir: Path) -> bool:
     return _state(run_dir, read_metrics(run_dir)) in page.read_text(encoding="utf-8", errors="replace")
 
 
-def _state(folder: Path, rows: list[dict[str, Any]]) -> str:
+def _state(folder: Path, rows: list[Row]) -> str:
     """Make an invisible mark in a run's page that says what the page was made from."""
     path = folder / EVALUATION
     evaluation = f"{zlib.crc32(path.read_bytes()):08x}" if path.is_file() else "none"
@@ -168,7 +145,7 @@ def _state(folder: Path, rows: list[dict[str, Any]]) -> str:
     return f'<meta name="lcl-state" content="step {step}, evaluation {evaluation}">'
 
 
-def key_figures(rows: list[dict[str, Any]]) -> dict[str, str]:
+def key_figures(rows: list[Row]) -> dict[str, str]:
     """Sum up what was done, written for a reader, by the label to show with it; ``rows`` must not be empty."""
 
     def total(key: str) -> float:
@@ -192,7 +169,7 @@ def key_figures(rows: list[dict[str, Any]]) -> dict[str, str]:
         "Padding": _percent(np.nanmean(padding) if np.isfinite(padding).any() else None),
         "Samples skipped": f"{total('skipped_samples'):,.0f}",
         "Steps not applied": f"{sum(row.get('applied') is False for row in rows):,}",
-        **{f"{name.replace('_', ' ').capitalize()}, {last}": closing(name) for name in loss_names(rows)},
+        **{f"{name.replace('_', ' ').capitalize()}, {last}": closing(name) for name in loss_names(rows[-1])},
     }
     utilisation, memory = column(rows, "mfu"), column(rows, "memory_gb")
     if np.isfinite(utilisation).any():
@@ -217,7 +194,7 @@ def _read_all(folders: dict[str, Path]) -> Runs:
         try:
             runs[name] = read_metrics(folder)
             if not runs[name]:
-                problems.append(f"{folder / 'metrics.jsonl'}: holds no complete step yet; let the run do at least one")
+                problems.append(f"{folder / METRICS}: holds no complete step yet; let the run do at least one")
         except UserError as error:
             problems += error.problems
     if problems:

@@ -16,12 +16,10 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import distributed as dist
 
@@ -33,6 +31,10 @@ from lcl_ds.metrics import METRICS
 from lcl_ds.models.build import build_model
 from lcl_ds.models.network import LCLModel
 from lcl_ds.training.distributed import RankInfo, gather_objects, on_all_ranks
+from lcl_ds.training.preparation import prepare_for_deepspeed
+
+if TYPE_CHECKING:  # what only reads a checkpoint's settings or position does without DeepSpeed
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 logger = logging.getLogger(__name__)
 
@@ -338,7 +340,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def check_resumable(checkpoint: Path, state: dict[str, Any], world_size: int, zero: DeepSpeedZeroConfig) -> None:
+def check_resumable(checkpoint: Path, state: dict[str, Any], world_size: int, zero: "DeepSpeedZeroConfig") -> None:
     """Refuse what the engine's files cannot continue.
 
     Raises:
@@ -354,7 +356,7 @@ def check_resumable(checkpoint: Path, state: dict[str, Any], world_size: int, ze
             )
 
 
-def _sub_group_size(zero: DeepSpeedZeroConfig) -> int | None:
+def _sub_group_size(zero: "DeepSpeedZeroConfig") -> int | None:
     """Into how large groups stage 3 cuts the optimizer's state; None at other stages, which do not."""
     return zero.sub_group_size if zero.stage == 3 else None
 
@@ -419,6 +421,9 @@ def load_model(checkpoint: Path) -> LCLModel:
 def _fp32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     folder = checkpoint / ENGINE_TAG
     if any(folder.glob("*zero_pp_rank_*_optim_states.pt")):
+        prepare_for_deepspeed()
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
         nowhere = io.StringIO()  # it prints its progress
         with plain_name(checkpoint) as plain, redirect_stdout(nowhere), redirect_stderr(nowhere):
             return get_fp32_state_dict_from_zero_checkpoint(str(plain), tag=ENGINE_TAG)

@@ -1,29 +1,26 @@
 """Say which rank this process is, however it was started, and let all ranks hear of one rank's problem."""
 
-import logging
 import os
 import socket
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 from torch import distributed as dist
 
 from lcl_ds.cli import problems_of
 from lcl_ds.errors import UserError
 from lcl_ds.tasks import fill_environment, task_number
+from lcl_ds.training.preparation import prepare_for_deepspeed
 
+Totals = dict[Any, float]
+"""Sums over ranks by name."""
 PATIENCE_S = 20
 """How long a rank with a problem tries to reach the others before it speaks for itself."""
-# DeepSpeed reports each start at length, and torch its own renaming of the collectives that DeepSpeed calls.
-logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor).*", category=FutureWarning)
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,10 @@ def init_distributed(timeout_s: float | None = None) -> RankInfo:
     Raises:
         UserError: one of several Slurm tasks that cannot know where to meet the others.
     """
+    prepare_for_deepspeed()
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
     fill_environment()
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -146,6 +147,19 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def sum_over_ranks(tensors: Mapping[Any, Tensor], numbers: Mapping[Any, float]) -> Totals:
+    """Named values summed over ranks by one collective; every rank gives the same names in the same order.
+
+    Args:
+        tensors: scalars on the device of the collective, float64; at least one.
+        numbers: what the host knows, under other names.
+    """
+    on_device = torch.stack([*tensors.values()])
+    on_host = on_device.new_tensor([float(number) for number in numbers.values()])
+    totals = all_reduce_sum(torch.cat([on_device, on_host])).tolist()
+    return dict(zip([*tensors, *numbers], totals, strict=True))
 
 
 def gather_integers(values: list[int], device: torch.device) -> list[list[int]]:

@@ -26,7 +26,7 @@ from lcl_ds.errors import UserError
 from lcl_ds.models.heads import ExactScalar
 from lcl_ds.objectives.base import Objective
 from lcl_ds.training.distributed import RankInfo
-from lcl_ds.training.optimizer import BoundedAdamW, parameter_groups
+from lcl_ds.training.optimizer import BoundedAdamW, freeze_parts, parameter_groups
 
 logger = logging.getLogger(__name__)
 
@@ -152,11 +152,12 @@ def _guards_itself(stage: int, config: Config) -> bool:
 
 
 def start_engine(objective: Objective, config: Config, ds_config: dict[str, Any], rank_info: RankInfo) -> Any:
-    """Partition ``objective`` under DeepSpeed and log how.
+    """Freeze the parts that do not learn, partition ``objective`` under DeepSpeed and log how.
 
     Args:
         ds_config: from :func:`complete_ds_config`.
     """
+    freeze_parts(objective, config.train)
     bounds = 0.0, math.log(config.model.logit_scale_max)
     groups = parameter_groups(objective, config.train, bounds)
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)

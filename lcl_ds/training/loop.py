@@ -17,19 +17,28 @@ from lcl_ds.batch import Batch
 from lcl_ds.config import Config
 from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.errors import UserError
+from lcl_ds.metrics import SourceCounts, StepMetrics
 from lcl_ds.objectives.base import LossNormalizer, LossNormalizers, Objective
 from lcl_ds.training.checkpoint import Progress, save_checkpoint
-from lcl_ds.training.distributed import RankInfo, all_reduce_sum, gather_integers, gather_objects, on_all_ranks
+from lcl_ds.training.distributed import (
+    RankInfo,
+    Totals,
+    gather_integers,
+    gather_objects,
+    on_all_ranks,
+    sum_over_ranks,
+)
 from lcl_ds.training.engine import refresh_exact_scalars, release_engine
 from lcl_ds.training.monitor import Monitor
 from lcl_ds.training.schedule import learning_rate
 from lcl_ds.training.signals import StopRequest
-from lcl_ds.training.throughput import flops_per_token, peak_flops
+from lcl_ds.training.throughput import flops_per_token, gpu_memory_gb, peak_flops, step_flops
 from lcl_ds.training.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
 
-SUMMED_METRICS = ("images", "documents", "tokens", "text_tokens", "skipped_samples")
+STOPPED = "ranks that were asked to stop"
+"""Travels with what one step sums over ranks."""
 
 
 @dataclass
@@ -49,9 +58,8 @@ class Trainer:
         return self.engine.module
 
     @property
-    def losses(self) -> tuple[str, ...]:
-        """What is logged, the weighted total first."""
-        return "loss", *self.objective.losses
+    def source_names(self) -> list[str]:
+        return [source.name for source in self.config.data.shards]
 
     def train(self) -> int | None:
         """Run to the last step.
@@ -105,7 +113,7 @@ class Trainer:
         if self.rank_info.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _step(self, stop_signal: int) -> tuple[dict[str, Any], int]:
+    def _step(self, stop_signal: int) -> tuple[StepMetrics, int]:
         """One optimizer step; returns its metrics and the signal that this or, as SIGTERM, another rank received."""
         started = time.perf_counter()
         with on_all_ranks(self.rank_info):
@@ -116,22 +124,25 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group["learning_rate_factor"]
         batches = [batch.to(self.rank_info.device) for batch in batches]
-        sums = torch.zeros(len(self.losses), dtype=torch.float64, device=self.rank_info.device)
+        summed = outputs_to_sum(self.objective)
+        sums = torch.zeros(len(summed), dtype=torch.float64, device=self.rank_info.device)
         for batch, normalizers in zip(batches, self._loss_normalizers(batches), strict=True):
             outputs = self.engine(batch, normalizers)
             # DeepSpeed averages gradients over ranks; the losses are shares of a sum over ranks.
             self.engine.backward(outputs["loss"] * self.rank_info.world_size, scale_wrt_gas=False)
-            sums += torch.stack([outputs[name].detach() for name in self.losses])
+            sums += torch.stack([outputs[name].detach().reshape(()) for name in summed])
             self.engine.step()
         applied = self.engine.was_step_applied()
         if applied:
             refresh_exact_scalars(self.engine)
         self._advance(applied, batches)
-        mine = sums.new_tensor([*self._counts(batches), *self._source_counts(batches), float(stop_signal > 0)])
-        totals = all_reduce_sum(torch.cat([sums, mine])).tolist()
-        step_s = time.perf_counter() - started
-        metrics = self._metrics(totals, outputs.get("logit_scale"), lr, applied, step_s, data_s)
-        return metrics, (stop_signal or signal.SIGTERM) if totals[-1] else 0
+        totals = sum_over_ranks(
+            dict(zip(summed, sums, strict=True)),
+            {**counts_of(batches), **source_counts(batches, self.source_names), STOPPED: stop_signal > 0},
+        )
+        seconds = {"step_s": time.perf_counter() - started, "data_s": data_s}
+        metrics = self._metrics(totals, outputs, lr, applied, **seconds)
+        return metrics, (stop_signal or signal.SIGTERM) if totals[STOPPED] else 0
 
     def _loss_normalizers(self, batches: list[Batch]) -> list[LossNormalizers]:
         """What each micro-step's losses are divided by.
@@ -178,58 +189,78 @@ class Trainer:
                 "start again, which continues from the last checkpoint"
             )
 
-    def _counts(self, batches: list[Batch]) -> list[float]:
-        """This rank's part of ``SUMMED_METRICS``."""
-        rows = [(b.image_count, b.document_count, b.token_count, len(b.labels), b.skipped_samples) for b in batches]
-        return [float(sum(column)) for column in zip(*rows, strict=True)]
-
-    def _source_counts(self, batches: list[Batch]) -> list[float]:
-        """This rank's documents and images of each source, in the order of the settings."""
-        seen = [batch.sources.get(source.name, (0, 0)) for source in self.config.data.shards for batch in batches]
-        pairs = torch.tensor(seen).view(-1, len(batches), 2).sum(1)
-        return [float(count) for count in pairs.flatten()]
-
     def _metrics(
-        self, totals: list[float], logit_scale: Tensor | None, lr: float, applied: bool, step_s: float, data_s: float
-    ) -> dict[str, Any]:
-        losses = dict(zip(self.losses, totals, strict=False))
-        counts = {name: int(n) for name, n in zip(SUMMED_METRICS, totals[len(losses) :], strict=False)}
-        by_source = iter(int(n) for n in totals[len(losses) + len(SUMMED_METRICS) : -1])
-        names = [source.name for source in self.config.data.shards]
-        sources = {name: {"documents": next(by_source), "images": next(by_source)} for name in names}
-        skipped = counts.pop("skipped_samples")
-        slots = self.config.train.global_batch_rows * self.config.data.row_tokens
-        metrics = {
-            "step": self.progress.step,
-            **losses,
-            **({} if logit_scale is None else {"logit_scale": float(logit_scale)}),
-            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
-            "lr": lr,
-            **counts,
-            "padding_fraction": 1 - counts["tokens"] / slots,
-            "images_per_s": counts["images"] / step_s,
-            "tokens_per_s": counts["tokens"] / step_s,
-            "step_s": step_s,
-            "data_s": data_s,
-            "skipped_samples": skipped,
-            "sources": sources,
-            "applied": applied,
-        }
-        if self.rank_info.device.type == "cuda":
-            metrics |= self._gpu_metrics(counts, step_s)
-        return metrics
+        self, totals: Totals, outputs: dict[str, Tensor], lr: float, applied: bool, step_s: float, data_s: float
+    ) -> StepMetrics:
+        """What is recorded of a step.
 
-    def _gpu_metrics(self, counts: dict[str, int], step_s: float) -> dict[str, float]:
-        patches = counts["images"] * self.loader.settings.image_tokens
-        flops = (
-            self._flops["vision"] * patches
-            + self._flops["decoder"] * counts["tokens"]
-            + self._flops["head"] * counts["text_tokens"]
+        Args:
+            totals: sums over ranks.
+            outputs: of the last micro-step on this rank.
+        """
+        images, tokens, labels = (int(totals[key]) for key in ("images", "tokens", "text_tokens"))
+        slots = self.config.train.global_batch_rows * self.config.data.row_tokens
+        return StepMetrics(
+            step=self.progress.step,
+            losses={name: totals[name] for name in ("loss", *self.objective.losses)},
+            reports={
+                name: totals[name] if combination == "sum" else float(outputs[name])
+                for name, combination in self.objective.reports.items()
+            },
+            grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
+            lr=lr,
+            images=images,
+            documents=int(totals["documents"]),
+            tokens=tokens,
+            text_tokens=labels,
+            padding_fraction=1 - tokens / slots,
+            images_per_s=images / step_s,
+            tokens_per_s=tokens / step_s,
+            step_s=step_s,
+            data_s=data_s,
+            skipped_samples=int(totals["skipped_samples"]),
+            sources={
+                name: SourceCounts(int(totals["documents", name]), int(totals["images", name]))
+                for name in self.source_names
+            },
+            applied=applied,
+            mfu=self._utilisation(images, tokens, labels, step_s),
+            memory_gb=gpu_memory_gb(self.rank_info.device),
         )
-        memory = {"memory_gb": torch.cuda.max_memory_allocated(self.rank_info.device) / 2**30}
+
+    def _utilisation(self, images: int, tokens: int, labels: int, step_s: float) -> float | None:
+        """The fraction of the GPUs' peak that a step came to; None where the peak is not known."""
         if self._peak is None:
-            return memory
-        return {"mfu": flops / step_s / self.rank_info.world_size / self._peak, **memory}
+            return None
+        patches = images * self.loader.settings.image_tokens
+        return step_flops(self._flops, patches, tokens, labels) / step_s / self.rank_info.world_size / self._peak
+
+
+def outputs_to_sum(objective: Objective) -> tuple[str, ...]:
+    """Outputs that are summed over micro-steps and ranks, the weighted total first."""
+    return (
+        "loss",
+        *objective.losses,
+        *(name for name, combination in objective.reports.items() if combination == "sum"),
+    )
+
+
+def counts_of(batches: list[Batch]) -> dict[str, int]:
+    """This rank's part of the metrics that count what was seen."""
+    return {
+        "images": sum(batch.image_count for batch in batches),
+        "documents": sum(batch.document_count for batch in batches),
+        "tokens": sum(batch.token_count for batch in batches),
+        "text_tokens": sum(len(batch.labels) for batch in batches),
+        "skipped_samples": sum(batch.skipped_samples for batch in batches),
+    }
+
+
+def source_counts(batches: list[Batch], names: list[str]) -> dict[tuple[str, str], int]:
+    """This rank's documents and images of each source."""
+    seen = {name: [batch.sources.get(name, (0, 0)) for batch in batches] for name in names}
+    documents = {("documents", name): sum(pair[0] for pair in pairs) for name, pairs in seen.items()}
+    return documents | {("images", name): sum(pair[1] for pair in pairs) for name, pairs in seen.items()}
 
 
 def step_seed(seed: int, rank: int, step: int) -> int:

@@ -2,12 +2,11 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from lcl_ds.metrics import METRICS, MetricsFile, keep_metrics
+from lcl_ds.metrics import LOSS_ENDING, METRICS, MetricsFile, StepMetrics, keep_metrics
 from lcl_ds.training.checkpoint import checkpoints_folder
 from lcl_ds.training.trackers import Trackers
 
@@ -46,24 +45,20 @@ class Monitor:
             self._progress.start()
         self._seconds_per_step: float | None = None
 
-    def step(self, metrics: dict[str, Any]) -> None:
+    def step(self, metrics: StepMetrics) -> None:
         """Record one optimizer step."""
         if not self.enabled:
             return
-        self._file.append(metrics)
-        self.trackers.log(metrics)
-        average = self._seconds_per_step or metrics["step_s"]
-        self._seconds_per_step = 0.95 * average + 0.05 * metrics["step_s"]
-        left = time_left((self.total_steps - metrics["step"]) * self._seconds_per_step)
-        losses = "  ".join(f"{k.removesuffix('_loss')} {v:.3f}" for k, v in metrics.items() if k.endswith("_loss"))
-        text = (
-            f"step {metrics['step']}/{self.total_steps}  ETA {left}  "
-            f"{losses}  "
-            f"{metrics['images_per_s']:.0f} images/s  {metrics['tokens_per_s']:.0f} tokens/s"
-        )
+        row = metrics.row()
+        self._file.append(row)
+        self.trackers.log(row)
+        average = self._seconds_per_step or metrics.step_s
+        self._seconds_per_step = 0.95 * average + 0.05 * metrics.step_s
+        left = time_left((self.total_steps - metrics.step) * self._seconds_per_step)
+        text = progress_line(metrics, self.total_steps, left)
         if self._progress is not None:
-            self._progress.update(self._task, completed=metrics["step"], description=text)
-        elif metrics["step"] % self.print_every == 0 or metrics["step"] == self.total_steps:
+            self._progress.update(self._task, completed=metrics.step, description=text)
+        elif metrics.step % self.print_every == 0 or metrics.step == self.total_steps:
             self.console.print(text, soft_wrap=True)
 
     def unsaved_lines(self) -> bytes:
@@ -82,6 +77,16 @@ class Monitor:
             if self._progress is not None:
                 self._progress.stop()
             self.trackers.close()
+
+
+def progress_line(metrics: StepMetrics, total_steps: int, left: str) -> str:
+    """One step in a line: the losses without their weighted total, then the throughput."""
+    unweighted = {name: value for name, value in metrics.losses.items() if name != "loss"}
+    losses = "  ".join(f"{name.removesuffix(LOSS_ENDING)} {value:.3f}" for name, value in unweighted.items())
+    return (
+        f"step {metrics.step}/{total_steps}  ETA {left}  {losses}  "
+        f"{metrics.images_per_s:.0f} images/s  {metrics.tokens_per_s:.0f} tokens/s"
+    )
 
 
 def kept_metrics(run_dir: Path) -> list[Path]:

@@ -57,12 +57,18 @@ class BoundedAdamW(torch.optim.AdamW):
         return not self.overflow
 
 
+def freeze_parts(model: nn.Module, settings: TrainSettings) -> None:
+    """Take the gradients from the weights of the parts whose learning-rate factor is 0."""
+    for name, weight in model.named_parameters():
+        if settings.learning_rate_factors.get(part_of(name), 1.0) == 0:
+            weight.requires_grad_(False)
+
+
 def parameter_groups(model: nn.Module, settings: TrainSettings, log_scale_bounds: tuple[float, float]) -> list[dict]:
     """Groups by module type, name and learning-rate factor, made before ZeRO flattens shapes.
 
     Decay acts on matrices and token embeddings; not on norms, biases, position and class embeddings, the pooling
-    query and the temperature. Weights that the objective froze stay out, and so do those of a part whose factor is 0,
-    which need no gradient any more.
+    query and the temperature. Frozen weights stay out.
 
     Raises:
         AssertionError: no weight of a kind was found, which means that names no longer match.
@@ -74,9 +80,9 @@ def parameter_groups(model: nn.Module, settings: TrainSettings, log_scale_bounds
     for module_name, module in model.named_modules():
         for name, weight in module.named_parameters(module_name, recurse=False):
             factor = settings.learning_rate_factors.get(part_of(name), 1.0)
-            if factor == 0 or not weight.requires_grad:
-                weight.requires_grad_(False)
-            elif isinstance(module, LogitScale):
+            if not weight.requires_grad:
+                continue
+            if isinstance(module, LogitScale):
                 kinds.setdefault(("logit_scale", factor), []).append((name, weight))
             elif _is_norm(module) or name.endswith("bias") or _is_position_or_class(name):
                 kinds.setdefault(("no_decay", factor), []).append((name, weight))

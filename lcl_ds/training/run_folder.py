@@ -2,20 +2,17 @@
 
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from lcl_ds.config import Config
+from lcl_ds.environment import git_commit, machine, versions
 from lcl_ds.errors import UserError
 from lcl_ds.files import check_writable, read_yaml, write_whole
 from lcl_ds.training.checkpoint import MANIFEST, checkpoints_folder
@@ -23,7 +20,6 @@ from lcl_ds.training.checkpoint import MANIFEST, checkpoints_folder
 CONFIG, DS_CONFIG, ENVIRONMENT = "config.yaml", "ds_config.json", "environment.json"
 HISTORY = "history"
 """Holds one folder per start with the three files as of that start."""
-PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "webdataset", "triton", "safetensors", "numpy")
 NO_CONTENT = ("lost+found", "*.log", "*.out", "*.err")
 """What may stand in a new run's folder: people send the output of a run there."""
 
@@ -120,32 +116,12 @@ def _write_all(folder: Path, files: Mapping[str, str]) -> None:
 
 
 def _environment(world_size: int, step: int) -> dict[str, Any]:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "argv": sys.argv,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "continued_at_step": step,
         "world_size": world_size,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "gpu": gpu,
-        "cpu_count": os.cpu_count(),
-        "git_commit": _git_commit(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        **machine(),
+        "git_commit": git_commit(),
+        "packages": versions(),
     }
-
-
-def _git_commit() -> str | None:
-    """Read the commit of the checkout that runs; None for an installed package, wherever its environment lies."""
-    checkout = Path(__file__).resolve().parents[2]
-    if not (checkout / ".git").exists():
-        return None
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=checkout, check=False)
-    return git.stdout.strip() or None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

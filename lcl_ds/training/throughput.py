@@ -36,6 +36,11 @@ def flops_per_token(model: LCLModel) -> dict[str, float]:
     return {"vision": flops["vision"] + flops["pooling"], "decoder": flops["decoder"], "head": flops["lm_head"]}
 
 
+def step_flops(per_token: dict[str, float], patches: int, tokens: int, labels: int) -> float:
+    """Matmul FLOPs of one step, from :func:`flops_per_token` and what the step has seen."""
+    return per_token["vision"] * patches + per_token["decoder"] * tokens + per_token["head"] * labels
+
+
 def size_of(weights: Iterable[Tensor]) -> int:
     """Elements of whole weights, also of those of which this rank holds a part."""
     return sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
@@ -47,3 +52,8 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak * 1e12 for part, peak in PEAK_BF16_TFLOPS.items() if part in name), None)
+
+
+def gpu_memory_gb(device: torch.device) -> float | None:
+    """Most memory that was allocated on this GPU so far, in GiB; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None

@@ -3,21 +3,40 @@
 ``python -m tests.distributed.test_stages`` prints them.
 """
 
+import json
 import tempfile
 from pathlib import Path
 
 import pytest
 
-from tests.support.rank_tasks import STAGES
-from tests.support.ranks import on_ranks
+from tests.support.rank_tasks import CHANGES, STAGES
+from tests.support.ranks import all_on_ranks, on_ranks
 
 BF16_LOSS, BF16_NORM = 4e-3, 3e-2
 """Relative: bf16 keeps 8 bits, so a loss of many terms is right to one part in 2^8 and a gradient's norm to a few."""
 
 
+pytestmark = pytest.mark.timeout(600)
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return on_ranks(2, "ten_steps", tmp_path_factory.mktemp("ten_steps"), timeout=400)[0]
+def results(tmp_path_factory, demo_folder):
+    """What the tasks of this file returned on the first of two ranks, which are started once."""
+    folder = tmp_path_factory.mktemp("stages")
+    shared = [
+        f"data.shards={demo_folder}/train-*-*.tar",
+        f"data.tokenizer={demo_folder}/tokenizer",
+        *("data.row_tokens=96", "data.row_images=4", "data.lanes=4", "data.pack_window=16", "evaluation.shards=null"),
+        *("train.steps=4", "train.global_batch_rows=4", "train.warmup_steps=0", "checkpoint.every=2"),
+    ]
+    (folder / "shared.json").write_text(json.dumps(shared))
+    ranks = all_on_ranks(2, ["ten_steps", "changed_settings"], folder, timeout=590)
+    return {name: of_ranks[0] for name, of_ranks in ranks.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(results):
+    return results["ten_steps"]
 
 
 def column(run, key):
@@ -51,6 +70,17 @@ def test_the_temperature_of_a_bf16_run_is_not_rounded_to_bf16(runs, stage):
 def test_a_continued_run_takes_the_same_steps_to_the_last_bit(runs, stage, precision):
     run = runs[f"{stage}{precision}"]
     assert run["again"] == run["whole"]
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("stage", ["stage1", "stage3"])
+def test_an_optimizer_setting_changed_at_a_restart_is_that_of_the_groups(results, stage, name):
+    """It changes the losses after the restart, and only those, although the checkpoint brings the earlier one back."""
+    whole = results["changed_settings"][stage]["whole"]
+    losses, sentences = results["changed_settings"][stage][name]
+    assert losses[:3] == whole[:3]
+    assert losses[3] != whole[3]
+    assert any(f"applied from now on: train.{name}" in sentence for sentence in sentences)
 
 
 def main() -> None:

@@ -1,21 +1,38 @@
 """Two real ranks under DeepSpeed compute what one process computes."""
 
 import json
+import socket
 
 import pytest
 import torch
 
-from lcl_ds.objectives import NAMES, build_objective
+from lcl_ds.assembly import attach_objective
+from lcl_ds.metrics import read_metrics
+from lcl_ds.objectives import NAMES
 from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.training.checkpoint import load_model, resolve_checkpoint
 from tests.support.rank_tasks import STAGES, THREE_STEPS, batch_of_rank
-from tests.support.ranks import on_ranks
+from tests.support.ranks import all_on_ranks
 from tests.support.small import lcl_objective, merged, small_config, small_model, three_documents
+
+pytestmark = pytest.mark.timeout(600)
+TASKS = ["gradients", "objectives", "three_steps", "non_finite", "memory", "told_problems", "reported_numbers"]
 
 
 @pytest.fixture(scope="module")
-def gradients(tmp_path_factory):
-    return on_ranks(2, "gradients", tmp_path_factory.mktemp("gradients"))
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("zero")
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    """What every task returned on each of two ranks, which are started once."""
+    return all_on_ranks(2, TASKS, folder, timeout=590)
+
+
+@pytest.fixture(scope="module")
+def gradients(results):
+    return results["gradients"]
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +68,14 @@ def test_the_first_loss_is_the_same_at_every_stage(gradients):
 
 
 @pytest.fixture(scope="module")
-def objectives(tmp_path_factory):
-    return on_ranks(2, "objectives", tmp_path_factory.mktemp("objectives"), timeout=240)
+def objectives(results):
+    return results["objectives"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_objective_at_stage_3_computes_what_one_process_computes(objectives, name):
     config = small_config(f"objective.name={name}")
-    objective = build_objective(small_model(config), config.objective, seed=0)
+    objective = attach_objective(small_model(config), config)
     batch = merged(three_documents(config, seed=0), three_documents(config, seed=1))
     losses = objective(batch, *local_normalizers(objective, batch))
     losses["loss"].backward()
@@ -76,22 +93,20 @@ def test_every_objective_at_stage_3_computes_what_one_process_computes(objective
 @pytest.mark.parametrize("name", NAMES)
 def test_every_weight_that_an_objective_trains_moves_and_no_other(objectives, name):
     config = small_config(f"objective.name={name}")
-    objective = build_objective(small_model(config), config.objective, seed=0)
+    objective = attach_objective(small_model(config), config)
     before, after = objectives[0][name]["before"], objectives[0][name]["after"]
     for n, weight in objective.named_parameters():
         assert torch.equal(before[n], after[n]) != weight.requires_grad, n
 
 
 @pytest.fixture(scope="module")
-def three_steps(tmp_path_factory):
-    """Folder and what both ranks saw."""
-    folder = tmp_path_factory.mktemp("three_steps")
-    return folder, on_ranks(2, "three_steps", folder)
+def three_steps(results):
+    return results["three_steps"]
 
 
 @pytest.mark.parametrize("setting", [f"{stage}{precision}" for stage, precision in THREE_STEPS])
 def test_every_weight_moves_within_three_steps(three_steps, setting):
-    for rank in three_steps[1]:
+    for rank in three_steps:
         before, after = rank[setting]["before"], rank[setting]["after"]
         still = [name for name in before if torch.equal(before[name], after[name])]
         # In bf16 the weight of the temperature moves by less than one unit; what it loses is kept (see test_stages).
@@ -99,29 +114,48 @@ def test_every_weight_moves_within_three_steps(three_steps, setting):
 
 
 @pytest.mark.parametrize("setting", [f"{stage}{precision}" for stage, precision in THREE_STEPS])
-def test_a_checkpoint_of_any_stage_loads_without_deepspeed(three_steps, setting):
-    folder, ranks = three_steps
-    model = load_model(resolve_checkpoint(folder / setting))
-    for name, weight in ranks[0][setting]["after"].items():
+def test_a_checkpoint_of_any_stage_loads_without_deepspeed(three_steps, folder, setting):
+    model = load_model(resolve_checkpoint(folder / "three_steps" / setting))
+    for name, weight in three_steps[0][setting]["after"].items():
         assert torch.equal(model.state_dict()[name.removeprefix("model.")].to(weight.dtype), weight), name
 
 
-def test_a_non_finite_rank_makes_all_ranks_skip_names_documents_and_stops_in_the_end(tmp_path):
-    results = on_ranks(2, "non_finite", tmp_path)
-    assert results[0] == results[1]
-    for name, result in results[0].items():
+def test_a_non_finite_rank_makes_all_ranks_skip_names_documents_and_stops_in_the_end(results, folder):
+    first, second = results["non_finite"]
+    assert first == second
+    for name, result in first.items():
         assert result["finite"], name
         assert result["applied_steps"] == 2, name
         assert result["stopped"].startswith("step 6: 3 steps in a row"), name
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        metrics = [json.loads(line) for line in lines]
+        metrics = read_metrics(folder / "non_finite" / name)
         assert [m["applied"] for m in metrics] == [True, False, True, False, False, False], name
         assert metrics[1]["lr"] == metrics[2]["lr"], name
-        skipped = [json.loads(line) for line in (tmp_path / name / "skipped_steps.jsonl").read_text().splitlines()]
+        skipped = [
+            json.loads(line) for line in (folder / "non_finite" / name / "skipped_steps.jsonl").read_text().splitlines()
+        ]
         assert [s["step"] for s in skipped] == [2, 4, 5, 6], name
         assert skipped[0]["documents"] == [f"test/{100 + 10 * rank + i}" for rank in (0, 1) for i in range(4)], name
 
 
-def test_a_released_trainer_leaves_nothing_in_memory(tmp_path):
-    for rank in on_ranks(2, "memory", tmp_path):
+def test_a_released_trainer_leaves_nothing_in_memory(results):
+    for rank in results["memory"]:
         assert rank == {f"{stage}{precision}": [] for stage, precision in THREE_STEPS}
+
+
+def test_every_rank_hears_of_the_same_problems_and_who_has_them(results):
+    alone = f"rank 1 on {socket.gethostname()}: only rank 1 sees this"
+    for told in results["told_problems"]:
+        assert told == {"all": ["the same"], "one": [alone], "both": ["the same", alone], "none": []}
+
+
+def test_what_an_objective_reports_is_combined_as_it_says_by_one_all_reduce_a_step(results):
+    first = results["reported_numbers"][0]
+    for row in first["rows"]:
+        assert [*row][:7] == [
+            *("step", "loss", "contrastive_loss", "generation_loss", "predicted", "logit_scale", "rank_factor"),
+        ]
+        assert row["predicted"] == row["text_tokens"]
+        assert row["rank_factor"] == 22  # two micro-steps of 1 and of 10
+        assert row["logit_scale"] == pytest.approx(1 / 0.07, rel=0.01)
+    # Single numbers are DeepSpeed's norms; 5 outputs, 5 counts, 2 of each of 2 sources and the signal are ours.
+    assert [size for size in first["reduced"] if size > 1] == [15, 15]

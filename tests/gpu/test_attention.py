@@ -21,8 +21,9 @@ def model_of(family, implementation):
 
 
 def decode(model, batch, mode):
-    _, tokens = model.encode_images(batch.images, batch.image_seeds)
-    return model.decode(batch, tokens.index_select(0, batch.slot_images), mode)
+    model.attention_mode = mode
+    model.choose_attention()
+    return model(batch)[0]
 
 
 def modes_of(model, implementation):

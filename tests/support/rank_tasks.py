@@ -1,29 +1,34 @@
-"""What the ranks of the distributed tests do: ``python -m tests.support.rank_tasks FUNCTION FOLDER``."""
+"""What the ranks of the distributed tests do: ``python -m tests.support.rank_tasks FOLDER FUNCTION ...``."""
 
 import gc
 import json
+import logging
 import shutil
 import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import distributed as dist
 
-from lcl_ds.assembly import open_checked_data
+from lcl_ds.assembly import attach_objective, open_checked_data
 from lcl_ds.batch import Batch
 from lcl_ds.config import Config
 from lcl_ds.errors import UserError
-from lcl_ds.objectives import NAMES, build_objective
+from lcl_ds.metrics import Combination, read_metrics
+from lcl_ds.models.settings import part_of
+from lcl_ds.objectives import NAMES, lcl
+from lcl_ds.objectives.base import LossNormalizers, Objective
 from lcl_ds.training.checkpoint import Progress, load_engine, newest_checkpoint
-from lcl_ds.training.distributed import RankInfo, all_reduce_sum, init_distributed
+from lcl_ds.training.distributed import RankInfo, all_reduce_sum, init_distributed, raise_for_all
 from lcl_ds.training.engine import apply_settings, complete_ds_config, refresh_exact_scalars, start_engine
 from lcl_ds.training.loop import Trainer
 from lcl_ds.training.optimizer import options_of
+from lcl_ds.training.resume import check_same_run
 from lcl_ds.training.run import prepare
 from tests.support.small import (
     VOCABULARY,
@@ -60,11 +65,19 @@ class GivenBatches:
         return {"next_row": 0, "lanes": {}, "lane_count": 4, "fingerprint": {}}
 
 
-def trainer_of(config: Config, stage: int, rank_info: RankInfo, batches: list[Batch], run_dir: Path) -> Trainer:
+def trainer_of(
+    config: Config,
+    stage: int,
+    rank_info: RankInfo,
+    batches: list[Batch],
+    run_dir: Path,
+    objective: Objective | None = None,
+) -> Trainer:
     # No parameter is small enough to stay whole: partitioning is what is tested.
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     ds_config = complete_ds_config({"zero_optimization": zero}, config, rank_info.world_size)
-    engine = start_engine(build_objective(small_model(config), config.objective, 0), config, ds_config, rank_info)
+    objective = objective or attach_objective(small_model(config), config)
+    engine = start_engine(objective, config, ds_config, rank_info)
     run_dir.mkdir(parents=True, exist_ok=True)
     return Trainer(engine, GivenBatches(batches), config, rank_info, run_dir, VOCABULARY.size, Progress())
 
@@ -154,8 +167,7 @@ def memory(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
 
 def steps_of(run_dir: Path) -> list[dict[str, Any]]:
     keys = "step", "loss", "logit_scale", "grad_norm"
-    metrics = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: step[key] for key in keys} for step in metrics]
+    return [{key: row[key] for key in keys} for row in read_metrics(run_dir)]
 
 
 def full_weights(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -217,18 +229,18 @@ def non_finite(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
 
 
 def stop_and_continue(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
-    """Five steps of real data at stage 3 and the last two of them again from the checkpoint before, by case.
+    """Three steps of real data at stage 3 and the last of them again from the checkpoint before, by case.
 
-    ``folder`` holds ``demo`` and ``cases.json``, the overrides of each case.
+    ``cases.json`` beside ``folder`` holds the overrides of each case.
     """
-    cases = json.loads((folder / "cases.json").read_text())
+    cases = json.loads((folder.parent / "cases.json").read_text())
     results = {}
     for name, overrides in cases.items():
         config, run_dir = small_config(*overrides), folder / name
         zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
         ds_config = complete_ds_config({"zero_optimization": zero}, config, rank_info.world_size)
         data, result = open_checked_data(config), {}
-        run_dir.mkdir(exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
         trainer = prepare(config, ds_config, run_dir, rank_info, data)
         result["before"] = full_weights(trainer)
         trainer.train()
@@ -236,7 +248,7 @@ def stop_and_continue(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         result["whole"] = (run_dir / "metrics.jsonl").read_text()
         dist.barrier()
         if rank_info.is_first:
-            shutil.rmtree(run_dir / "checkpoints" / "step_00000005")
+            shutil.rmtree(run_dir / "checkpoints" / "step_00000003")
         dist.barrier()
         trainer = prepare(config, ds_config, run_dir, rank_info, data, newest_checkpoint(run_dir, rank_info))
         trainer.train()
@@ -246,8 +258,135 @@ def stop_and_continue(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     return results
 
 
+class ListHandler(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def saved_run(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
+    """Four steps at stage 0 with a frozen and a slower part; a checkpoint after each, two are kept."""
+    config = small_config(
+        *("train.global_batch_rows=2", "train.steps=4", "train.warmup_steps=0", "checkpoint.every=1"),
+        *("checkpoint.keep=2", "train.learning_rate_factors={vision: 0, decoder: 0.1}"),
+    )
+    log = ListHandler()
+    logging.getLogger("lcl_ds").addHandler(log)
+    logging.getLogger("lcl_ds").setLevel(logging.INFO)
+    trainer = trainer_of(config, 0, rank_info, [batch_with_images(10 * step) for step in range(4)], folder)
+    before = full_weights(trainer)
+    trainer.train()
+    after = full_weights(trainer)
+    still = {name for name in before if torch.equal(before[name], after[name])}
+    frozen = {part_of(name) for name in still}
+    return {
+        "log": "\n".join(log.lines),
+        "after": after,
+        "frozen": sorted(frozen),
+        "moved": [name not in still for name in before if part_of(name) not in frozen],
+    }
+
+
+CHANGES = {
+    "weight_decay": "100",
+    "betas": "[0.1, 0.1]",
+    "eps": "0.1",
+    "gradient_clipping": "0.001",
+    "learning_rate_factors": "{vision: 0.1, pooling: 0.1, decoder: 0.1, heads: 0.1}",
+}
+"""Settings of the optimizer, each so far from its default that it changes the next step."""
+
+
+def changed_settings(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
+    """Losses of four steps, and of the last two again with one setting changed, with what is said about it, by stage.
+
+    ``shared.json`` beside ``folder`` holds the overrides of all runs.
+    """
+    shared = json.loads((folder.parent / "shared.json").read_text())
+    results: dict[str, Any] = {}
+    for stage in (1, 3):
+        whole = folder / f"stage{stage}"
+        whole.mkdir(parents=True, exist_ok=True)
+        results[whole.name] = {"whole": losses_of_run(shared, stage, rank_info, whole)[0]}
+        for name, value in CHANGES.items():
+            run_dir = folder / f"stage{stage} {name}"
+            if rank_info.is_first:
+                shutil.copytree(whole, run_dir)
+                shutil.rmtree(run_dir / "checkpoints" / "step_00000004")
+            dist.barrier()
+            overrides = [*shared, f"train.{name}={value}"]
+            results[whole.name][name] = losses_of_run(overrides, stage, rank_info, run_dir)
+    return results
+
+
+def losses_of_run(
+    overrides: list[str], stage: int, rank_info: RankInfo, run_dir: Path
+) -> tuple[list[float], list[str]]:
+    """Begin or continue a run as a start of ``launch/train.py`` does, without its files about the start."""
+    config = small_config(*overrides)
+    ds_config = complete_ds_config({"zero_optimization": {"stage": stage}}, config, rank_info.world_size)
+    checkpoint = newest_checkpoint(run_dir, rank_info)
+    sentences = check_same_run(checkpoint, config) if checkpoint else []
+    trainer = prepare(config, ds_config, run_dir, rank_info, open_checked_data(config), checkpoint)
+    trainer.train()
+    trainer.release()
+    dist.barrier()  # the first rank writes the metrics
+    return [row["loss"] for row in read_metrics(run_dir)], sentences
+
+
+class Reporting(lcl.Objective):
+    """LCL that reports numbers of its own."""
+
+    reports: ClassVar[dict[str, Combination]] = {"predicted": "sum", "logit_scale": "same", "rank_factor": "sum"}
+
+    def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, torch.Tensor]:
+        predicted = torch.tensor([float(len(batch.labels))], device=batch.labels.device)
+        rank_factor = torch.tensor(10.0 ** dist.get_rank(), device=batch.labels.device)
+        return super().forward(batch, normalizers) | {"predicted": predicted, "rank_factor": rank_factor}
+
+
+def reported_numbers(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
+    """Metrics of two steps of two micro-steps each, and how many all-reduces of float64 the steps took."""
+    config = small_config("train.global_batch_rows=8", "train.accumulation_steps=2", "train.steps=2")
+    batches = [batch_with_images(100 * step + 10 * rank_info.rank) for step in range(4)]
+    trainer = trainer_of(config, 3, rank_info, batches, folder, Reporting(small_model(config), config.objective))
+    reduced: list[int] = []
+    all_reduce = dist.all_reduce
+
+    def counted(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if tensor.dtype == torch.float64:
+            reduced.append(tensor.numel())
+        return all_reduce(tensor, *args, **options)
+
+    dist.all_reduce = counted
+    try:
+        trainer.train()
+    finally:
+        dist.all_reduce = all_reduce
+    return {"rows": read_metrics(folder), "reduced": reduced}
+
+
+def told_problems(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
+    """What each rank hears of problems that all ranks have, that one has, and that none has."""
+    own = [f"only rank {rank_info.rank} sees this"] if rank_info.rank else []
+    told = {}
+    for name, problems in {"all": ["the same"], "one": own, "both": ["the same", *own], "none": []}.items():
+        try:
+            raise_for_all(problems, rank_info)
+            told[name] = []
+        except UserError as error:
+            told[name] = error.problems
+    return told
+
+
 if __name__ == "__main__":
-    name, folder = sys.argv[1], Path(sys.argv[2])
+    folder, names = Path(sys.argv[1]), sys.argv[2:]
     gc.freeze()  # DeepSpeed collects garbage for every engine: not among what was imported
     here = init_distributed()
-    torch.save(globals()[name](here, folder), folder / f"{name}.{here.rank}.pt")
+    for name in names:
+        torch.save(globals()[name](here, folder / name), folder / f"{name}.{here.rank}.pt")

@@ -83,11 +83,20 @@ def run_ranks(world_size: int, command: list[str], log: Path) -> str:
 
 def on_ranks(world_size: int, function: str, folder: Path, timeout: float = 120) -> list[Any]:
     """What ``tests.support.rank_tasks.<function>(folder)`` returns on each rank."""
+    return all_on_ranks(world_size, [function], folder, timeout)[function]
+
+
+def all_on_ranks(world_size: int, functions: list[str], folder: Path, timeout: float = 120) -> dict[str, list[Any]]:
+    """The same for several functions, one after the other: a start costs more than most of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    ranks = Ranks(world_size, [sys.executable, "-m", "tests.support.rank_tasks", function, str(folder)], folder / "log")
+    command = [sys.executable, "-m", "tests.support.rank_tasks", str(folder), *functions]
+    ranks = Ranks(world_size, command, folder / "log")
     codes = ranks.wait(timeout)
     assert codes == [0] * world_size, ranks.output()
-    return [torch.load(folder / f"{function}.{rank}.pt", weights_only=True) for rank in range(world_size)]
+    return {
+        name: [torch.load(folder / f"{name}.{rank}.pt", weights_only=True) for rank in range(world_size)]
+        for name in functions
+    }
 
 
 def train_command(recipe: Path, run_dir: Path, *overrides: str, ds_config: str = "zero3") -> list[str]:

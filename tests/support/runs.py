@@ -4,16 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
-TIMING = ("step_s", "data_s", "images_per_s", "tokens_per_s")
+from lcl_ds.metrics import METRICS, SourceCounts, StepMetrics, read_metrics
+
+MEASURED = {"step_s", "data_s", "images_per_s", "tokens_per_s", "mfu", "memory_gb"}
+"""Keys whose values no two runs share."""
 
 
 def metrics_of(run_dir: Path) -> list[dict]:
-    path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return read_metrics(run_dir) if (run_dir / METRICS).exists() else []
 
 
 def without_timing(metrics: list[dict]) -> list[dict]:
-    return [{key: value for key, value in step.items() if key not in TIMING} for step in metrics]
+    return [{key: value for key, value in step.items() if key not in MEASURED} for step in metrics]
 
 
 def metrics(step: int, **changes: Any) -> dict[str, Any]:
@@ -38,6 +40,17 @@ def metrics(step: int, **changes: Any) -> dict[str, Any]:
         "applied": True,
     }
     return row | changes
+
+
+def step_metrics(step: int, **changes: Any) -> StepMetrics:
+    values: dict[str, Any] = {
+        "losses": {"loss": 2.1, "contrastive_loss": 1.0, "generation_loss": 2.0},
+        "reports": {"logit_scale": 14.0},
+        **{"grad_norm": 1.0, "lr": 1e-3, "images": 8, "documents": 4, "tokens": 90, "text_tokens": 60},
+        **{"padding_fraction": 0.1, "images_per_s": 16.4, "tokens_per_s": 180.6, "step_s": 10.0, "data_s": 0.1},
+        **{"skipped_samples": 0, "sources": {"web": SourceCounts(4, 8)}, "applied": True},
+    }
+    return StepMetrics(step=step, **values | changes)
 
 
 def make_run(folder: Path, steps: int = 4) -> Path:

@@ -39,3 +39,10 @@ def whole_run(recipe, tmp_path_factory) -> Path:
     output = run_ranks(2, train_command(recipe, run_dir), run_dir.parent / "log")
     assert "world size 2, ZeRO stage 3, fp32 on cpu" in output
     return run_dir
+
+
+def pytest_collection_modifyitems(items):
+    """Every test of this folder starts ranks or looks at what they did."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slow)

@@ -1,6 +1,8 @@
 """Imports point downwards: what may know what."""
 
 import ast
+import os
+import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 from tests.support.ranks import ROOT
 
 LAYERS = [
-    {"errors", "settings", "tokens", "batch", "files", "cli", "metrics", "tasks"},
+    {"errors", "settings", "tokens", "batch", "files", "cli", "metrics", "environment", "tasks"},
     {"data"},
     {"models"},
     {"objectives"},
@@ -88,8 +90,30 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_only_training_imports_deepspeed():
-    users = {name.split(".")[0] for name, path in modules().items() if any("deepspeed" in f for f in imports_of(path))}
+    users = {name.split(".")[0] for name, path in modules().items() if any(f.split(".")[0] == "deepspeed" for f in imports_of(path))}
     assert users == {"training"}
+
+
+def test_importing_the_package_changes_nothing_in_the_process():
+    """Neither what is told to DeepSpeed, which reads settings need not load, nor what transformers knows."""
+    script = """
+import logging, os, sys, warnings
+import transformers.modeling_utils as theirs
+before = dict(os.environ), list(warnings.filters), list(theirs.ALL_ATTENTION_FUNCTIONS)
+import lcl_ds.assembly, lcl_ds.convert, lcl_ds.training.checkpoint, lcl_ds.training.joint_errors
+assert (dict(os.environ), list(warnings.filters), list(theirs.ALL_ATTENTION_FUNCTIONS)) == before
+assert "deepspeed" not in sys.modules
+assert logging.getLogger("DeepSpeed").level == logging.NOTSET
+from lcl_ds.training.preparation import prepare_for_deepspeed
+prepare_for_deepspeed()
+assert logging.getLogger("DeepSpeed").level == logging.ERROR
+assert theirs.torch.cuda.is_available() or os.environ["DS_ACCELERATOR"] == "cpu"
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_kernels_import_torch_and_triton_alone():

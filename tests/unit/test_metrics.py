@@ -2,10 +2,21 @@
 
 import json
 import logging
+import math
 
 import pytest
 
-from lcl_ds.metrics import MetricsFile, keep_metrics
+from lcl_ds.metrics import (
+    KEYS,
+    MetricsFile,
+    SourceCounts,
+    StepMetrics,
+    finite,
+    keep_metrics,
+    loss_names,
+    read_metrics,
+    report_names,
+)
 from tests.support.disks import no_file_larger_than
 
 
@@ -146,3 +157,46 @@ def test_a_checkpoint_gets_the_lines_since_the_one_before(path):
     file.append({"step": 2, "loss": float("nan")})
     assert b"".join(file.since_saved) == b'{"step": 2, "loss": null}\n'
     file.close()
+
+
+def step_metrics(**changes):
+    values = {
+        "step": 3,
+        "losses": {"loss": 1.5, "other_loss": 0.5},
+        "reports": {"logit_scale": 14.0, "matches": 7.0},
+        **{"grad_norm": 1.0, "lr": 1e-3, "images": 8, "documents": 4, "tokens": 90, "text_tokens": 60},
+        **{"padding_fraction": 0.1, "images_per_s": 16.0, "tokens_per_s": 180.0, "step_s": 0.5, "data_s": 0.1},
+        **{"skipped_samples": 0, "sources": {"web": SourceCounts(4, 8)}, "applied": True},
+    }
+    return StepMetrics(**values | changes)
+
+
+def test_a_step_is_written_and_read_by_name_in_the_order_of_its_description(path):
+    file = MetricsFile(path)
+    file.append(step_metrics().row())
+    file.close()
+    (row,) = read_metrics(path.parent)
+    assert [*row] == [
+        *("step", "loss", "other_loss", "logit_scale", "matches", "grad_norm", "lr", "images", "documents", "tokens"),
+        *("text_tokens", "padding_fraction", "images_per_s", "tokens_per_s", "step_s", "data_s", "skipped_samples"),
+        *("sources", "applied"),
+    ]
+    assert row["sources"] == {"web": {"documents": 4, "images": 8}}
+    assert loss_names(row) == ["other_loss"]
+    assert report_names(row) == ["logit_scale", "matches"]
+
+
+def test_what_only_a_gpu_has_comes_last_and_only_where_it_is_known():
+    assert [*step_metrics(memory_gb=30.0).row()][-2:] == ["applied", "memory_gb"]
+    assert [*step_metrics(memory_gb=30.0, mfu=0.4).row()][-3:] == ["applied", "mfu", "memory_gb"]
+    assert {key for key, whose in KEYS.items() if whose == "GPU"} == {"mfu", "memory_gb"}
+
+
+def test_a_number_of_the_objective_that_is_not_finite_is_null_and_keeps_its_name():
+    row = finite(step_metrics(losses={"loss": math.nan, "other_loss": math.inf}, reports={"seen": math.nan}).row())
+    assert (row["loss"], row["other_loss"], row["seen"]) == (None, None, None)
+    assert (loss_names(row), report_names(row)) == (["other_loss"], ["seen"])
+
+
+def test_what_other_versions_or_people_wrote_is_no_report():
+    assert report_names({"step": 1, "loss": 1.0, "note": "warm", "list": [1], "extra": 2}) == ["extra"]

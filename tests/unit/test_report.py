@@ -9,10 +9,11 @@ from PIL import Image
 
 import lcl_ds
 from lcl_ds.errors import UserError
+from lcl_ds.metrics import read_metrics
 from lcl_ds.report import figures
 from lcl_ds.report.__main__ import main
 from lcl_ds.report.figures import RetrievalExample, column, moving_average, plot_retrieval
-from lcl_ds.report.page import key_figures, read_metrics, write_report
+from lcl_ds.report.page import key_figures, write_report
 from tests.support.runs import make_run, metrics
 
 EVALUATION = {
@@ -186,3 +187,13 @@ def test_figure_of_the_method_is_well_formed():
     text = " ".join(" ".join(ElementTree.parse(path).getroot().itertext()).split())
     for words in ("causal decoder", "attentive pooling", "contrastive loss", "generation loss", "keep the ViT"):
         assert words in text
+
+
+@pytest.mark.parametrize("reports", [{}, {"logit_scale": 14.3}, dict.fromkeys("abcd", 1.0)], ids=len)
+def test_the_schedule_has_a_panel_for_each_number_that_an_objective_reports(tmp_path, monkeypatch, reports):
+    drawn = []
+    monkeypatch.setattr(figures, "_write", lambda figure, path: drawn.append(figure))
+    row = {key: value for key, value in metrics(1).items() if key != "logit_scale"}
+    figures.plot_schedule({"run": [row | reports]}, tmp_path / "schedule.png")
+    shown = [axis.get_title(loc="left") for axis in drawn[0].axes if axis.get_visible()]
+    assert shown == ["Learning rate", "Gradient norm", *(name.replace("_", " ").capitalize() for name in reports)]

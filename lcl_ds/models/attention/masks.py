@@ -41,7 +41,6 @@ def attention_arguments(
     inputs_embeds: Tensor,
     position_ids: Tensor,
     *,
-    implementation: str = "auto",
     mode: Mode = "causal",
     image_blocks: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -49,20 +48,19 @@ def attention_arguments(
 ) -> dict[str, Any]:
     """Arguments that keep the documents of each row apart, ``position_ids`` among them.
 
-    The decoder is switched to the attention implementation that the device, the dtype and the mode allow.
+    They are those of the attention implementation that the decoder uses, see :func:`use_best_implementation`.
 
     Args:
         inputs_embeds: [R, L, H].
         position_ids: int64 [R, L], 0 where a document or the padding begins.
-        implementation: see :func:`choose_implementation`.
         image_blocks: int64 [R, L], number of the image slot that a token is in, -1 for none; for mode ``images``.
         cu_seqlens: int32 [D + 1], where documents begin in the rows laid end to end, and their end; None: made from
             ``position_ids``, which on a GPU waits for it.
         max_seqlen: tokens of the longest document.
     """
-    chosen = choose_implementation(decoder, implementation, mode, inputs_embeds.device.type, inputs_embeds.dtype)
-    switch_implementation(decoder, chosen)
-    if chosen in BY_BOUNDS:
+    used = decoder.config._attn_implementation
+    if used in BY_BOUNDS:
+        assert mode != "images", f"{used} cannot let tokens of an image see each other"
         if cu_seqlens is None or max_seqlen is None:
             begins = (position_ids.flatten() == 0).nonzero().squeeze(1)
             cu_seqlens = torch.cat([begins, begins.new_tensor([position_ids.numel()])]).to(torch.int32)
@@ -72,7 +70,7 @@ def attention_arguments(
 
     def mask(window: int | None) -> Any:
         rows, length = position_ids.shape
-        return ALL_MASK_ATTENTION_FUNCTIONS[chosen](
+        return ALL_MASK_ATTENTION_FUNCTIONS[used](
             batch_size=rows,
             q_length=length,
             kv_length=length,
@@ -119,6 +117,17 @@ def choose_implementation(
         if not (unsupported(tower, name, mode) or unavailable(name, device_type, dtype)):
             return name
     return preferred[-1]
+
+
+def use_best_implementation(
+    tower: PreTrainedModel, wanted: str, mode: Mode = "causal", preferred: tuple[str, ...] = PREFERRED
+) -> None:
+    """Make ``tower`` use what :func:`choose_implementation` says for the device and the dtype that it has now."""
+    weight = next(tower.parameters())
+    chosen = choose_implementation(tower, wanted, mode, weight.device.type, weight.dtype, preferred)
+    if chosen == varlen.NAME:
+        varlen.register()
+    switch_implementation(tower, chosen)
 
 
 def switch_implementation(tower: PreTrainedModel, implementation: str) -> None:

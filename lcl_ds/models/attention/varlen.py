@@ -1,4 +1,4 @@
-"""Attention of documents laid end to end, registered with transformers under the name ``varlen``.
+"""Attention of documents laid end to end, known to transformers under the name ``varlen``.
 
 On a GPU it is torch's own variable-length flash kernel, which needs no package and serves every family that goes
 through transformers' attention interface, GPT-2 among them. On a CPU documents are attended one by one, so that a row
@@ -16,6 +16,11 @@ from transformers import AttentionInterface
 NAME = "varlen"
 LARGEST_HEAD = 256
 """Widest head of the flash kernel."""
+
+
+def register() -> None:
+    """Make the name known to transformers; as often as one likes."""
+    AttentionInterface.register(NAME, varlen_attention)
 
 
 def has_gpu_kernel() -> bool:
@@ -84,6 +89,3 @@ def _one_by_one(flat: list[Tensor], lengths: list[int], scaling: float | None, w
         )
         parts.append(attended[0].transpose(0, 1))
     return torch.cat(parts)
-
-
-AttentionInterface.register(NAME, varlen_attention)

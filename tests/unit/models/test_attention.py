@@ -69,14 +69,14 @@ def model_of(family, keys=(), implementation="auto", *more):
     return small_model(small_config(f"model.decoder.attention={implementation}", *keys, *more, decoder=family)).eval()
 
 
-def decode(model, batch, mode):
-    _, tokens = model.encode_images(batch.images, batch.image_seeds)
-    return model.decode(batch, tokens.index_select(0, batch.slot_images), mode)
+def use_mode(model, mode):
+    model.attention_mode = mode
+    model.choose_attention()
 
 
-def states(model, batch, mode=None):
+def states(model, batch):
     with torch.no_grad():
-        return decode(model, batch, mode).view(*batch.input_ids.shape, -1)
+        return model(batch)[0].view(*batch.input_ids.shape, -1)
 
 
 # --- packed documents -------------------------------------------------------------------------------------------------
@@ -90,7 +90,8 @@ def test_a_document_does_not_change_a_bit_of_its_neighbour(family, keys, impleme
     length = len(first.tokens.input_ids)
     model = model_of(family, keys, implementation)
     for mode in ("causal", "images", "bidirectional"):
-        ours, theirs = (states(model, batch_of([document, second]), mode)[0] for document in (first, other))
+        use_mode(model, mode)
+        ours, theirs = (states(model, batch_of([document, second]))[0] for document in (first, other))
         assert not torch.equal(ours[:length], theirs[:length])
         assert torch.equal(ours[length:], theirs[length:])
 
@@ -118,7 +119,8 @@ def test_implementations_agree_in_states_and_gradients(family, keys, implementat
         results = []
         for each in (reference, model):
             each.zero_grad()
-            hidden = decode(each, batch, mode)
+            use_mode(each, mode)
+            hidden, _ = each(batch)
             hidden.square().mean().backward()
             results.append((hidden, each.pooling.proj.weight.grad))
         wanted = attention.choose_implementation(model.decoder, implementation, mode, "cpu", torch.float32)
@@ -173,20 +175,20 @@ def sees(query, key, mode, window):
 def test_a_layer_reads_exactly_what_its_tokens_may_see(family, implementation, mode):
     keys, window = ONE_LAYER[family]
     layers = "n_layer" if family == "gpt2" else "num_hidden_layers"
-    model = model_of(family, keys, implementation, f"model.decoder.{layers}=1").decoder
+    model = model_of(family, keys, implementation, f"model.decoder.{layers}=1")
+    use_mode(model, mode)
     total = sum(LENGTHS)
     embeddings = torch.randn(1, total, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
     arguments = attention_arguments(
-        model,
+        model.decoder,
         embeddings,
         torch.cat([torch.arange(length) for length in LENGTHS])[None],
-        implementation=implementation,
         mode=mode,
         image_blocks=torch.tensor([BLOCKS]),
         cu_seqlens=torch.tensor([0, LENGTHS[0], total], dtype=torch.int32),
         max_seqlen=max(LENGTHS),
     )
-    output = model(inputs_embeds=embeddings, use_cache=False, **arguments).last_hidden_state[0]
+    output = model.decoder(inputs_embeds=embeddings, use_cache=False, **arguments).last_hidden_state[0]
     weights = torch.randn(32, generator=torch.Generator().manual_seed(1))
     read = [torch.autograd.grad(state @ weights, embeddings, retain_graph=True)[0][0].any(-1) for state in output]
     expected = [[sees(query, key, mode, window) for key in range(total)] for query in range(total)]
@@ -241,9 +243,38 @@ def test_auto_takes_the_best_that_can_run(family, installed, monkeypatch):
 
 def test_a_model_trained_with_flash_is_read_without_a_gpu():
     model = model_of("llama", (), "flash_attention_2", "model.vision.attention=flash_attention_2")
-    states(model, batch_with_images())
+    assert states(model, batch_with_images()).isfinite().all()
     assert model.decoder.config._attn_implementation == "varlen"
     assert model.vision.model.config._attn_implementation == "sdpa"
+
+
+def test_attention_is_chosen_when_the_network_is_built_moved_or_cast_and_at_no_other_time(monkeypatch):
+    chosen = []
+    choose = attention.choose_implementation
+
+    def watched(tower, wanted, mode, device, dtype, *preferred):
+        chosen.append((type(tower).__name__, device, dtype))
+        return choose(tower, wanted, mode, device, dtype, *preferred)
+
+    monkeypatch.setattr(attention, "choose_implementation", watched)
+    model = model_of("llama")
+    towers = {type(model.decoder).__name__, type(model.vision.model).__name__}
+    assert {*chosen} == {(tower, "cpu", torch.float32) for tower in towers}
+    chosen.clear()
+    states(model, batch_with_images())
+    assert chosen == []
+    lcl_objective(model).to(dtype=torch.bfloat16)
+    assert {*chosen} == {(tower, "cpu", torch.bfloat16) for tower in towers}
+    chosen.clear()
+    model.to("meta")
+    assert {*chosen} == {(tower, "meta", torch.bfloat16) for tower in towers}
+
+
+def test_a_mode_that_the_chosen_implementation_lacks_is_not_computed_wrongly():
+    model, batch = model_of("llama"), batch_with_images()
+    _, tokens = model.encode_images(batch.images, batch.image_seeds)
+    with pytest.raises(AssertionError, match="varlen cannot let tokens of an image see each other"):
+        model.decode(batch, tokens.index_select(0, batch.slot_images), "images")
 
 
 def test_the_vision_tower_follows_its_setting():

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from lcl_ds.assembly import attach_objective
 from lcl_ds.errors import UserError
 from lcl_ds.models.build import tokens_per_image
 from lcl_ds.models.counter_rng import kept_count, kept_patches, patch_order
-from lcl_ds.objectives import NAMES, build_objective
+from lcl_ds.objectives import NAMES
 from lcl_ds.objectives.base import local_normalizers
 from tests.support.small import IMAGE_SIZE, IMAGE_TOKENS, VOCABULARY, small_config, small_model, three_documents
 
@@ -92,9 +93,9 @@ def test_every_objective_learns_with_patch_dropout_or_refuses_it(name):
     config = small_config(f"objective.name={name}", DROPOUT)
     if name == "masked":
         with pytest.raises(UserError, match="model.vision.patch_dropout: the masked objective predicts every patch"):
-            build_objective(small_model(config), config.objective, seed=0)
+            attach_objective(small_model(config), config)
         return
-    objective, batch = build_objective(small_model(config), config.objective, seed=0), three_documents(config)
+    objective, batch = attach_objective(small_model(config), config), three_documents(config)
     loss = objective(batch, *local_normalizers(objective, batch))["loss"]
     loss.backward()
     assert torch.isfinite(loss)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from lcl_ds.assembly import attach_objective
 from lcl_ds.data.documents import Document
 from lcl_ds.models.vision import flat_patches
 from lcl_ds.objectives import NAMES, build_objective, objective_module
-from lcl_ds.objectives.base import local_normalizers
+from lcl_ds.objectives.base import Objective, local_normalizers
 from lcl_ds.objectives.blip2 import mismatched_images, with_mismatched_images
 from lcl_ds.objectives.masked import without_patches
 from lcl_ds.training.optimizer import parameter_groups
@@ -22,7 +23,7 @@ CONTRASTIVE = [name for name in NAMES if "contrastive_loss" in objective_module(
 def prepared(name, *overrides):
     """An objective, its settings and a batch."""
     config = small_config(f"objective.name={name}", *overrides)
-    return build_objective(small_model(config), config.objective, seed=0), config, three_documents(config)
+    return attach_objective(small_model(config), config), config, three_documents(config)
 
 
 def losses_of(objective, batch):
@@ -46,6 +47,38 @@ def test_every_weight_that_is_not_frozen_learns(name):
         # Shifting all keys of a softmax changes nothing: those gradients are rounding noise or 0.
         if weight.requires_grad and not n.endswith(("k.bias", "k_proj.bias")):
             assert weight.grad.any(), n
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_objective_freezes_nothing_by_itself_but_says_what_it_leaves_unused(name):
+    config = small_config(f"objective.name={name}")
+    objective = build_objective(small_model(config), config.objective, seed=0)
+    assert all(weight.requires_grad for weight in objective.parameters())
+    losses_of(objective, three_documents(config))["loss"].backward()
+    unused = [getattr(part, "parameters", lambda part=part: [part])() for part in objective.unused]
+    assert {id(w) for w in objective.parameters() if w.grad is None} == {id(w) for part in unused for w in part}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_output_of_an_objective_is_recorded_under_its_name(name):
+    objective, _, batch = prepared(name)
+    outputs = losses_of(objective, batch)
+    assert set(outputs) == {"loss", *objective.losses, *objective.reports}
+    assert all(value.numel() == 1 for value in outputs.values())
+
+
+@pytest.mark.parametrize(
+    ("losses", "reports", "message"),
+    [
+        (("accuracy",), {}, "accuracy: the name of a loss must end in _loss"),
+        ((), {"loss": "same"}, "loss: the name of a loss or of another metric"),
+        ((), {"other_loss": "sum"}, "other_loss: the name of a loss"),
+        ((), {"images": "sum"}, "images: the name of a loss or of another metric"),
+    ],
+)
+def test_names_that_a_reader_of_the_metrics_would_mistake_are_refused(losses, reports, message):
+    with pytest.raises(ValueError, match=message):
+        type("Mistaken", (Objective,), {"losses": losses, "reports": reports})
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,13 +1,15 @@
-"""What is shown while a run goes on, and the arithmetic behind ``mfu``."""
+"""What a person sees while a run goes on, and what its folder keeps."""
+
+import json
 
 import pytest
-import torch
 
-from lcl_ds.training.loop import step_seed
-from lcl_ds.training.monitor import time_left
-from lcl_ds.training.optimizer import parameter_groups
-from lcl_ds.training.throughput import flops_per_token
-from tests.support.small import small_config, small_model
+from lcl_ds.training.monitor import Monitor, progress_line, time_left
+from tests.support.runs import step_metrics
+
+
+def steps_in(run_dir):
+    return [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -27,57 +29,43 @@ def test_a_duration_says_its_days(seconds, shown):
     assert time_left(seconds) == shown
 
 
-def model_with(*factors):
-    config = small_config(*factors)
-    model = small_model(config)
-    parameter_groups(model, config.train, (0.0, 1.0))
-    return model
+def test_a_line_shows_each_loss_by_its_name_and_not_their_total():
+    line = progress_line(step_metrics(3), 10, "1:10")
+    assert line == "step 3/10  ETA 1:10  contrastive 1.000  generation 2.000  16 images/s  181 tokens/s"
+    assert "contrastive nan" in progress_line(step_metrics(3, losses={"contrastive_loss": float("nan")}), 10, "?")
 
 
-def size(module):
-    return sum(weight.numel() for weight in module.parameters())
+def test_without_a_terminal_every_nth_line_and_the_last_are_printed_and_every_step_is_kept(tmp_path, capsys):
+    monitor = Monitor(tmp_path, total_steps=5, first_step=0, print_every=2, enabled=True)
+    for step in range(1, 6):
+        monitor.step(step_metrics(step))
+    monitor.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[:2] for line in lines] == [
+        ["step 2/5", "ETA 0:30"],
+        ["step 4/5", "ETA 0:10"],
+        ["step 5/5", "ETA 0:00"],
+    ]
+    assert steps_in(tmp_path) == [1, 2, 3, 4, 5]
 
 
-def test_a_trained_weight_costs_six_a_token():
-    model = model_with()
-    table = size(model.decoder.get_input_embeddings())
-    assert flops_per_token(model) == {
-        "vision": 6 * (size(model.vision) + size(model.pooling)),
-        "decoder": 6 * (size(model.decoder) - table),
-        "head": 6 * size(model.lm_head),
-    }
+def test_a_continued_run_writes_the_steps_after_its_checkpoint_again(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)))
+    monitor = Monitor(tmp_path, total_steps=9, first_step=3, print_every=100, enabled=True)
+    assert steps_in(tmp_path) == [1, 2, 3]
+    monitor.step(step_metrics(4))
+    assert json.loads(monitor.unsaved_lines())["step"] == 4
+    monitor.saved()
+    assert monitor.unsaved_lines() == b""
+    monitor.close()
+    assert steps_in(tmp_path) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(
-    ("frozen", "per_weight"),
-    [
-        ("vision", {"vision": 2, "pooling": 6, "decoder": 6, "lm_head": 6}),
-        ("decoder", {"vision": 6, "pooling": 6, "decoder": 4, "lm_head": 6}),
-        ("pooling", {"vision": 6, "pooling": 4, "decoder": 6, "lm_head": 6}),
-        ("vision: 0, pooling: 0, decoder", {"vision": 2, "pooling": 2, "decoder": 2, "lm_head": 6}),
-        ("vision: 0, pooling: 0, heads", {"vision": 2, "pooling": 2, "decoder": 6, "lm_head": 4}),
-    ],
-)
-def test_a_frozen_weight_costs_its_forward_pass_and_what_passes_through_it(frozen, per_weight):
-    model = model_with(f"train.learning_rate_factors={{{frozen}: 0}}")
-    flops = flops_per_token(model)
-    assert flops["vision"] == sum(per_weight[name] * size(getattr(model, name)) for name in ("vision", "pooling"))
-    table = size(model.decoder.get_input_embeddings())
-    assert flops["decoder"] == per_weight["decoder"] * (size(model.decoder) - table)
-    assert flops["head"] == per_weight["lm_head"] * size(model.lm_head)
-
-
-def test_weights_that_are_partitioned_count_whole():
-    model = model_with()
-    whole = flops_per_token(model)
-    for weight in model.parameters():  # as DeepSpeed leaves them at stage 3
-        weight.ds_numel = weight.numel()
-        weight.data = torch.empty(0)
-    assert flops_per_token(model) == whole
-
-
-def test_every_rank_step_and_seed_draws_its_own():
-    keys = [(seed, rank, step) for seed in range(4) for rank in range(4) for step in range(20)]
-    assert len({step_seed(*key) for key in keys}) == len(keys)
-    assert all(0 <= step_seed(*key) < 2**63 for key in keys)
-    assert step_seed(1, 2, 3) == step_seed(1, 2, 3)
+def test_other_ranks_than_the_first_write_and_print_nothing(tmp_path, capsys):
+    monitor = Monitor(tmp_path, total_steps=5, first_step=0, print_every=1, enabled=False)
+    monitor.step(step_metrics(1))
+    monitor.saved()
+    assert monitor.unsaved_lines() == b""
+    monitor.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""

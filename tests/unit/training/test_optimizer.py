@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lcl_ds.models.settings import part_of
-from lcl_ds.training.optimizer import BoundedAdamW, parameter_groups
+from lcl_ds.training.optimizer import BoundedAdamW, freeze_parts, parameter_groups
 from lcl_ds.training.schedule import learning_rate
 from tests.support.small import DECODERS, small_config, small_model
 
@@ -33,6 +33,7 @@ def test_every_weight_is_in_one_group_and_only_matrices_decay(family):
 def test_parts_have_learning_rates_of_their_own_or_none():
     config = small_config("train.learning_rate_factors={vision: 0, heads: 0.5}")
     model = small_model(config)
+    freeze_parts(model, config.train)
     groups = {group["name"]: group for group in parameter_groups(model, config.train, BOUNDS)}
     assert set(groups) == {"decay", "no_decay", "decay x0.5", "no_decay x0.5", "logit_scale x0.5"}
     assert {part_of(name) for name in groups["decay"]["param_names"]} == {"pooling", "decoder"}
@@ -41,6 +42,17 @@ def test_parts_have_learning_rates_of_their_own_or_none():
     assert groups["logit_scale x0.5"]["bounds"] == BOUNDS
     for name, weight in model.named_parameters():
         assert weight.requires_grad == (part_of(name) != "vision")
+
+
+def test_grouping_changes_no_weight_and_leaves_frozen_ones_out():
+    config = small_config("train.learning_rate_factors={vision: 0}")
+    model = small_model(config)
+    everything = parameter_groups(model, config.train, BOUNDS)
+    assert all(weight.requires_grad for weight in model.parameters())
+    assert sum(len(group["params"]) for group in everything) == len(list(model.parameters()))
+    model.lm_head.requires_grad_(False)
+    grouped = {name for group in parameter_groups(model, config.train, BOUNDS) for name in group["param_names"]}
+    assert grouped == {name for name, _ in model.named_parameters() if not name.startswith("lm_head.")}
 
 
 @pytest.mark.parametrize(("gradient", "bound"), [(-1e3, BOUNDS[1]), (1e3, BOUNDS[0])])

@@ -9,7 +9,7 @@ from lcl_ds.config import Config
 from lcl_ds.errors import UserError
 from lcl_ds.objectives import NAMES
 from lcl_ds.training.checkpoint import CONFIG, MANIFEST, STATE, folder_contents, resolve_checkpoint
-from lcl_ds.training.optimizer import group_shape, parameter_groups
+from lcl_ds.training.optimizer import freeze_parts, group_shape, parameter_groups
 from lcl_ds.training.resume import DECISIONS, check_same_run, decision_of, engine_changes, what_settings_come_to
 from tests.support.small import DECODERS, small_config, small_model
 
@@ -212,7 +212,9 @@ FACTORS += ["{vision: 0.1, pooling: 0.1, decoder: 0.1, heads: 0.1}", "{vision: 0
 def test_factors_of_one_shape_divide_the_weights_alike_and_no_others_do(first):
     def groups(factors):
         config = small_config(f"train.learning_rate_factors={factors}")
-        found = parameter_groups(small_model(config), config.train, (0.0, 1.0))
+        model = small_model(config)
+        freeze_parts(model, config.train)
+        found = parameter_groups(model, config.train, (0.0, 1.0))
         return group_shape(config.train), [group["param_names"] for group in found]
 
     shape, names = groups(first)

@@ -10,20 +10,22 @@ from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 
 from lcl_ds.errors import UserError
+from lcl_ds.metrics import SourceCounts
 from lcl_ds.settings import flatten
 from lcl_ds.training.monitor import Monitor
 from lcl_ds.training.settings import TRACKER_EXTRAS, Tracker
 from lcl_ds.training.trackers import Trackers, check_trackers, open_trackers
 from tests.support.ranks import ROOT
-from tests.support.runs import metrics, metrics_of
+from tests.support.runs import metrics_of, step_metrics
 from tests.support.small import small_config
 
-SOURCES = {"first.web": {"documents": 3, "images": 7}, "second": {"documents": 0, "images": 1}}
+SOURCES = {"first.web": SourceCounts(3, 7), "second": SourceCounts(0, 1)}
 
 
 def row(step):
     """Numbers that no 32-bit float holds exactly, one inside others and one that is none."""
-    return metrics(step, loss=math.pi / step, sources=SOURCES, grad_norm=math.nan if step == 2 else 0.1)
+    losses = {"loss": math.pi / step, "generation_loss": math.e}
+    return step_metrics(step, losses=losses, sources=SOURCES, grad_norm=math.nan if step == 2 else 0.1)
 
 
 def train(run_dir, steps, trackers="[tensorboard]"):
@@ -94,7 +96,7 @@ def test_a_tracker_that_fails_is_named_once_and_the_others_and_the_run_go_on(wor
     failing, other = Failing(working_calls), Failing(99)
     monitor = Monitor(tmp_path, 4, 0, 10, True, Trackers({"failing": failing, "other": other}))
     for step in range(1, 5):
-        monitor.step(metrics(step))
+        monitor.step(step_metrics(step))
     monitor.close()
     calls = [1, 2, 3, 4, "finish"]
     assert (failing.calls, other.calls) == (calls[: working_calls + 1], calls)

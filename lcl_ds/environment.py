@@ -1,0 +1,69 @@
+"""Describe what something ran on: versions of packages, the machine, the state of the code."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CODE = Path(__file__).resolve().parents[1]
+"""The checkout, where this is one."""
+PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "webdataset", "triton", "safetensors", "numpy")
+"""What a run depends on."""
+
+
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str | None]:
+    """Versions of installed packages by name; None where one is not installed."""
+    return {name: version_of(name) for name in packages}
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed package; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def output_of(*command: str) -> str | None:
+    """The first line that a command prints; None where the command is missing, fails or prints nothing."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().partition("\n")[0] or None
+
+
+def git_commit() -> str | None:
+    """Read the commit of the checkout that runs; None for an installed package, wherever its environment lies."""
+    if not (CODE / ".git").exists():
+        return None
+    return output_of("git", "-C", str(CODE), "rev-parse", "HEAD")
+
+
+def git_modified(*paths: str) -> bool:
+    """Whether tracked or new files under ``paths`` of the checkout differ from the commit; no paths: anywhere."""
+    return output_of("git", "-C", str(CODE), "status", "--porcelain", "--", *paths) is not None
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def machine() -> dict[str, Any]:
+    """The operating system, Python, the first GPU and the number of processors."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu_count": os.cpu_count(),
+    }

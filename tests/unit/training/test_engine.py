@@ -1,0 +1,118 @@
+"""What DeepSpeed is told, and what is refused before it starts."""
+
+import json
+
+import pytest
+import torch
+
+from lcl_ds.errors import UserError
+from lcl_ds.training.engine import apply_settings, complete_ds_config, load_ds_config, rows_per_micro_step
+from lcl_ds.training.optimizer import BoundedAdamW, options_of, parameter_groups
+from tests.support.small import small_config, small_model
+
+
+@pytest.fixture
+def written(tmp_path):
+    def written(values):
+        path = tmp_path / "engine.json"
+        path.write_text(values if isinstance(values, str) else json.dumps(values))
+        return path
+
+    return written
+
+
+@pytest.mark.parametrize(
+    ("values", "problems"),
+    [
+        ("{", ["cannot be read as JSON"]),
+        ([1], ["a JSON object is expected"]),
+        (
+            {"bf16": {}, "optimizer": {}},
+            ["bf16: belongs in the recipe, as precision", "optimizer: belongs"],
+        ),
+        ({"zero_optimisation": {}}, ["zero_optimisation: unknown key (did you mean 'zero_optimization'?)"]),
+        ({"zero_optimization": {"stage": "auto"}}, ['zero_optimization.stage: "auto" has no meaning here']),
+        ({"zero_optimization": 3}, ["zero_optimization: a JSON object is expected"]),
+        ({"zero_optimization": {"stages": 3}}, ["zero_optimization.stages: unknown key (did you mean 'stage'?)"]),
+        ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage: Input should be"]),
+    ],
+    ids=str,
+)
+def test_a_mistake_in_the_engine_settings_is_named(written, values, problems):
+    path = written(values)
+    with pytest.raises(UserError) as error:
+        load_ds_config(path)
+    assert len(error.value.problems) == len(problems)
+    assert all(
+        found.startswith(f"{path}: {start}") for found, start in zip(error.value.problems, problems, strict=True)
+    )
+
+
+def test_good_engine_settings_are_taken_as_they_are(written):
+    values = {"zero_optimization": {"stage": 2}, "wall_clock_breakdown": True}
+    assert load_ds_config(written(values)) == values
+
+
+def test_the_recipe_decides_about_batches_precision_and_clipping():
+    config = small_config("train.global_batch_rows=24", "train.accumulation_steps=3", "train.gradient_clipping=0.5")
+    complete = complete_ds_config({"zero_optimization": {"stage": 3}, "dump_state": False}, config, world_size=2)
+    assert complete["zero_optimization"] == {"stage": 3}
+    assert complete["dump_state"] is False
+    assert complete["train_batch_size"] == 24
+    assert complete["train_micro_batch_size_per_gpu"] == 4
+    assert complete["gradient_accumulation_steps"] == 3
+    assert complete["gradient_clipping"] == 0.5
+    assert complete["bf16"] == {"enabled": False}
+
+
+@pytest.mark.parametrize(("stage", "precision", "clipping"), [(0, "fp32", 0.0), (0, "bf16", 1.0), (1, "fp32", 1.0)])
+def test_deepspeed_clips_wherever_it_can(stage, precision, clipping):
+    config = small_config(f"precision={precision}", "train.gradient_clipping=1")
+    complete = complete_ds_config({"zero_optimization": {"stage": stage}}, config, world_size=1)
+    assert complete["gradient_clipping"] == clipping
+
+
+def test_rows_that_do_not_divide_are_refused_by_their_numbers():
+    config = small_config("train.global_batch_rows=12", "train.accumulation_steps=2")
+    assert rows_per_micro_step(config, 3) == 2
+    with pytest.raises(UserError, match=r"12 is not a multiple of train.accumulation_steps x ranks \(2 x 4\)"):
+        rows_per_micro_step(config, 4)
+
+
+def test_settings_of_a_start_replace_those_that_a_checkpoint_brought_back():
+    class Engine:
+        """As much of DeepSpeed's as is touched."""
+
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    def optimizer_of(*overrides):
+        config = small_config(*overrides)
+        return BoundedAdamW(parameter_groups(small_model(config), config.train, (0.0, 1.0)), config.train)
+
+    earlier = optimizer_of("train.weight_decay=0.1").state_dict()
+    engine = Engine(optimizer_of("train.weight_decay=0.3", "train.betas=[0.5, 0.6]"))
+    options = options_of(engine.optimizer.param_groups)
+    weights = [weight for group in engine.optimizer.param_groups for weight in group["params"]]
+    engine.optimizer.load_state_dict(earlier)
+    assert engine.optimizer.param_groups[0]["weight_decay"] == 0.1
+    apply_settings(engine, options, clipping=0.2)
+    assert engine.optimizer.param_groups[0]["weight_decay"] == 0.3
+    assert engine.optimizer.param_groups[0]["betas"] == (0.5, 0.6)
+    assert all(
+        a is b for a, b in zip(weights, (w for g in engine.optimizer.param_groups for w in g["params"]), strict=True)
+    )
+    assert not hasattr(engine.optimizer, "clip_grad")  # torch's has none; DeepSpeed's has
+    engine.optimizer.clip_grad = 1.0
+    apply_settings(engine, options, clipping=0.2)
+    assert engine.optimizer.clip_grad == 0.2
+
+
+def test_a_start_says_what_is_trained_and_what_is_frozen(saved_run):
+    _, result = saved_run
+    assert result["frozen"] == ["vision"]
+    line = result["log"]
+    assert "lcl, decoder passes per sample 1; world size 1, ZeRO stage 0, fp32 on cpu" in line
+    assert "decay x0.1" in line
+    assert ", frozen " in line
+    assert torch.tensor(result["moved"]).all()
