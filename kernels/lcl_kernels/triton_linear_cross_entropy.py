@@ -257,7 +257,7 @@ def _find_targets(call: _Call, part: _Part) -> None:
     """Fills target, slope and anchor of the chunk, and x where its rows have to be gathered."""
     inputs, options, buffers = call.inputs, call.options, part.buffers
     hidden, weight, width, count = inputs.hidden, inputs.weight, inputs.hidden.shape[1], len(part.rows)
-    target_logits_kernel[_grid(count)](
+    target_logits_kernel[_grid(count + 1)](  # one more than rows, as `marked` has
         hidden, weight, inputs.bias, part.rows, part.labels, buffers.x, buffers.target, buffers.slope, buffers.anchor,
         buffers.marked, count, hidden.stride(0), weight.stride(0), part.x.stride(0), width, options.softcap or 0.0,
         LEAD * LOG2E,
