@@ -48,6 +48,8 @@ LEAD = 30.0
 LIMIT = 2.0**60
 """Sum of exponentials of a row in one tile above which the row is made again: gradient factors and products stay in
 range too."""
+FLOAT16_LIFT = 14
+"""Float16 holds the softmax times two to this power: else classes less likely than 1e-5 would lose their digits."""
 SEGMENT_ROWS = 16
 ROW_BLOCK = 64 if INTERPRETED else 4
 """Rows of one program of the kernels that do something per row."""
@@ -131,6 +133,7 @@ class _Call:
         self.bias_sums = hidden.new_empty(len(inputs.weight) if wanted.bias else 0, BIAS_COLUMNS, dtype=torch.float32)
         weight = inputs.class_weight
         self.class_weight_sum = None if weight is None or not options.label_smoothing else weight.sum()
+        self.lift = FLOAT16_LIFT if any(wanted) and hidden.dtype == torch.float16 else 0
         self.unit = _unit(inputs, counted, options.label_smoothing) if any(wanted) else None
 
 
@@ -353,6 +356,7 @@ def _finish_rows(call: _Call, part: _Part) -> None:
         buffers.columns,
         len(x), call.column_tiles, len(inputs.weight), x.shape[1], x.stride(0), _stride(inputs.token_weight),
         _stride(inputs.lse_grad), options.z_loss, options.label_smoothing, LEAD + 10,
+        2.0**call.lift, float(call.lift),
         HAS_SOFTCAP=options.softcap is not None, HAS_TOKEN_WEIGHT=inputs.token_weight is not None,
         HAS_CLASS_WEIGHT=inputs.class_weight is not None, HAS_LSE_GRAD=inputs.lse_grad is not None,
         HAS_UNIT=call.unit is not None, SMOOTHED=options.label_smoothing > 0, RANK=options.statistics,
@@ -386,9 +390,9 @@ def _add_products(call: _Call, part: _Part, *, first: bool) -> None:
 def _add_targets(call: _Call) -> None:
     """Add the part of the labels' own logits to the gradients of weight and bias."""
     counted, wanted, gradients, hidden = call.counted, call.wanted, call.gradients, call.inputs.hidden
-    if call.unit is not None:
+    if call.lift:
         for sums in (gradients.weight, call.bias_sums):
-            sums.mul_(call.unit)
+            sums.mul_(2.0**-call.lift if call.unit is None else 2.0**-call.lift * call.unit)
     if wanted.bias:
         torch.sum(call.bias_sums[:, :2], 1, out=gradients.bias)
     sorted_labels, order = torch.sort(counted.labels, stable=True)

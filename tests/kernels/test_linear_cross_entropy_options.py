@@ -82,6 +82,17 @@ def test_weights_beyond_float16_lose_no_digits_under_autocast(of, size):
         assert relative_error(actual.grad, wanted.grad) < 1e-3
 
 
+def test_float16_keeps_the_digits_of_classes_that_are_hardly_likely():
+    weight = F.normalize(torch.randn(64, 64, generator=seeded()), dim=1).half()
+    hidden, labels = weight * 18, torch.arange(64)  # other classes have about 1e-8
+    leaves, truth = ([leaf(t, d) for t in (hidden, weight)] for d in (torch.float32, torch.float64))
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        linear_cross_entropy(*leaves, labels).backward()
+    reference_linear_cross_entropy(*truth, labels).backward()
+    for actual, wanted in zip(leaves, truth, strict=True):
+        assert relative_error(actual.grad, wanted.grad) < 1e-3
+
+
 def test_the_part_of_z_loss_has_the_dtype_of_the_loss_and_no_overflow_of_its_own():
     labels, options = torch.tensor([0, 1]), dict(token_weight=torch.ones(2, dtype=torch.float64))
     weight = torch.tensor([[1e15], [2e15]])
