@@ -360,7 +360,8 @@ def _finish_rows(call: _Call, part: _Part) -> None:
         HAS_SOFTCAP=options.softcap is not None, HAS_TOKEN_WEIGHT=inputs.token_weight is not None,
         HAS_CLASS_WEIGHT=inputs.class_weight is not None, HAS_LSE_GRAD=inputs.lse_grad is not None,
         HAS_UNIT=call.unit is not None, SMOOTHED=options.label_smoothing > 0, RANK=options.statistics,
-        PREDICT=options.predicted, GRADIENT=any(wanted), TWO_PASSES=call.two_passes, SCALE=wanted.weight, BIAS=wanted.bias,
+        PREDICT=options.predicted, GRADIENT=any(wanted), TWO_PASSES=call.two_passes,
+        SCALE=wanted.weight, BIAS=wanted.bias,
         ROWS=ROW_BLOCK, SPAN=min(256, triton.next_power_of_2(call.column_tiles)), BLOCK=_width_block(x.shape[1]),
         UPCAST=INTERPRETED,
     )  # fmt: skip

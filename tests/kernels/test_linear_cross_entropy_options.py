@@ -62,7 +62,6 @@ def test_class_weights_are_those_of_torch(label_smoothing):
 def test_weights_beyond_float16_lose_no_digits_under_autocast(of, size):
     hidden, weight, bias, labels = inputs(dtype=torch.float16)
     class_weight = weights(labels, len(weight))["class_weight"]
-    token_weight = torch.full(labels.shape, size if of == "token_weight" else 1.0)
     options = dict(
         label_smoothing=0.2,
         reduction="none",
