@@ -204,10 +204,10 @@ def linear_cross_entropy(
     if not return_statistics:
         return loss
     lse_or_constant = lse if differentiable_lse else lse.detach()
-    z_part = z_loss * lse.detach().square()
+    z_part = z_loss * lse.detach() * lse.detach()  # a square alone might overflow
     if token_weight is not None:
         weights = token_weight[..., shift:] if shift else token_weight
-        z_part = (z_part * weights).where(rank >= 0, 0)
+        z_part = (z_part * weights.to(z_part.dtype)).where(rank >= 0, 0)
     if reduction != "none":
         z_part = z_part.sum() if divisor is None else z_part.sum() / divisor
     return loss, TokenStatistics(

@@ -118,7 +118,7 @@ def _sigmoid_contrastive(
         counts=counts,
         wants_gradients=any(wanted),
     )
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         scale, bias = (t.to(compute_dtype(x.dtype)).reshape(()) for t in (logit_scale, logit_bias))
         left, right = (separate_rows(t.to(operand_dtype(t)).contiguous()) for t in (x, y))
         # The positives, in full precision; everything else is added to them.

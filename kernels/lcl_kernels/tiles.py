@@ -182,7 +182,8 @@ def programs_on(like: Tensor, tile: Tile) -> int:
     """How many programs of a persistent kernel to start, so that all of them run at once."""
     if INTERPRETED:
         return 2
-    return tile.programs * (multiprocessors(like) - (SPARE_MULTIPROCESSORS if _other_ranks() else 0))
+    spare = SPARE_MULTIPROCESSORS if _other_ranks() else 0
+    return tile.programs * max(1, multiprocessors(like) - spare)  # one also on a small slice of a GPU
 
 
 def _other_ranks() -> bool:

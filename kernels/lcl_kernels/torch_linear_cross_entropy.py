@@ -173,7 +173,7 @@ def _statistics(logits: Tensor, target: Tensor, weights: _RowWeights, inputs: In
     loss = weights.entropy * cross_entropy
     if mean is not None:  # no difference of infinities where a logit is -inf
         loss = loss + weights.lse * lse - options.label_smoothing * mean
-    loss = weights.token * (loss + options.z_loss * lse.square())
+    loss = weights.token * (loss + options.z_loss * lse * lse)
     return _Rows(loss, cross_entropy, lse, total, rank, predicted)
 
 

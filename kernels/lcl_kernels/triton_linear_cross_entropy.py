@@ -48,6 +48,8 @@ LEAD = 30.0
 LIMIT = 2.0**60
 """Sum of exponentials of a row in one tile above which the row is made again: gradient factors and products stay in
 range too."""
+FLOAT16_LIFT = 14
+"""Float16 holds the softmax times two to this power: else classes less likely than 1e-5 would lose their digits."""
 SEGMENT_ROWS = 16
 ROW_BLOCK = 64 if INTERPRETED else 4
 """Rows of one program of the kernels that do something per row."""
@@ -131,6 +133,28 @@ class _Call:
         self.bias_sums = hidden.new_empty(len(inputs.weight) if wanted.bias else 0, BIAS_COLUMNS, dtype=torch.float32)
         weight = inputs.class_weight
         self.class_weight_sum = None if weight is None or not options.label_smoothing else weight.sum()
+        self.lift = FLOAT16_LIFT if any(wanted) and hidden.dtype == torch.float16 else 0
+        self.unit = _unit(inputs, counted, options.label_smoothing) if any(wanted) else None
+
+
+def _unit(inputs: Inputs, counted: Counted, smoothing: float) -> Tensor | None:
+    """What row factors are divided by where they are rounded to float16, whose range weights of the loss may leave.
+
+    Weights are upstream gradients, too: 1e-5 of a mean over many tokens, or 65536 of a loss scaler.
+    """
+    weights = (inputs.token_weight, inputs.class_weight, inputs.lse_grad)
+    if inputs.hidden.dtype != torch.float16 or all(weight is None for weight in weights):
+        return None
+    of_rows, of_classes, of_lse = (None if weight is None else weight.abs() for weight in weights)
+    unit = inputs.hidden.new_ones((), dtype=torch.float32)
+    if of_rows is not None:
+        unit = of_rows.index_select(0, counted.rows).amax()
+    if of_classes is not None:
+        of_labels = of_classes.index_select(0, counted.labels).amax()
+        unit = unit * (of_labels + smoothing * of_classes.mean() if smoothing else of_labels)
+    if of_lse is not None:
+        unit = unit + of_lse.index_select(0, counted.rows).amax()
+    return unit.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _room_for_rows(hidden: Tensor, rows: int) -> Tensor:
@@ -257,7 +281,7 @@ def _find_targets(call: _Call, part: _Part) -> None:
     """Fills target, slope and anchor of the chunk, and x where its rows have to be gathered."""
     inputs, options, buffers = call.inputs, call.options, part.buffers
     hidden, weight, width, count = inputs.hidden, inputs.weight, inputs.hidden.shape[1], len(part.rows)
-    target_logits_kernel[_grid(count)](
+    target_logits_kernel[_grid(count + 1)](  # one more than rows, as `marked` has
         hidden, weight, inputs.bias, part.rows, part.labels, buffers.x, buffers.target, buffers.slope, buffers.anchor,
         buffers.marked, count, hidden.stride(0), weight.stride(0), part.x.stride(0), width, options.softcap or 0.0,
         LEAD * LOG2E,
@@ -327,15 +351,17 @@ def _finish_rows(call: _Call, part: _Part) -> None:
     finish_rows_kernel[_grid(len(x))](
         x, part.rows, part.labels, buffers.target, buffers.slope, buffers.anchor, buffers.marked, buffers.sums,
         buffers.tops, buffers.logit_sums, buffers.higher, buffers.best, buffers.best_class,
-        inputs.token_weight, inputs.class_weight, call.class_weight_sum, inputs.lse_grad,
+        inputs.token_weight, inputs.class_weight, call.class_weight_sum, inputs.lse_grad, call.unit,
         *call.rows_made, part.at_target, buffers.factor, buffers.share, buffers.excess, buffers.scaled,
         buffers.columns,
         len(x), call.column_tiles, len(inputs.weight), x.shape[1], x.stride(0), _stride(inputs.token_weight),
         _stride(inputs.lse_grad), options.z_loss, options.label_smoothing, LEAD + 10,
+        2.0**call.lift, float(call.lift),
         HAS_SOFTCAP=options.softcap is not None, HAS_TOKEN_WEIGHT=inputs.token_weight is not None,
         HAS_CLASS_WEIGHT=inputs.class_weight is not None, HAS_LSE_GRAD=inputs.lse_grad is not None,
-        SMOOTHED=options.label_smoothing > 0, RANK=options.statistics, PREDICT=options.predicted,
-        GRADIENT=any(wanted), TWO_PASSES=call.two_passes, SCALE=wanted.weight, BIAS=wanted.bias,
+        HAS_UNIT=call.unit is not None, SMOOTHED=options.label_smoothing > 0, RANK=options.statistics,
+        PREDICT=options.predicted, GRADIENT=any(wanted), TWO_PASSES=call.two_passes,
+        SCALE=wanted.weight, BIAS=wanted.bias,
         ROWS=ROW_BLOCK, SPAN=min(256, triton.next_power_of_2(call.column_tiles)), BLOCK=_width_block(x.shape[1]),
         UPCAST=INTERPRETED,
     )  # fmt: skip
@@ -365,6 +391,9 @@ def _add_products(call: _Call, part: _Part, *, first: bool) -> None:
 def _add_targets(call: _Call) -> None:
     """Add the part of the labels' own logits to the gradients of weight and bias."""
     counted, wanted, gradients, hidden = call.counted, call.wanted, call.gradients, call.inputs.hidden
+    if call.lift:
+        for sums in (gradients.weight, call.bias_sums):
+            sums.mul_(2.0**-call.lift if call.unit is None else 2.0**-call.lift * call.unit)
     if wanted.bias:
         torch.sum(call.bias_sums[:, :2], 1, out=gradients.bias)
     sorted_labels, order = torch.sort(counted.labels, stable=True)

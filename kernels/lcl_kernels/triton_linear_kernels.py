@@ -224,20 +224,21 @@ def exp_logits_kernel(
 @triton.jit
 def finish_rows_kernel(
     x, rows, labels, target, slope, anchor, marked, sums, tops, logit_sums, higher, best, best_class,
-    token_weight, class_weight, class_weight_sum, lse_grad,
+    token_weight, class_weight, class_weight_sum, lse_grad, unit,
     row_loss, lse, rank, predicted, at_target, factor, share, excess, scaled, columns,
-    count, tiles, vocab, width, stride_x, stride_weight, stride_lse_grad, z_loss, smoothing, far,
+    count, tiles, vocab, width, stride_x, stride_weight, stride_lse_grad, z_loss, smoothing, far, room, lift,
     HAS_SOFTCAP: tl.constexpr, HAS_TOKEN_WEIGHT: tl.constexpr, HAS_CLASS_WEIGHT: tl.constexpr,
-    HAS_LSE_GRAD: tl.constexpr, SMOOTHED: tl.constexpr, RANK: tl.constexpr, PREDICT: tl.constexpr,
-    GRADIENT: tl.constexpr, TWO_PASSES: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
+    HAS_LSE_GRAD: tl.constexpr, HAS_UNIT: tl.constexpr, SMOOTHED: tl.constexpr, RANK: tl.constexpr,
+    PREDICT: tl.constexpr, GRADIENT: tl.constexpr, TWO_PASSES: tl.constexpr, SCALE: tl.constexpr, BIAS: tl.constexpr,
     ROWS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Everything per row between the exponentials and the gradient products, for the `count` rows of a chunk.
 
     Results of a row go to its place in row_loss, lse, rank and predicted [N]. GRADIENT: at_target[i] is the derivative
     by the logit of the label, and factor[i] what both products with the stored exponentials lack; scaled[i] =
-    factor[i] x[i]; columns[i] = factor[i] in two parts, whose sum has twice the digits. TWO_PASSES: the exponentials
-    are still to be stored, against anchor[i], with share[i] and excess[i], which are at most 1 like what is stored.
+    factor[i] x[i]; columns[i] = factor[i] in two parts, whose sum has twice the digits. HAS_UNIT: both divided by unit.
+    TWO_PASSES: the exponentials are still to be stored, against anchor[i], with share[i] and excess[i], which keep
+    what is stored near `room` = 2^lift at most, whatever the weights; scaled and columns lack 1 / room.
     """
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     valid = i < count
@@ -324,17 +325,20 @@ def finish_rows_kernel(
             slope_label *= tl.load(slope + i, mask=valid, other=0.0)
         tl.store(at_target + i, slope_label, mask=valid)
         if TWO_PASSES:
-            tl.store(anchor + i, log_sum * 1.4426950408889634, mask=valid)
+            tl.store(anchor + i, log_sum * 1.4426950408889634 - lift, mask=valid)
             if SMOOTHED:
                 taken = g * smoothing / vocab
-                size = tl.abs(v) + tl.abs(taken)
+                size = tl.abs(v) + tl.abs(taken * mean_weight)
+                size = tl.where(size > 0.0, size, tl.abs(taken))
                 size_or_one = tl.where(size > 0.0, size, 1.0)
                 tl.store(share + i, v / size_or_one, mask=valid)
-                tl.store(excess + i, taken / size_or_one, mask=valid)
+                tl.store(excess + i, taken / size_or_one * room, mask=valid)
                 v = size
         else:
             v = v / total
-        tl.store(factor + i, v, mask=valid)
+        tl.store(factor + i, v / room, mask=valid)
+        if HAS_UNIT:
+            v /= tl.load(unit)
         if BIAS:
             high = round_to(v, columns.dtype.element_ty, UPCAST)
             low = round_to(v - high.to(tl.float32), columns.dtype.element_ty, UPCAST)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from lcl_kernels import triton_linear_cross_entropy as triton_linear
 
 from tests.kernels.checks import DEVICE, few_rows, leaf, linear_cross_entropy, relative_error, seeded
 from tests.kernels.test_linear_cross_entropy import both, check, inputs, on_cpu
@@ -313,3 +314,17 @@ def test_no_memory_is_kept_between_calls():
 def test_smoothed_uniform_rows_cost_log_v():
     loss = linear_cross_entropy(torch.zeros(3, 4), torch.randn(129, 4), torch.tensor([0, 64, 128]), label_smoothing=0.3)
     assert loss.item() == pytest.approx(math.log(129), rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [triton_linear.ROW_BLOCK - 1, triton_linear.ROW_BLOCK])
+def test_rows_are_not_made_again_because_of_what_was_in_memory(rows, monkeypatch):
+    marked, finish = [], triton_linear._finish_rows
+
+    def watched(call, part):
+        marked.append(part.buffers.marked[: rows + 1].tolist())
+        finish(call, part)
+
+    monkeypatch.setattr(triton_linear, "_finish_rows", watched)
+    hidden, labels = torch.ones(rows, 8), torch.zeros(rows, dtype=torch.int64)
+    linear_cross_entropy(hidden, torch.ones(5, 8), labels, backend="triton")
+    assert marked == [[0] * (rows + 1)]

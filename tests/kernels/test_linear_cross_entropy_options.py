@@ -57,6 +57,54 @@ def test_class_weights_are_those_of_torch(label_smoothing):
         assert relative_error(actual, expected) < 1e-5
 
 
+@pytest.mark.parametrize("size", [1e-7, 1e6])
+@pytest.mark.parametrize("of", ["token_weight", "class_weight", "upstream", "lse"])
+def test_weights_beyond_float16_lose_no_digits_under_autocast(of, size):
+    hidden, weight, bias, labels = inputs(dtype=torch.float16)
+    class_weight = weights(labels, len(weight))["class_weight"]
+    options = dict(
+        label_smoothing=0.2,
+        reduction="none",
+        token_weight=torch.full(labels.shape, size if of == "token_weight" else 1.0),
+        class_weight=class_weight * (size if of == "class_weight" else 1.0),
+    )
+    of_loss, of_lse = (0.0, size) if of == "lse" else (size if of == "upstream" else 1.0, 0.0)
+    leaves, truth = ([leaf(t, d) for t in (hidden, weight, bias)] for d in (torch.float32, torch.float64))
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        losses, statistics = linear_cross_entropy(
+            leaves[0], leaves[1], labels, bias=leaves[2], return_statistics=True, differentiable_lse=True, **options
+        )
+    (losses * of_loss + statistics.lse * of_lse).sum().backward()
+    expected = reference_linear_cross_entropy(truth[0], truth[1], labels, bias=truth[2], **options)
+    (expected * of_loss + lse_of(*truth, labels) * of_lse).sum().backward()
+    for actual, wanted in zip(leaves, truth, strict=True):
+        assert relative_error(actual.grad, wanted.grad) < 1e-3
+
+
+def test_float16_keeps_the_digits_of_classes_that_are_hardly_likely():
+    weight = F.normalize(torch.randn(64, 64, generator=seeded()), dim=1).half()
+    hidden, labels = weight * 18, torch.arange(64)  # other classes have about 1e-8
+    leaves, truth = ([leaf(t, d) for t in (hidden, weight)] for d in (torch.float32, torch.float64))
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        linear_cross_entropy(*leaves, labels).backward()
+    reference_linear_cross_entropy(*truth, labels).backward()
+    for actual, wanted in zip(leaves, truth, strict=True):
+        assert relative_error(actual.grad, wanted.grad) < 1e-3
+
+
+def test_the_part_of_z_loss_has_the_dtype_of_the_loss_and_no_overflow_of_its_own():
+    labels, options = torch.tensor([0, 1]), dict(token_weight=torch.ones(2, dtype=torch.float64))
+    weight = torch.tensor([[1e15], [2e15]])
+    for z_loss, expected in ((0.0, 0.0), (1e-30, 8e10)):  # lse is 2e20, whose square float32 has not
+        hidden = torch.full((2, 1), 1e5)
+        loss, statistics = linear_cross_entropy(
+            hidden, weight, labels, z_loss=z_loss, return_statistics=True, reduction="sum", **options
+        )
+        assert statistics.z_loss.dtype == torch.float32
+        assert float(statistics.z_loss) == pytest.approx(expected)
+        assert float(loss) == pytest.approx(1e20)
+
+
 def test_weights_may_have_any_real_dtype_and_layout():
     hidden, weight, bias, labels = inputs()
     mask = torch.rand(labels.shape, generator=seeded(3)) < 0.5

@@ -305,3 +305,10 @@ def test_unusable_arguments_are_named():
     refused("no float64 kernels", x.double(), y.double(), scale, bias, backend="triton")
     refused("exchange must be", x, y, scale, bias, exchange="tree")
     refused(r"counts \[5\] do not match: 1 ranks, 23 pairs", x, y, scale, bias, counts=[5])
+
+
+def test_kernels_start_on_the_device_of_the_features_whichever_is_current(monkeypatch):
+    entered, device_of = [], torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: (entered.append(tensor.shape), device_of(tensor))[1])
+    sigmoid_contrastive_loss(torch.ones(3, 5), torch.ones(3, 5), torch.tensor(1.0), torch.tensor(0.0))
+    assert entered == [(3, 5)]

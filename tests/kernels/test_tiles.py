@@ -74,3 +74,10 @@ def test_multiprocessors_are_left_free_when_there_are_other_ranks(monkeypatch):
         monkeypatch.setattr(dist, "is_initialized", lambda: True)
         monkeypatch.setattr(dist, "get_world_size", lambda ranks=ranks: ranks)
         assert tiles.programs_on(like, tile) == programs
+
+
+def test_a_slice_of_a_gpu_runs_a_program_also_when_there_are_other_ranks(monkeypatch):
+    monkeypatch.setattr(tiles, "INTERPRETED", False)
+    monkeypatch.setattr(tiles, "multiprocessors", lambda like: tiles.SPARE_MULTIPROCESSORS)
+    monkeypatch.setattr(tiles, "_other_ranks", lambda: True)
+    assert tiles.programs_on(torch.zeros(1), Tile(128, 128, 64, 8, 3, programs=2)) == 2
