@@ -393,6 +393,6 @@ def peer_samples():
 def test_cases_of_other_projects(cases, backend):
     if backend == "triton":
         pytest.skip("runs both")
-    outcome = run_cases(cases(), every=5, start=7, step=61)
+    outcome = run_cases(cases(), every=5, start=7, step=43)
     assert outcome.run["torch"] >= 5
     assert outcome.wrong == []

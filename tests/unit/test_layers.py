@@ -90,7 +90,11 @@ def test_no_modules_import_each_other_in_a_circle():
 
 
 def test_only_training_imports_deepspeed():
-    users = {name.split(".")[0] for name, path in modules().items() if any(f.split(".")[0] == "deepspeed" for f in imports_of(path))}
+    users = {
+        name.split(".")[0]
+        for name, path in modules().items()
+        if any(f.split(".")[0] == "deepspeed" for f in imports_of(path))
+    }
     assert users == {"training"}
 
 
