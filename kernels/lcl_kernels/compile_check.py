@@ -256,7 +256,11 @@ def _launch_linear_cross_entropy() -> None:
         (torch.float16, Options(softcap=30.0, label_smoothing=0.1), everything, 768),
         (torch.float32, Options(), everything, 768),
     ):
-        for weighted in (False, True):
+        # Weights go into kernels that every product shares, but for those of a smoothed label.
+        weights = (
+            (False, True) if options.label_smoothing or (dtype, options) == (torch.bfloat16, Options()) else (False,)
+        )
+        for weighted in weights:
             inputs = Inputs(
                 hidden=torch.zeros(n, width, dtype=dtype),
                 weight=torch.zeros(vocab, width, dtype=dtype),
@@ -268,21 +272,21 @@ def _launch_linear_cross_entropy() -> None:
             )
             rows_made = empty_rows(inputs, options)
             read = scan(inputs, options, None, rows_made)
-            counted = Counted(torch.arange(n - weighted, dtype=torch.int32), read.labels[: n - weighted])
+            labels = torch.zeros_like(read.labels)[: n - weighted]  # nothing has run that would have filled them
+            counted = Counted(torch.arange(n - weighted, dtype=torch.int32), labels)
             sweep(inputs, counted, options, wanted, rows_made)
 
 
 def _launch_contrastive() -> None:
     plain, crowded = Kind(), Kind(positives=True, highest=True)
+    # The variant for the own block has all that the other has, and looks for the diagonal besides.
     for kind in (plain, Kind(highest=True), Kind(ignored=True), crowded):
         _launch_pair_losses(kind)
-        for diagonal in (True, False):
-            _launch_block(torch.bfloat16, 768, diagonal, kind, one_sided=kind in (plain, crowded))
-            if kind in (plain, crowded):
-                _launch_block(torch.bfloat16, 771, diagonal, kind)
-                _launch_block(torch.float32, 768, diagonal, kind)
-    for diagonal in (True, False):
-        _launch_block(torch.float16, 768, diagonal, plain)
+        _launch_block(torch.bfloat16, 768, True, kind, one_sided=kind == plain)
+    _launch_block(torch.bfloat16, 768, False, plain)
+    for dtype, width in ((torch.bfloat16, 771), (torch.float32, 768), (torch.float16, 768)):
+        _launch_block(dtype, width, True, plain)
+    _launch_block(torch.bfloat16, 771, True, crowded)
 
 
 def _launch_block(dtype: torch.dtype, width: int, diagonal: bool, kind: Kind, one_sided: bool = False) -> None:
@@ -317,12 +321,9 @@ def _launch_sigmoid() -> None:
 
     for dtype, width in ((torch.bfloat16, 768), (torch.bfloat16, 771), (torch.float16, 768), (torch.float32, 768)):
         x, scale, d_x = torch.zeros(256, width, dtype=dtype), torch.ones(()), torch.zeros(256, width)
-        for diagonal in (True, False):
-            for gradients in (True, False):
-                block = Block(x, x, scale, scale, diagonal)
-                triton_sigmoid_contrastive.negatives(
-                    block, gradients=gradients, d_x=d_x, want_y=True, workspace_mb=64.0
-                )
+        for diagonal, gradients in ((True, True), (True, False), (False, True)):
+            block = Block(x, x, scale, scale, diagonal)
+            triton_sigmoid_contrastive.negatives(block, gradients=gradients, d_x=d_x, want_y=True, workspace_mb=64.0)
 
 
 if __name__ == "__main__":

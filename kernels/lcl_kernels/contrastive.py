@@ -156,8 +156,8 @@ def contrastive_loss(
             gathers inside one machine and takes the ring across machines.
         return_statistics: also return `PairStatistics` of the own pairs; on every rank or on none. This takes a maximum
             per row and column of a tile of S, and no pass of its own.
-        backend: "auto" (Triton on a GPU, torch elsewhere and for float64), "triton" or "torch".
-        workspace_mb: bound of the similarities kept at a time (one row at least); None: 1024 on a GPU, 128 on a CPU.
+        backend: "auto" (Triton on a GPU for bfloat16 and float16, else torch), "triton" or "torch".
+        workspace_mb: bound of the similarities kept at a time (one row at least); None: 2048 on a GPU, 128 on a CPU.
 
     Returns:
         A scalar in float32 (float64 for float64 features); 0, attached to the graph, on a rank without pairs. With

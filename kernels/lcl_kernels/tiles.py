@@ -98,7 +98,7 @@ TILES: dict[str, dict[int | str, Tile]] = {
     },
     "sigmoid": {HOPPER: Tile(128, 128, 64, 8, 3), AMPERE: Tile(128, 64, 32, 8, 3), HIP: Tile(128, 128, 32, 8, 2)},
     # Where an operand's rows are not aligned; addresses then take registers.
-    POINTERS: {HOPPER: Tile(64, 128, 32, 8, 3), AMPERE: Tile(64, 128, 32, 8, 3), HIP: Tile(64, 128, 32, 8, 2)},
+    POINTERS: {HOPPER: Tile(64, 128, 32, 8, 3), AMPERE: Tile(64, 64, 32, 8, 3), HIP: Tile(64, 128, 32, 8, 2)},
 }
 FLOAT32_TILE = Tile(32, 64, 16, 4, 2)
 INTERPRETER_TILE = Tile(64, 128, 64, 4, 1)
