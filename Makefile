@@ -25,7 +25,7 @@ lint: .venv/ready
 
 # Every Triton kernel, for GPUs that need not be there, with the pinned Triton; with the oldest supported one for Hopper.
 compile-check: .venv/ready .venv/triton-3.6.0
-	$(BIN)/python -m lcl_kernels.compile_check
+	$(BIN)/python -m lcl_kernels.compile_check $(TARGETS)
 	PYTHONPATH=.venv/triton-3.6.0 $(BIN)/python -m lcl_kernels.compile_check --target sm_90
 
 .venv/triton-3.6.0: .venv/ready

@@ -82,10 +82,10 @@ TILES: dict[str, dict[int | str, Tile]] = {
         AMPERE: Tile(128, 128, 32, 8, 3),
         HIP: Tile(128, 128, 32, 8, 2),
     },
-    # With maxima or sums of several positives, which take registers.
+    # With groups or maxima, which take registers.
     "statistics_crowded": {
         BLACKWELL: Tile(128, 64, 64, 8, 3),
-        HOPPER: Tile(128, 128, 64, 8, 3),
+        HOPPER: Tile(64, 128, 64, 8, 3),
         AMPERE: Tile(128, 128, 32, 8, 3),
         HIP: Tile(128, 128, 32, 8, 2),
     },

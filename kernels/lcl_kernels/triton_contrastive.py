@@ -199,7 +199,7 @@ def _groups(block: Block, rows: slice, columns: slice) -> tuple[Tensor | None, T
 
 def _statistics_tile(kind: Kind, bounded: bool) -> str:
     """The tile setting of a variant of the kernel, by the registers that it takes."""
-    if kind.highest or kind.positives:
+    if kind != Kind():
         return "statistics_crowded"
     return "statistics" if bounded else "statistics_two"
 
