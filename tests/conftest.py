@@ -44,3 +44,10 @@ def demo_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "corpus"
     build_demo(folder, documents=160, pairs=120, heldout_documents=40, shard_size=64)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    """Leave no test what a launcher would set: a run that was started within the process puts it there and it stays."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
