@@ -131,7 +131,7 @@ def _in_a_process_of_its_own(target: str) -> list[dict[str, Any]]:
 def compile_all(target: str) -> list[dict[str, Any]]:
     """One row for every kernel and setting; must be called once in a process."""
     rows: list[dict[str, Any]] = []
-    with _compiling_for(target, rows):
+    with compiling_for(target, rows):
         _launch_linear_cross_entropy()
         _launch_contrastive()
         _launch_sigmoid()
@@ -139,7 +139,7 @@ def compile_all(target: str) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _compiling_for(target: str, rows: list[dict[str, Any]]) -> Iterator[None]:
+def compiling_for(target: str, rows: list[dict[str, Any]]) -> Iterator[None]:
     """Launches compile for `target` and add to `rows`, each kernel and setting once."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import JITFunction, driver

@@ -8,7 +8,6 @@ and on [m] numbers, takes one launch for each step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from lcl_kernels._common import INTERPRETED, largest_chunk, matmul_, row_chunks
 from lcl_kernels.similarity import Block, Kind, OwnPairs, PairLosses, clear, rounding_of
-from lcl_kernels.tiles import LOG2E, Tile, launch_options, operand, precision_of, programs_on, tile_on
+from lcl_kernels.tiles import LOG2E, operand, tile_on
+from lcl_kernels.triton_blocks import gradient_parts, launch
 from lcl_kernels.triton_contrastive_kernels import (
     merge_sums_kernel,
     pair_gradients_kernel,
@@ -30,8 +30,6 @@ from lcl_kernels.triton_contrastive_kernels import (
 SAFE_BOUND = 40.0 * LOG2E
 """While |S| is at most 40 nats, exp(S - bound) is at least e^-80 and a normal float32: one exponential serves the row
 and the column, and no maximum is needed."""
-LEAST_ROWS = 2048
-"""Rows of a gradient block below which its columns are split too: d_y is read and written once per block of rows."""
 PAIRS, WIDTH = (256 if INTERPRETED else 4), 256
 """Of the kernels that read features once: pairs of a program, and how much of their features at a time. Large in the
 interpreter, which takes the same time for each operation, whatever its size."""
@@ -67,7 +65,7 @@ def statistics(block: Block, rows: Tensor, columns: Tensor, *, first: bool, work
     bound = (block.scale, block.x_norm.amax(), torch.linalg.vector_norm(y, dim=1, dtype=torch.float32).amax())
     for chunk in row_chunks(len(x), *limits):
         for bounded, tile in tiles.items():
-            _launch(
+            launch(
                 similarity_statistics_kernel, tile, x[chunk], y,
                 (*bound, *_groups(block, chunk, slice(None)), row_parts, column_parts), (chunk.start, SAFE_BOUND),
                 DIAGONAL=block.diagonal and not kind.ignored, BOUNDED=bounded, SUMS=kind.sums,
@@ -129,13 +127,13 @@ def gradients(
     if not (len(x) and len(y)):
         return block.scale.new_zeros(1)
     tile = tile_on("gradient_crowded" if kind.positives else "gradient", x, y)
-    parts = list(_gradient_parts(len(x), len(y), x.itemsize, tile, workspace_mb))
+    parts = list(gradient_parts(len(x), len(y), x.itemsize, tile, workspace_mb))
     room = x.new_empty(max((down.stop - down.start) * stride for down, _, stride in parts))
     tiles = [_tiles_of(down, tile.rows) * _tiles_of(across, tile.columns) for down, across, _ in parts]
     sums = block.scale.new_empty(sum(tiles))
     for (down, across, stride), part_sums in zip(parts, sums.split(tiles), strict=True):
         gradient = room[: (down.stop - down.start) * stride].view(-1, stride)[:, : across.stop - across.start]
-        _launch(
+        launch(
             similarity_gradient_kernel, tile, x[down], y[across],
             (
                 block.scale,
@@ -156,39 +154,8 @@ def gradients(
     return sums
 
 
-def _gradient_parts(
-    rows: int, columns: int, itemsize: int, tile: Tile, workspace_mb: float
-) -> Iterator[tuple[slice, slice, int]]:
-    """Rows, columns and row stride of the parts of the similarities whose gradient is kept at a time."""
-    most_columns = max(tile.columns, int(workspace_mb * 2**20) // (LEAST_ROWS * itemsize))
-    for across in row_chunks(columns, 1, most_columns / 2**20, tile.columns):
-        stride = triton.cdiv(across.stop - across.start, 64) * 64
-        for down in row_chunks(rows, stride * itemsize, workspace_mb, tile.rows):
-            yield down, across, stride
-
-
 def _tiles_of(part: slice, length: int) -> int:
     return int(triton.cdiv(part.stop - part.start, length))
-
-
-def _launch(
-    kernel: triton.JITFunction,
-    tile: Tile,
-    x: Tensor,
-    y: Tensor,
-    tensors: tuple[Any, ...],
-    numbers: tuple[float, ...],
-    **options: Any,
-) -> None:
-    left, stride_x, x_descriptor = operand(x, (tile.rows, tile.inner))
-    right, stride_y, y_descriptor = operand(y, (tile.columns, tile.inner))
-    programs = programs_on(x, tile)
-    kernel[(programs,)](
-        left, right, *tensors, len(x), len(y), x.shape[1], stride_x, stride_y, *numbers,
-        X_DESCRIPTOR=x_descriptor, Y_DESCRIPTOR=y_descriptor,
-        ROWS=tile.rows, COLUMNS=tile.columns, INNER=tile.inner, GROUP=tile.group, PROGRAMS=programs,
-        PRECISION=precision_of(x), UPCAST=INTERPRETED, **launch_options(tile), **options,
-    )  # fmt: skip
 
 
 def _groups(block: Block, rows: slice, columns: slice) -> tuple[Tensor | None, Tensor | None]:

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from lcl_kernels._common import matmul_, row_chunks
 from lcl_kernels.sigmoid_negatives import Block, Negatives, gradient_unit
 from lcl_kernels.tiles import Tile, operand, round_to, tile_on, tile_position, tile_product
-from lcl_kernels.triton_contrastive import _gradient_parts, _launch
+from lcl_kernels.triton_blocks import gradient_parts, launch
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def negatives(block: Block, *, gradients: bool, d_x: Tensor | None, want_y: bool
         for chunk in row_chunks(len(x), 4 * triton.cdiv(len(y), tile.columns) // tile.rows, workspace_mb, tile.rows):
             totals[:1] += _sums(tile, block._replace(x=x[chunk]), None, chunk.start)
         return Negatives(totals, None)
-    parts = list(_gradient_parts(len(x), len(y), x.itemsize, tile, workspace_mb))
+    parts = list(gradient_parts(len(x), len(y), x.itemsize, tile, workspace_mb))
     room = x.new_empty(max((down.stop - down.start) * stride for down, _, stride in parts))
     for down, across, stride in parts:
         rows, width = down.stop - down.start, across.stop - across.start
@@ -106,7 +106,7 @@ def _sums(tile: Tile, block: Block, gradient: Tensor | TensorDescriptor | None, 
     x, y, scale, bias, diagonal = block
     tiles = triton.cdiv(len(x), tile.rows) * triton.cdiv(len(y), tile.columns)
     sums = scale.new_empty(1 if gradient is None else 3, tiles)
-    _launch(
+    launch(
         sigmoid_negatives_kernel, tile, x, y, (scale, bias, gradient, sums), (first, gradient_unit(x)),
         DIAGONAL=diagonal, GRADIENT=gradient is not None,
     )  # fmt: skip

@@ -47,7 +47,7 @@ def compile_tile(kernel: str, tile: dict[str, int] | None) -> list[dict[str, Any
     for columns in VOCABULARIES if kernel.startswith("logits") else VOCABULARIES[1:]:
         rows: list[dict[str, Any]] = []
         task = {"kernel": kernel, "rows": 256, "width": 768, "columns": columns, "tile": tile}
-        with compile_check._compiling_for(TARGET, rows), _as_on_a_gpu(), candidate.using(task):
+        with compile_check.compiling_for(TARGET, rows), _as_on_a_gpu(), candidate.using(task):
             candidate.step_of(task, "triton")()
         wanted = [row for row in rows if candidate.FUNCTIONS[kernel] in row["kernel"]]
         made += [{**row, "function": row["kernel"], "kernel": kernel, "tile": tile} for row in wanted]
