@@ -8,8 +8,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 CODE = Path(__file__).resolve().parents[1]
 """The checkout, where this is one."""
 PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "webdataset", "triton", "safetensors", "numpy")
@@ -30,12 +28,12 @@ def version_of(package: str) -> str | None:
 
 
 def output_of(*command: str) -> str | None:
-    """The first line that a command prints; None where the command is missing, fails or prints nothing."""
+    """What a command prints, without blanks around it; None where it is missing, fails or prints nothing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip().partition("\n")[0] or None
+    return done.stdout.strip() or None
 
 
 def git_commit() -> str | None:
@@ -50,6 +48,12 @@ def git_modified(*paths: str) -> bool:
     return output_of("git", "-C", str(CODE), "status", "--porcelain", "--", *paths) is not None
 
 
+def gpu_driver() -> str | None:
+    """The version of the driver of the first NVIDIA GPU; None without one."""
+    printed = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return printed.partition("\n")[0] if printed else None
+
+
 def cpu_name() -> str:
     """What the processor calls itself."""
     try:
@@ -61,6 +65,8 @@ def cpu_name() -> str:
 
 def machine() -> dict[str, Any]:
     """The operating system, Python, the first GPU and the number of processors."""
+    import torch  # here, because the rest also describes machines on which it does not work
+
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -5,18 +5,17 @@ very calls that lcl_kernels makes, with float32 results of bfloat16 operands, fi
 that makes exponentials of logits stands the plain product of hidden states and weight, to see which wins.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from lcl_kernels._common import matmul_
 from torch import Tensor
 
+from launch.gpu_check import lines
+from launch.gpu_check.lines import Measurement
 from launch.gpu_check.timing import DEVICE, GPU, kernels_of, median_ms
 from lcl_ds.bench.losses import LossCase
 from lcl_ds.bench.peers import LOSSES, OURS
@@ -37,37 +36,21 @@ LINE = 64
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
-    parser.add_argument("--dry", action="store_true", help="tiny shapes, on a CPU too: checks the program alone")
-    options = parser.parse_args(argv)
-    if not (GPU or options.dry):
-        print("error: no CUDA device; --dry runs tiny shapes without one", file=sys.stderr)
-        return 1
     torch.manual_seed(0)
-    failed = 0
-    with options.out.open("w", encoding="utf-8") as file:
-        for measure in ceilings(options.dry):
-            try:
-                line = measure()
-            except Exception as error:
-                failed += 1
-                line = {"what": "failed", "message": f"{type(error).__name__}: {error}"[:300]}
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            print(json.dumps(line))
-    return 1 if failed else 0
+    return lines.main(__doc__ or "", ceilings, argv)
 
 
-def ceilings(dry: bool) -> Iterator[Callable[[], dict[str, Any]]]:
+def ceilings(dry: bool) -> Iterator[Measurement]:
     """What to measure, most important first."""
     repeats = 2 if dry else 20
-    yield lambda: measure_matmul(64 if dry else 8192, repeats)
-    yield lambda: measure_copy(1 if dry else 2048, repeats)
+    yield {"what": "square matmul, bf16"}, partial(measure_matmul, 64 if dry else 8192, repeats)
+    yield {"what": "copy"}, partial(measure_copy, 1 if dry else 2048, repeats)
     for head in DRY_HEADS if dry else HEADS:
-        yield partial(measure_head, *head, repeats)
+        shape = dict(zip("NHV", head, strict=True))
+        yield {"what": "linear cross entropy", "shape": shape}, partial(measure_head, *head, repeats)
     for pairs in DRY_PAIRS if dry else PAIRS:
-        yield partial(measure_pairs, *pairs, repeats)
+        shape = dict(zip(("rows", "columns", "D"), pairs, strict=True))
+        yield {"what": "contrastive", "shape": shape}, partial(measure_pairs, *pairs, repeats)
 
 
 def random(rows: int, columns: int) -> Tensor:
@@ -85,7 +68,7 @@ def measure_matmul(n: int, repeats: int) -> dict[str, Any]:
     a, b = random(n, n), random(n, n)
     out = torch.empty_like(a)
     ms = median_ms(lambda: torch.mm(a, b, out=out), repeats)
-    return {"what": "square matmul, bf16", "n": n, "ms": ms, "tflops": 2 * n**3 / ms / 1e9}
+    return {"n": n, "ms": ms, "tflops": 2 * n**3 / ms / 1e9}
 
 
 def measure_copy(megabytes: int, repeats: int) -> dict[str, Any]:
@@ -93,7 +76,7 @@ def measure_copy(megabytes: int, repeats: int) -> dict[str, Any]:
     source = torch.empty(megabytes * 2**20, dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
     ms = median_ms(lambda: target.copy_(source), repeats)
-    return {"what": "copy", "megabytes": megabytes, "ms": ms, "tb_per_s": 2 * source.numel() / ms / 1e9}
+    return {"megabytes": megabytes, "ms": ms, "tb_per_s": 2 * source.numel() / ms / 1e9}
 
 
 def measure_head(tokens: int, width: int, vocabulary: int, repeats: int) -> dict[str, Any]:
@@ -109,11 +92,7 @@ def measure_head(tokens: int, width: int, vocabulary: int, repeats: int) -> dict
     }
     ms: dict[str, float | None] = {name: median_ms(product, repeats) for name, product in products.items()}
     ms["exponentials, our kernel"] = _exponentials_ms(tokens, width, vocabulary)
-    return {
-        "what": "linear cross entropy",
-        "shape": {"N": tokens, "H": width, "V": vocabulary},
-        **_rates(ms, 2 * tokens * width * vocabulary),
-    }
+    return _rates(ms, 2 * tokens * width * vocabulary)
 
 
 def _exponentials_ms(tokens: int, width: int, vocabulary: int) -> float | None:
@@ -134,8 +113,7 @@ def measure_pairs(rows: int, columns: int, width: int, repeats: int) -> dict[str
         "similarities, torch.mm in bf16": lambda: torch.mm(x, y.t(), out=gradient),
     }
     ms = {name: median_ms(product, repeats) for name, product in products.items()}
-    shape = {"rows": rows, "columns": columns, "D": width}
-    return {"what": "contrastive", "shape": shape, **_rates(ms, 2 * rows * columns * width)}
+    return _rates(ms, 2 * rows * columns * width)
 
 
 def _rates(ms: dict[str, Any], flops: int) -> dict[str, Any]:

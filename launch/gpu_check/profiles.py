@@ -4,16 +4,15 @@ A line has the kernels of one forward and backward with their launches and times
 what the CPU takes to enqueue the call. Then come several sizes of the workspace, with time and memory alone.
 """
 
-import argparse
-import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from launch.gpu_check import lines
+from launch.gpu_check.lines import Measurement
 from launch.gpu_check.timing import DEVICE, GPU, enqueue_ms, kernels_of, median_ms
 from lcl_ds.bench.case import Case
 from lcl_ds.bench.contrastive import ContrastiveCase
@@ -26,29 +25,11 @@ MOST_KERNELS = 40
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="file of JSON lines")
-    parser.add_argument("--dry", action="store_true", help="tiny shapes, on a CPU too: checks the program alone")
-    options = parser.parse_args(argv)
-    if not (GPU or options.dry):
-        print("error: no CUDA device; --dry runs tiny shapes without one", file=sys.stderr)
-        return 1
-    failed = 0
-    with options.out.open("w", encoding="utf-8") as file:
-        for title, measure in measurements(options.dry):
-            try:
-                line = {"case": title, **measure()}
-            except Exception as error:
-                failed += 1
-                line = {"case": title, "message": f"{type(error).__name__}: {error}"[:300]}
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            print(f"{title}: {line.get('ms', line.get('message'))}")
-    return 1 if failed else 0
+    return lines.main(__doc__ or "", measurements, argv)
 
 
-def measurements(dry: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """Names and functions, most important first."""
+def measurements(dry: bool) -> Iterator[Measurement]:
+    """What to measure, most important first."""
     heads = [(8192, 768, 49411), (16384, 2048, 128256), (4096, 4096, 128256)] if not dry else [(16, 32, 131)]
     pairs = [(32768, 768)] if not dry else [(32, 16)]
     device = DEVICE.type
@@ -56,14 +37,14 @@ def measurements(dry: bool) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]
     cases += [(LossCase(shape, "bf16", device), name) for shape in heads for name in (COUNTED, OURS)]
     cases += [(ContrastiveCase(shape, "bf16", device, scale=14.3), OURS) for shape in pairs]
     for case, name in cases:
-        yield f"{case.title}, {name}", partial(profile_case, case, name)
+        yield {"case": f"{case.title}, {name}"}, partial(profile_case, case, name)
     for megabytes in WORKSPACES_MB if not dry else (1,):
         for shape in heads:
             case = LossCase(shape, "bf16", device, workspace_mb=megabytes)
-            yield f"{case.title}, workspace {megabytes} MB", partial(time_case, case, COUNTED)
+            yield {"case": f"{case.title}, workspace {megabytes} MB"}, partial(time_case, case, COUNTED)
         for widths in pairs:
             block = ContrastiveCase(widths, "bf16", device, workspace_mb=megabytes, scale=14.3)
-            yield f"{block.title}, workspace {megabytes} MB", partial(time_case, block, OURS)
+            yield {"case": f"{block.title}, workspace {megabytes} MB"}, partial(time_case, block, OURS)
 
 
 def profile_case(case: Case, name: str) -> dict[str, Any]:

@@ -1,16 +1,16 @@
 """What ``launch/gpu_check.sh`` writes down: the machine, its steps and the figures of the training run."""
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from lcl_ds.environment import git_commit, gpu_driver, output_of, versions
 
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "webdataset", "numpy", "pydantic", "pytest-xdist")
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,power.limit,memory.used"
@@ -20,28 +20,12 @@ RATES = ("step_s", "data_s", "tokens_per_s", "images_per_s", "mfu", "padding_fra
 LOSSES = ("loss", "generation_loss", "contrastive_loss")
 
 
-def run_quietly(*command: str) -> str | None:
-    """Output of a command; None where it is missing or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
 def query_gpu(fields: str) -> dict[str, str] | None:
     """``nvidia-smi``'s answer for the first GPU."""
-    answer = run_quietly("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
+    answer = output_of("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader")
     if not answer:
         return None
     return dict(zip(fields.split(","), (value.strip() for value in answer.splitlines()[0].split(",")), strict=False))
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def describe_environment() -> dict[str, Any]:
@@ -51,15 +35,15 @@ def describe_environment() -> dict[str, Any]:
     from lcl_ds.bench.measure import PACKAGES as PEERS
 
     cuda = torch.cuda.is_available()
-    nvcc = run_quietly("nvcc", "--version")
+    nvcc = output_of("nvcc", "--version")
     return {
         "python": platform.python_version(),
-        "packages": {name: version_of(name) for name in (*PACKAGES, *PEERS)},
+        "packages": versions((*PACKAGES, *PEERS)),
         "cuda_available": cuda,
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "gpu_memory_gb": torch.cuda.get_device_properties(0).total_memory / 2**30 if cuda else None,
         "capability": list(torch.cuda.get_device_capability()) if cuda else None,
-        "driver": (query_gpu("driver_version") or {}).get("driver_version"),
+        "driver": gpu_driver(),
         "cuda_of_torch": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "nvcc": nvcc.splitlines()[-1] if nvcc else None,
@@ -147,7 +131,7 @@ def assemble(work: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "command": arguments.command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": run_quietly("git", "rev-parse", "HEAD"),
+        "commit": git_commit(),
         "dry": arguments.dry,
         "complete": arguments.complete,
         "ok": arguments.complete and all(step.get("ok", True) for step in steps),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch.gpu_check.pool import Answer, Pool, Task, context_is_lost, serve
+from lcl_ds.files import write_whole
 
 TRY_S, TIME_S = 60.0, 20.0
 """Limits of one candidate: to compile and check it, and to time it."""
@@ -140,7 +141,7 @@ class Sweep:
             return 1
         self.patience = 5 if dry else 1  # a dry run may share its machine
         failed = False
-        write_whole(tuned, self.winners)
+        write_whole(tuned, json.dumps(self.winners, indent=1) + "\n")
         for group in groups:
             if group.kernel not in answer["kernels"]:
                 self.write({"group": group._asdict(), "message": "this version has no such kernel"})
@@ -149,7 +150,7 @@ class Sweep:
                 self.write({"group": group._asdict(), "message": "not started: the time is used up"})
                 continue
             failed |= not self.tune(group, answer["device"], settings(dry), () if dry else HEIGHTS)
-            write_whole(tuned, self.winners)
+            write_whole(tuned, json.dumps(self.winners, indent=1) + "\n")
         return 1 if failed else 0
 
     def write(self, line: dict[str, Any]) -> None:
@@ -208,13 +209,6 @@ def reason(answer: Answer) -> Answer:
 def median_of(times: list[float | None]) -> float | None:
     known = [ms for ms in times if ms is not None]
     return statistics.median(known) if known else None
-
-
-def write_whole(path: Path, records: list[dict[str, Any]]) -> None:
-    """A reader sees the old file or the new one."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 if __name__ == "__main__":

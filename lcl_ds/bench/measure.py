@@ -11,12 +11,10 @@ back at once: none that an allocator holds back can hide anything. Nothing is sa
 import contextlib
 import ctypes
 import gc
-import importlib.metadata
 import multiprocessing
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -24,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lcl_ds.environment import cpu_name, git_commit, git_modified, gpu_driver, version_of, versions
 
 Call = Callable[[], object]
 Times = dict[str, list[float] | Exception]
@@ -268,12 +268,11 @@ def _median_seconds(call: Call, device: torch.device, repeats: int) -> float:
 def describe_environment(device: torch.device) -> dict[str, Any]:
     """The machine and the versions of all that takes part."""
     gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
-    root = Path(__file__).resolve().parents[2]
     return {
         "device": device.type,
         "gpu": gpu.name if gpu else None,
         "gpu_memory_gb": gpu.total_memory / 2**30 if gpu else None,
-        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
+        "driver": gpu_driver() if gpu else None,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
         "triton": version_of("triton"),
@@ -281,31 +280,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
-        "git_commit": output_of("git", "-C", str(root), "rev-parse", "HEAD"),
-        "git_modified": bool(output_of("git", "-C", str(root), "status", "--porcelain", "--", "lcl_ds", "kernels")),
-        "peers": {name: version_of(name) for name in PACKAGES},
+        "git_commit": git_commit(),
+        "git_modified": git_modified("lcl_ds", "kernels"),
+        "peers": versions(PACKAGES),
     }
-
-
-def output_of(*command: str) -> str | None:
-    """First line that a command prints; None where it is missing or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip().partition("\n")[0] or None
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

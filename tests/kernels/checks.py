@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any, Self
 
 import lcl_kernels
+import pytest
 import torch
 from torch import Tensor
 from torch._C._profiler import _EventType
@@ -13,6 +14,9 @@ from torch.profiler._utils import traverse_dfs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 running = SimpleNamespace(backend="torch")
+torch_alone = pytest.mark.parametrize("backend", ["torch"], indirect=True)
+triton_alone = pytest.mark.parametrize("backend", ["triton"], indirect=True)
+"""A test of one backend in a module whose tests run on both."""
 
 
 def linear_cross_entropy(hidden: Tensor, *args: Any, **options: Any) -> Any:

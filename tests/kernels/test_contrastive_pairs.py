@@ -12,7 +12,16 @@ from lcl_kernels import contrastive, reference_contrastive_loss
 from lcl_kernels.tiles import log1p_exact
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.kernels.checks import DEVICE, contrastive_loss, few_rows, leaf, memory_of, relative_error, seeded
+from tests.kernels.checks import (
+    DEVICE,
+    contrastive_loss,
+    few_rows,
+    leaf,
+    memory_of,
+    relative_error,
+    seeded,
+    triton_alone,
+)
 from tests.kernels.test_contrastive import BARS, pairs
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -243,10 +252,10 @@ def test_no_more_than_the_workspace_is_kept_with_everything_on():
     assert peak(1e6) > (megabytes + other) * 2**20
 
 
-def test_a_call_costs_few_launches(backend):
+@triton_alone
+@pytest.mark.skipif(DEVICE == "cuda", reason="counts launches of Triton's interpreter")
+def test_a_call_costs_few_launches():
     """Of kernels: all operators of torch that start one, and Triton's, which are counted and not run."""
-    if backend == "torch" or DEVICE == "cuda":
-        pytest.skip("counts launches of the interpreter")
     from triton.runtime.interpreter import GridExecutor
 
     launches = collections.Counter()
@@ -278,9 +287,8 @@ def test_only_the_operator_that_waits_is_kept_out_of_cuda_graphs():
     assert torch.Tag.cudagraph_unsafe not in other.default.tags
 
 
-def test_log1p_keeps_its_digits(backend):
-    if backend == "torch":
-        pytest.skip("a function of Triton")
+@triton_alone
+def test_log1p_keeps_its_digits():
     x = torch.logspace(-30, 30, 4096)
     x[0] = 0
     out = torch.empty_like(x)

@@ -14,7 +14,17 @@ from lcl_kernels import reference_linear_cross_entropy
 from lcl_kernels._common import row_chunks, use_triton
 from lcl_kernels.reference import reference_logits
 
-from tests.kernels.checks import DEVICE, few_rows, leaf, linear_cross_entropy, memory_of, relative_error, seeded
+from tests.kernels.checks import (
+    DEVICE,
+    few_rows,
+    leaf,
+    linear_cross_entropy,
+    memory_of,
+    relative_error,
+    seeded,
+    torch_alone,
+    triton_alone,
+)
 from tests.kernels.launches import CASES, each_further_chunk, linear_step
 from tests.kernels.peer_matrices import MATRICES
 from tests.kernels.peer_matrices import run as run_cases
@@ -343,11 +353,10 @@ def test_a_bad_label_is_named_by_its_place():
     linear_cross_entropy(hidden.view(2, 3, 4, 16), weight, labels, shift=3)  # nothing predicts that label
 
 
+@triton_alone
 @pytest.mark.parametrize("shape", [(8192, 768, 49_411), (4096, 4096, 128_256), (8192, 4096, 128_256)], ids=str)
-def test_usual_shapes_are_one_chunk_on_a_gpu(shape, backend):
+def test_usual_shapes_are_one_chunk_on_a_gpu(shape):
     n, _, v = shape
-    if backend == "torch":
-        pytest.skip("about the Triton backend")
     from lcl_kernels._common import WORKSPACE_MB
     from lcl_kernels.triton_linear_cross_entropy import bytes_per_row
 
@@ -365,10 +374,9 @@ def test_float32_is_left_to_torch_on_a_gpu():
 
 
 @on_cpu
+@triton_alone
 @pytest.mark.parametrize("case", CASES)
-def test_one_call_launches_little(case, backend):
-    if backend == "torch":
-        pytest.skip("about the Triton backend")
+def test_one_call_launches_little(case):
     assert linear_step(1, **CASES[case]).total() <= 24
     assert each_further_chunk(CASES[case]).total() <= 10
 
@@ -389,10 +397,9 @@ def peer_samples():
 
 
 @on_cpu
+@torch_alone  # it runs both
 @pytest.mark.parametrize("cases", peer_samples())
-def test_cases_of_other_projects(cases, backend):
-    if backend == "triton":
-        pytest.skip("runs both")
+def test_cases_of_other_projects(cases):
     outcome = run_cases(cases(), every=5, start=7, step=43)
     assert outcome.run["torch"] >= 5
     assert outcome.wrong == []
