@@ -54,7 +54,6 @@ def pair_features(
     device = next(model.parameters()).device
     lengths = [len(sequence.tokens.input_ids) for sequence in sequences]
     images = [len(sequence.pixels) for sequence in sequences]
-    readouts = sorted({name for sequence in sequences for name in sequence.tokens.readouts})
     packed = pack(lengths, images, row_tokens, row_images)
     image_parts, context_parts, pixels, context_ids = [], [], [], []
     readouts = sorted({"context"}.union(*(sequence.tokens.readouts for sequence in sequences)))
