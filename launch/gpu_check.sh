@@ -11,8 +11,9 @@
 # another folder), installed into a temporary folder; so do kernels that were compiled beforehand. Each writes
 # $OUT/gpu_COMMAND.json (OUT: bench_results/) after every step and every 15 seconds, and a log beside it. tune also writes
 # $OUT/gpu_tuned.json, which figures uses when it is there. A failing step does not stop the others; the exit code is 1 if
-# any failed. BUDGET_S: seconds for all steps. --dry runs every step at tiny size on a machine without a GPU: it checks
-# this script and measures nothing. PYTHON names the interpreter. Folders are relative to the repository.
+# any failed. BUDGET_S: seconds for all steps. STEPS: the steps to run, if not all. --dry runs every step at tiny size on
+# a machine without a GPU: it checks this script and measures nothing. PYTHON names the interpreter. Folders are relative
+# to the repository.
 set -u
 cd "$(dirname "$0")/.." || exit 1
 root=$PWD
@@ -29,6 +30,7 @@ python=$(command -v "${PYTHON:-python3}") || { echo "error: no ${PYTHON:-python3
 # A dry run measures nothing, so it may take its time on a busy machine.
 patience=$([ -n "$dry" ] && echo 5 || echo 1)
 # With the last step's grace and the report, 4 and 9 minutes.
+cores=$(nproc)
 budget=${BUDGET_S:-$(($([ "$check" = first_light ] && echo 225 || echo 525) * patience))}
 
 mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
@@ -111,6 +113,10 @@ record() {
 step() {
   local name=$1 limit=$2 start=$EPOCHREALTIME code most seconds
   shift 2
+  if [ -n "${STEPS:-}" ] && [[ " wheels kernels environment $STEPS " != *" $name "* ]]; then
+    skip "$name" "not among STEPS"
+    return 0
+  fi
   ((limit *= patience))
   most=$(left)
   ((limit > most)) && limit=$most
@@ -173,8 +179,8 @@ fi
 step environment 60 "$python" -m launch.gpu_check.report environment && cp "$work/environment.out" "$work/environment.json"
 
 first_light() {
-  # Compiling takes most of the time, so four processes; the GPU itself is busy for seconds.
-  module first_light 120 --seconds $((115 * patience)) --workers "$([ -n "$dry" ] && echo 2 || echo 4)"
+  # Compiling takes most of the time, so several processes; the GPU itself is busy for seconds.
+  module first_light 120 --seconds $((115 * patience)) --workers "$([ -n "$dry" ] && echo 2 || echo $((2 + cores / 4)))"
   module sanitizer 50 --seconds $((45 * patience))
   module suite 200 --seconds "$(($(left) - 8))" --processes "$([ -n "$dry" ] && echo 1 || echo 8)"
 }
@@ -183,7 +189,7 @@ tune() {
   rm -f "$out/gpu_tuned.json" # an older run's must not pass for this one's
   module ceilings 45
   module profiles 75
-  module tune 500 --seconds "$(($(left) - 15))" --workers "$([ -n "$dry" ] && echo 1 || echo 8)" \
+  module tune 500 --seconds "$(($(left) - 15))" --workers "$([ -n "$dry" ] && echo 1 || echo $((2 + 2 * cores / 3)))" \
     --tuned "$out/gpu_tuned.json"
 }
 

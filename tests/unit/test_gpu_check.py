@@ -244,6 +244,34 @@ def test_tune_knows_the_kernels_by_their_names():
     assert all(any(part in name for name in kernels) for part in FUNCTIONS.values())
 
 
+def test_candidates_are_compiled_for_a_gpu_that_is_not_there(tmp_path):
+    """One tile of two kernels, in a process of its own: the stand-in for the GPU's driver cannot be taken back."""
+    program = (
+        "from launch.gpu_check.precompile import compile_tile\n"
+        "for kernel in ('logits', 'statistics'):\n"
+        "    for row in compile_tile(kernel, {'rows': 64, 'columns': 128, 'inner': 64, 'warps': 4, 'stages': 3}):\n"
+        "        print(kernel, row['error'], '64x128x64' in row['setting'])\n"
+    )
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    # The loss also has variants of the kernel that take another tile.
+    found = set(done.stdout.splitlines()) - {"statistics None False"}
+    assert found == {"logits None True", "statistics None True"}
+
+
+def test_chosen_steps_alone_are_run(tmp_path):
+    done = run_check("tune", tmp_path, STEPS="ceilings")
+    assert done.returncode == 0, done.stderr
+    steps = {step["name"]: step for step in json.loads((tmp_path / "gpu_tune.json").read_text())["steps"]}
+    assert {name: "skipped" in step for name, step in steps.items()} == {
+        "wheels": True, "environment": False, "ceilings": False, "profiles": True, "tune": True,
+    }  # fmt: skip
+
+
 def wheel(folder: Path, name: str, size: int) -> None:
     """A wheel of one module with so many random bytes beside it."""
     with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
