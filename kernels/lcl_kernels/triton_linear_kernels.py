@@ -122,13 +122,14 @@ def slope_of(decay):
 @triton.jit
 def largest_of_tiles(tops, row, wanted, tiles, SPAN: tl.constexpr):
     """The largest entry of each wanted row of tops[., tiles]."""
-    top = tl.full(row.shape, float("-inf"), dtype=tl.float32)
+    # Element by element and reduced once: Triton 3.6 and 3.7 fail to compile a reduction per step of a wide loop.
+    top = tl.full((row.shape[0], SPAN), float("-inf"), dtype=tl.float32)
     for start in range(0, tiles, SPAN):
         at = start + tl.arange(0, SPAN)
         inside = wanted[:, None] & (at[None, :] < tiles)
         values = tl.load(tops + row.to(tl.int64)[:, None] * tiles + at[None, :], mask=inside, other=float("-inf"))
-        top = tl.maximum(top, tl.max(values, 1))
-    return top
+        top = tl.maximum(top, values)
+    return tl.max(top, 1)
 
 
 @triton.jit
@@ -249,20 +250,21 @@ def finish_rows_kernel(
     reference = tl.load(anchor + i, mask=valid, other=0.0)
     reference = tl.where(again, largest_of_tiles(tops, i, again, tiles, SPAN), reference)
 
-    others = tl.zeros((ROWS,), dtype=tl.float32)
-    logit_sum = tl.zeros((ROWS,), dtype=tl.float32)
-    above = tl.zeros((ROWS,), dtype=tl.int32)
+    # Element by element and reduced once, as in `largest_of_tiles`.
+    others = tl.zeros((ROWS, SPAN), dtype=tl.float32)
+    logit_sum = tl.zeros((ROWS, SPAN), dtype=tl.float32)
+    above = tl.zeros((ROWS, SPAN), dtype=tl.int32)
     top = tl.full((ROWS,), float("-inf"), dtype=tl.float32)
     top_class = tl.zeros((ROWS,), dtype=tl.int32)
     for start in range(0, tiles, SPAN):
         at = start + tl.arange(0, SPAN)
         place = i.to(tl.int64)[:, None] * tiles + at[None, :]
         inside = valid[:, None] & (at[None, :] < tiles)
-        others += tl.sum(tl.load(sums + place, mask=inside, other=0.0), 1)
+        others += tl.load(sums + place, mask=inside, other=0.0)
         if SMOOTHED:
-            logit_sum += tl.sum(tl.load(logit_sums + place, mask=inside, other=0.0), 1)
+            logit_sum += tl.load(logit_sums + place, mask=inside, other=0.0)
         if RANK:
-            above += tl.sum(tl.load(higher + place, mask=inside, other=0), 1)
+            above += tl.load(higher + place, mask=inside, other=0)
         if PREDICT:
             values = tl.load(best + place, mask=inside, other=float("-inf"))
             classes = tl.load(best_class + place, mask=inside, other=0)
@@ -271,6 +273,9 @@ def finish_rows_kernel(
             first = tl.where(first < vocab, first, 0)  # logits of NaN are equal to none
             top_class = tl.where((largest > top) | (start == 0), first, top_class)
             top = tl.maximum(top, largest)
+    others = tl.sum(others, 1)
+    logit_sum = tl.sum(logit_sum, 1)
+    above = tl.sum(above, 1)
 
     # As `exclusive_cross_entropy` does. In two steps, so that only a huge product can overflow.
     gap = (reference - z) * 0.6931471805599453
