@@ -1,6 +1,7 @@
 """Measures and watchers that the kernel tests share."""
 
 from collections.abc import Callable
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any, Self
 
@@ -13,6 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.profiler._utils import traverse_dfs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETER_RUNS = not (version("triton") < "3.7" and version("numpy") >= "2.5")
+"""Triton 3.6's interpreter makes numbers of arrays in a way that NumPy 2.5 refuses."""
 running = SimpleNamespace(backend="torch")
 torch_alone = pytest.mark.parametrize("backend", ["torch"], indirect=True)
 triton_alone = pytest.mark.parametrize("backend", ["triton"], indirect=True)

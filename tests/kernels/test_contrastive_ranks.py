@@ -5,7 +5,7 @@ import torch
 from lcl_kernels import reference_contrastive_loss
 
 from tests.kernels.checks import leaf, relative_error
-from tests.kernels.ranks import CASES, COUNTS, MISMATCHES, TIMEOUT_S, Case, extras, features, own_slice
+from tests.kernels.ranks import CASES, COUNTS, MISMATCHES, TIMEOUT_S, Case, extras, features, own_slice, runs_here
 
 pytestmark = [pytest.mark.timeout(TIMEOUT_S + 60), pytest.mark.usefixtures("on_a_cpu")]
 
@@ -52,6 +52,8 @@ BARS = {torch.float64: (1e-10, 1e-12), torch.float32: (1e-6, 1e-6), torch.bfloat
 
 @pytest.mark.parametrize("case", CASES, ids=name)
 def test_equals_one_process(ranks, case):
+    if not runs_here(case):
+        pytest.skip("Triton 3.6's interpreter does not run with NumPy 2.5")
     gradient_bar, loss_bar = BARS[case.dtype]
     gradient_bar *= 1 if case.scale < 100 else 10
     for rank, wanted in enumerate(expected_of(case)):

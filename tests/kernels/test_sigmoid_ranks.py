@@ -5,7 +5,7 @@ import torch
 from lcl_kernels import reference_sigmoid_contrastive_loss
 
 from tests.kernels.checks import leaf, relative_error
-from tests.kernels.ranks import TIMEOUT_S, features, own_slice
+from tests.kernels.ranks import TIMEOUT_S, features, own_slice, runs_here
 from tests.kernels.sigmoid_ranks import COUNTS, SIGMOID_CASES
 
 pytestmark = [pytest.mark.timeout(TIMEOUT_S + 60), pytest.mark.usefixtures("on_a_cpu")]
@@ -34,6 +34,8 @@ def name(case):
 
 @pytest.mark.parametrize("case", SIGMOID_CASES, ids=name)
 def test_equals_one_process(ranks, case):
+    if not runs_here(case):
+        pytest.skip("Triton 3.6's interpreter does not run with NumPy 2.5")
     scalar_bar = 1e-6 if case.dtype == torch.float64 else 1e-5  # the scalars are float32
     for rank, wanted in enumerate(expected_of(case)):
         first, *others = ranks[rank][case]

@@ -56,7 +56,8 @@ def test_another_file_is_named(tmp_path, text):
 def test_aligned_operands_take_the_tuned_tile_and_others_do_not(monkeypatch):
     monkeypatch.setattr(tiles, "INTERPRETED", False)
     monkeypatch.setattr(tiles, "target_of", lambda like: tiles.HOPPER)
-    monkeypatch.setattr(tiles, "tuned_tiles", lambda: (record(device="cpu", rows=64),))
+    monkeypatch.setattr(tiles, "tuned_tiles", lambda: (record(rows=64),))
+    monkeypatch.setattr(tiles, "device_name", lambda like: "GPU")
     a, b = torch.zeros(8, 768, dtype=torch.bfloat16), torch.zeros(16, 768, dtype=torch.bfloat16)
     assert tiles.tile_on("logits", a, b).rows == 64
     assert tiles.tile_on("statistics", a, b) == tiles.TILES["statistics"][tiles.HOPPER]

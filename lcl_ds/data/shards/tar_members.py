@@ -8,7 +8,7 @@ import tarfile
 import zlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
 MAX_MEMBER_BYTES = 1 << 28
 """A larger member is refused: no image or text of a document is 256 MiB."""
@@ -92,18 +92,16 @@ def header_hash(block: bytes) -> int:
     return zlib.crc32(block[:100] + block[124:136] + block[345:500])
 
 
-class _Header(tarfile.TarInfo):
-    """A header that remembers its hash and refuses sizes that would mislead the reader."""
+class _Headers:
+    """What tarfile sees of a file: it reads headers alone, so that a larger piece is a size that would mislead it."""
 
-    header = 0
+    def __init__(self, file: IO[bytes]):
+        self.file, self.tell, self.seek = file, file.tell, file.seek
 
-    @classmethod
-    def frombuf(cls, buf: Any, encoding: str, errors: str) -> "_Header":
-        made: _Header = super().frombuf(buf, encoding, errors)
-        if made.size < 0 or (made.type in b"xgLKX" and made.size > MAX_NAME_BYTES):
-            raise tarfile.InvalidHeaderError("invalid header")  # type: ignore[attr-defined]
-        made.header = header_hash(bytes(buf))
-        return made
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_NAME_BYTES + BLOCK:
+            raise ValueError(f"a header of {size} bytes")
+        return self.file.read(size)
 
 
 def members_of(file: IO[bytes], size: int) -> Iterator[Member | None]:
@@ -126,13 +124,13 @@ def _members_of_archive(file: IO[bytes], start: int, size: int) -> Generator[Mem
     file.seek(start)
     position = start
     try:
-        tar = tarfile.TarFile(fileobj=file, tarinfo=_Header)
+        tar = tarfile.TarFile(fileobj=_Headers(file))  # type: ignore[arg-type]
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
             if member.size < 0 or tar.offset <= max(position, member.offset):
                 raise ValueError("a header that leads back")
             position = tar.offset
-            placed = _placed(member, size)
+            placed = _placed(member, size, file)
             if placed is not None:
                 yield placed
             if position - BLOCK >= size or (placed is not None and placed.problem == CUT):
@@ -174,7 +172,7 @@ def _check_padding(zeros: int, size: int) -> None:
         raise BrokenTarError(f"{zeros} zero bytes follow its end mark, so that its tail seems to be lost", zeros)
 
 
-def _placed(member: tarfile.TarInfo, file_size: int) -> Member | None:
+def _placed(member: tarfile.TarInfo, file_size: int, file: IO[bytes]) -> Member | None:
     """Make a member of a sample; None for what is not one."""
     problem = ""
     try:
@@ -187,7 +185,8 @@ def _placed(member: tarfile.TarInfo, file_size: int) -> Member | None:
         placed = key_and_suffix(member.name)
     if placed is None:
         return None
-    return Member(*placed, member.offset_data, member.size, getattr(member, "header", 0), problem)
+    file.seek(member.offset_data - BLOCK)
+    return Member(*placed, member.offset_data, member.size, header_hash(file.read(BLOCK)), problem)
 
 
 def member_place(member: tarfile.TarInfo, file_size: int) -> tuple[str, str] | None:

@@ -6,6 +6,7 @@ costs the squares of its documents' lengths and not the square of its own.
 """
 
 from importlib.util import find_spec
+from inspect import signature
 from typing import Any
 
 import torch
@@ -66,10 +67,11 @@ def varlen_attention(
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = flat
-        ends, longest, shared = cu_seq_lens_q, max_length_q, query.shape[1] != key.shape[1]
-        attended = varlen_attn(
-            q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window, enable_gqa=shared
-        )
+        ends, longest = cu_seq_lens_q, max_length_q
+        options: dict[str, Any] = {"scale": scaling, "window_size": window}
+        if query.shape[1] != key.shape[1] and "enable_gqa" in signature(varlen_attn).parameters:
+            options["enable_gqa"] = True  # torch 2.11 serves shared heads without being asked
+        attended = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
     return attended.unflatten(0, (rows, length)), None
 
 

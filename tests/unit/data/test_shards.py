@@ -9,6 +9,7 @@ import pickle
 import resource
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from lcl_ds.data.shards import index as shard_index
 from lcl_ds.data.shards import source as shards
 from lcl_ds.data.shards.source import Blocks, Source, expand_paths, index_shard
+from lcl_ds.data.shards.tar_members import BLOCK, MAX_NAME_BYTES, BrokenTarError, header_hash, members_of
 from lcl_ds.errors import UserError
 from tests.support.tars import write_tar
 
@@ -236,6 +238,38 @@ def test_links_and_devices_are_left_out(tmp_path):
         info.size = 2
         tar.addfile(info, io.BytesIO(b"{}"))
     assert len(Source("s", [index_shard(tmp_path / "a.tar")])) == 1
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT], ids=["gnu", "pax"])
+def test_the_index_knows_a_member_by_the_header_before_its_first_byte(tmp_path, form):
+    """The block that reading looks at, however tarfile finds it and however long the names are."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=form) as tar:
+        for name in ("x.json", "y" * 300 + ".json", "z.json"):
+            info = tarfile.TarInfo(name)
+            info.size = 2
+            tar.addfile(info, io.BytesIO(b"{}"))
+    index, content = index_shard(path).load_index(), path.read_bytes()
+    assert index.header.tolist() == [header_hash(content[end - BLOCK : end]) for end in index.offset.tolist()]
+    assert len(set(index.header.tolist())) == 3
+
+
+@pytest.mark.parametrize("kind", [b"x", b"g", b"L", b"K"])
+@pytest.mark.parametrize("size", [8 << 30, -1])
+def test_nothing_is_read_at_the_size_that_a_damaged_header_claims(tmp_path, monkeypatch, kind, size):
+    good, bad = tarfile.TarInfo("x.json"), tarfile.TarInfo("y")
+    good.size, bad.size, bad.type = 2, size, kind
+    header = good.tobuf(tarfile.GNU_FORMAT) + b"{}".ljust(BLOCK, b"\0") + bad.tobuf(tarfile.GNU_FORMAT)
+    (tmp_path / "a.tar").write_bytes(header + bytes(10 * BLOCK))
+    reads = []
+    with (tmp_path / "a.tar").open("rb") as file:
+        read = file.read
+        watched = SimpleNamespace(seek=file.seek, tell=file.tell, read=lambda size: reads.append(size) or read(size))
+        members = members_of(watched, 13 * BLOCK)
+        assert next(members).key == "x"
+        with pytest.raises(BrokenTarError, match=f"the header at byte {2 * BLOCK} is damaged"):
+            next(members)
+    assert all(0 <= size <= MAX_NAME_BYTES for size in reads)
 
 
 def test_a_member_that_claims_20_gib_is_where_the_tar_ends(tmp_path):

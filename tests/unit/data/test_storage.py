@@ -254,7 +254,7 @@ ODD_NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", ODD_NAMES)
+@pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)  # pytest-xdist cannot send other names to its workers
 @pytest.mark.parametrize("way", ["absolute", "relative"])
 def test_a_file_that_exists_is_found_whatever_its_name(tmp_path, monkeypatch, name, way, capfd):
     monkeypatch.chdir(tmp_path)
