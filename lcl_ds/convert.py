@@ -31,7 +31,9 @@ from lcl_ds.cli import program_name, run_command
 from lcl_ds.config import Config
 from lcl_ds.data.documents import BadSampleError, read_document
 from lcl_ds.data.images import decode_image
-from lcl_ds.data.shards.source import Source, expand_paths, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
+from lcl_ds.data.shards.storage import expand_paths
 from lcl_ds.errors import UserError
 from lcl_ds.files import plain_name, whole_folder
 from lcl_ds.models.encoders import family_of

@@ -68,7 +68,7 @@ def read_document(source: Source, number: int, max_text_bytes: int = MAX_TEXT_BY
     sample = source.sample(number)
     if sample.problem:
         raise BadSampleError(sample.problem)
-    sizes = {suffix: size for suffix, (_, size) in sample.parts.items()}
+    sizes = {suffix: size for suffix, (_, size) in sample.members.items()}
     key = f"{source.name}/{sample.key}"
     return document_of(key, sizes, lambda suffix: source.read(number, suffix), max_text_bytes)
 
@@ -178,7 +178,7 @@ def read_labels(source: Source, number: int, document: Document) -> list[dict[st
         An object per image, empty where there are no labels; None where there is anything else.
     """
     sample = source.sample(number)
-    if "json" not in sample.parts:
+    if "json" not in sample.members:
         return [{} for _ in document.images]
     try:
         record = _load_json(source.read(number, "json"))
@@ -192,7 +192,7 @@ def read_labels(source: Source, number: int, document: Document) -> list[dict[st
         labels = [None] * len(images)
     if not isinstance(labels, list) or len(labels) != len(images):
         return None
-    present = [label for label, image in zip(labels, images, strict=True) if _has_image(sample.parts, image)]
+    present = [label for label, image in zip(labels, images, strict=True) if _has_image(sample.members, image)]
     if not all(label is None or isinstance(label, dict) for label in present):
         return None
     return [label or {} for label in present]

@@ -13,7 +13,9 @@ from lcl_ds.config import Config
 from lcl_ds.data.documents import BadSampleError, Document, read_document, read_labels
 from lcl_ds.data.images import decode_image
 from lcl_ds.data.sequences import Sequencer
-from lcl_ds.data.shards.source import Source, expand_paths, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
+from lcl_ds.data.shards.storage import expand_paths
 from lcl_ds.data.stream.lanes import LaneSettings, sequencer_of
 from lcl_ds.data.stream.packing import PackedSequence
 from lcl_ds.data.stream.skips import reason_of

@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from lcl_ds.data.__main__ import main
-from lcl_ds.data.shards.source import Source, expand_paths, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
+from lcl_ds.data.shards.storage import expand_paths
 from lcl_ds.data.stream.lanes import LaneSettings
 from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.report.batch_page import page, parts_of

@@ -26,7 +26,8 @@ from lcl_ds.data.corpora.record import ReadOptions
 from lcl_ds.data.demo.corpus import build_demo
 from lcl_ds.data.documents import BadSampleError
 from lcl_ds.data.images import check_image, decode_image
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.data.stream.lanes import Lane, LaneSettings, keyed_rng
 from lcl_ds.data.stream.packing import collate
 from lcl_ds.errors import UserError

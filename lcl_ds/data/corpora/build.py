@@ -32,7 +32,7 @@ from lcl_ds.data.corpora.record import IMAGE_MEMBERS, ReadOptions, SourceDocumen
 from lcl_ds.data.corpora.tars import read_tar
 from lcl_ds.data.documents import MAX_TEXT_BYTES, BadSampleError, document_of, text_bytes
 from lcl_ds.data.images import check_image
-from lcl_ds.data.shards.source import index_shard
+from lcl_ds.data.shards.shard import index_shard
 from lcl_ds.data.shards.storage import INDEX_SUFFIX, expand_paths, is_remote
 from lcl_ds.data.shards.tar_members import COMPRESSED
 from lcl_ds.errors import UserError

@@ -15,7 +15,8 @@ from rich.text import Text
 from lcl_ds.data.corpora.build import text_limit_of
 from lcl_ds.data.documents import BadSampleError, read_document
 from lcl_ds.data.images import check_image
-from lcl_ds.data.shards.index import BrokenShardError, Sample, index_shard
+from lcl_ds.data.shards.index import Sample
+from lcl_ds.data.shards.shard import BrokenShardError, index_shard
 from lcl_ds.data.shards.source import Source
 from lcl_ds.data.shards.tar_members import CUT
 from lcl_ds.errors import UserError

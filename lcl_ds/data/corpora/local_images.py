@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lcl_ds.data.documents import IMAGE_SUFFIXES, BadSampleError
-from lcl_ds.data.shards.index import MAX_MEMBER_BYTES, member_place
+from lcl_ds.data.shards.tar_members import MAX_MEMBER_BYTES, member_place
 from lcl_ds.errors import UserError
 from lcl_ds.files import partial_name, printable
 

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import IO
 
 from lcl_ds.data.documents import BadSampleError
-from lcl_ds.data.shards.index import Sample, scan_shard
+from lcl_ds.data.shards.index import Sample
+from lcl_ds.data.shards.scan import scan_shard
 from lcl_ds.data.shards.storage import error_text
 from lcl_ds.data.shards.tar_members import CUT
 from lcl_ds.errors import UserError
@@ -46,7 +47,7 @@ def _parts_of(file: IO[bytes], sample: Sample) -> Parts | BadSampleError:
     if sample.problem:
         return BadSampleError(sample.problem)
     parts = {}
-    for suffix, (offset, size) in sample.parts.items():
+    for suffix, (offset, size) in sample.members.items():
         file.seek(offset)
         parts[suffix] = file.read(size)
     return parts

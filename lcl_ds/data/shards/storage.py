@@ -36,6 +36,8 @@ LIST_SUFFIX = ".txt"
 INDEX_SUFFIX = ".index"
 COMMAND = "pipe:"
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://")
+OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+"""Errors of a process, or a machine, that has too many files open."""
 DOWNLOAD = "download the shard, or read it through pipe:COMMAND"
 TRIES = 4
 FIRST_PAUSE_S = 0.5

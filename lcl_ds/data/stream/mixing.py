@@ -26,7 +26,7 @@ def spread_samples(source: Source, count: int) -> list[int]:
 def images_per_sample(source: Source) -> float:
     """Count the image members of a sample in the mean, from the index alone."""
     numbers = spread_samples(source, MEASURED_SAMPLES)
-    suffixes = [suffix for number in numbers for suffix in source.sample(number).parts]
+    suffixes = [suffix for number in numbers for suffix in source.sample(number).members]
     return sum(suffix.rsplit(".", 1)[-1] in IMAGE_SUFFIXES for suffix in suffixes) / len(numbers)
 
 

@@ -15,7 +15,8 @@ from lcl_ds.data.corpora.check import check_shard
 from lcl_ds.data.corpora.tars import read_tar
 from lcl_ds.data.corpus import open_data
 from lcl_ds.data.documents import BadSampleError, read_document
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.errors import UserError
 from tests.support.corpora import picture
 from tests.support.tars import write_tar
@@ -32,7 +33,7 @@ def lost_in_training(path):
     for number in range(len(source)):
         try:
             read_document(source, number)
-            assert all(source.read(number, suffix) for suffix in source.sample(number).parts)
+            assert all(source.read(number, suffix) for suffix in source.sample(number).members)
             keys.append(source.sample(number).key)
         except BadSampleError as problem:
             reasons[problem.reason] += 1

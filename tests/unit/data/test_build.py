@@ -21,7 +21,9 @@ from lcl_ds.data.__main__ import main
 from lcl_ds.data.corpora import READERS
 from lcl_ds.data.corpora.build import first_of_each
 from lcl_ds.data.documents import BadSampleError, read_document
-from lcl_ds.data.shards.source import Source, expand_paths, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
+from lcl_ds.data.shards.storage import expand_paths
 from lcl_ds.data.stream.lanes import Lane, LaneSettings
 from lcl_ds.tokens import TextTokenizer
 from tests.support.corpora import MAKERS, PARQUET, make_img2dataset, make_mmc4, make_shards, picture
@@ -113,7 +115,7 @@ def test_plain_webdataset_decodes_every_sample(make, deduplicate, tmp_path):
     assert [sample["__key__"] for sample in samples] == [source.sample(number).key for number in range(5)]
     for number, sample in enumerate(samples):
         members = {suffix: value for suffix, value in sample.items() if not suffix.startswith("__")}
-        assert members.keys() == source.sample(number).parts.keys()
+        assert members.keys() == source.sample(number).members.keys()
         pictures = [value for suffix, value in members.items() if suffix.endswith("jpg")]
         assert [picture.size for picture in pictures] == [(24, 32)] * (len(members) - (2 if corpus.pairs else 1))
         assert members["json"]["source_key"]

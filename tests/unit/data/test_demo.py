@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from lcl_ds.data.demo import corpus as demo
 from lcl_ds.data.demo.scenes import COLOURS, SHAPES
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.errors import UserError
 
 

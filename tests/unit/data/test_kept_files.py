@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lcl_ds.data.shards import index as shard_index
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards import scan
+from lcl_ds.data.shards import shard as shard_module
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.data.shards.storage import cached_name
 from lcl_ds.data.shards.tar_members import Member
 from lcl_ds.errors import UserError
@@ -30,7 +32,7 @@ def contents(*shards):
     """Every member as it is read through the indices."""
     source = Source("s", list(shards))
     samples = [source.sample(number) for number in range(len(source))]
-    return [(f"{s.key}.{suffix}", source.read(n, suffix)) for n, s in enumerate(samples) for suffix in s.parts]
+    return [(f"{s.key}.{suffix}", source.read(n, suffix)) for n, s in enumerate(samples) for suffix in s.members]
 
 
 @pytest.mark.parametrize("when", ["at the start", "while running"])
@@ -83,7 +85,7 @@ def test_somebody_elses_file_of_that_name_stays(shard, tmp_path, monkeypatch):
     other.write_text("0 512 jpg 000.jpg 0\n")  # as DALI's index files are
     assert contents(index_shard(shard, tmp_path / "cache")) == MEMBERS
     assert other.read_text() == "0 512 jpg 000.jpg 0\n"
-    monkeypatch.setattr(shard_index, "scan_shard", lambda path: pytest.fail("the headers were read again"))
+    monkeypatch.setattr(shard_module, "scan_shard", lambda path: pytest.fail("the headers were read again"))
     assert contents(index_shard(shard, tmp_path / "cache")) == MEMBERS
 
 
@@ -126,7 +128,7 @@ def test_a_long_name_is_known_again(tmp_path):
 
 def test_more_kinds_of_suffix_than_fit_into_two_bytes():
     """As where every file is named img.NUMBER.jpg, so that all are members of one sample."""
-    builder = shard_index._Builder("a.tar")
+    builder = scan._Builder("a.tar")
     for number in range(66_000):
         builder.add(Member("img", f"{number}.jpg", number * 512, 1, 0))
     assert builder.index().member(0, "65999.jpg") == (65_999 * 512, 1, 0)
@@ -134,7 +136,7 @@ def test_more_kinds_of_suffix_than_fit_into_two_bytes():
 
 FULL = """
 import sys, resource, signal
-from lcl_ds.data.shards.source import index_shard
+from lcl_ds.data.shards.shard import index_shard
 from pathlib import Path
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

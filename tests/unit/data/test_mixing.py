@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lcl_ds.data.settings import SourceSettings
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.data.stream.lanes import Lane
 from lcl_ds.data.stream.mixing import Mixture, images_per_sample, weight_at
 from lcl_ds.data.stream.packing import choose_group, pack

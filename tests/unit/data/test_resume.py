@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 
 from lcl_ds.data.demo.corpus import build_demo
-from lcl_ds.data.shards.source import AT_HAND, Source, expand_paths, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import AT_HAND, Source
+from lcl_ds.data.shards.storage import expand_paths
 from lcl_ds.data.stream.lanes import Lane, LaneSettings
 from lcl_ds.data.stream.loader import BatchLoader, check_same_data, merge_states, shard_differences
 from lcl_ds.errors import UserError

@@ -8,7 +8,8 @@ import pytest
 from lcl_ds.data.demo.corpus import make_document
 from lcl_ds.data.documents import BadSampleError, Document, read_document
 from lcl_ds.data.sequences import DocumentView, MaskedView, PairView, Sequencer
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.data.stream.packing import PackedSequence, Row, collate
 from lcl_ds.tokens import Vocabulary
 from tests.support.tars import write_tar

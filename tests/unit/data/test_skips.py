@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from lcl_ds.data.documents import BadSampleError, read_document
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.data.stream import lanes, skips
 from lcl_ds.data.stream.lanes import Lane, LaneSettings
 from lcl_ds.data.stream.loader import BatchLoader
@@ -138,7 +139,8 @@ def test_a_stream_of_nothing_but_damage_stops_and_says_why(tmp_path, tokenizer, 
 HELD = """
 import sys
 from lcl_ds.data.stream.loader import BatchLoader
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.tokens import TextTokenizer
 from tests.unit.data.test_skips import SETTINGS
 

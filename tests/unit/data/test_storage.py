@@ -14,7 +14,8 @@ from lcl_ds.data.__main__ import main
 from lcl_ds.data.corpus import open_data
 from lcl_ds.data.documents import read_document
 from lcl_ds.data.shards import storage
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.data.shards.storage import cached_name, expand_paths, materialise, read_range
 from lcl_ds.data.stream.lanes import Lane
 from lcl_ds.errors import UserError
@@ -91,7 +92,7 @@ def test_an_index_beside_a_remote_shard_is_used(tmp_path, tar, memory, monkeypat
     index_shard(tar)
     memory.pipe("/bucket/a.tar", tar.read_bytes())
     memory.pipe("/bucket/a.tar.index", (tmp_path / "a.tar.index").read_bytes())
-    monkeypatch.setattr("lcl_ds.data.shards.index.scan_shard", lambda *_: pytest.fail("the headers were read again"))
+    monkeypatch.setattr("lcl_ds.data.shards.shard.scan_shard", lambda *_: pytest.fail("the headers were read again"))
     assert everything(Source("s", [index_shard("memory://bucket/a.tar", tmp_path / "cache")]))[3][1] == MEMBERS[6][1]
 
 
@@ -398,5 +399,5 @@ def test_a_stream_in_place_of_an_index_is_left_alone_and_not_waited_for(tmp_path
     os.mkfifo(stream)
     for _ in range(2):
         shard = index_shard(tar, tmp_path / "cache")
-        assert Source("s", [shard]).sample(0).parts
+        assert Source("s", [shard]).sample(0).members
     assert stream.is_fifo()
