@@ -12,7 +12,7 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from lcl_ds.data.corpora.build import text_limit_of
+from lcl_ds.data.corpora.build_folder import text_limit_of
 from lcl_ds.data.documents import BadSampleError, read_document
 from lcl_ds.data.images import check_image
 from lcl_ds.data.shards.index import Sample

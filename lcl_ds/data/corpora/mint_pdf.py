@@ -12,8 +12,8 @@ from typing import Any
 
 from lcl_ds.data.corpora.record import (
     Draft,
+    RawDocument,
     ReadOptions,
-    SourceDocument,
     list_of,
     parse_object,
     read_each,
@@ -26,7 +26,7 @@ from lcl_ds.data.images import page_of
 JPEG_QUALITY = 95
 
 
-def read_mint_pdf(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
+def read_mint_pdf(path: Path, options: ReadOptions) -> Iterator[RawDocument]:
     """Read the documents of a tar; pages become JPEG files.
 
     Raises:
@@ -35,7 +35,7 @@ def read_mint_pdf(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
     return read_each(read_tar(path), partial(_read_sample, options=options))
 
 
-def _read_sample(key: str, parts: Parts, options: ReadOptions) -> SourceDocument:
+def _read_sample(key: str, parts: Parts, options: ReadOptions) -> RawDocument:
     if "json" not in parts:
         raise BadSampleError("a sample without json")
     record = parse_object(parts["json"])

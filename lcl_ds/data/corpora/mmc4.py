@@ -15,8 +15,8 @@ from typing import Any
 
 from lcl_ds.data.corpora.record import (
     Draft,
+    RawDocument,
     ReadOptions,
-    SourceDocument,
     list_of,
     numbered_lines,
     parse_object,
@@ -36,7 +36,7 @@ FindImage = Callable[[Entry], bytes]
 """An image's bytes by its entry; raises BadSampleError where there are none."""
 
 
-def read_mmc4(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
+def read_mmc4(path: Path, options: ReadOptions) -> Iterator[RawDocument]:
     """Read a ``.jsonl.zip`` (or unzipped ``.jsonl``); images are found by name, or by URL where there is no name.
 
     Raises:
@@ -49,14 +49,14 @@ def read_mmc4(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
     return read_each(_lines(path), partial(_read_record, find=find, options=options))
 
 
-def read_mmc4_tar(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
+def read_mmc4_tar(path: Path, options: ReadOptions) -> Iterator[RawDocument]:
     """Read the documents of a tar that OpenFlamingo's conversion wrote.
 
     Raises:
         UserError: the file cannot be read.
     """
 
-    def read(key: str, parts: Parts) -> SourceDocument:
+    def read(key: str, parts: Parts) -> RawDocument:
         if "json" not in parts:
             raise BadSampleError("a sample without json")
         return _read_record(key, parts["json"], _from_base64, options)
@@ -91,7 +91,7 @@ def _from_base64(entry: Entry) -> bytes:
         raise BadSampleError("an image whose base64 is damaged") from None
 
 
-def _read_record(key: str, line: bytes, find: FindImage, options: ReadOptions) -> SourceDocument:
+def _read_record(key: str, line: bytes, find: FindImage, options: ReadOptions) -> RawDocument:
     record = parse_object(line)
     sentences, entries = list_of(record, "text_list"), list_of(record, "image_info")
     draft = Draft(key, options, string_or_none(record.get("url")))

@@ -12,8 +12,8 @@ from typing import Any
 
 from lcl_ds.data.corpora.record import (
     Draft,
+    RawDocument,
     ReadOptions,
-    SourceDocument,
     list_of,
     parse_object,
     read_each,
@@ -33,7 +33,7 @@ Row = Any
 """A record batch of one row: pyarrow is not installed everywhere."""
 
 
-def read_parallel_lists(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
+def read_parallel_lists(path: Path, options: ReadOptions) -> Iterator[RawDocument]:
     """Read the documents of a Parquet file.
 
     Raises:
@@ -64,7 +64,7 @@ def _is_wanted(column: str) -> bool:
     return first in CONTENT or (first in FACTS and (not rest or rest[-1] in FACTS[first]))
 
 
-def _read_row(key: str, row: Row, options: ReadOptions) -> SourceDocument:
+def _read_row(key: str, row: Row, options: ReadOptions) -> RawDocument:
     record = {name: _value(row, name) for name in CONTENT}
     texts, images = list_of(record, "texts"), list_of(record, "images")
     if len(texts) != len(images):

@@ -49,7 +49,7 @@ class ReadOptions:
 
 
 @dataclass(frozen=True)
-class SourceDocument:
+class RawDocument:
     """A document of any format; parallel lists in reading order, of each place's text and image one is None.
 
     A record that could not be used is one without texts and images whose ``skips`` say why.
@@ -71,13 +71,13 @@ class SourceDocument:
     """One image and its caption."""
 
 
-Reader = Callable[[Path, ReadOptions], Iterator[SourceDocument]]
+Reader = Callable[[Path, ReadOptions], Iterator[RawDocument]]
 """Yields the records of one file; raises UserError when the file as a whole cannot be read."""
 
 
 def read_each(
-    records: Iterable[tuple[str, Record | BadSampleError]], read: Callable[[str, Record], SourceDocument]
-) -> Iterator[SourceDocument]:
+    records: Iterable[tuple[str, Record | BadSampleError]], read: Callable[[str, Record], RawDocument]
+) -> Iterator[RawDocument]:
     """Yield a document, or the reason why there is none, for every record: a bad record costs itself alone.
 
     Every reader of a format goes through here, so a value that nobody thought of does not end a build.
@@ -94,9 +94,7 @@ def read_each(
         yield _read_one(printable(key), record, read)
 
 
-def _read_one(
-    key: str, record: Record | BadSampleError, read: Callable[[str, Record], SourceDocument]
-) -> SourceDocument:
+def _read_one(key: str, record: Record | BadSampleError, read: Callable[[str, Record], RawDocument]) -> RawDocument:
     try:
         if isinstance(record, BadSampleError):
             raise record
@@ -197,7 +195,7 @@ class Draft:
         self.matched_sim.append(similarity)
         return len(self.texts) - 1
 
-    def finish(self, max_images: int | None = None) -> SourceDocument:
+    def finish(self, max_images: int | None = None) -> RawDocument:
         """Return the document, or a record of why there is none."""
         limit = self.options.max_images if self.options.max_images is not None else max_images
         if limit is not None:
@@ -209,7 +207,7 @@ class Draft:
             return self._left_out(TOO_MUCH_TEXT)
         if count < self.options.min_images:
             return self._left_out("a document with too few images")
-        return SourceDocument(
+        return RawDocument(
             self.key,
             tuple(self.texts),
             tuple(self.images),
@@ -233,13 +231,13 @@ class Draft:
         matches = [self.matched_text_index[i] for i in kept]
         self.matched_text_index = [None if match is None else moved[match] for match in matches]
 
-    def _left_out(self, reason: str) -> SourceDocument:
-        return SourceDocument(self.key, skips=(*self.skips, reason), url=self.url)
+    def _left_out(self, reason: str) -> RawDocument:
+        return RawDocument(self.key, skips=(*self.skips, reason), url=self.url)
 
 
-def left_out(key: str, reason: str) -> SourceDocument:
+def left_out(key: str, reason: str) -> RawDocument:
     """Make the result of a record that could not be used at all."""
-    return SourceDocument(key, skips=(reason,))
+    return RawDocument(key, skips=(reason,))
 
 
 def is_unicode(text: str) -> bool:

@@ -12,8 +12,8 @@ from typing import Any
 
 from lcl_ds.data.corpora.record import (
     Draft,
+    RawDocument,
     ReadOptions,
-    SourceDocument,
     list_of,
     parse_object,
     read_each,
@@ -23,7 +23,7 @@ from lcl_ds.data.corpora.tars import Parts, read_tar
 from lcl_ds.data.documents import IMAGE_SUFFIXES, BadSampleError, number_or_none, whole_number
 
 
-def read_shard(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
+def read_shard(path: Path, options: ReadOptions) -> Iterator[RawDocument]:
     """Read the interleaved documents and caption pairs of a tar.
 
     Raises:
@@ -32,7 +32,7 @@ def read_shard(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
     return read_each(read_tar(path), partial(_read_sample, options=options))
 
 
-def _read_sample(key: str, parts: Parts, options: ReadOptions) -> SourceDocument:
+def _read_sample(key: str, parts: Parts, options: ReadOptions) -> RawDocument:
     try:
         record = parse_object(parts["json"]) if "json" in parts else {}
     except BadSampleError:
@@ -43,7 +43,7 @@ def _read_sample(key: str, parts: Parts, options: ReadOptions) -> SourceDocument
     return read(key, record, parts, options)
 
 
-def _read_pair(key: str, record: dict[str, Any], parts: Parts, options: ReadOptions) -> SourceDocument:
+def _read_pair(key: str, record: dict[str, Any], parts: Parts, options: ReadOptions) -> RawDocument:
     if record.get("status", "success") != "success":
         raise BadSampleError("a pair whose download had failed")
     caption = parts["txt"].decode("utf-8") if "txt" in parts else record.get("caption")
@@ -54,10 +54,10 @@ def _read_pair(key: str, record: dict[str, Any], parts: Parts, options: ReadOpti
     if len(pair.texts) == 2:
         return replace(pair, is_pair=True)
     reason = () if pair.skips else ("a pair without text or image",)
-    return SourceDocument(key, skips=pair.skips + reason, url=pair.url)
+    return RawDocument(key, skips=pair.skips + reason, url=pair.url)
 
 
-def _read_document(key: str, record: dict[str, Any], parts: Parts, options: ReadOptions) -> SourceDocument:
+def _read_document(key: str, record: dict[str, Any], parts: Parts, options: ReadOptions) -> RawDocument:
     texts, names = list_of(record, "texts"), list_of(record, "images")
     if len(texts) != len(names):
         raise BadSampleError("lists 'texts' and 'images' of different length")
