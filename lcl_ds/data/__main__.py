@@ -111,7 +111,7 @@ def _show_manifest(manifest: dict[str, Any], out: Path, console: Console) -> Non
         console.print(table)
     names = ("documents", "pairs", "images", "records", "incomplete")
     sums = {name: sum(unit[name] for unit in units) for name in names}
-    found = ", ".join(f"{sums[name]} {name}" for name in names[:3] if sums[name])
+    contents = ", ".join(f"{sums[name]} {name}" for name in names[:3] if sums[name])
     duplicates = f", {manifest['duplicates']} duplicates left out" if manifest["duplicates"] else ""
     if sums["incomplete"]:
         _say(console, f"of {sums['incomplete']} of {sums['records']} records something or everything was left out")
@@ -120,7 +120,7 @@ def _show_manifest(manifest: dict[str, Any], out: Path, console: Console) -> Non
         _say(console, f"the longest document has {longest} bytes of text: train with data.max_text_bytes={longest}")
     for problem in [*manifest["image_problems"], *(unit["problem"] for unit in units if unit["problem"])]:
         _say(console, f"not read: {problem}")
-    _say(console, f"{out}: {len(manifest['shards'])} shards of {found}{duplicates}")
+    _say(console, f"{out}: {len(manifest['shards'])} shards of {contents}{duplicates}")
 
 
 def _say(console: Console, line: str) -> None:

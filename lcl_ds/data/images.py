@@ -72,7 +72,7 @@ def decode_image(
         data: a file's bytes.
         size: side of the result in pixels.
         crop_scale: area range of the random crop (aspect 3/4 to 4/3, as in torchvision's RandomResizedCrop).
-        rng: source of the crop; None takes the central square.
+        rng: draws the crop; None takes the central square.
         max_pixels: larger images are refused from their header, before memory is spent.
 
     Returns:

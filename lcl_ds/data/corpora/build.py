@@ -101,7 +101,7 @@ def _refuse_problems(jobs: list[Job], units: list[dict[str, Any]], out: Path, sk
     """Refuse input files that cannot be read, unless they may be skipped, and a build that gives nothing.
 
     Raises:
-        UserError: names each file, or the commonest reasons.
+        UserError: names each file, or the most frequent reasons.
     """
     problems = [unit["problem"] for unit in units if unit["problem"]]
     is_empty = not any(unit["samples"] for unit in units)

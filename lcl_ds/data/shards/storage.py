@@ -54,14 +54,14 @@ def expand_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
     Raises:
         UserError: a pattern matches nothing or cannot be read; names it.
     """
-    found: set[str] = set()
+    locations: set[str] = set()
     for pattern in [paths] if isinstance(paths, (str, Path)) else paths:
         for single in _without_braces(str(pattern)):
             if single.endswith(LIST_SUFFIX) and not is_command(single):
-                found.update(_listed(single))
+                locations.update(_listed(single))
             else:
-                found.update(_matches(single))
-    return _each_file_once(sorted(found))
+                locations.update(_matches(single))
+    return _each_file_once(sorted(locations))
 
 
 def _each_file_once(locations: list[str]) -> list[str]:
@@ -75,7 +75,7 @@ def _each_file_once(locations: list[str]) -> list[str]:
 
 
 def _without_braces(pattern: str) -> Iterator[str]:
-    """The pattern's alternatives; braces in the part of it that exists are names."""
+    """Yield the pattern's alternatives; braces in its beginning, as far as that exists, are names."""
     if is_command(pattern) or (is_remote(pattern) and not os.path.exists(pattern)):
         exists, rest = "", pattern
     else:
@@ -95,7 +95,7 @@ def _without_braces(pattern: str) -> Iterator[str]:
 
 
 def _existing_part(path: str) -> tuple[str, str]:
-    """A path split behind its longest leading part that exists."""
+    """Split a path behind its longest beginning that exists."""
     if os.path.exists(path):
         return path, ""
     cut = path.rfind("/")
@@ -123,7 +123,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _globbed(folder: str, pattern: str) -> list[str]:
-    """What a pattern matches in a folder; brackets are names where that matches something."""
+    """List what a pattern matches in a folder; brackets are names where that matches something."""
     if not glob.has_magic(pattern):
         return []
     return glob.glob(glob.escape(folder) + pattern.replace("[", "[[]")) or glob.glob(glob.escape(folder) + pattern)
@@ -211,7 +211,7 @@ def is_remote(location: str) -> bool:
 
 
 def name_of(location: str) -> str:
-    """Return the last part of a location. The hash of a layout has it, so that a renamed shard is another one."""
+    """Return the last name of a location. The hash of a layout has it, so that a renamed shard is another one."""
     return posixpath.basename(location)
 
 
@@ -255,7 +255,7 @@ def read_range(location: str, start: int, end: int) -> bytes:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """Open a file so that a stream in its place gives an error; opened as usual it would wait for a writer."""
+    """Open a file so that a stream of that name gives an error; opened as usual it would wait for a writer."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 

@@ -13,7 +13,7 @@ from lcl_ds.tokens import TokenSequence, Vocabulary
 LOOK_AHEAD = 8
 """Oldest rows among which a group's middle ones are chosen."""
 PREFER_OLDER = 0.01
-"""Images by which a pair of rows may miss the wanted sum for each place that it is older."""
+"""Images by which two rows may miss the wanted sum for each position that they stand nearer to the front."""
 
 
 def pack(lengths: Sequence[int], images: Sequence[int], row_tokens: int, row_images: int) -> list[list[int]]:
@@ -49,7 +49,7 @@ def choose_group(images: Sequence[int], size: int, mean: float) -> list[int]:
     """Choose rows whose images sum to about ``size * mean``.
 
     The oldest row is always among them, so none waits forever; the next ones are those of the oldest few that leave
-    the rest nearest to the mean, and the last two the pair that comes closest.
+    the rest nearest to the mean, and the last two those that come closest together.
 
     Args:
         images: of the waiting rows, oldest first; at least ``size``.
@@ -130,8 +130,8 @@ def collate(
             labels.append(tokens.labels)
             number = {image: len(seeds) + i for i, image in enumerate(tokens.images)}
             slots += [(offset + slot.position, number[slot.image]) for slot in tokens.slots]
-            for name, places in tokens.readouts.items():
-                readouts[name] += [(offset + position, number[image]) for position, image in places]
+            for name, positions in tokens.readouts.items():
+                readouts[name] += [(offset + position, number[image]) for position, image in positions]
             pixels.append(sequence.pixels)
             seeds += sequence.image_seeds or (0,) * len(tokens.images)
             start = end
@@ -152,7 +152,7 @@ def collate(
         image_seeds=torch.tensor(seeds, dtype=torch.int64),
         slot_images=slot_images,
         slot_positions=slot_positions,
-        readouts={name: Readouts(*_columns(places)) for name, places in readouts.items()},
+        readouts={name: Readouts(*_columns(entries)) for name, entries in readouts.items()},
         label_positions=torch.from_numpy(np.concatenate(label_positions)),
         labels=torch.from_numpy(np.concatenate(labels)),
         image_count=image_count,
@@ -166,13 +166,13 @@ def collate(
 
 def _positions(tokens: TokenSequence) -> np.ndarray:
     """Number every token within its passage."""
-    places = np.arange(len(tokens.input_ids))
+    numbers = np.arange(len(tokens.input_ids))
     starts = np.array(tokens.starts)
-    return places - starts[np.searchsorted(starts, places, side="right") - 1]
+    return numbers - starts[np.searchsorted(starts, numbers, side="right") - 1]
 
 
 def _sources(sequences: Sequence[PackedSequence]) -> dict[str, tuple[int, int]]:
-    """Documents and images by source."""
+    """Count documents and images by source."""
     counts: dict[str, tuple[int, int]] = {}
     for sequence in sequences:
         name = sequence.key.split("/", 1)[0]
@@ -181,6 +181,6 @@ def _sources(sequences: Sequence[PackedSequence]) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def _columns(pairs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    first, second = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
+def _columns(rows: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    first, second = torch.tensor(rows, dtype=torch.int64).view(-1, 2).unbind(1)
     return first.contiguous(), second.contiguous()
