@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Readouts:
-    """Places where an objective reads the decoder's state, each about one image."""
+    """Positions where an objective reads the decoder's state, each about one image."""
 
     positions: Tensor
     """int64 [P], flat."""

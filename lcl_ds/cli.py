@@ -1,4 +1,4 @@
-"""End every command alike: what the user or the machine can put right is a sentence, our own mistakes a traceback."""
+"""End every command in the same way: mistakes of user or machine with a sentence, our own with a traceback."""
 
 import signal
 import sys

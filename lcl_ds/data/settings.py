@@ -99,9 +99,10 @@ class DataSettings(Settings):
         if isinstance(shards, (str, dict)):
             shards = [shards]
         if isinstance(shards, list):
+            names = ["data"] if len(shards) == 1 else [f"source{i}" for i in range(len(shards))]
             sources = [
-                {"name": f"source{i}" if len(shards) > 1 else "data", "paths": s} if isinstance(s, str) else s
-                for i, s in enumerate(shards)
+                {"name": name, "paths": entry} if isinstance(entry, str) else entry
+                for name, entry in zip(names, shards, strict=True)
             ]
             values = {**values, "shards": sources}
         return values

@@ -72,7 +72,7 @@ class HeldOutReader:
         count = min(config.evaluation.max_documents, len(self.source))
         self.numbers: list[int] = np.linspace(0, len(self.source) - 1, count).round().astype(int).tolist()
         """Samples that are read, spread over all shards."""
-        # A pair is shown text first: an image that precedes its text is announced by nothing.
+        # A caption pair is shown text first: an image that precedes its text is announced by nothing.
         self.view = view_of(config.objective, image_first_probability=0.0)
         self.has_pairs = "contrastive_loss" in objective_module(config.objective.name).Objective.losses
         self.image_size = image_size(config.model)
@@ -108,8 +108,8 @@ class HeldOutReader:
 
     def samples(self) -> Iterator[tuple[int, bool]]:
         """Yield the number of each sample that is read, and whether it tests the probes."""
-        for place, number in enumerate(self.numbers):
-            yield number, place % TEST_EVERY == 0
+        for position, number in enumerate(self.numbers):
+            yield number, position % TEST_EVERY == 0
 
     def read(self, number: int, is_test: bool, held_out: HeldOut) -> None:
         """Add one sample to ``held_out``, as far as it can be used; what cannot is counted there.

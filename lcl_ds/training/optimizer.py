@@ -1,4 +1,4 @@
-"""AdamW and the groups of weights it treats alike."""
+"""AdamW, and the groups of weights that it treats in the same way."""
 
 from typing import Any, get_args
 
@@ -31,7 +31,7 @@ class BoundedAdamW(torch.optim.AdamW):
         super().__init__(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
         self.max_norm = max_norm
         self.starting = False
-        """While DeepSpeed starts it takes steps with gradients of 0, to make room; they are no part of training."""
+        """While DeepSpeed starts it takes steps with gradients of 0, to make room; they do not train anything."""
         if max_norm is not None:
             self.overflow = False
             self._global_grad_norm = 0.0
@@ -88,8 +88,8 @@ def parameter_groups(model: nn.Module, settings: TrainSettings, log_scale_bounds
                 kinds.setdefault(("no_decay", factor), []).append((name, weight))
             else:
                 kinds.setdefault(("decay", factor), []).append((name, weight))
-    found = {kind for (kind, _), weights in kinds.items() if weights}
-    assert found >= {"decay", "no_decay"} or settings.learning_rate_factors, "names no longer match"
+    in_use = {kind for (kind, _), weights in kinds.items() if weights}
+    assert in_use >= {"decay", "no_decay"} or settings.learning_rate_factors, "names no longer match"
     return [
         _group(
             kind,
@@ -144,4 +144,4 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_position_or_class(name: str) -> bool:
-    return any(part in VECTORS for part in name.split("."))
+    return any(step in VECTORS for step in name.split("."))

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from lcl_ds.data.sequences import DocumentView
 from lcl_ds.data.stream.packing import PackedSequence
-from lcl_ds.models.weights.published import PAD, Reference
+from lcl_ds.models.weights.published import PAD, PublishedConfig
 from lcl_ds.tokens import ImageSlot, TokenSequence
 
 FOLDERS = [Path(__file__).resolve().parents[1] / "data" / "golden"]
@@ -36,7 +36,7 @@ class Golden:
         )
 
 
-def sequences_of(golden: Golden, reference: Reference) -> list[PackedSequence]:
+def sequences_of(golden: Golden, reference: PublishedConfig) -> list[PackedSequence]:
     """The rows of the batch as our sequences, without their padding."""
     images, sequences = golden.batch["images"].numpy(), []
     used = 0

@@ -1,4 +1,4 @@
-"""The embedded corpus: procedural scenes told as interleaved documents and as image-text pairs.
+"""The embedded corpus: procedural scenes told as interleaved documents and as caption pairs.
 
 It is made once, deterministically, and stored as ordinary shards that are read like anybody's data. A document tells,
 sentence by sentence, what the next picture holds and what the last one held. Position, size and clutter vary, so raw
@@ -23,7 +23,7 @@ from webdataset import TarWriter
 
 from lcl_ds.data.demo.scenes import (
     COLOURS,
-    COUNTS,
+    OBJECT_COUNTS,
     SHAPES,
     Item,
     Rng,
@@ -35,7 +35,7 @@ from lcl_ds.data.demo.scenes import (
 from lcl_ds.errors import UserError
 
 VERSION = 2
-"""Of the content; another version is another corpus and is built anew."""
+"""Of the content; another version is another corpus and is built again."""
 SPLITS = {"train-documents": 0, "train-pairs": 1, "heldout-documents": 2}
 DEFAULTS = {
     "seed": 0,
@@ -174,7 +174,7 @@ def build_demo(
         "image_size": image_size,
         "shard_size": shard_size,
     }
-    labels = {"colour": list(COLOURS), "shape": SHAPES, "count": COUNTS}
+    labels = {"colour": list(COLOURS), "shape": SHAPES, "count": OBJECT_COUNTS}
     manifest = {**parameters, "labels": labels, "shards": shards}
     (out_dir / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 

@@ -29,7 +29,7 @@ COLOURS = {
     "white": (0.98, 0.98, 0.98),
 }
 TEXTURES = ("solid", "striped", "dotted")
-COUNTS = (1, 2, 3)
+OBJECT_COUNTS = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ def sample_scene(rng: Rng) -> Scene:
 
 
 def _free_place(rng: Rng, radius: float, taken: list[Item]) -> tuple[float, float]:
-    """A centre that keeps clear of the objects `taken`, or the clearest of the 24 places tried."""
-    places = rng.uniform(radius, 1 - radius, (24, 2))
-    room = np.full(len(places), np.inf)
+    """A centre that keeps clear of the objects `taken`, or the clearest of the 24 positions tried."""
+    tried = rng.uniform(radius, 1 - radius, (24, 2))
+    room = np.full(len(tried), np.inf)
     for item in taken:
-        room = np.minimum(room, np.hypot(places[:, 0] - item.x, places[:, 1] - item.y) - item.radius - radius)
-    best = int(np.argmax(np.minimum(room, 0.03)))  # capped: the first place with enough room, not the farthest one
-    return float(places[best, 0]), float(places[best, 1])
+        room = np.minimum(room, np.hypot(tried[:, 0] - item.x, tried[:, 1] - item.y) - item.radius - radius)
+    best = int(np.argmax(np.minimum(room, 0.03)))  # capped: the first with enough room, not the farthest one
+    return float(tried[best, 0]), float(tried[best, 1])
 
 
 # Signed distances, negative inside, of shapes about one unit in radius; v grows upwards. Only the zero line has to be
