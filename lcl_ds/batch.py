@@ -66,11 +66,11 @@ class Batch:
     """Documents and images of each source."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on ``device``; copies do not block the host when the memory is pinned."""
+        """Copy the batch to ``device``; copies do not block the host when the memory is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The same batch in memory that a GPU copies from without the host."""
+        """Copy the batch into memory that a GPU copies from without the host."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":

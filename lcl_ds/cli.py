@@ -36,7 +36,7 @@ def run_command(action: Callable[[], int]) -> int:
 
 
 def problems_of(error: BaseException) -> list[str] | None:
-    """Sentences about an error whose cause lies with the user or the machine; None for our own mistakes."""
+    """Write sentences about an error whose cause lies with the user or the machine; None for our own mistakes."""
     if isinstance(error, UserError):
         return error.problems
     if isinstance(error, BrokenProcessPool):

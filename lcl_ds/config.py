@@ -155,7 +155,7 @@ def _sentence(error: Any, origin: str, overrides: dict[str, Any]) -> str:
 
 
 def _fields_at(keys: list[str], objective: str) -> list[str]:
-    """Names of the settings below ``keys``; those of ``objective`` below that key."""
+    """List the names of the settings below ``keys``; those of ``objective`` below that key."""
     model: Any = Config
     for key in keys:
         if key.isdigit():

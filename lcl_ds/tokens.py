@@ -80,7 +80,7 @@ class TextTokenizer:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def difference_to(self, tokenizer_json: Path) -> str | None:
-        """A token to which another tokenizer gives another id, in words; None where there is none, or no such file."""
+        """Name a token to which another tokenizer gives another id; None where there is none, or no such file."""
         if not tokenizer_json.is_file():
             return None
         ours, theirs = self._backend.get_vocab(), Tokenizer.from_file(str(tokenizer_json)).get_vocab()

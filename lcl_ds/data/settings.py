@@ -127,5 +127,5 @@ class DataSettings(Settings):
 
     @property
     def longest_document(self) -> int:
-        """The length in tokens of the longest document that a row can hold as one sequence."""
+        """Return the length in tokens of the longest document that a row can hold as one sequence."""
         return self.document_tokens or self.row_tokens

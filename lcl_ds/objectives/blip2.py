@@ -75,7 +75,7 @@ class Objective(base.Objective):
         }
 
     def _matching(self, hidden_states: Tensor, batch: Batch) -> Tensor:
-        """Sum of the two-way cross-entropies of matched (1) and mismatched (0) images and texts."""
+        """Sum the two-way cross-entropies of matched (1) and mismatched (0) images and texts."""
         positions = [batch.readouts[name].positions for name in ("mismatched", "matched")]
         logits = self.matching_head(hidden_states.index_select(0, torch.cat(positions))).float()
         target = torch.arange(2, device=logits.device).repeat_interleave(len(positions[0]))

@@ -72,7 +72,7 @@ def plot_schedule(runs: Runs, path: Path) -> None:
 
 
 def _names(runs: Runs, names_in: Callable[[Row], list[str]]) -> list[str]:
-    """Names in the last line of each run, each once."""
+    """List the names in the last line of each run, each once."""
     return list(dict.fromkeys(name for rows in runs.values() if rows for name in names_in(rows[-1])))
 
 

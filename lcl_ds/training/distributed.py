@@ -34,7 +34,7 @@ class RankInfo:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes files and prints."""
+        """Say whether this rank writes files and prints."""
         return self.rank == 0
 
 

@@ -114,7 +114,7 @@ class Trainer:
             torch.cuda.empty_cache()
 
     def _step(self, stop_signal: int) -> tuple[StepMetrics, int]:
-        """Take one optimizer step; returns its metrics and a signal: the one received here, or SIGTERM for another rank's."""
+        """Take one optimizer step; returns its metrics and a signal, own or, as SIGTERM, another rank's; 0: none."""
         started = time.perf_counter()
         with on_all_ranks(self.rank_info):
             batches = [next(self.loader) for _ in range(self.config.train.accumulation_steps)]

@@ -65,7 +65,7 @@ def freeze_parts(model: nn.Module, settings: TrainSettings) -> None:
 
 
 def parameter_groups(model: nn.Module, settings: TrainSettings, log_scale_bounds: tuple[float, float]) -> list[dict]:
-    """Groups by module type, name and learning-rate factor, made before ZeRO flattens shapes.
+    """Group weights by module type, name and learning-rate factor, made before ZeRO flattens shapes.
 
     Decay acts on matrices and token embeddings; not on norms, biases, position and class embeddings, the pooling
     query and the temperature. Frozen weights stay out.
@@ -104,13 +104,13 @@ def parameter_groups(model: nn.Module, settings: TrainSettings, log_scale_bounds
 
 
 def base_factor(settings: TrainSettings) -> float:
-    """The factor whose groups come first: 1, or that of the first part that learns where none has 1."""
+    """Find the factor whose groups come first: 1, or that of the first part that learns where none has 1."""
     factors = [settings.learning_rate_factors.get(part, 1.0) for part in get_args(Part)]
     return 1.0 if 1.0 in factors else next((factor for factor in factors if factor), 1.0)
 
 
 def group_shape(settings: TrainSettings) -> list[str]:
-    """How learning-rate factors divide the parts into groups: settings of one shape can continue each other's runs."""
+    """Say how learning-rate factors group the parts: settings of one shape can continue each other's runs."""
     factors = {part: settings.learning_rate_factors.get(part, 1.0) for part in get_args(Part)}
     base = base_factor(settings)
     named = {0.0: "frozen", base: "base"}
@@ -118,7 +118,7 @@ def group_shape(settings: TrainSettings) -> list[str]:
 
 
 def options_of(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the settings say about each group, without its weights."""
+    """Copy what the settings say about each group, without its weights."""
     return [{key: value for key, value in group.items() if not key.startswith("param")} for group in groups]
 
 

@@ -42,7 +42,7 @@ def step_flops(per_token: dict[str, float], patches: int, tokens: int, labels: i
 
 
 def size_of(weights: Iterable[Tensor]) -> int:
-    """Elements of whole weights, also of those that are spread over ranks."""
+    """Count the elements of whole weights, also of those that are spread over ranks."""
     return sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
 
 
@@ -55,5 +55,5 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def gpu_memory_gb(device: torch.device) -> float | None:
-    """Most memory that was allocated on this GPU so far, in GiB; None on a CPU."""
+    """Return the most memory that was allocated on this GPU so far, in GiB; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None

@@ -50,7 +50,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        """The folder in which its finished shards wait."""
+        """Name the folder in which its finished shards wait."""
         return self.work / f"{self.number:06d}"
 
     def shard_name(self, number: int) -> str:

@@ -327,7 +327,7 @@ def _read_inside(folder: Path, steps: tuple[bytes, ...]) -> bytes | None:
 
 @contextmanager
 def _one_files_errors() -> Iterator[None]:
-    """Raises: BadSampleError for errors of a single file; OSError for those of the machine."""
+    """Tell errors of a single file from those of the machine. Raises: BadSampleError, or OSError for the latter."""
     try:
         yield
     except OSError as error:

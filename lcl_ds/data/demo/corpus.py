@@ -72,7 +72,7 @@ NUMBERS = {1: "one", 2: "two", 3: "three"}
 
 
 def _rng(seed: int, split: str, index: int) -> Rng:
-    """A generator of one sample alone, so that content depends on neither order nor count."""
+    """Make a generator of one sample alone, so that content depends on neither order nor count."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, SPLITS[split], index))))
 
 
@@ -87,7 +87,7 @@ def describe(scene: Scene, rng: Rng) -> str:
 
 
 def _told_after(scene: Scene, rng: Rng, was_described: bool) -> Iterator[str]:
-    """Sentences after a picture: what it was if nobody said so before, and facts that only the picture tells."""
+    """Yield the sentences after a picture: what it was if nobody said so before, and facts that only the picture tells."""
     if not was_described or rng.random() < 0.15:
         yield pick(rng, AFTER).format(scene=describe(scene, rng))
     elif rng.random() < 0.6:
@@ -220,7 +220,7 @@ def _is_current(out_dir: Path) -> bool:
 
 
 def _sample(seed: int, split: str, index: int, image_size: int) -> dict[str, Any]:
-    """One sample as webdataset's writer takes it: ``__key__`` and members by suffix."""
+    """Make one sample as webdataset's writer takes it: ``__key__`` and members by suffix."""
     if split == "train-pairs":
         return _pair_sample(seed, index, image_size)
     texts, scenes, matched = make_document(seed, split, index)
@@ -236,7 +236,7 @@ def _sample(seed: int, split: str, index: int, image_size: int) -> dict[str, Any
 
 
 def _pair_sample(seed: int, index: int, image_size: int) -> dict[str, Any]:
-    """A sample as img2dataset writes it."""
+    """Make a sample as img2dataset writes it."""
     key = f"{index:09d}"
     caption, scene = make_pair(seed, index)
     picture = _jpeg(scene, image_size)

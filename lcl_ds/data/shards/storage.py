@@ -169,7 +169,7 @@ def _listed(location: str) -> list[str]:
 
 
 def _listed_name(location: str, line: str, number: int) -> str | None:
-    """The location that a line names; None for an empty line or a comment."""
+    """Read the location that a line names; None for an empty line or a comment."""
     folder = posixpath.dirname(location)
     if not is_remote(location):
         # Spaces at the ends, and #, "pipe:" and "s3://" at the start, belong to the name where there is such a file.
@@ -191,7 +191,7 @@ def _listed_name(location: str, line: str, number: int) -> str | None:
 
 
 def _lines_of(location: str) -> list[str]:
-    """Lines of a list of shards: UTF-8, or UTF-16 with its mark; what is neither keeps its bytes, as file names do."""
+    """Read the lines of a list of shards: UTF-8, or UTF-16 with its mark; what is neither keeps its bytes, as file names do."""
     data = read_all(location)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         text = data.decode("utf-16", "replace")

@@ -217,7 +217,7 @@ class Lane:
 
     @property
     def rows_returned(self) -> int:
-        """Rows that were returned so far, over all starts."""
+        """Count the rows that were returned so far, over all starts."""
         return self._rows_returned
 
     def skip_row(self) -> None:

@@ -46,7 +46,7 @@ def attention_arguments(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> dict[str, Any]:
-    """Arguments that keep the documents of each row apart, ``position_ids`` among them.
+    """Make the arguments that keep the documents of each row apart, ``position_ids`` among them.
 
     They are those of the attention implementation that the decoder uses, see :func:`use_best_implementation`.
 
