@@ -98,7 +98,7 @@ def document_of(
     if "txt" in sizes:
         return _read_pair(key, sizes, read)
     if "json" not in sizes:
-        raise BadSampleError("neither a document (.json) nor a pair (.txt and image)")
+        raise BadSampleError("neither a document (.json) nor a caption pair (.txt and image)")
     if sizes["json"] > JSON_PER_TEXT * max_text_bytes:
         raise BadSampleError("json that is too large")
     record = _load_json(read("json"))
@@ -137,10 +137,10 @@ def document_of(
 def _read_pair(key: str, sizes: Mapping[str, int], read: Callable[[str], bytes]) -> Document:
     suffix = next((s for s in IMAGE_SUFFIXES if s in sizes), None)
     if suffix is None:
-        raise BadSampleError("a pair without an image")
+        raise BadSampleError("a caption pair without an image")
     text = _decode_text(read("txt"))
     if not text.strip():
-        raise BadSampleError("a pair without text")
+        raise BadSampleError("a caption pair without text")
     return Document(key, (text, 0), (suffix,), is_pair=True)
 
 
@@ -169,8 +169,8 @@ def whole_number(value: Any) -> int | None:
 def read_labels(source: Source, number: int, document: Document) -> list[dict[str, Any]] | None:
     """Read the evaluation labels of each image of ``document``; training never reads them.
 
-    A document may hold a list ``labels``: for each of its ``images`` an object or null. The labels of a pair are the
-    keys of its ``.json``, where it has one: img2dataset keeps further columns of its input there.
+    A document may hold a list ``labels``: for each of its ``images`` an object or null. The labels of a caption
+    pair are the keys of its ``.json``, where it has one: img2dataset keeps further columns of its input there.
 
     Args:
         document: what :func:`read_document` made of the sample; images that the sample lacks are left out.

@@ -11,7 +11,7 @@ from lcl_ds.models.network import LCLModel
 from lcl_ds.tokens import Vocabulary
 
 LEAST_PAIRS = 2
-"""A single image is found among one, whatever the model."""
+"""Fewer say nothing: any model finds a single image among one."""
 QUERIES = 1024
 """Queries that are ranked at a time: all at once would need a table of their number squared."""
 

@@ -87,7 +87,8 @@ class VisionSettings(TowerSettings):
     )
     patch_dropout: float = Field(0.0, ge=0, lt=1, description="Fraction of an image's patches left out in training.")
     interpolate_positions: bool = Field(
-        False, description="Whether position embeddings of given weights may be resized to the patches of image_size."
+        False,
+        description="Whether pretrained position embeddings may be resized to the patches of image_size.",
     )
 
     @model_validator(mode="before")
@@ -139,7 +140,7 @@ class ModelSettings(Settings):
         default_factory=list, description="Patterns (* and ?) of weights that may be missing and so stay random."
     )
     allow_unexpected: list[str] = Field(
-        default_factory=list, description="Patterns of given weights that the model does not have."
+        default_factory=list, description="Patterns (* and ?) of weights that a folder may hold beyond the model's."
     )
 
     @model_validator(mode="after")

@@ -45,7 +45,7 @@ def _read_sample(key: str, members: Members, options: ReadOptions) -> RawDocumen
 
 def _read_pair(key: str, record: dict[str, Any], members: Members, options: ReadOptions) -> RawDocument:
     if record.get("status", "success") != "success":
-        raise BadSampleError("a pair whose download had failed")
+        raise BadSampleError("a caption pair whose download had failed")
     caption = members["txt"].decode("utf-8") if "txt" in members else record.get("caption")
     draft = Draft(key, options, string_or_none(record.get("url")))
     draft.add_text(caption)
@@ -53,7 +53,7 @@ def _read_pair(key: str, record: dict[str, Any], members: Members, options: Read
     pair = draft.finish()
     if len(pair.texts) == 2:
         return replace(pair, is_pair=True)
-    reason = () if pair.skips else ("a pair without text or image",)
+    reason = () if pair.skips else ("a caption pair without text or image",)
     return RawDocument(key, skips=pair.skips + reason, url=pair.url)
 
 

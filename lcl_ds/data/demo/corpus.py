@@ -87,7 +87,7 @@ def describe(scene: Scene, rng: Rng) -> str:
 
 
 def _told_after(scene: Scene, rng: Rng, was_described: bool) -> Iterator[str]:
-    """Yield the sentences after a picture: what it was if nobody said so before, and facts that only the picture tells."""
+    """Yield sentences after a picture: what it was if nobody said so before, and facts that only it tells."""
     if not was_described or rng.random() < 0.15:
         yield pick(rng, AFTER).format(scene=describe(scene, rng))
     elif rng.random() < 0.6:

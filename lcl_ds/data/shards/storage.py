@@ -191,7 +191,7 @@ def _listed_name(location: str, line: str, number: int) -> str | None:
 
 
 def _lines_of(location: str) -> list[str]:
-    """Read the lines of a list of shards: UTF-8, or UTF-16 with its mark; what is neither keeps its bytes, as file names do."""
+    """Read the lines of a list of shards: UTF-8, or UTF-16 with its mark; other bytes are kept, as in file names."""
     data = read_all(location)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         text = data.decode("utf-16", "replace")

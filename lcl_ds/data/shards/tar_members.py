@@ -40,7 +40,7 @@ COMPRESSED = {
 """First bytes of compressed files."""
 _NOT_A_TAR = {
     **{
-        start: f"it is compressed with {name}; unpack it, because samples are read from their place in the tar"
+        start: f"it is compressed with {name}; unpack it, because samples are read from where they lie in the tar"
         for start, name in COMPRESSED.items()
     },
     b"PK\x03\x04": "it is a zip archive, not a tar",

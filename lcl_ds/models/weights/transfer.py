@@ -109,7 +109,7 @@ def _carry_out(transfer: Transfer, settings: ModelSettings) -> tuple[str, list[s
         for name in sorted(missing.difference(random))
     ]
     problems += [
-        f"{where}: {name} has no place in the model; allow it with model.allow_unexpected"
+        f"{where}: {name} is not in the model; allow it with model.allow_unexpected"
         for name in sorted(unexpected)
         if not _matches(name, settings.allow_unexpected)
     ]

@@ -316,9 +316,9 @@ def test_failed_downloads_and_missing_parts_of_pairs_are_counted(tmp_path):
     ]
     documents = list(READERS["img2dataset"](write_tar(tmp_path / "a.tar", members), ReadOptions()))
     assert [d.skips for d in documents] == [
-        ("a pair whose download had failed",),
+        ("a caption pair whose download had failed",),
         ("an image that is not there", "a document with too few images"),
-        ("a pair without text or image",),
+        ("a caption pair without text or image",),
         ("text that is not UTF-8",),
         (),
     ]

@@ -58,8 +58,8 @@ BAD_MEMBERS = {
     "not valid Unicode": [("x.json", b'{"texts": ["\\udc80"], "images": [null]}')],
     "too much text": [("x.json", record(["x" * 2_000_000], [None]))],
     "neither a document": [("x.jpg", picture(0))],
-    "a pair without an image": [("x.txt", b"a caption")],
-    "a pair without text": [("x.txt", b" "), ("x.jpg", picture(0))],
+    "a caption pair without an image": [("x.txt", b"a caption")],
+    "a caption pair without text": [("x.txt", b" "), ("x.jpg", picture(0))],
 }
 
 

@@ -218,7 +218,7 @@ def test_missing_unexpected_and_misshapen_weights_are_all_named_and_allowed_by_p
     assert refused(tower) == [
         f"{start}post_layernorm.bias is missing; allow it with model.allow_missing to start from random values",
         f"{start}{norm} is missing; allow it with model.allow_missing to start from random values",
-        f"{start}adapter.a has no place in the model; allow it with model.allow_unexpected",
+        f"{start}adapter.a is not in the model; allow it with model.allow_unexpected",
         misshapen,
     ]
     patterns = "model.allow_missing=[post_layernorm.*]", "model.allow_unexpected=['adapter.?']"
