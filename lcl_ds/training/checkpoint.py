@@ -56,7 +56,7 @@ FOLDERS = {
 PROBE_BYTES = 4 << 20
 """What is written to find out whether a disk is full."""
 HASHED_WHOLE = 64 << 20
-"""Bytes up to which a file of such a folder is hashed as a whole; of a larger one its size and both ends are."""
+"""A file of such a folder up to this size in bytes is hashed whole; of a larger one, its size and both ends."""
 
 
 @dataclass
@@ -118,7 +118,7 @@ def _file_contents(path: Path, size: int, _mtime_ns: int) -> bytes:
     """Hash name, size and bytes, once for all checkpoints as long as the file is not touched.
 
     Large files are weights, whose header and last values tell them apart. A tokenizer counts by its values, however
-    they are set out, and without what it does to lengths, which we never use.
+    they are set out, and without its rules for truncation and padding, which we never use.
     """
     if path.name == TOKENIZER_FILE and (value := _tokenizer_of(path)) is not None:
         return hashlib.sha256(value).digest()

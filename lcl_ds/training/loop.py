@@ -106,7 +106,7 @@ class Trainer:
         )
 
     def release(self) -> None:
-        """Give back the memory of weights, optimizer and batches; the trainer is of no use any more."""
+        """Give back the memory of weights, optimizer and batches; the trainer cannot be used afterwards."""
         release_engine(self.engine)
         del self.engine, self.loader
         gc.collect()

@@ -34,7 +34,7 @@ DECISIONS: dict[str, Decision] = {
     "data.stall_seconds": "applied",
     "data.max_bad_share": "applied",
     "data.max_image_pixels": "applied",
-    # How the network computes may change, not what it is. Where its weights came from is of no more consequence.
+    # How the network computes may change, not what it is. Where its first weights came from no longer matters.
     "model": "refused",
     "model.vision.attention": "applied",
     "model.decoder.attention": "applied",
@@ -45,7 +45,7 @@ DECISIONS: dict[str, Decision] = {
     "model.allow_unexpected": "free",
     "objective": "refused",
     "train.steps": "applied",
-    "train.seed": "applied",  # of dropout; the seeds below are compared as what they come to
+    "train.seed": "applied",  # of dropout; the seeds below are compared by the values that result
     "train.init_seed": "refused",
     "train.data_seed": "refused",
     "train.augmentation_seed": "refused",
@@ -67,7 +67,7 @@ DECISIONS: dict[str, Decision] = {
     "evaluation": "applied",
 }
 """By setting or, where nothing longer fits, by the group it is in. Refused: the run ends with a sentence. Applied: it
-counts from the next step on, and is logged. Free: it changes nothing that is computed."""
+holds from the next step on, and is logged. Free: it changes nothing that is computed."""
 
 
 def decision_of(key: str) -> Decision:
@@ -93,7 +93,7 @@ def check_same_run(checkpoint: Path, config: Config) -> list[str]:
         UserError: names every setting that cannot change.
     """
     earlier = load_config_of(checkpoint)
-    saved, now = what_settings_come_to(earlier), what_settings_come_to(config)
+    saved, now = resolved_settings(earlier), resolved_settings(config)
     changed = [key for key in sorted({*saved, *now}) if saved.get(key) != now.get(key)]
     refused = [key for key in changed if decision_of(key) == "refused"]
     sentences = [
@@ -102,11 +102,11 @@ def check_same_run(checkpoint: Path, config: Config) -> list[str]:
         if decision_of(key) == "applied"
     ]
     problems = [
-        f"{_said_as(key, config)}: the run was started with {saved.get(key)!r}, now it is {now.get(key)!r}; "
+        f"{_name_for_user(key, config)}: the run was started with {saved.get(key)!r}, now it is {now.get(key)!r}; "
         f"undo the change or choose another --run_dir ({checkpoint.parent.parent} keeps the old run)"
         for key in refused
     ]
-    problems += _impossible(earlier, config)
+    problems += _changes_that_do_not_fit(earlier, config)
     moved, other = _folders(checkpoint, earlier, config)
     if problems or other:
         raise UserError(problems + other)
@@ -131,11 +131,11 @@ def engine_changes(run_dir: Path, ds_config: dict[str, Any]) -> list[str]:
     ]
 
 
-def what_settings_come_to(config: Config) -> dict[str, Any]:
+def resolved_settings(config: Config) -> dict[str, Any]:
     """List settings by dotted name, such that two ways to say the same are equal.
 
-    Seeds are those that each purpose uses; a tower is its whole transformers configuration, whether a key was given, is
-    the default or comes from a shape; paths of data and folders are left out, as their contents are compared.
+    Seeds are those that each purpose uses. A tower is its whole transformers configuration, whether a key was set, is the
+    default or comes from a shape. Paths of data and folders are left out, because their contents are compared.
     """
     tree = config.model_dump(mode="json")
     tree["data"]["shards"] = [{"name": source.name, "weight": _by_step(source.weight)} for source in config.data.shards]
@@ -169,14 +169,14 @@ def _by_step(weight: float | dict[int, float]) -> dict[int, float]:
     return weight if isinstance(weight, dict) else {0: weight}
 
 
-def _said_as(key: str, config: Config) -> str:
+def _name_for_user(key: str, config: Config) -> str:
     """Name the setting that a user has to look at: a seed of a purpose may come from the seed of all."""
     if key.endswith("_seed") and getattr(config.train, key.removeprefix("train.")) is None:
         return f"train.seed (for {key.removeprefix('train.')})"
     return key
 
 
-def _impossible(earlier: Config, config: Config) -> list[str]:
+def _changes_that_do_not_fit(earlier: Config, config: Config) -> list[str]:
     """Name changes that could be applied by themselves but not in this run."""
     problems = []
     if group_shape(earlier.train) != group_shape(config.train):

@@ -42,7 +42,7 @@ DOWNLOAD = "download the shard, or read it through pipe:COMMAND"
 TRIES = 4
 FIRST_PAUSE_S = 0.5
 REMOTE_BLOCK = 1 << 18
-"""Bytes fetched at a time while headers are read."""
+"""Bytes fetched at a time while headers are read front to back."""
 
 
 def expand_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
@@ -65,6 +65,7 @@ def expand_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
 
 
 def _each_file_once(locations: list[str]) -> list[str]:
+    """Leave out locations of a file that an earlier one leads to, with a warning."""
     kept: dict[str, str] = {}
     for location in locations:
         file = location if is_remote(location) or is_command(location) else os.path.realpath(location)
@@ -105,6 +106,7 @@ def _existing_part(path: str) -> tuple[str, str]:
 
 
 def _matches(pattern: str) -> list[str]:
+    """List what one pattern without braces names. Raises: UserError when it is nothing."""
     if is_command(pattern):
         return [pattern]
     if is_remote(pattern) and not os.path.exists(pattern):
@@ -143,8 +145,9 @@ def _plain(path: str) -> str:
 
 
 def _remote_matches(pattern: str) -> list[str]:
+    """List what a URL with stars matches on its server."""
     if not glob.has_magic(pattern):
-        return [pattern]  # whether it exists shows when it is indexed, without a request of its own
+        return [pattern]  # indexing it shows whether it exists, without a request only for that
     filesystem, path = _resolve(pattern)
     try:
         if _retried(pattern, lambda: filesystem.exists(path)):
@@ -158,6 +161,7 @@ def _remote_matches(pattern: str) -> list[str]:
 
 
 def _listed(location: str) -> list[str]:
+    """Read the locations that a list of shards names."""
     names = []
     for number, line in enumerate(_lines_of(location), start=1):
         name = _listed_name(location, line, number)
@@ -220,7 +224,7 @@ def size_of(location: str) -> int:
 
     Raises:
         OSError: it is not there or out of reach.
-        UserError: a server does not tell the size, or it is a stream, which might be waited for without end.
+        UserError: a server does not tell the size, or it is a stream, which might never end.
     """
     if not is_remote(location):
         status = os.stat(location)
@@ -365,7 +369,7 @@ def _keep_output(command: str, path: Path, check: Callable[[str], None]) -> None
 
 
 def _resolve(location: str) -> tuple[Any, str]:
-    """fsspec's filesystem and the path in it; fsspec keeps one instance per process and address.
+    """Find fsspec's filesystem and the path in it; fsspec keeps one instance per process and address.
 
     Raises:
         UserError: no driver for such addresses is installed.

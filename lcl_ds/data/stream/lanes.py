@@ -6,9 +6,9 @@ gathers rows into groups of about as many images each. Nothing random is stored:
 purpose, lane, counter), so a lane's position is a few integers plus the addresses of documents that wait for a row and
 of rows that wait for a group, and the stream is the same for any number of ranks and workers.
 
-What all lanes hold at a time, of samples drawn and not yet in a row that was returned, is what an epoch can be off by:
-a sample may come that much early or late. Blocks, windows, pools and, where they are not set, the number of lanes
-shrink with the corpus so that this stays below one epoch.
+At any time all lanes together hold samples that were drawn and are not yet in a returned row, so a sample may come that
+much early or late in an epoch. Blocks, windows, pools and, where it is not set, the number of lanes shrink with the
+corpus, so that this stays below one epoch.
 """
 
 import math
@@ -46,7 +46,7 @@ PRIOR_ROWS = 2000
 MOST_LANES = 64
 """Lanes where their number is not set and the corpus is not small."""
 WINDOWS_PER_EPOCH = 4
-"""Windows, of packing and of shuffling, that a lane's draws of an epoch are cut into at least."""
+"""Windows, of packing and of shuffling, that a lane's draws of an epoch are cut into, at least."""
 GOOD_WINDOW_ROWS = 16
 """Rows of a window that pack well; the number of lanes is chosen so that no window need be smaller."""
 LEAST_WINDOW_ROWS = 2
@@ -72,7 +72,7 @@ def measure_sizes(sources: Sequence[Source], settings: "LaneSettings", tokenizer
                 continue
             total += sum((np.array([len(s.input_ids), len(s.images)]) for s in sequences), np.zeros(2))
         sizes.append(total / len(numbers))
-    return np.stack(sizes) + np.array([1e-9, 0.0])  # of nothing but bad samples: no division by 0
+    return np.stack(sizes) + np.array([1e-9, 0.0])  # a source of nothing but bad samples: no division by 0
 
 
 def draws_per_epoch(sources: Sequence[Source], mixture: Mixture, step: int) -> float:
