@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcl_ds.metrics import SourceCounts
+
 
 @dataclass(frozen=True)
 class Readouts:
@@ -62,8 +64,8 @@ class Batch:
     """Samples and images left out since the last batch because they were damaged."""
     keys: tuple[str, ...]
     """``source/key`` of every document, to name them in reports."""
-    sources: dict[str, tuple[int, int]]
-    """Documents and images of each source."""
+    sources: dict[str, SourceCounts]
+    """Documents and images of each source that the batch has something of."""
 
     def to(self, device: torch.device) -> "Batch":
         """Copy the batch to ``device``; copies do not block the host when the memory is pinned."""

@@ -258,9 +258,11 @@ def summed_metrics(batches: list[Batch]) -> dict[str, int]:
 
 def summed_by_source(batches: list[Batch], names: list[str]) -> dict[tuple[str, str], int]:
     """Count this rank's documents and images of each source."""
-    seen = {name: [batch.sources.get(name, (0, 0)) for batch in batches] for name in names}
-    documents = {("documents", name): sum(count for count, _ in entries) for name, entries in seen.items()}
-    return documents | {("images", name): sum(count for _, count in entries) for name, entries in seen.items()}
+    seen = {name: [batch.sources[name] for batch in batches if name in batch.sources] for name in names}
+    documents = {("documents", name): sum(counts.documents for counts in of_source) for name, of_source in seen.items()}
+    return documents | {
+        ("images", name): sum(counts.images for counts in of_source) for name, of_source in seen.items()
+    }
 
 
 def step_seed(seed: int, rank: int, step: int) -> int:

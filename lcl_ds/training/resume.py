@@ -134,8 +134,8 @@ def engine_changes(run_dir: Path, ds_config: dict[str, Any]) -> list[str]:
 def resolved_settings(config: Config) -> dict[str, Any]:
     """List settings by dotted name, such that two ways to say the same are equal.
 
-    Seeds are those that each purpose uses. A tower is its whole transformers configuration, whether a key was set, is the
-    default or comes from a shape. Paths of data and folders are left out, because their contents are compared.
+    Seeds are those that each purpose uses. A tower is its whole transformers configuration, whether a key was set, is
+    the default or comes from a shape. Paths of data and folders are left out, because their contents are compared.
     """
     tree = config.model_dump(mode="json")
     tree["data"]["shards"] = [{"name": source.name, "weight": _by_step(source.weight)} for source in config.data.shards]

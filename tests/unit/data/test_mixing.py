@@ -148,5 +148,5 @@ def test_documents_and_images_are_counted_by_source(sources, tokenizer):
 
     batch = next(BatchLoader(sources, SETTINGS, tokenizer, 8))
     assert set(batch.sources) == {"documents", "pairs"}
-    assert sum(documents for documents, _ in batch.sources.values()) == batch.document_count
-    assert sum(images for _, images in batch.sources.values()) == batch.image_count
+    assert sum(counts.documents for counts in batch.sources.values()) == batch.document_count
+    assert sum(counts.images for counts in batch.sources.values()) == batch.image_count

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lcl_ds.errors import UserError
-from lcl_ds.metrics import KEYS, read_metrics
+from lcl_ds.metrics import KEYS, SourceCounts, read_metrics
 from lcl_ds.objectives import lcl
 from lcl_ds.training.distributed import gather_integers, gather_objects, on_all_ranks, sum_over_ranks
 from lcl_ds.training.loop import outputs_to_sum, step_seed, summed_by_source, summed_metrics
@@ -32,7 +32,7 @@ def test_what_a_rank_counts_are_the_metrics_that_are_summed_over_ranks():
 
 def test_sources_are_counted_by_their_names_also_those_that_gave_nothing():
     batch = batch_with_images()
-    object.__setattr__(batch, "sources", {"web": (3, 5), "books": (1, 0)})
+    object.__setattr__(batch, "sources", {"web": SourceCounts(3, 5), "books": SourceCounts(1, 0)})
     counted = summed_by_source([batch, batch], ["books", "web", "none"])
     assert {name: (counted["documents", name], counted["images", name]) for name in ("books", "web", "none")} == {
         "books": (2, 0),
