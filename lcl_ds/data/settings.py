@@ -72,7 +72,7 @@ class DataSettings(Settings):
         None,
         gt=0,
         description="Independent streams, best a multiple of ranks x workers. Fixed for a run. Default: 64, fewer for "
-        "a small corpus, so that every sample comes about once an epoch.",
+        "a small corpus, so that every sample is drawn about once an epoch.",
     )
     mix_by: Literal["samples", "images"] = Field("samples", description="What the sources' weights are fractions of.")
     group_rows: int = Field(
