@@ -31,13 +31,13 @@ APART = [("models", "data")]
 
 def imports_of(path: Path) -> set[str]:
     """Full names of all modules that a file imports, also inside of functions."""
-    found: set[str] = set()
+    actual: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            actual |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
+            actual |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return actual
 
 
 def layer_of(module: str) -> int | None:

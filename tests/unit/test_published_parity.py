@@ -25,10 +25,10 @@ SHIFTS_OF_KEYS = {"pool_project.pooler.cross_attn.k_bias", "pool_project.pooler.
 
 def run(golden: Golden, layout: str) -> tuple[dict[str, torch.Tensor], LCLModel]:
     """Every expected entry as our code computes it, with the model after its backward pass."""
-    reference = read_published_config(golden.config)
+    published_config = read_published_config(golden.config)
     model = load_published(golden.weights, golden.config)
-    sequences = sequences_of(golden, reference)
-    length = reference.context_length
+    sequences = sequences_of(golden, published_config)
+    length = published_config.context_length
     if layout == "padded":
         rows = [Row((sequence,)) for sequence in sequences]
     else:  # in the order of the file, because features are compared in that order
@@ -37,8 +37,8 @@ def run(golden: Golden, layout: str) -> tuple[dict[str, torch.Tensor], LCLModel]
         packed = pack(lengths, [len(s.tokens.slots) for s in sequences], length, 10**6)
         order = sorted(packed, key=min)
         rows = [Row(tuple(sequences[i] for i in sorted(row))) for row in order]
-    size, names = reference.model.vision.hf_keys["image_size"], DocumentView.readout_names
-    batch = collate(rows, length, size, reference.vocabulary, names)
+    size, names = published_config.model.vision.hf_keys["image_size"], DocumentView.readout_names
+    batch = collate(rows, length, size, published_config.vocabulary, names)
     # The files were computed without --gather-with-grad: keys are constants, also in one process.
     objective = lcl_objective(model, *golden.weighting, gather_with_grad=False)
     losses = objective(batch, *local_normalizers(objective, batch))

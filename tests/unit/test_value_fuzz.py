@@ -452,10 +452,10 @@ def run_format(name, count, seed, folder, tokenizer):
     assert sum(unit["records"] for unit in manifest["sources"]) == len(bad)
     assert counted == sum(bad), f"{sum(bad)} damaged, {counted} counted: {manifest['skips']}"
     source = Source("built", [index_shard(path) for path in sorted((folder / "out").glob("*.tar"))])
-    found = Counter(contents(source))
+    actual = Counter(contents(source))
     if name == "mint-pdf":
-        found = Counter((texts, None) for texts, written in contents(source) if len(written) == 2)
-    assert not Counter(expected) - found, "a whole record is missing or lacks something"
+        actual = Counter((texts, None) for texts, written in contents(source) if len(written) == 2)
+    assert not Counter(expected) - actual, "a whole record is missing or lacks something"
     lane = Lane([source], SETTINGS, 0, tokenizer)
     row = lane.next_row()
     batch = collate([row], SETTINGS.row_tokens, SETTINGS.image_size, tokenizer.vocabulary, SETTINGS.view.readout_names)

@@ -43,8 +43,8 @@ def lost_in_training(path):
 def lost_in_build(path):
     """The same of what build reads."""
     samples = list(read_tar(path))
-    reasons = Counter(str(parts) for _, parts in samples if isinstance(parts, BadSampleError))
-    return [key for key, parts in samples if not isinstance(parts, BadSampleError)], dict(reasons)
+    reasons = Counter(str(content) for _, content in samples if isinstance(content, BadSampleError))
+    return [key for key, content in samples if not isinstance(content, BadSampleError)], dict(reasons)
 
 
 def lost_everywhere(path):
@@ -164,10 +164,10 @@ def test_a_broken_header_costs_the_sample_before_it_and_the_bytes_behind_it(tmp_
     path = write_tar(tmp_path / "a.tar", pairs(0, 1, 2, 3))
     data = bytearray(path.read_bytes())
     with tarfile.open(path) as tar:
-        place = tar.getmember("0002.jpg").offset
-    data[place + 3] ^= 1
+        position = tar.getmember("0002.jpg").offset
+    data[position + 3] ^= 1
     path.write_bytes(data)
-    sentence = f"the header at byte {place} is damaged; {len(data) - place} bytes from there on were not read"
+    sentence = f"the header at byte {position} is damaged; {len(data) - position} bytes from there on were not read"
     assert sentence in refusal(path)
     # Whether the sample before it had a further member is not known.
     lost = {"a tar that is cut short or damaged": 1, sentence: 1}

@@ -250,7 +250,7 @@ def test_a_finished_build_is_not_made_again_and_a_folder_in_use_is_left_alone(tm
     assert "it is not empty and holds no build that could go on" in capsys.readouterr().err
 
 
-def test_a_source_that_cannot_be_read_ends_the_build_and_mended_goes_on(tmp_path, capsys):
+def test_a_source_that_cannot_be_read_ends_the_build_and_repaired_goes_on(tmp_path, capsys):
     sources, options = several(tmp_path)
     whole = Path(sources[2]).read_bytes()
     Path(sources[2]).write_bytes(bytes(range(256)) * (len(whole) // 256))
@@ -317,7 +317,7 @@ def test_a_finished_build_is_taken_for_what_it_was_made_of(tmp_path, capsys):
     assert "it holds a finished build of other input files or settings (sources)" in capsys.readouterr().err
 
     data = Path(sources[1]).read_bytes()
-    Path(sources[1]).write_bytes(data.replace(b"0 of 0", b"9 of 9"))  # mended in place, not a byte longer
+    Path(sources[1]).write_bytes(data.replace(b"0 of 0", b"9 of 9"))  # repaired in place, not a byte longer
     os.utime(sources[1], ns=(0, 1))
     assert main(command) == 2
     err = capsys.readouterr().err
@@ -381,9 +381,9 @@ def test_what_killed_tries_left_is_removed_at_the_next_start(tmp_path, monkeypat
     work = tmp_path / "out" / ".build"
 
     def killed(path, options):
-        for place in (work / "000001.99999", work / "000002.88888"):
-            place.mkdir()
-            (place / "000001-00000.tar").write_bytes(bytes(100))
+        for folder in (work / "000001.99999", work / "000002.88888"):
+            folder.mkdir()
+            (folder / "000001-00000.tar").write_bytes(bytes(100))
         (work / ".images-0.sqlite.7.partial").touch()
         (tmp_path / "out" / ".000000-00000.tar.7.partial").touch()
         raise SystemExit

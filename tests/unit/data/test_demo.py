@@ -26,10 +26,10 @@ def members(path):
 
 @pytest.fixture(scope="module")
 def documents(demo_folder):
-    found = {}
+    actual = {}
     for path in sorted(demo_folder.glob("*-documents-*.tar")):
-        found[path.name] = members(path)
-    return found
+        actual[path.name] = members(path)
+    return actual
 
 
 def records(files):

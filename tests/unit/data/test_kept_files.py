@@ -68,9 +68,9 @@ def test_bits_all_over_an_index_are_covered(shard, tmp_path):
     path = Path(f"{shard}.index")
     index_shard(shard)
     good = path.read_bytes()
-    for place in range(0, len(good), 7):
-        path.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
-        assert contents(index_shard(shard, tmp_path / str(place))) == MEMBERS, place
+    for position in range(0, len(good), 7):
+        path.write_bytes(good[:position] + bytes([good[position] ^ 1 << position % 8]) + good[position + 1 :])
+        assert contents(index_shard(shard, tmp_path / str(position))) == MEMBERS, position
 
 
 def test_an_index_that_goes_away_is_made_again(shard, caplog):
@@ -102,12 +102,12 @@ def test_an_index_of_the_tar_as_it_was_is_not_used(shard, change):
         assert small.stat().st_size == size
         assert contents(index_shard(small)) == more[:4]
         return
-    place = shard.read_bytes().index(b"003.jpg")
+    position = shard.read_bytes().index(b"003.jpg")
     with tarfile.open(shard) as tar:
         member = tar.getmember("003.jpg")
     member.name = "003.png"
     with shard.open("r+b") as file:
-        file.seek(place)
+        file.seek(position)
         file.write(member.tobuf())
     with pytest.raises(UserError, match="changed while it was in use or since it was indexed"):
         source.read(3, "jpg")

@@ -133,9 +133,9 @@ def test_a_lane_with_groups_continues_exactly_from_any_row(sources, tokenizer):
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 0), (2, 1)])
 def test_the_stream_of_groups_is_the_same_for_any_ranks_and_workers(sources, tokenizer, world_size, workers):
     expected, _ = batches_of(sources, tokenizer, 1, 0, 5, settings=GROUPED)
-    found, state = batches_of(sources, tokenizer, world_size, workers, 2, settings=GROUPED)
+    actual, state = batches_of(sources, tokenizer, world_size, workers, 2, settings=GROUPED)
     rest, _ = batches_of(sources, tokenizer, 1, 0, 3, state=state, settings=GROUPED)
-    assert found + rest == expected
+    assert actual + rest == expected
 
 
 def test_groups_must_divide_the_rows_of_a_rank(sources, tokenizer):

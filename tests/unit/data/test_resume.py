@@ -79,8 +79,8 @@ def digests(batch) -> list[str]:
     rows = []
     for number, ids in enumerate(batch.input_ids):
         inside = batch.slot_positions.div(ids.numel(), rounding_mode="floor") == number
-        parts = ids, batch.position_ids[number], batch.images[batch.slot_images[inside]]
-        rows.append(hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest())
+        contents = ids, batch.position_ids[number], batch.images[batch.slot_images[inside]]
+        rows.append(hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in contents)).hexdigest())
     return rows
 
 
@@ -252,12 +252,12 @@ def test_a_document_that_waits_for_a_row_and_was_damaged_meanwhile_is_a_sentence
     state = loader.state()
     assert state["lanes"]["0"]["carried"]
     with tarfile.open(path) as tar:
-        places = [(member.offset_data, member.size) for member in tar if member.name.endswith(".json")]
+        ranges = [(member.offset_data, member.size) for member in tar if member.name.endswith(".json")]
     if damage is None:
         Path(path).unlink()
     else:
         with open(path, "r+b") as file:
-            for offset, size in places:
+            for offset, size in ranges:
                 file.seek(offset)
                 file.write(damage * size)
     AT_HAND._keep(0)

@@ -87,8 +87,8 @@ def layout_of(path):
             key, _, suffix = member.name.partition(".")
             samples.setdefault(key, {})[suffix] = (member.offset_data, member.size)
     digest = hashlib.sha256(path.name.encode())
-    for key, parts in samples.items():
-        digest.update(repr((key, sorted(parts.items()))).encode())
+    for key, ranges in samples.items():
+        digest.update(repr((key, sorted(ranges.items()))).encode())
     return digest.hexdigest()[:16]
 
 

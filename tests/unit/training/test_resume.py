@@ -214,8 +214,8 @@ def test_factors_of_one_shape_divide_the_weights_alike_and_no_others_do(first):
         config = small_config(f"train.learning_rate_factors={factors}")
         model = small_model(config)
         freeze_parts(model, config.train)
-        found = parameter_groups(model, config.train, (0.0, 1.0))
-        return group_shape(config.train), [group["param_names"] for group in found]
+        actual = parameter_groups(model, config.train, (0.0, 1.0))
+        return group_shape(config.train), [group["param_names"] for group in actual]
 
     shape, names = groups(first)
     for second in FACTORS:
