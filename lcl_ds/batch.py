@@ -38,7 +38,7 @@ class Batch:
     cu_seqlens: Tensor
     """int32 [D + 1], flat positions where documents and paddings begin, and the end of the rows."""
     max_seqlen: int
-    """Length of the longest of them in tokens."""
+    """Length in tokens of the longest document or padding."""
     images: Tensor
     """uint8 [M, 3, H, W], or float already normalised. A rank without images holds one constant image in a slot
     beyond the rows: under ZeRO-3 every rank must run the encoder once, and its features reach no token."""
@@ -54,7 +54,7 @@ class Batch:
     label_positions: Tensor
     """int64 [T], flat positions that carry generation loss."""
     labels: Tensor
-    """int64 [T], the token that follows each of them."""
+    """int64 [T], the token that follows each label position."""
     image_count: int
     """Real images, without the constant one."""
     document_count: int

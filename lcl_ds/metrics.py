@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 DAMAGED = "metrics.damaged"
-"""Beside it: lines that were taken out because they are damaged, as they were found."""
+"""File beside ``metrics.jsonl`` with the lines that were taken out because they are damaged, as they were."""
 NAMED = 3
 """How many damaged lines a warning names one by one."""
 

@@ -126,7 +126,7 @@ class TokenSequence:
     label_positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """int64 [T'], positions that carry generation loss."""
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """int64 [T'], the ids to be predicted there."""
+    """int64 [T'], the ids to be predicted at the label positions."""
     readouts: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     """By name, (position, document's image) of states of the decoder that an objective reads about an image."""
 

@@ -56,7 +56,7 @@ FOLDERS = {
 PROBE_BYTES = 4 << 20
 """What is written to find out whether a disk is full."""
 HASHED_WHOLE = 64 << 20
-"""A file of such a folder up to this size in bytes is hashed whole; of a larger one, its size and both ends."""
+"""A file that counts is hashed whole up to this size in bytes; of a larger one, its size and both ends are."""
 
 
 @dataclass

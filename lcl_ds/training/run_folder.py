@@ -21,7 +21,7 @@ CONFIG, DS_CONFIG, ENVIRONMENT = "config.yaml", "ds_config.json", "environment.j
 HISTORY = "history"
 """Holds one folder per start with the three files as of that start."""
 NO_CONTENT = ("lost+found", "*.log", "*.out", "*.err")
-"""What may stand in a new run's folder: people send the output of a run there."""
+"""What may stand in a new run's folder, because people send the output of a run there."""
 
 
 def check_own_folder(run_dir: Path) -> None:

@@ -89,6 +89,23 @@ def test_no_modules_import_each_other_in_a_circle():
     assert set(edges) - done == set()
 
 
+def test_no_two_packages_import_each_other():
+    """A package and one inside it are no pair: what they share is a matter of modules."""
+    known = modules()
+    packages = {name: name if path.name == "__init__.py" else name.rpartition(".")[0] for name, path in known.items()}
+    edges = {
+        (packages[name], packages[target])
+        for name, path in known.items()
+        for target in {full.removeprefix("lcl_ds.") for full in imports_of(path)} & set(known)
+        if packages[name] and packages[target]
+    }
+    assert len(edges) > 20
+    nested = {
+        (one, other) for one, other in edges if f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+    }
+    assert [pair for pair in edges - nested if pair[::-1] in edges] == []
+
+
 def test_only_training_imports_deepspeed():
     users = {
         name.split(".")[0]

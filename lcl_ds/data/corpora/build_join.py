@@ -88,7 +88,7 @@ def _place_shards(job: Job, kept: np.ndarray, out: Path) -> dict[str, Any]:
 
 
 def put_in_place(staged: Path, final: Path, kept: np.ndarray) -> None:
-    """Move a shard, or write it anew without the samples that do not stay; nothing is done where it was done before."""
+    """Move a shard, or write it again without the samples that do not stay; does nothing where this was done before."""
     if not staged.exists():
         return  # an earlier try got this far
     if kept.all():

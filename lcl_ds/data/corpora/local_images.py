@@ -23,7 +23,7 @@ AMBIGUOUS = "an image whose name fits several files"
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 """What the system says of a name that no file has."""
 UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO)
-"""What it says of a single file that is there and cannot be read; other errors are of the whole machine."""
+"""What the system says of a single file that cannot be read; other errors are of the whole machine."""
 
 SCHEMA = """
 PRAGMA journal_mode = OFF;

@@ -1,10 +1,10 @@
 """Draw the endless deterministic stream of rows, in independent lanes.
 
 The global stream's n-th group of rows comes from lane ``n % lanes``. A lane owns every ``lanes``-th block of a
-permutation drawn anew each epoch, shuffles samples inside a window of blocks, packs a window of documents into rows and
-gathers rows into groups of about as many images each. Nothing random is stored: every draw is a function of (seed,
-purpose, lane, counter), so a lane's position is a few integers plus the addresses of documents that wait for a row and
-of rows that wait for a group, and the stream is the same for any number of ranks and workers.
+permutation that is drawn for each epoch, shuffles samples inside a window of blocks, packs a window of documents into
+rows and gathers rows into groups of about as many images each. Nothing random is stored: every draw is a function of
+(seed, purpose, lane, counter), so a lane's position is a few integers plus the addresses of documents that wait for a
+row and of rows that wait for a group, and the stream is the same for any number of ranks and workers.
 
 At any time all lanes together hold samples that were drawn and are not yet in a returned row, so a sample may come that
 much early or late in an epoch. Blocks, windows, pools and, where it is not set, the number of lanes shrink with the
@@ -41,7 +41,7 @@ MAX_CARRIES = 2
 MEASURED_SAMPLES = 500
 """Samples of a source, spread over it, whose tokens and images are counted."""
 PRIOR_ROWS = 2000
-"""Rows of a lane that weigh as much as the count of those samples."""
+"""Rows of a lane that weigh as much as the count of the measured samples."""
 
 MOST_LANES = 64
 """Lanes where their number is not set and the corpus is not small."""

@@ -28,7 +28,7 @@ IGNORED = {"text.attn_mask"}
 """A buffer that some versions save."""
 
 Change = Literal["same", "transpose", "flat"]
-"""flat: a scalar there, one element here."""
+"""How a tensor changes from the published format to ours; ``flat``: from a scalar to one element."""
 
 HEADS: list[tuple[str, str, Change]] = [
     ("visual.class_embedding", "vision.model.embeddings.class_embedding", "same"),
@@ -50,7 +50,7 @@ HEADS: list[tuple[str, str, Change]] = [
         )
     ),
 ]
-"""(there, here, what changes) of tensors that exist once, norms aside."""
+"""(published name, our name, change) of tensors that exist once, without the norms."""
 
 NORMS = {
     "visual.ln_pre": "vision.model.pre_layrnorm",
