@@ -54,15 +54,15 @@ class Shard:
                 return index
         scan = scan_shard(self.path)
         if scan.broken or scan.layout != self.layout:
-            raise self.changed()
+            raise self.refuse_changed()
         kept = keep_index(scan, self.path, self.sidecars)
         logger.warning(
             "shard %s: its index was gone or damaged and was made again (%s)", self.path, kept or "in memory"
         )
         return scan.index
 
-    def changed(self) -> UserError:
-        """Return the error for a shard that changed, and remove its index, so that the next start makes it again."""
+    def refuse_changed(self) -> UserError:
+        """Remove the index of a shard that changed, so that the next start makes it again; returns the error to raise."""
         for sidecar in self.sidecars:
             remove_index(sidecar)
         return UserError(
@@ -80,8 +80,10 @@ class BrokenShardError(UserError):
 
     def __init__(self, shard: Shard, broken: BrokenTarError):
         self.shard, self.broken = shard, broken
-        rescue = "copy it again, or keep its whole samples with python -m lcl_ds.data build" if broken.is_tar else ""
-        super().__init__(f"shard {shard.path}: cannot be read: {broken.sentence}" + f"; {rescue}" * bool(rescue))
+        problem = f"shard {shard.path}: cannot be read: {broken.sentence}"
+        if broken.is_tar:
+            problem += "; copy it again, or keep its whole samples with python -m lcl_ds.data build"
+        super().__init__(problem)
 
 
 def index_shard(path: str | Path, cache: Path = DEFAULT_CACHE, rescan: bool = False) -> Shard:

@@ -218,7 +218,7 @@ class Source:
         if header_hash(data[:BLOCK]) != header:
             if len(data) < BLOCK and is_remote(path):
                 raise OSError(f"{path}: the server sent {len(data)} of {BLOCK + size} bytes")
-            raise self.shards[shard].changed()
+            raise self.shards[shard].refuse_changed()
         if len(data) != BLOCK + size:
             raise OSError(f"{self.where(number)}: the shard became shorter while it was being read")
         return data[BLOCK:]
