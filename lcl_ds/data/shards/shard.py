@@ -62,7 +62,7 @@ class Shard:
         return scan.index
 
     def refuse_changed(self) -> UserError:
-        """Remove the index of a shard that changed, so that the next start makes it again; returns the error to raise."""
+        """Remove the index of a shard that changed, so that the next start makes it again; returns the error."""
         for sidecar in self.sidecars:
             remove_index(sidecar)
         return UserError(
