@@ -12,7 +12,7 @@ from lcl_ds.errors import UserError
 from lcl_ds.models.build import build_model, image_size, tokens_per_image
 from lcl_ds.models.decoder import TESTED_FAMILIES
 from lcl_ds.models.network import LCLModel
-from lcl_ds.models.weights.transfer import initialize_parts
+from lcl_ds.models.weights.transfer import load_parts
 from lcl_ds.objectives import build_objective, view_of
 from lcl_ds.objectives.base import Objective, freeze_unused
 
@@ -105,12 +105,12 @@ def build_network(config: Config, data: OpenData) -> LCLModel:
 
 
 def load_initial_weights(network: LCLModel, config: Config, data: OpenData) -> list[str]:
-    """Load weights for the parts of which ``config`` names a source; returns a sentence about each.
+    """Load weights into the parts for which ``config`` names a folder; returns a sentence about each folder.
 
     Raises:
         UserError: names every weight that does not fit.
     """
-    return initialize_parts(network, config.model, data.tokenizer.vocabulary.text_size, config.seed("init"))
+    return load_parts(network, config.model, data.tokenizer.vocabulary.text_size, config.seed("init"))
 
 
 def attach_objective(network: LCLModel, config: Config) -> Objective:

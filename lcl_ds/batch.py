@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcl_ds.metrics import SourceCounts
+
 
 @dataclass(frozen=True)
 class Readouts:
-    """Places where an objective reads the decoder's state, each about one image."""
+    """Positions where an objective reads the decoder's state, each about one image."""
 
     positions: Tensor
     """int64 [P], flat."""
@@ -36,7 +38,7 @@ class Batch:
     cu_seqlens: Tensor
     """int32 [D + 1], flat positions where documents and paddings begin, and the end of the rows."""
     max_seqlen: int
-    """Length of the longest of them in tokens."""
+    """Length in tokens of the longest document or padding."""
     images: Tensor
     """uint8 [M, 3, H, W], or float already normalised. A rank without images holds one constant image in a slot
     beyond the rows: under ZeRO-3 every rank must run the encoder once, and its features reach no token."""
@@ -52,7 +54,7 @@ class Batch:
     label_positions: Tensor
     """int64 [T], flat positions that carry generation loss."""
     labels: Tensor
-    """int64 [T], the token that follows each of them."""
+    """int64 [T], the token that follows each label position."""
     image_count: int
     """Real images, without the constant one."""
     document_count: int
@@ -62,15 +64,15 @@ class Batch:
     """Samples and images left out since the last batch because they were damaged."""
     keys: tuple[str, ...]
     """``source/key`` of every document, to name them in reports."""
-    sources: dict[str, tuple[int, int]]
-    """Documents and images of each source."""
+    sources: dict[str, SourceCounts]
+    """Documents and images of each source that the batch has something of."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on ``device``; copies do not block the host when the memory is pinned."""
+        """Copy the batch to ``device``; copies do not block the host when the memory is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """The same batch in memory that a GPU copies from without the host."""
+        """Copy the batch into memory that a GPU copies from without the host."""
         return self._map(Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":

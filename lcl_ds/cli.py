@@ -1,4 +1,4 @@
-"""End every command alike: what the user or the machine can put right is a sentence, our own mistakes a traceback."""
+"""End every command in the same way: mistakes of user or machine with a sentence, our own with a traceback."""
 
 import signal
 import sys
@@ -36,7 +36,7 @@ def run_command(action: Callable[[], int]) -> int:
 
 
 def problems_of(error: BaseException) -> list[str] | None:
-    """Sentences about an error whose cause lies with the user or the machine; None for our own mistakes."""
+    """Write sentences about an error whose cause lies with the user or the machine; None for our own mistakes."""
     if isinstance(error, UserError):
         return error.problems
     if isinstance(error, BrokenProcessPool):

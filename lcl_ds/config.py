@@ -45,13 +45,13 @@ class Config(Settings):
         return {"name": "lcl", **value} if isinstance(value, dict) else value
 
     def seed(self, purpose: Literal["init", "data", "augmentation"]) -> int:
-        """The seed of one purpose; ``train.seed`` where it has none of its own."""
+        """Return the seed of one purpose; ``train.seed`` where it has none of its own."""
         own = getattr(self.train, f"{purpose}_seed")
         return self.train.seed if own is None else own
 
 
 def recipe_path(name_or_path: str) -> Path:
-    """A recipe's file from its name (``demo``) or path.
+    """Find a recipe's file from its name (``demo``) or path.
 
     Raises:
         UserError: there is no such file.
@@ -96,10 +96,10 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a mapping of settings is expected, found {type(tree).__name__}")
-    given = {key: value for key, value in map(_parse_override, overrides or [])}
-    for key, value in given.items():
+    parsed = dict(map(_parse_override, overrides or []))
+    for key, value in parsed.items():
         _set(tree, key.split("."), value, key)
-    return validate_config(tree, str(path), given, READ_FOLDERS)
+    return validate_config(tree, str(path), parsed, READ_FOLDERS)
 
 
 def validate_config(
@@ -117,8 +117,8 @@ def validate_config(
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
-    key, found, value = text.partition("=")
-    if not found or not key:
+    key, sign, value = text.partition("=")
+    if not sign or not key:
         raise UserError(f"{text!r}: an override is written key.sub=value")
     try:
         return key, yaml.safe_load(value)
@@ -135,11 +135,11 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any, whole: str) -> None:
 
 
 def _sentence(error: Any, origin: str, overrides: dict[str, Any]) -> str:
-    keys = [str(part) for part in error["loc"] if not str(part).startswith(("function-", "list[", "constrained-"))]
+    keys = [str(step) for step in error["loc"] if not str(step).startswith(("function-", "list[", "constrained-"))]
     branch = keys.pop(1) if keys[:1] == ["objective"] and len(keys) > 1 else ""  # pydantic names the union's member
     key = ".".join(keys)
-    given = any(key == k or key.startswith(f"{k}.") or k.startswith(f"{key}.") for k in overrides)
-    where = "command line" if given else origin
+    is_override = any(key == k or key.startswith(f"{k}.") or k.startswith(f"{key}.") for k in overrides)
+    where = "command line" if is_override else origin
     match error["type"]:
         case "extra_forbidden":
             return f"{where}: {key}: unknown setting{suggest(keys[-1], _fields_at(keys[:-1], branch))}"
@@ -155,7 +155,7 @@ def _sentence(error: Any, origin: str, overrides: dict[str, Any]) -> str:
 
 
 def _fields_at(keys: list[str], objective: str) -> list[str]:
-    """Names of the settings below ``keys``; those of ``objective`` below that key."""
+    """List the names of the settings below ``keys``; those of ``objective`` below that key."""
     model: Any = Config
     for key in keys:
         if key.isdigit():

@@ -3,7 +3,7 @@
 ``vision`` (default) writes a folder that ``transformers`` loads by itself: config.json, model.safetensors,
 preprocessor_config.json and a model card. ``full`` writes all weights of the training model as one safetensors file;
 with ``--format reference`` in the layout of the published code. ``--from reference FILE --config JSON`` reads a
-checkpoint of the published code in place of a run. Convert only runs that you trust: DeepSpeed unpickles their weights.
+checkpoint of the published code instead of a run. Convert only runs that you trust: DeepSpeed unpickles their weights.
 """
 
 import argparse
@@ -31,18 +31,20 @@ from lcl_ds.cli import program_name, run_command
 from lcl_ds.config import Config
 from lcl_ds.data.documents import BadSampleError, read_document
 from lcl_ds.data.images import decode_image
-from lcl_ds.data.shards.source import Source, expand_paths, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
+from lcl_ds.data.shards.storage import expand_paths
 from lcl_ds.errors import UserError
 from lcl_ds.files import plain_name, whole_folder
 from lcl_ds.models.encoders import family_of
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.vision import image_tokens, released_patch_tokens, released_weights
 from lcl_ds.models.weights.published import (
-    load_reference,
-    read_reference_config,
-    read_reference_json,
-    to_reference,
-    write_reference_config,
+    load_published,
+    read_published_config,
+    read_published_json,
+    to_published,
+    write_published_config,
 )
 from lcl_ds.tokens import CONTROL_TOKENS, Vocabulary
 from lcl_ds.training.checkpoint import load_config_of, load_model, read_state, resolve_checkpoint
@@ -85,7 +87,7 @@ Settings:
 
 
 @dataclass(frozen=True)
-class Origin:
+class WeightOrigin:
     """Where a model comes from, for its card."""
 
     name: str
@@ -97,7 +99,7 @@ class Origin:
     pixels_kind: str
 
 
-def release_vision(model: LCLModel, origin: Origin, folder: Path, name: str = "") -> str:
+def release_vision(model: LCLModel, origin: WeightOrigin, folder: Path, name: str = "") -> str:
     """Write the encoder for ``transformers`` and compare it with the training model.
 
     Args:
@@ -148,12 +150,12 @@ def release_vision(model: LCLModel, origin: Origin, folder: Path, name: str = ""
 
 @torch.no_grad()
 def _largest_difference(model: LCLModel, pixels: np.ndarray, folder: Path) -> float:
-    """Between the patch tokens of the training model and of its release; see :func:`release_vision` for errors."""
+    """Compare the patch tokens of the training model with the release's; see :func:`release_vision` for errors."""
     images = model.vision.normalize(torch.from_numpy(pixels))
     ours = model.vision(images)
     if not ours.isfinite().all():
         raise UserError("the encoder's features are not finite; release an earlier checkpoint")
-    # With the same attention kernel: others round differently, the more so the deeper and the larger the model.
+    # With the same attention kernel: others round differently, and more so in deep and large models.
     implementation = model.vision.model.config._attn_implementation
     released, loading = AutoModel.from_pretrained(
         folder, attn_implementation=implementation, dtype=torch.float32, output_loading_info=True
@@ -166,8 +168,10 @@ def _largest_difference(model: LCLModel, pixels: np.ndarray, folder: Path) -> fl
 
 
 def image_processor(config: Any) -> Any:
-    """What makes the tower's inputs from pictures of any size: for SigLIP 2 flattened patches that keep their aspect,
-    for the others a square in the middle."""
+    """Make what turns pictures of any size into the tower's inputs.
+
+    For SigLIP 2 these are flattened patches that keep the aspect, for the others a square in the middle.
+    """
     statistics: dict[str, Any] = {"image_mean": list(config.image_mean), "image_std": list(config.image_std)}
     if family_of(config).reads_flat_patches:
         return Siglip2ImageProcessorPil(
@@ -178,7 +182,7 @@ def image_processor(config: Any) -> Any:
 
 
 def _pixels_of(config: Config, size: int) -> tuple[np.ndarray, str]:
-    """Images of the run's own data as far as its shards are still here; else noise."""
+    """Read images of the run's own data as far as its shards are still here; else make noise."""
     pixels = list(islice(_images_of(config, size), PARITY_IMAGES))
     if not pixels:
         return _noise(size), "images of noise (no image of the run's shards could be read here)"
@@ -186,11 +190,11 @@ def _pixels_of(config: Config, size: int) -> tuple[np.ndarray, str]:
 
 
 def _images_of(config: Config, size: int) -> Iterator[np.ndarray]:
-    """Decoded images of the held-out and then of the training shards; what cannot be read is passed over.
+    """Decode images of the held-out and then of the training shards; what cannot be read is passed over.
 
     A run may be somebody else's, so commands in its settings are not executed, and nothing is fetched.
     """
-    for paths in filter(None, [config.evaluation.shards, *(source.paths for source in config.data.shards)]):
+    for paths in filter(None, [config.evaluation.shards, *(entry.paths for entry in config.data.shards)]):
         for shard in _local_shards(paths)[:PARITY_SHARDS]:
             try:
                 source = Source("parity", [index_shard(shard)])
@@ -209,35 +213,35 @@ def _images_in(source: Source, number: int, size: int, max_text_bytes: int) -> I
 
 
 def _local_shards(paths: str | Sequence[str]) -> list[str]:
-    """Plain files among a run's locations."""
-    found: list[str] = []
+    """List the plain files among a run's locations."""
+    locations: list[str] = []
     for path in [paths] if isinstance(paths, str) else paths:
         if "://" not in path:
             try:
-                found += expand_paths(path)
+                locations += expand_paths(path)
             except (UserError, OSError, ValueError):  # ValueError: braces that do not fit, bytes that are no text
                 continue
     # Names of commands and addresses, which braces and lists may yield, are no files.
-    return [path for path in found if Path(path).is_file()]
+    return [location for location in locations if Path(location).is_file()]
 
 
 def _noise(size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (PARITY_IMAGES, 3, size, size), dtype=np.uint8)
 
 
-def read_run(source: Path) -> tuple[LCLModel, Origin, Vocabulary]:
-    """The newest, or the named, checkpoint of a run.
+def read_run(run_or_checkpoint: Path) -> tuple[LCLModel, WeightOrigin, Vocabulary]:
+    """Read the newest, or the named, checkpoint of a run.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
-    checkpoint = resolve_checkpoint(source)
+    checkpoint = resolve_checkpoint(run_or_checkpoint)
     with _damage_named(checkpoint):
         config, state = load_config_of(checkpoint), read_state(checkpoint)
         step, vocab_size = state["progress"]["step"], state["vocab_size"]
         model = load_model(checkpoint)
     history = f"with lcl_ds {__version__}, step {step} of {config.train.steps}"
-    origin = Origin(
+    origin = WeightOrigin(
         config.name, history, config.model_dump(mode="json"), *_pixels_of(config, model.vision.model.config.image_size)
     )
     return model, origin, Vocabulary(vocab_size - len(CONTROL_TOKENS))
@@ -255,29 +259,29 @@ def _damage_named(checkpoint: Path) -> Iterator[None]:
         raise UserError(f"{checkpoint}: is damaged and cannot be read ({said}); name another checkpoint") from error
 
 
-def read_reference(source: Path, config_file: Path | None) -> tuple[LCLModel, Origin, Vocabulary]:
-    """A checkpoint of the published code."""
+def read_published(file: Path, config_file: Path | None) -> tuple[LCLModel, WeightOrigin, Vocabulary]:
+    """Read a checkpoint of the published code."""
     if config_file is None:
         raise UserError("--from reference needs --config, the JSON model configuration of the published code")
-    config = read_reference_json(config_file)
-    vocabulary = read_reference_config(config, str(config_file)).vocabulary
-    model = load_reference(source, config)
+    config = read_published_json(config_file)
+    vocabulary = read_published_config(config, str(config_file)).vocabulary
+    model = load_published(file, config)
     history = f"with the published code, imported by lcl_ds {__version__}"
     size = model.vision.model.config.image_size
-    return model, Origin(config_file.stem, history, config, _noise(size), "images of noise"), vocabulary
+    return model, WeightOrigin(config_file.stem, history, config, _noise(size), "images of noise"), vocabulary
 
 
-def write_all(model: LCLModel, origin: Origin, folder: Path) -> None:
-    """All weights under our names, with the settings beside them."""
+def write_all(model: LCLModel, origin: WeightOrigin, folder: Path) -> None:
+    """Write all weights under our names, with the settings beside them."""
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
     _save(weights, folder)
     (folder / "config.yaml").write_text(yaml.safe_dump(origin.settings, sort_keys=False), encoding="utf-8")
 
 
-def write_reference(model: LCLModel, vocabulary: Vocabulary, folder: Path) -> None:
-    """All weights in the layout of the published code, with its model configuration."""
-    weights = to_reference(model.state_dict())
-    config = write_reference_config(model, vocabulary)
+def write_published(model: LCLModel, vocabulary: Vocabulary, folder: Path) -> None:
+    """Write all weights in the layout of the published code, with its model configuration."""
+    weights = to_published(model.state_dict())
+    config = write_published_config(model, vocabulary)
     _save(weights, folder)
     (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
 
@@ -289,7 +293,7 @@ def _save(weights: dict[str, Tensor], folder: Path) -> None:
 
 @contextmanager
 def release_folder(out: Path) -> Iterator[Path]:
-    """A new folder that becomes ``out`` when it is whole, with files that others may read as the umask says.
+    """Make a new folder that becomes ``out`` when it is whole, with files that others may read as the umask says.
 
     Raises:
         UserError: ``out`` is a file, or a folder that is not empty.
@@ -301,8 +305,8 @@ def release_folder(out: Path) -> Iterator[Path]:
                 yield plain
         except SafetensorError as error:
             # safetensors hides the system's error in a sentence of its own.
-            if found := re.search(r"\(os error (\d+)\)", str(error)):
-                raise OSError(int(found[1]), str(error), str(out)) from error
+            if number := re.search(r"\(os error (\d+)\)", str(error)):
+                raise OSError(int(number[1]), str(error), str(out)) from error
             raise
         mode = folder.stat().st_mode & 0o666
         for file in folder.iterdir():  # safetensors writes for the owner alone
@@ -316,26 +320,32 @@ def convert(arguments: argparse.Namespace) -> int:
     sentences = []
     with release_folder(arguments.out) as folder:
         if arguments.origin == "reference":
-            model, origin, vocabulary = read_reference(arguments.source, arguments.config)
+            model, origin, vocabulary = read_published(arguments.run_or_file, arguments.config)
         else:
-            model, origin, vocabulary = read_run(arguments.source)
+            model, origin, vocabulary = read_run(arguments.run_or_file)
         if arguments.format == "reference":
-            write_reference(model, vocabulary, folder)
+            write_published(model, vocabulary, folder)
         elif arguments.part == "full":
             write_all(model, origin, folder)
         else:
             sentences.append(release_vision(model, origin, folder, arguments.out.resolve().name))
-    print("\n".join([*sentences, f"{arguments.source} -> {arguments.out}"]))
+    print("\n".join([*sentences, f"{arguments.run_or_file} -> {arguments.out}"]))
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=program_name("convert"), description=__doc__)
-    parser.add_argument("source", type=Path, metavar="RUN|CHECKPOINT|FILE")
+    parser.add_argument("run_or_file", type=Path, metavar="RUN|CHECKPOINT|FILE")
     parser.add_argument("out", type=Path, metavar="OUT")
     parser.add_argument("--part", choices=("vision", "full"), help="default: vision; with --format reference: full")
     parser.add_argument("--format", choices=("hf", "reference"), default="hf", help="layout that is written")
-    parser.add_argument("--from", dest="origin", choices=("run", "reference"), default="run", help="what SOURCE is")
+    parser.add_argument(
+        "--from",
+        dest="origin",
+        choices=("run", "reference"),
+        default="run",
+        help="what is read: a run or checkpoint, or a file of the published code",
+    )
     parser.add_argument("--config", type=Path, metavar="JSON", help="model configuration of --from reference")
     arguments = parser.parse_args(argv)
     return run_command(lambda: convert(arguments))

@@ -15,12 +15,12 @@ PACKAGES = ("torch", "deepspeed", "transformers", "accelerate", "webdataset", "t
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str | None]:
-    """Versions of installed packages by name; None where one is not installed."""
+    """Look up versions of installed packages by name; None where one is not installed."""
     return {name: version_of(name) for name in packages}
 
 
 def version_of(package: str) -> str | None:
-    """The version of an installed package; None where it is not installed."""
+    """Look up the version of an installed package; None where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -28,7 +28,7 @@ def version_of(package: str) -> str | None:
 
 
 def output_of(*command: str) -> str | None:
-    """What a command prints, without blanks around it; None where it is missing, fails or prints nothing."""
+    """Return what a command prints, without blanks around it; None where it is missing, fails or prints nothing."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -44,18 +44,18 @@ def git_commit() -> str | None:
 
 
 def git_modified(*paths: str) -> bool:
-    """Whether tracked or new files under ``paths`` of the checkout differ from the commit; no paths: anywhere."""
+    """Say whether tracked or new files under ``paths`` of the checkout differ from the commit; no paths: anywhere."""
     return output_of("git", "-C", str(CODE), "status", "--porcelain", "--", *paths) is not None
 
 
 def gpu_driver() -> str | None:
-    """The version of the driver of the first NVIDIA GPU; None without one."""
+    """Look up the version of the driver of the first NVIDIA GPU; None without one."""
     printed = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return printed.partition("\n")[0] if printed else None
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """Return the name that the processor gives itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -64,7 +64,7 @@ def cpu_name() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """The operating system, Python, the first GPU and the number of processors."""
+    """Describe the operating system, Python, the first GPU and the number of processors."""
     import torch  # here, because the rest also describes machines on which it does not work
 
     return {

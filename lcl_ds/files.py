@@ -47,19 +47,19 @@ REMEDIES = {
 """What is wrong and what to do, for errors that lie in the machine and not in this program."""
 
 
-def shipped_folder(place: str) -> Path:
+def shipped_folder(path: str) -> Path:
     """Find a folder of files that come with the program.
 
     Args:
-        place: where it lies in a checkout, as ``launch/recipes``; an installed package has it inside as ``recipes``.
+        path: where it lies in a checkout, as ``launch/recipes``; an installed package has it inside as ``recipes``.
     """
     package = Path(__file__).resolve().parent
-    installed = package / Path(place).name
-    return installed if installed.is_dir() else package.parent / place
+    installed = package / Path(path).name
+    return installed if installed.is_dir() else package.parent / path
 
 
 def sentence_of(error: OSError) -> str | None:
-    """What the machine's error means and what to do about it, with its path; None where it may be our own mistake."""
+    """Say what the machine's error means and what to do, with its path; None where it may be our own mistake."""
     remedy = REMEDIES.get(error.errno or 0)
     if remedy is None:
         return None
@@ -70,7 +70,7 @@ def sentence_of(error: OSError) -> str | None:
 
 
 def printable(text: str) -> str:
-    """A name from outside with line breaks, terminal commands and bytes that are no text written as escapes."""
+    """Write a name from outside with line breaks, terminal commands and bytes that are no text written as escapes."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 
@@ -87,7 +87,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def writing(path: Path, sync: bool = True) -> Iterator[IO[bytes]]:
-    """A file to write beside ``path``, put in its place when the block succeeds and removed when it does not.
+    """Open a file beside ``path`` that becomes ``path`` when the block succeeds and is removed when it does not.
 
     Args:
         sync: wait for the disk; False for what is checked before it is believed, and quickly made again.
@@ -127,8 +127,9 @@ def write_whole(path: Path, data: bytes | str, sync: bool = True) -> None:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A new folder beside ``out`` that becomes ``out`` when the block succeeds and is removed when it does not, with
-    the parents that were made for it.
+    """Make a new folder beside ``out`` that becomes ``out`` when the block succeeds.
+
+    When it does not, the folder is removed, with the parents that were made for it.
 
     Raises:
         UserError: ``out`` is a file, or a folder that is not empty.
@@ -154,7 +155,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def check_new_folder(out: Path) -> None:
-    """Raises: UserError when ``out`` is a file, or a folder that is not empty."""
+    """Refuse a folder that cannot be new. Raises: UserError when ``out`` is a file, or a folder that is not empty."""
     if out.is_dir():
         if any(out.iterdir()):
             raise UserError(f"{out}: is not empty; name a new folder")
@@ -163,19 +164,19 @@ def check_new_folder(out: Path) -> None:
 
 
 def partial_name(path: Path) -> Path:
-    """Where ``path`` is written before it is whole; another name in every process."""
+    """Name the file that ``path`` is written to before it is whole; another one in every process."""
     return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
 
 
 @contextmanager
 def plain_name(folder: Path) -> Iterator[Path]:
-    """A name of ``folder`` for libraries that read brackets and stars in a path as patterns, or take only Unicode."""
+    """Give ``folder`` a name for libraries that read brackets and stars in a path as patterns, or take only Unicode."""
     name = str(folder)
     if name.isprintable() and glob.escape(name) == name:
         yield folder
         return
-    with tempfile.TemporaryDirectory() as place:
-        link = Path(place) / "folder"
+    with tempfile.TemporaryDirectory() as temporary:
+        link = Path(temporary) / "folder"
         link.symlink_to(folder.resolve(), target_is_directory=True)
         yield link
 
@@ -222,7 +223,7 @@ def only_one(path: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file.
+    """Read the value in a JSON file.
 
     Raises:
         UserError: it is not there or is not JSON.
@@ -236,7 +237,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_yaml(path: Path) -> Any:
-    """The value in a YAML file.
+    """Read the value in a YAML file.
 
     Raises:
         UserError: it is not there or is not YAML.

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 DAMAGED = "metrics.damaged"
-"""Beside it: lines that were taken out because they are damaged, as they were found."""
+"""File beside ``metrics.jsonl`` with the lines that were taken out because they are damaged, as they were."""
 NAMED = 3
 """How many damaged lines a warning names one by one."""
 
@@ -73,7 +73,7 @@ class StepMetrics:
     memory_gb: float | None = field(default=None, metadata=_of("GPU", "Most GPU memory allocated so far, in GiB."))
 
     def row(self) -> Row:
-        """Values by key, in order; what only a GPU has is left out where there is none."""
+        """List values by key, in order; what only a GPU has is left out where there is none."""
         row: Row = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
@@ -108,18 +108,18 @@ def check_names(losses: Iterable[str], reports: Mapping[str, Combination]) -> No
 
 
 def loss_names(row: Row) -> list[str]:
-    """Keys of a line that hold losses, without their weighted total."""
+    """List the keys of a line that hold losses, without their weighted total."""
     return [key for key in row if key.endswith(LOSS_ENDING)]
 
 
 def report_names(row: Row) -> list[str]:
-    """Keys of a line that hold other numbers of its objective."""
+    """List the keys of a line that hold other numbers of its objective."""
     own = [key for key in row if key not in RESERVED and not key.endswith(LOSS_ENDING)]
     return [key for key in own if row[key] is None or isinstance(row[key], (int, float))]
 
 
 def read_metrics(run_dir: Path) -> list[Row]:
-    """Lines of a run's ``metrics.jsonl``, one per optimizer step; a last line that was cut off is left out.
+    """Read the lines of a run's ``metrics.jsonl``, one per optimizer step; a last line that was cut off is left out.
 
     Raises:
         UserError: the file is missing, or a line before the last is damaged.
@@ -208,7 +208,7 @@ class MetricsFile:
 
 
 def finite(row: Row) -> Row:
-    """The same with None for what is not a finite number: JSON has no word for it."""
+    """Return the same with None for what is not a finite number: JSON has no word for it."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
@@ -226,11 +226,11 @@ def keep_metrics(path: Path, step: int, spares: Iterable[Path] = ()) -> None:
     kept = {number: line for number, line in lines.items() if number <= step}
     if damaged:
         _set_aside(path, damaged)
-    copies = [_read_lines(spare.read_bytes())[0] for spare in spares if spare.is_file()]
-    found = {number: line for some in copies for number, line in some.items() if number <= step and number not in kept}
-    if found:
-        kept |= found
-        logger.warning("%s: %s taken from the checkpoints", path, _steps(sorted(found)))
+    copies = [_read_lines(copy.read_bytes())[0] for copy in spares if copy.is_file()]
+    spare = {number: line for some in copies for number, line in some.items() if number <= step and number not in kept}
+    if spare:
+        kept |= spare
+        logger.warning("%s: %s taken from the checkpoints", path, _steps(sorted(spare)))
     if missing := sorted(set(range(1, step + 1)) - kept.keys()):
         logger.warning("%s: %s missing; the weights have them, the figures are lost", path, _steps(missing))
     after = b"".join(kept[number] for number in sorted(kept))
@@ -239,7 +239,7 @@ def keep_metrics(path: Path, step: int, spares: Iterable[Path] = ()) -> None:
 
 
 def _read_lines(content: bytes) -> tuple[dict[int, bytes], dict[int, tuple[bytes, str]]]:
-    """Lines by their step, a later one in place of an earlier one, and damaged ones by number, with the reason."""
+    """Read lines by their step, a later one instead of an earlier one, and damaged ones by number, with the reason."""
     lines: dict[int, bytes] = {}
     damaged: dict[int, tuple[bytes, str]] = {}
     for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), start=1):
@@ -254,7 +254,7 @@ def _read_lines(content: bytes) -> tuple[dict[int, bytes], dict[int, tuple[bytes
 
 
 def parse_line(line: bytes) -> Row | str:
-    """The metrics of a line; a reason where it holds none."""
+    """Read the metrics of a line; a reason where it holds none."""
     try:
         row = json.loads(line.decode())  # of bytes it would guess the encoding
     except (ValueError, RecursionError):
@@ -275,7 +275,7 @@ def _set_aside(path: Path, damaged: dict[int, tuple[bytes, str]]) -> None:
 
 
 def _steps(numbers: list[int]) -> str:
-    """Sorted steps in words: ``steps 3 to 7, 9 are``."""
+    """Write sorted steps in words: ``steps 3 to 7, 9 are``."""
     ranges: list[list[int]] = []
     for number in numbers:
         if ranges and number == ranges[-1][1] + 1:

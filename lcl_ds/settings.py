@@ -25,6 +25,6 @@ def flatten(tree: dict[str, Any], prefix: str = "", separator: str = ".") -> dic
 
 
 def suggest(word: str, known: Any) -> str:
-    """A hint at the known word that is most like ``word``; empty where none is."""
+    """Hint at the known word that is most like ``word``; empty where none is."""
     close = difflib.get_close_matches(word, list(known), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""

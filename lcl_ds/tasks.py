@@ -22,21 +22,21 @@ FIRST_JOB_PORT, JOB_PORTS = 20000, 10000
 
 
 def task_number() -> int:
-    """This process's number among all that were started together."""
-    place = _place_among_tasks()
-    return int(os.environ.get("RANK") or (os.environ[place[1]] if place else 0))
+    """Return this process's number among all that were started together."""
+    names = _launcher_variables()
+    return int(os.environ.get("RANK") or (os.environ[names[1]] if names else 0))
 
 
 def task_count() -> int:
-    """How many processes were started together."""
+    """Count the processes that were started together."""
     if "RANK" in os.environ:
         return int(os.environ.get("WORLD_SIZE") or 1)
-    place = _place_among_tasks()
-    return int(os.environ[place[0]]) if place else 1
+    names = _launcher_variables()
+    return int(os.environ[names[0]]) if names else 1
 
 
-def _place_among_tasks() -> tuple[str, str, str] | None:
-    """The launcher's variables, where it started several tasks; an allocation alone (``salloc``) numbers none."""
+def _launcher_variables() -> tuple[str, str, str] | None:
+    """Find the launcher's variables, where it started several tasks; an allocation alone (``salloc``) numbers none."""
     environment = os.environ
     return next(
         (names for names in TASK_VARIABLES if int(environment.get(names[0]) or 1) > 1 and names[1] in environment), None
@@ -50,8 +50,8 @@ def fill_environment() -> None:
         UserError: one of several tasks that cannot know where to meet the others.
     """
     environment = os.environ
-    if "RANK" not in environment and (names := _place_among_tasks()):
-        _take_place(*names)
+    if "RANK" not in environment and (names := _launcher_variables()):
+        _follow_launcher(*names)
     if "RANK" not in environment:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -65,8 +65,8 @@ def fill_environment() -> None:
     environment.setdefault("MASTER_PORT", str(slurm_port()))
 
 
-def _take_place(size: str, rank: str, local_rank: str) -> None:
-    """From the variables of ``srun`` or ``mpirun``."""
+def _follow_launcher(size: str, rank: str, local_rank: str) -> None:
+    """Set the variables from those of ``srun`` or ``mpirun``."""
     environment = os.environ
     tasks = environment[size]
     address = environment.get("MASTER_ADDR") or slurm_address()
@@ -87,7 +87,7 @@ def _take_place(size: str, rank: str, local_rank: str) -> None:
 
 
 def slurm_address() -> str | None:
-    """Where the first task runs: the first host of the step or job, else the host that ran ``srun``.
+    """Say where the first task runs: the first host of the step or job, else the host that ran ``srun``.
 
     In a batch job these are the same; from a login node only the first is right.
     """
@@ -110,7 +110,7 @@ def first_host(hosts: str) -> str:
 
 
 def slurm_port() -> int:
-    """A port of this job's own, the same for all its tasks."""
+    """Choose a port of this job's own, the same for all its tasks."""
     job, step = (os.environ.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     if not job.isdigit():
         return DEFAULT_PORT

@@ -7,6 +7,7 @@ ever produce one: a literal ``<start_of_image>`` in web text is encoded as ordin
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -75,11 +76,11 @@ class TextTokenizer:
         self.vocabulary = Vocabulary(text_size=len(tokenizer))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ``text`` without any special token."""
+        """Encode ``text`` without any special token."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def difference_to(self, tokenizer_json: Path) -> str | None:
-        """A token to which another tokenizer gives another id, in words; None where there is none, or no such file."""
+        """Name a token to which another tokenizer gives another id; None where there is none, or no such file."""
         if not tokenizer_json.is_file():
             return None
         ours, theirs = self._backend.get_vocab(), Tokenizer.from_file(str(tokenizer_json)).get_vocab()
@@ -87,40 +88,37 @@ class TextTokenizer:
         return f"{min(other)[1]!r} is {min(other)[0]} here and {theirs[min(other)[1]]} there" if other else None
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ``ids``; control tokens are written by name."""
+        """Write ``ids`` as text; control tokens are written by name."""
         names = dict(enumerate(CONTROL_TOKENS, start=self.vocabulary.text_size))
-        parts: list[str] = []
-        text: list[int] = []
-        for token in ids:
-            if token in names:
-                parts += [self._backend.decode(text)] if text else []
-                parts.append(names[token])
-                text = []
+        words: list[str] = []
+        for is_control, run in groupby(ids, names.__contains__):
+            if is_control:
+                words += map(names.__getitem__, run)
             else:
-                text.append(int(token))
-        return " ".join(parts + ([self._backend.decode(text)] if text else []))
+                words.append(self._backend.decode([int(token) for token in run]))
+        return " ".join(words)
 
 
 @dataclass(frozen=True)
 class ImageSlot:
-    """The place of one image in a token sequence."""
+    """Where one image stands in a token sequence."""
 
     image: int
     """Which of the document's images it is."""
     position: int
     """Index of its first image token; ``<soi>`` stands one before."""
     has_context: bool
-    """Whether text of the same sequence precedes it, so that it counts in the contrastive loss."""
+    """Whether text of the same sequence precedes it, so that it takes part in the contrastive loss."""
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One document, one piece of a document too long for a row, or one pair told in several ways."""
+    """One document, one piece of a document too long for a row, or one caption pair in several passages."""
 
     input_ids: np.ndarray
     """int64 [T]."""
     slots: tuple[ImageSlot, ...]
-    """Where image tokens stand; an image may stand in several places or in none."""
+    """Where image tokens stand; an image may have several slots or none."""
     images: tuple[int, ...]
     """The document's images whose pixels are needed, each once."""
     starts: tuple[int, ...] = (0,)
@@ -128,7 +126,7 @@ class TokenSequence:
     label_positions: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """int64 [T'], positions that carry generation loss."""
     labels: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
-    """int64 [T'], the ids to be predicted there."""
+    """int64 [T'], the ids to be predicted at the label positions."""
     readouts: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
     """By name, (position, document's image) of states of the decoder that an objective reads about an image."""
 
@@ -141,7 +139,7 @@ def encode_sequence(
     max_tokens: int,
     max_images: int,
 ) -> list[TokenSequence]:
-    """Token sequences of one document.
+    """Encode one document as token sequences.
 
     Args:
         segments: text (str) and images (int: the image's number in its document) in reading order.
@@ -205,15 +203,15 @@ def _join_neighbouring_text(segments: Sequence[str | int]) -> list[str | int]:
 
 
 def labels_of(input_ids: np.ndarray, vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """Positions whose next token carries generation loss, and those next tokens.
+    """Find positions whose next token carries generation loss, and those next tokens.
 
-    Next tokens that are ``<image>`` or ``<eoi>`` do not count; ``<soi>`` and ``<eot>`` do (published ``lcl_model.py``:
+    Next tokens that are ``<image>`` or ``<eoi>`` carry none; ``<soi>`` and ``<eot>`` do (published ``lcl_model.py``:
     the decoder learns when an image begins; the ``<eoi>`` position predicts the text after the image).
 
     Returns:
         positions int64 [T'], labels int64 [T'].
     """
     following = input_ids[1:]
-    counts = (following != vocabulary.image) & (following != vocabulary.eoi)
-    positions = np.nonzero(counts)[0]
+    carries_loss = (following != vocabulary.image) & (following != vocabulary.eoi)
+    positions = np.nonzero(carries_loss)[0]
     return positions, following[positions]

@@ -33,14 +33,14 @@ def build_parser() -> argparse.ArgumentParser:
     defaults = ReadOptions()
 
     make = commands.add_parser("build", help="files of a published corpus to shards with an index")
-    make.add_argument("sources", nargs="+", metavar="SOURCE", help="files; globs and braces in quotes work too")
+    make.add_argument("files", nargs="+", metavar="FILE", help="input files; globs and braces in quotes work too")
     make.add_argument("out", type=Path, metavar="OUT", help="new folder, or one with an unfinished build to go on with")
     make.add_argument("--format", required=True, choices=sorted(READERS))
     make.add_argument("--images", nargs="+", type=Path, default=[], metavar="PATH", help="folders or tars of images")
     make.add_argument("--workers", type=_positive, default=CPUS, help=f"processes (default {CPUS})")
     make.add_argument("--shard-samples", type=_positive, default=1000, help="samples of a shard (default 1000)")
     make.add_argument("--deduplicate", action="store_true", help="keep the first of documents with equal content")
-    make.add_argument("--skip-unreadable", action="store_true", help="go on without sources that cannot be read")
+    make.add_argument("--skip-unreadable", action="store_true", help="go on without files that cannot be read")
     make.add_argument("--min-similarity", type=float, default=defaults.min_similarity, help="MMC4 (default 0.24)")
     make.add_argument("--images-per-sentence", type=int, default=defaults.images_per_sentence, help="MMC4 (default 1)")
     make.add_argument("--max-images", type=int, help="images kept of a document (default: MMC4 6, others all)")
@@ -80,11 +80,11 @@ def _positive(text: str) -> int:
 
 
 def run_build(arguments: argparse.Namespace, console: Console) -> int:
-    sources = local_files(arguments.sources)
+    files = local_files(arguments.files)
     names = ("min_similarity", "images_per_sentence", "max_images", "min_images", "max_text_bytes", "max_image_pixels")
     options = ReadOptions(seed=arguments.seed, **{name: getattr(arguments, name) for name in names})
     built = build(
-        sources,
+        files,
         arguments.out,
         arguments.format,
         options,
@@ -111,7 +111,7 @@ def _show_manifest(manifest: dict[str, Any], out: Path, console: Console) -> Non
         console.print(table)
     names = ("documents", "pairs", "images", "records", "incomplete")
     sums = {name: sum(unit[name] for unit in units) for name in names}
-    found = ", ".join(f"{sums[name]} {name}" for name in names[:3] if sums[name])
+    contents = ", ".join(f"{sums[name]} {name}" for name in names[:3] if sums[name])
     duplicates = f", {manifest['duplicates']} duplicates left out" if manifest["duplicates"] else ""
     if sums["incomplete"]:
         _say(console, f"of {sums['incomplete']} of {sums['records']} records something or everything was left out")
@@ -120,7 +120,7 @@ def _show_manifest(manifest: dict[str, Any], out: Path, console: Console) -> Non
         _say(console, f"the longest document has {longest} bytes of text: train with data.max_text_bytes={longest}")
     for problem in [*manifest["image_problems"], *(unit["problem"] for unit in units if unit["problem"])]:
         _say(console, f"not read: {problem}")
-    _say(console, f"{out}: {len(manifest['shards'])} shards of {found}{duplicates}")
+    _say(console, f"{out}: {len(manifest['shards'])} shards of {contents}{duplicates}")
 
 
 def _say(console: Console, line: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lcl_ds.data.demo.corpus import ensure_demo
 from lcl_ds.data.settings import DataSettings, SourceSettings
-from lcl_ds.data.shards.index import EmptyShardError, Shard, index_shard
+from lcl_ds.data.shards.shard import EmptyShardError, Shard, index_shard
 from lcl_ds.data.shards.source import Source
 from lcl_ds.data.shards.storage import expand_paths
 from lcl_ds.errors import UserError

@@ -37,26 +37,27 @@ class Document:
     segments: tuple[str | int, ...]
     images: tuple[str, ...]
     matches: tuple[int | None, ...] = ()
-    """Per image, the segment whose text describes it, where the source says so."""
+    """Per image, the segment whose text describes it, where the record says so."""
     is_pair: bool = False
+    """Whether it is a caption pair."""
     missing_images: int = 0
     """Images that the record names and the sample lacks."""
 
-    def pairs(self) -> list[tuple[str, int]]:
+    def image_texts(self) -> list[tuple[str, int]]:
         """Give each image one text: its matched one, else the nearest before it, else the nearest after it.
 
         Images of a document without text are left out.
         """
-        texts = [place for place, segment in enumerate(self.segments) if isinstance(segment, str)]
-        pairs = []
-        for place, image in enumerate(self.segments):
+        texts = [position for position, segment in enumerate(self.segments) if isinstance(segment, str)]
+        image_texts = []
+        for position, image in enumerate(self.segments):
             if isinstance(image, str) or not texts:
                 continue
             match = self.matches[image] if self.matches else None
             if match is None:
-                match = max((t for t in texts if t < place), default=texts[0])
-            pairs.append((str(self.segments[match]), image))
-        return pairs
+                match = max((before for before in texts if before < position), default=texts[0])
+            image_texts.append((str(self.segments[match]), image))
+        return image_texts
 
 
 def read_document(source: Source, number: int, max_text_bytes: int = MAX_TEXT_BYTES) -> Document:
@@ -68,7 +69,7 @@ def read_document(source: Source, number: int, max_text_bytes: int = MAX_TEXT_BY
     sample = source.sample(number)
     if sample.problem:
         raise BadSampleError(sample.problem)
-    sizes = {suffix: size for suffix, (_, size) in sample.parts.items()}
+    sizes = {suffix: size for suffix, (_, size) in sample.members.items()}
     key = f"{source.name}/{sample.key}"
     return document_of(key, sizes, lambda suffix: source.read(number, suffix), max_text_bytes)
 
@@ -79,7 +80,7 @@ def document_of(
     """Read a sample as a document.
 
     It is an interleaved one (``.json`` with parallel ``texts`` and ``images`` lists, as in OBELICS, where images name
-    member suffixes) or an image-text pair as img2dataset writes it (``.jpg`` and ``.txt``).
+    member suffixes) or a caption pair as img2dataset writes it (``.jpg`` and ``.txt``).
 
     A document may hold a third parallel list, ``matched_text_index`` (the name is MMC4's): per image the index in
     ``texts`` of the sentence that describes it.
@@ -97,7 +98,7 @@ def document_of(
     if "txt" in sizes:
         return _read_pair(key, sizes, read)
     if "json" not in sizes:
-        raise BadSampleError("neither a document (.json) nor a pair (.txt and image)")
+        raise BadSampleError("neither a document (.json) nor a caption pair (.txt and image)")
     if sizes["json"] > JSON_PER_TEXT * max_text_bytes:
         raise BadSampleError("json that is too large")
     record = _load_json(read("json"))
@@ -110,14 +111,14 @@ def document_of(
         raise BadSampleError("json with a list 'matched_text_index' that is not parallel to 'images'")
     segments: list[str | int] = []
     suffixes: list[str] = []
-    places: dict[int | None, int] = {}
+    positions: dict[int | None, int] = {}
     wanted: list[int | None] = []
     missing = 0
     for number, (text, image, match) in enumerate(zip(texts, images, matched, strict=True)):
         if text is not None and not isinstance(text, str):
             raise BadSampleError("a text that is not a string")
         if text is not None and text.strip():
-            places[number] = len(segments)
+            positions[number] = len(segments)
             segments.append(_valid(text))
         if _has_image(sizes, image):
             segments.append(len(suffixes))
@@ -129,17 +130,17 @@ def document_of(
         raise BadSampleError("a document without text and images")
     if text_bytes(segment for segment in segments if isinstance(segment, str)) > max_text_bytes:
         raise BadSampleError(TOO_MUCH_TEXT)
-    matches = tuple(places.get(match) for match in wanted)
+    matches = tuple(positions.get(number) for number in wanted)
     return Document(key, tuple(segments), tuple(suffixes), matches, missing_images=missing)
 
 
 def _read_pair(key: str, sizes: Mapping[str, int], read: Callable[[str], bytes]) -> Document:
     suffix = next((s for s in IMAGE_SUFFIXES if s in sizes), None)
     if suffix is None:
-        raise BadSampleError("a pair without an image")
+        raise BadSampleError("a caption pair without an image")
     text = _decode_text(read("txt"))
     if not text.strip():
-        raise BadSampleError("a pair without text")
+        raise BadSampleError("a caption pair without text")
     return Document(key, (text, 0), (suffix,), is_pair=True)
 
 
@@ -168,8 +169,8 @@ def whole_number(value: Any) -> int | None:
 def read_labels(source: Source, number: int, document: Document) -> list[dict[str, Any]] | None:
     """Read the evaluation labels of each image of ``document``; training never reads them.
 
-    A document may hold a list ``labels``: for each of its ``images`` an object or null. The labels of a pair are the
-    keys of its ``.json``, where it has one: img2dataset keeps further columns of its input there.
+    A document may hold a list ``labels``: for each of its ``images`` an object or null. The labels of a caption
+    pair are the keys of its ``.json``, where it has one: img2dataset keeps further columns of its input there.
 
     Args:
         document: what :func:`read_document` made of the sample; images that the sample lacks are left out.
@@ -178,7 +179,7 @@ def read_labels(source: Source, number: int, document: Document) -> list[dict[st
         An object per image, empty where there are no labels; None where there is anything else.
     """
     sample = source.sample(number)
-    if "json" not in sample.parts:
+    if "json" not in sample.members:
         return [{} for _ in document.images]
     try:
         record = _load_json(source.read(number, "json"))
@@ -192,7 +193,7 @@ def read_labels(source: Source, number: int, document: Document) -> list[dict[st
         labels = [None] * len(images)
     if not isinstance(labels, list) or len(labels) != len(images):
         return None
-    present = [label for label, image in zip(labels, images, strict=True) if _has_image(sample.parts, image)]
+    present = [label for label, image in zip(labels, images, strict=True) if _has_image(sample.members, image)]
     if not all(label is None or isinstance(label, dict) for label in present):
         return None
     return [label or {} for label in present]

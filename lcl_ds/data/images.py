@@ -15,7 +15,7 @@ from lcl_ds.data.documents import BadSampleError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Formats that are opened; Pillow would also run PostScript and read multi-page files."""
 MAX_PIXELS = 89_000_000
-Image.MAX_IMAGE_PIXELS = None  # the limit is our own setting, and is kept from the header as well
+Image.MAX_IMAGE_PIXELS = None  # our own limit is a setting, and is checked before anything is decoded
 MIN_SIDE = 3
 """Smaller images are tracking pixels."""
 MAX_ASPECT = 20
@@ -72,7 +72,7 @@ def decode_image(
         data: a file's bytes.
         size: side of the result in pixels.
         crop_scale: area range of the random crop (aspect 3/4 to 4/3, as in torchvision's RandomResizedCrop).
-        rng: source of the crop; None takes the central square.
+        rng: draws the crop; None takes the central square.
         max_pixels: larger images are refused from their header, before memory is spent.
 
     Returns:
@@ -172,7 +172,7 @@ def _jpeg_without_notes(data: bytes) -> tuple[bytes, bytes]:
     kept, exif = [data[:2]], []
     at = 2
     while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
-        if data[at + 1] == 0xFF:  # filling
+        if data[at + 1] == 0xFF:  # fill bytes
             at += 1
             continue
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
@@ -230,7 +230,7 @@ def _orientation(image: Image.Image) -> int:
         exif.load(image.info["exif"])
         value = exif.get(ORIENTATION)
         return int(value) if value in TURNS else 1
-    except Exception:  # EXIF of any kind costs no picture
+    except Exception:  # EXIF that cannot be read costs no picture
         return 1
 
 

@@ -56,7 +56,7 @@ class DocumentView:
     Args:
         context_rule: ``text_before``: an image makes a contrastive pair when text of its sequence precedes it;
             ``reference``: when its ``<soi>`` is not the first token of its sequence, as in the published code.
-        image_first_probability: share of image-text pairs whose image precedes its text.
+        image_first_probability: fraction of caption pairs whose image precedes its text.
     """
 
     context_rule: Literal["text_before", "reference"] = "text_before"
@@ -80,8 +80,11 @@ class DocumentView:
 
     def _readouts(self, tokens: TokenSequence) -> dict[str, tuple[tuple[int, int], ...]]:
         """Find the ``<soi>`` before each image that has context."""
-        counts = [s for s in tokens.slots if (s.has_context if self.context_rule == "text_before" else s.position > 1)]
-        return {"context": tuple((slot.position - 1, slot.image) for slot in counts)}
+        if self.context_rule == "text_before":
+            announced = [slot for slot in tokens.slots if slot.has_context]
+        else:
+            announced = [slot for slot in tokens.slots if slot.position > 1]
+        return {"context": tuple((slot.position - 1, slot.image) for slot in announced)}
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class PairView:
     """Single images with one text each, told to the decoder in one or more passes that do not see each other.
 
     Pairs of an interleaved document are its images with their matched sentences (the paper's "MMC4-Pair"; see
-    :meth:`Document.pairs`). The passes of one pair stand in one row, so one call of the decoder runs them all:
+    :meth:`Document.image_texts`). The passes of one pair stand in one row, so one call of the decoder runs them all:
 
     - ``text``: ``<sot> text <eot>``; readout ``context`` at ``<eot>``: the text's contrastive feature.
     - ``caption``: ``<sot> <soi> image <eoi> text <eot>``; carries generation loss; readout ``matched`` at ``<eot>``.
@@ -129,15 +132,15 @@ class PairView:
     readout_names: ClassVar[tuple[str, ...]] = ("context", "matched", "mismatched")
 
     def encode(self, document: Document, sequencer: Sequencer, rng: np.random.Generator) -> list[TokenSequence]:
-        pairs = document.pairs()
-        if not pairs:
+        image_texts = document.image_texts()
+        if not image_texts:
             raise BadSampleError("no image with text to pair it with")
         with_image = sum(name != "text" for name in self.passes)
         block = sequencer.image_tokens + IMAGE_OVERHEAD
         room = (sequencer.max_tokens - with_image * block) // len(self.passes) - 2
         if room < 1:
             raise ValueError(f"a row of {sequencer.max_tokens} tokens cannot hold a pair in {len(self.passes)} passes")
-        return [self._pair(sequencer.encode(text)[:room], image, sequencer) for text, image in pairs]
+        return [self._pair(sequencer.encode(text)[:room], image, sequencer) for text, image in image_texts]
 
     def _pair(self, text: list[int], image: int, sequencer: Sequencer) -> TokenSequence:
         vocabulary = sequencer.vocabulary

@@ -19,7 +19,7 @@ def weight_at(weight: Weight, step: int) -> float:
 
 
 class SourceSettings(Settings):
-    """One source of documents or pairs."""
+    """One source of documents or caption pairs."""
 
     name: str = Field(min_length=1, pattern=r"^[^/]*$", description="Name in logs and in resume fingerprints.")
     paths: str | list[str] = Field(
@@ -27,7 +27,7 @@ class SourceSettings(Settings):
     )
     weight: float | dict[int, float] = Field(
         1.0,
-        description="Share of draws relative to the other sources; {0: 1, 5000: 0.5}: by step (a curriculum); "
+        description="Weight of its draws relative to the other sources; {0: 1, 5000: 0.5}: by step (a curriculum); "
         "documents that already wait for a row come a few steps late.",
     )
 
@@ -56,13 +56,15 @@ class DataSettings(Settings):
         "longer goes on in another sequence. None: row_tokens.",
     )
     row_images: int = Field(16, ge=1, description="Largest number of images in a row: bounds the encoder's memory.")
-    image_first_probability: float = Field(0.5, ge=0, le=1, description="Share of pairs whose image precedes its text.")
+    image_first_probability: float = Field(
+        0.5, ge=0, le=1, description="Fraction of caption pairs whose image precedes its text."
+    )
     crop_scale: tuple[float, float] = Field((0.9, 1.0), description="Area range of the random crop; (1, 1): none.")
     max_image_pixels: int = Field(89_000_000, gt=0, description="Larger images are skipped before decoding.")
     max_text_bytes: int = Field(1 << 20, gt=0, description="Documents with more text, in bytes of UTF-8, are skipped.")
     stall_seconds: float = Field(60.0, gt=0, description="A sample that is read for longer is named in the log.")
     max_bad_share: float = Field(
-        0.5, ge=0, lt=1, description="Largest share of bad ones among the last 1000 documents and images."
+        0.5, ge=0, lt=1, description="Largest fraction of bad ones among the last 1000 documents and images."
     )
     cache: str = Field("~/.cache/lcl_ds", description="Folder for pipe: streams and indices of remote shards.")
     workers: int = Field(0, ge=0, description="Loader processes per rank; 0 decodes in the training process.")
@@ -70,9 +72,9 @@ class DataSettings(Settings):
         None,
         gt=0,
         description="Independent streams, best a multiple of ranks x workers. Fixed for a run. Default: 64, fewer for "
-        "a small corpus, so that every sample comes about once an epoch.",
+        "a small corpus, so that every sample is drawn about once an epoch.",
     )
-    mix_by: Literal["samples", "images"] = Field("samples", description="What the sources' weights are shares of.")
+    mix_by: Literal["samples", "images"] = Field("samples", description="What the sources' weights are fractions of.")
     group_rows: int = Field(
         1,
         ge=1,
@@ -97,9 +99,10 @@ class DataSettings(Settings):
         if isinstance(shards, (str, dict)):
             shards = [shards]
         if isinstance(shards, list):
+            names = ["data"] if len(shards) == 1 else [f"source{i}" for i in range(len(shards))]
             sources = [
-                {"name": f"source{i}" if len(shards) > 1 else "data", "paths": s} if isinstance(s, str) else s
-                for i, s in enumerate(shards)
+                {"name": name, "paths": entry} if isinstance(entry, str) else entry
+                for name, entry in zip(names, shards, strict=True)
             ]
             values = {**values, "shards": sources}
         return values
@@ -124,5 +127,5 @@ class DataSettings(Settings):
 
     @property
     def longest_document(self) -> int:
-        """The length in tokens of the longest document that a row can hold as one sequence."""
+        """Return the length in tokens of the longest document that a row can hold as one sequence."""
         return self.document_tokens or self.row_tokens

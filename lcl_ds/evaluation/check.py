@@ -37,7 +37,9 @@ def check_held_out(config: Config, tokenizer: TextTokenizer) -> list[str]:
         problems = [f"evaluation.shards: nothing can be evaluated: {'; '.join(reasons)}"]
     if problems:
         raise UserError(problems)
-    return sentences + ([f"left out: {UNUSABLE_LABELS} ({unusable})"] if unusable else [])
+    if unusable:
+        sentences.append(f"left out: {UNUSABLE_LABELS} ({unusable})")
+    return sentences
 
 
 def _check_shards(reader: HeldOutReader) -> list[str]:
@@ -52,11 +54,11 @@ def _check_shards(reader: HeldOutReader) -> list[str]:
                 break
         else:
             reasons = ", ".join(f"{reason} ({count})" for reason, count in tried.left_out.most_common(3))
+            left_out = f"; left out: {reasons}" if reasons else ""
             problems.append(
                 f"evaluation.shards: {shard}: nothing can be evaluated in its "
                 f"{len(numbers)} samples from {reader.source.sample(numbers[0]).key} on: "
-                f"{_what_lacks(reader, tried)}{f'; left out: {reasons}' if reasons else ''}; name other shards or set "
-                "evaluation.shards=null"
+                f"{_what_lacks(reader, tried)}{left_out}; name other shards or set evaluation.shards=null"
             )
     return problems
 

@@ -13,7 +13,9 @@ from lcl_ds.config import Config
 from lcl_ds.data.documents import BadSampleError, Document, read_document, read_labels
 from lcl_ds.data.images import decode_image
 from lcl_ds.data.sequences import Sequencer
-from lcl_ds.data.shards.source import Source, expand_paths, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
+from lcl_ds.data.shards.storage import expand_paths
 from lcl_ds.data.stream.lanes import LaneSettings, sequencer_of
 from lcl_ds.data.stream.packing import PackedSequence
 from lcl_ds.data.stream.skips import reason_of
@@ -70,7 +72,7 @@ class HeldOutReader:
         count = min(config.evaluation.max_documents, len(self.source))
         self.numbers: list[int] = np.linspace(0, len(self.source) - 1, count).round().astype(int).tolist()
         """Samples that are read, spread over all shards."""
-        # A pair is shown text first: an image that precedes its text is announced by nothing.
+        # A caption pair is shown text first: an image that precedes its text is announced by nothing.
         self.view = view_of(config.objective, image_first_probability=0.0)
         self.has_pairs = "contrastive_loss" in objective_module(config.objective.name).Objective.losses
         self.image_size = image_size(config.model)
@@ -106,8 +108,8 @@ class HeldOutReader:
 
     def samples(self) -> Iterator[tuple[int, bool]]:
         """Yield the number of each sample that is read, and whether it tests the probes."""
-        for place, number in enumerate(self.numbers):
-            yield number, place % TEST_EVERY == 0
+        for position, number in enumerate(self.numbers):
+            yield number, position % TEST_EVERY == 0
 
     def read(self, number: int, is_test: bool, held_out: HeldOut) -> None:
         """Add one sample to ``held_out``, as far as it can be used; what cannot is counted there.

@@ -73,7 +73,7 @@ def _evaluate(config: Config, run_dir: Path, step: int, load_model: Callable[[],
     except Exception as error:  # whatever it is, the run keeps its report
         problems = problems_of(error)
         logger.error(
-            "the closing evaluation failed: %s; the trained weights are safe, and the same command evaluates again",
+            "the final evaluation failed: %s; the trained weights are safe, and the same command evaluates again",
             "; ".join(problems) if problems else "see below",
             exc_info=None if problems else error,
         )
@@ -82,7 +82,7 @@ def _evaluate(config: Config, run_dir: Path, step: int, load_model: Callable[[],
     write_whole(run_dir / EVALUATION, json.dumps(results, indent=2) + "\n")
     if not code:
         console = Console()
-        console.print(closing_table(results))
+        console.print(final_table(results))
         for sentence in caveats(results):
             console.print(sentence, markup=False, highlight=False)
     return code
@@ -189,7 +189,7 @@ def _readable(context: str, characters: int = 160) -> str:
     return text if len(text) <= characters else "... " + text[-characters:].split(" ", 1)[-1]
 
 
-def closing_table(results: dict[str, Any]) -> Table:
+def final_table(results: dict[str, Any]) -> Table:
     """Make a table of the figures for the terminal."""
     table = Table(title=f"Held-out: {results['documents']} documents, {results['images']} images")
     for column in ("", "trained", "untrained", "raw pixels", "chance"):

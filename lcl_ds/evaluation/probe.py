@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lcl_ds.models.vision import VisionEncoder
 
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1)
-"""Weights of the L2 penalty that are tried on a validation part of the training images."""
+"""Weights of the L2 penalty that are tried on a fifth of the training images, which validates."""
 LEAST_IMAGES = 10
 """Labelled images that train a probe, and as many that test it; accuracies of fewer say nothing."""
 LEAST_CLASSES = 2
@@ -59,11 +59,11 @@ class ProbeImages:
 def encoder_features(encoder: VisionEncoder, pixels: Sequence[np.ndarray], batch_size: int = 256) -> Tensor:
     """Encode uint8 [3, H, W] each to its mean patch token, fp32 [M, width] on the CPU."""
     device = next(encoder.parameters()).device
-    parts = []
+    features = []
     for start in range(0, len(pixels), batch_size):
         images = torch.from_numpy(np.stack(pixels[start : start + batch_size])).to(device)
-        parts.append(encoder(encoder.normalize(images)).float().mean(1).cpu())
-    return torch.cat(parts)
+        features.append(encoder(encoder.normalize(images)).float().mean(1).cpu())
+    return torch.cat(features)
 
 
 def pixel_features(pixels: Sequence[np.ndarray]) -> Tensor:

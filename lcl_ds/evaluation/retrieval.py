@@ -11,7 +11,7 @@ from lcl_ds.models.network import LCLModel
 from lcl_ds.tokens import Vocabulary
 
 LEAST_PAIRS = 2
-"""A single image is found among one, whatever the model."""
+"""Fewer say nothing: any model finds a single image among one."""
 QUERIES = 1024
 """Queries that are ranked at a time: all at once would need a table of their number squared."""
 
@@ -55,22 +55,22 @@ def pair_features(
     lengths = [len(sequence.tokens.input_ids) for sequence in sequences]
     images = [len(sequence.pixels) for sequence in sequences]
     packed = pack(lengths, images, row_tokens, row_images)
-    image_parts, context_parts, pixels, context_ids = [], [], [], []
+    image_features, context_features, pixels, context_ids = [], [], [], []
     readouts = sorted({"context"}.union(*(sequence.tokens.readouts for sequence in sequences)))
     for start in range(0, len(packed), rows_per_batch):
         rows = [Row(tuple(sequences[i] for i in row)) for row in packed[start : start + rows_per_batch]]
         batch = collate(rows, row_tokens, sequences[0].pixels.shape[-1], vocabulary, readouts).to(device)
         hidden_states, pooled = model(batch)
         image, context = model.pair_features(hidden_states, pooled, batch)
-        image_parts.append(image.cpu())
-        context_parts.append(context.cpu())
+        image_features.append(image.cpu())
+        context_features.append(context.cpu())
         for sequence in (sequence for row in rows for sequence in row.sequences):
             tokens = sequence.tokens
             for position, number in tokens.readouts["context"]:
                 pixels.append(sequence.pixels[tokens.images.index(number)])
-                start = max(start for start in tokens.starts if start <= position)
-                context_ids.append(tokens.input_ids[start:position])
-    return PairFeatures(torch.cat(image_parts), torch.cat(context_parts), np.stack(pixels), context_ids)
+                passage = max(begin for begin in tokens.starts if begin <= position)
+                context_ids.append(tokens.input_ids[passage:position])
+    return PairFeatures(torch.cat(image_features), torch.cat(context_features), np.stack(pixels), context_ids)
 
 
 def retrieval_scores(queries: Tensor, targets: Tensor) -> dict[str, float]:

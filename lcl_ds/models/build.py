@@ -76,13 +76,16 @@ def build_model(settings: ModelSettings, vocab_size: int, document_tokens: int, 
 
 
 def _check_attention(model: LCLModel) -> None:
-    mode: Mode = model.attention_mode
+    """Refuse an attention implementation that a tower cannot use. Raises: UserError, names the keys."""
     problems = []
-    for name, tower, wanted in (
-        ("vision", model.vision.model, model.vision.attention),
-        ("decoder", model.decoder, model.attention),
-    ):
-        reason = None if wanted == "auto" else unsupported(tower, wanted, mode if name == "decoder" else "causal")
+    towers: list[tuple[str, Any, str, Mode]] = [
+        ("vision", model.vision.model, model.vision.attention, "causal"),
+        ("decoder", model.decoder, model.attention, model.attention_mode),
+    ]
+    for name, tower, wanted, mode in towers:
+        if wanted == "auto":
+            continue
+        reason = unsupported(tower, wanted, mode)
         if reason:
             problems.append(f"model.{name}.attention: {wanted}: {reason}; use auto or eager")
     if problems:

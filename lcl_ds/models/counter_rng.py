@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+"""Increment of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) as a signed 64-bit integer."""
 FIRST, SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
-"""Increment and multipliers of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) as signed 64-bit integers."""
+"""Multipliers of SplitMix64's finaliser as signed 64-bit integers."""
 
 
 def patch_order(seeds: Tensor, patches: int) -> Tensor:

@@ -30,8 +30,8 @@ def build_decoder_config(model_type: str, hf_keys: dict[str, Any], vocab_size: i
     """
     defaults = AutoConfig.for_model(model_type, vocab_size=vocab_size, bos_token_id=None, eos_token_id=None)
     quiet = {key: 0.0 for key in defaults.to_dict() if key.endswith(DROPOUT_ENDINGS)}
-    given = defaults.attribute_map.get("max_position_embeddings") in hf_keys  # GPT-2 calls it n_positions
-    positions = {} if given else {"max_position_embeddings": max_positions}
+    is_set = defaults.attribute_map.get("max_position_embeddings") in hf_keys  # GPT-2 calls it n_positions
+    positions = {} if is_set else {"max_position_embeddings": max_positions}
     tokens = {"vocab_size": vocab_size, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     keys = {**quiet, **positions, **hf_keys, **tokens, "tie_word_embeddings": False}
     config = AutoConfig.for_model(model_type, **keys)

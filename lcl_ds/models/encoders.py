@@ -26,7 +26,7 @@ class EncoderFamily:
     image_mean: Statistics = IMAGE_MEAN
     """Mean of the pixels that the published models of the family expect."""
     image_std: Statistics = IMAGE_STD
-    """Their standard deviation."""
+    """Standard deviation of the pixels that the published models of the family expect."""
     fixed_keys: dict[str, Any] = field(default_factory=dict)
     """Configuration that leaves out weights which no patch token depends on: they would never train."""
     has_class_token: bool = False

@@ -39,7 +39,7 @@ class LCLModel(nn.Module):
         checkpoint_vision, checkpoint_decoder: recompute every k-th block of that tower in backward; 0: none.
         vision_attention, decoder_attention: ``auto``, or an attention implementation of transformers.
         bidirectional_images: whether tokens of an image see each other in the decoder, not only those before them.
-        patch_dropout: share of an image's patches that training leaves out before the first block.
+        patch_dropout: fraction of an image's patches that training leaves out before the first block.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class LCLModel(nn.Module):
         # One image's worth of slots beyond the rows: a rank without images writes its constant image there, so that
         # every rank runs the same modules and the constant image's features reach nothing.
         flat = F.pad(embeddings.flatten(0, 1), (0, 0, 0, image_tokens.shape[1]))
-        places = batch.slot_positions[:, None] + torch.arange(image_tokens.shape[1], device=flat.device)
-        flat = flat.index_copy(0, places.flatten(), image_tokens.flatten(0, 1).to(flat.dtype))
+        positions = batch.slot_positions[:, None] + torch.arange(image_tokens.shape[1], device=flat.device)
+        flat = flat.index_copy(0, positions.flatten(), image_tokens.flatten(0, 1).to(flat.dtype))
         inputs_embeds = flat[: batch.input_ids.numel()].view_as(embeddings)
         mode = mode or self.attention_mode
         blocks = None

@@ -27,7 +27,7 @@ class TowerSettings(Settings):
     """A transformers model by configuration: ``model_type`` plus that family's own configuration keys."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
-    part: ClassVar[Literal["vision", "decoder"]]
+    tower: ClassVar[Literal["vision", "decoder"]]
 
     model_type: str = Field(description="transformers model type: clip_vision_model, llama, gpt2, qwen3, ...")
     activation_checkpointing: bool | Annotated[int, Field(ge=1)] = Field(
@@ -55,7 +55,7 @@ class TowerSettings(Settings):
         """Read the folder where a recipe is read: settings saved with a checkpoint have its architecture already."""
         if info.context is not READ_FOLDERS or not isinstance(values, dict) or not values.get("pretrained"):
             return values
-        return with_architecture(values, cls.part)
+        return with_architecture(values, cls.tower)
 
     @model_validator(mode="after")
     def _known_to_transformers(self) -> "TowerSettings":
@@ -63,7 +63,7 @@ class TowerSettings(Settings):
             hint = suggest(self.model_type, CONFIG_MAPPING)
             raise ValueError(f"model_type: transformers has no {self.model_type!r}{hint}")
         defaults = CONFIG_MAPPING[self.model_type]()
-        known = {*defaults.to_dict(), *defaults.attribute_map, *(["image_size"] if self.part == "vision" else [])}
+        known = {*defaults.to_dict(), *defaults.attribute_map, *(["image_size"] if self.tower == "vision" else [])}
         unknown = [key for key in self.hf_keys if key not in known]
         if unknown:
             hints = ", ".join(f"{key!r}{suggest(key, known)}" for key in unknown)
@@ -74,7 +74,7 @@ class TowerSettings(Settings):
 class VisionSettings(TowerSettings):
     """The vision encoder."""
 
-    part = "vision"
+    tower = "vision"
 
     shape: str | None = Field(
         None, description="Named size (vit_b32, vit_b16, vit_l14, vit_h14, vit_g14, ...); keys given here override it."
@@ -82,10 +82,13 @@ class VisionSettings(TowerSettings):
     image_mean: tuple[float, float, float] = Field(
         IMAGE_MEAN, description="Per channel, of pixels in 0 to 1; a folder brings its own."
     )
-    image_std: tuple[float, float, float] = Field(IMAGE_STD, description="Standard deviation likewise.")
-    patch_dropout: float = Field(0.0, ge=0, lt=1, description="Share of an image's patches left out in training.")
+    image_std: tuple[float, float, float] = Field(
+        IMAGE_STD, description="Standard deviation per channel, of the same pixels."
+    )
+    patch_dropout: float = Field(0.0, ge=0, lt=1, description="Fraction of an image's patches left out in training.")
     interpolate_positions: bool = Field(
-        False, description="Whether position embeddings of given weights may be resized to the patches of image_size."
+        False,
+        description="Whether pretrained position embeddings may be resized to the patches of image_size.",
     )
 
     @model_validator(mode="before")
@@ -104,7 +107,7 @@ class VisionSettings(TowerSettings):
 class DecoderSettings(TowerSettings):
     """The causal decoder."""
 
-    part = "decoder"
+    tower = "decoder"
 
     bidirectional_images: bool = Field(
         False, description="Tokens of an image see each other, not only those before them (published: no)."
@@ -137,7 +140,7 @@ class ModelSettings(Settings):
         default_factory=list, description="Patterns (* and ?) of weights that may be missing and so stay random."
     )
     allow_unexpected: list[str] = Field(
-        default_factory=list, description="Patterns of given weights that the model has no place for."
+        default_factory=list, description="Patterns (* and ?) of weights that a folder may hold beyond the model's."
     )
 
     @model_validator(mode="after")

@@ -76,7 +76,7 @@ class Objective(nn.Module):
 
     @property
     def unused(self) -> tuple[nn.Module | nn.Parameter, ...]:
-        """Parts of the network that no loss of this objective reaches."""
+        """List modules and weights of the network that no loss of this objective reaches."""
         return ()
 
     def generation(self, hidden_states: Tensor, batch: Batch, normalizers: LossNormalizers) -> Tensor:
@@ -111,13 +111,13 @@ class Objective(nn.Module):
 
     @abstractmethod
     def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
-        """This rank's shares of ``loss`` and of ``losses``, fp32 scalars, and its ``reports``, one number each."""
+        """Compute this rank's shares of ``loss`` and ``losses``, fp32 scalars, and its ``reports``, one number each."""
 
 
 def freeze_unused(objective: Objective) -> None:
     """Let nothing train that no loss of ``objective`` reaches: its gradients would be missing on every rank."""
-    for part in objective.unused:
-        part.requires_grad_(False)
+    for weights in objective.unused:
+        weights.requires_grad_(False)
 
 
 def local_normalizers(objective: Objective, *batches: Batch) -> list[LossNormalizers]:

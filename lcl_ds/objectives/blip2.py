@@ -75,7 +75,7 @@ class Objective(base.Objective):
         }
 
     def _matching(self, hidden_states: Tensor, batch: Batch) -> Tensor:
-        """Sum of the two-way cross-entropies of matched (1) and mismatched (0) images and texts."""
+        """Sum the two-way cross-entropies of matched (1) and mismatched (0) images and texts."""
         positions = [batch.readouts[name].positions for name in ("mismatched", "matched")]
         logits = self.matching_head(hidden_states.index_select(0, torch.cat(positions))).float()
         target = torch.arange(2, device=logits.device).repeat_interleave(len(positions[0]))
@@ -96,7 +96,7 @@ def mismatched_images(pooled: Tensor, scale: Tensor, seeds: Tensor) -> Tensor:
 
 
 def with_mismatched_images(batch: Batch, other: Tensor) -> Tensor:
-    """Return ``batch.slot_images`` with every second slot, a pair's mismatched one, given the image in ``other``."""
+    """Put the images of ``other`` into every second slot, a pair's mismatched one; returns the new slot images."""
     in_pairs = 2 * len(batch.readouts["context"])
     caption, match = batch.slot_images[:in_pairs].view(-1, 2).unbind(1)
     swapped = torch.stack([caption, other.index_select(0, match)], dim=1).flatten()

@@ -27,8 +27,8 @@ class Settings(ObjectiveSettings):
     """Masked modelling."""
 
     name: Literal["masked"] = "masked"
-    text_share: float = Field(0.5, gt=0, lt=1, description="Share of text tokens that are hidden (BEiT-3: 0.5).")
-    image_share: float = Field(0.4, gt=0, lt=1, description="Share of patches that are hidden (BEiT-3: 0.4).")
+    text_share: float = Field(0.5, gt=0, lt=1, description="Fraction of text tokens that are hidden (BEiT-3: 0.5).")
+    image_share: float = Field(0.4, gt=0, lt=1, description="Fraction of patches that are hidden (BEiT-3: 0.4).")
     image_weight: float = Field(1.0, gt=0, description="Weight of the loss on patches.")
 
 
@@ -76,8 +76,8 @@ class Objective(base.Objective):
     def _image_loss(self, hidden_states: Tensor, patches: Tensor, hidden: Tensor, batch: Batch) -> Tensor:
         """Sum over images of the mean over their hidden patches; every image has one slot."""
         count = batch.image_count  # 0 where the only image is the constant one
-        places = batch.slot_positions[:count, None] + hidden[:count]
-        predicted = self.pixel_head(hidden_states.index_select(0, places.flatten())).float()
+        positions = batch.slot_positions[:count, None] + hidden[:count]
+        predicted = self.pixel_head(hidden_states.index_select(0, positions.flatten())).float()
         wanted = patches.float()
         mean, variance = wanted.mean(-1, keepdim=True), wanted.var(-1, keepdim=True)
         wanted = (wanted - mean) * (variance + 1e-6).rsqrt()

@@ -35,34 +35,34 @@ class Token:
     readouts: tuple[str, ...]
     """``context: image 3``: what the decoder's state here is compared with."""
     image: int | None
-    """The image whose first token this is, by its number in the batch ..."""
+    """The image whose first token this is, by its number in the batch; None: it is no first token of one."""
     inside_image: bool
-    """... and whether this is another token of one."""
+    """Whether this is an image's token but not its first."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """Tokens that see each other: a document, a piece of one, one telling of a pair, or padding."""
+class Passage:
+    """Tokens that see each other: a document, a piece of one, one pass over a caption pair, or padding."""
 
     row: int
     start: int
-    """First token's place in the row."""
+    """First token's position in the row."""
     tokens: tuple[Token, ...]
     is_padding: bool
 
 
-def parts_of(batch: Batch, tokenizer: TextTokenizer) -> list[Part]:
+def passages_of(batch: Batch, tokenizer: TextTokenizer) -> list[Passage]:
     """List what stands in the rows of a batch, in order."""
     vocabulary = tokenizer.vocabulary
     ids, length = batch.input_ids.flatten().tolist(), batch.input_ids.shape[1]
     losses = set(batch.label_positions.tolist())
     slots = dict(zip(batch.slot_positions.tolist(), batch.slot_images.tolist(), strict=True))
     readouts: dict[int, list[str]] = {}
-    for name, found in batch.readouts.items():
-        for position, image in zip(found.positions.tolist(), found.images.tolist(), strict=True):
+    for name, entries in batch.readouts.items():
+        for position, image in zip(entries.positions.tolist(), entries.images.tolist(), strict=True):
             readouts.setdefault(position, []).append(f"{name}: image {image}")
     bounds = batch.cu_seqlens.tolist()
-    parts = []
+    passages = []
     for start, end in pairwise(bounds):
         tokens = tuple(
             Token(
@@ -76,36 +76,38 @@ def parts_of(batch: Batch, tokenizer: TextTokenizer) -> list[Part]:
             )
             for at in range(start, end)
         )
-        parts.append(Part(start // length, start % length, tokens, all(token.id == vocabulary.eot for token in tokens)))
-    return parts
+        is_padding = all(token.id == vocabulary.eot for token in tokens)
+        passages.append(Passage(start // length, start % length, tokens, is_padding))
+    return passages
 
 
 def show(batch: Batch, tokenizer: TextTokenizer, console: Console) -> None:
     """Print rows on the terminal: control tokens in brackets, images by size, readouts behind an arrow."""
     row = -1
-    for part in parts_of(batch, tokenizer):
-        if part.row != row:
-            row = part.row
+    for passage in passages_of(batch, tokenizer):
+        if passage.row != row:
+            row = passage.row
             console.rule(f"row {row}")
-        end = part.start + len(part.tokens)
-        kind = "padding" if part.is_padding else "document"
-        console.print(f"{kind}, tokens {part.start} to {end - 1}", style="dim", highlight=False)
-        if not part.is_padding:
-            console.print(_line(part, batch))
+        end = passage.start + len(passage.tokens)
+        kind = "padding" if passage.is_padding else "document"
+        console.print(f"{kind}, tokens {passage.start} to {end - 1}", style="dim", highlight=False)
+        if not passage.is_padding:
+            console.print(_line(passage, batch))
 
 
-def _line(part: Part, batch: Batch) -> Text:
+def _line(passage: Passage, batch: Batch) -> Text:
     line = Text()
     side = "x".join(map(str, batch.images.shape[2:]))
-    for token in part.tokens:
+    for token in passage.tokens:
         if token.inside_image:
             continue
         if token.image is not None:
             line.append(f"[image {token.image}, {side}]", "bold magenta")
         else:
-            line.append(token.text, "cyan" if token.is_control else "" if token.has_loss else "dim")
-        for reading in token.readouts:
-            line.append(f"<- {reading} ", "bold green")
+            quiet = "" if token.has_loss else "dim"
+            line.append(token.text, "cyan" if token.is_control else quiet)
+        for readout in token.readouts:
+            line.append(f"<- {readout} ", "bold green")
     return line
 
 
@@ -125,7 +127,7 @@ body { margin: 0 auto; padding: 2rem 1rem; max-width: 76rem; background: var(--p
   font: .95rem/1.9 system-ui, sans-serif; }
 h1 { font-size: 1.4rem; margin: 0; } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
 .note, .where { color: var(--muted); font-size: .85rem; line-height: 1.4; }
-.part { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; margin: .5rem 0;
+.passage { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; margin: .5rem 0;
   padding: .4rem .8rem; overflow-wrap: anywhere; }
 .t { white-space: pre-wrap; } .t:nth-of-type(even) { background: var(--even); }
 .c { color: var(--muted); font-size: .75rem; border: 1px solid var(--line); border-radius: .3rem; padding: 0 .25rem; }
@@ -138,8 +140,8 @@ img { image-rendering: pixelated; border-radius: .3rem; display: block; min-widt
 </head>
 <body>
 <h1>$title</h1>
-<p class="note">$summary<br>Every box is what attends to itself alone. Hover a token for its place and id; pale ones
-carry no loss. Green: the decoder's state here is read about that image.</p>
+<p class="note">$summary<br>Every box is what attends to itself alone. Hover over a token for its position and id; pale
+ones carry no loss. Green: the decoder's state here is read about that image.</p>
 $rows
 </body>
 </html>
@@ -149,19 +151,19 @@ $rows
 def page(batch: Batch, tokenizer: TextTokenizer, title: str) -> str:
     """Make an HTML page of the same, with the images in it."""
     row, blocks = -1, []
-    for part in parts_of(batch, tokenizer):
-        if part.row != row:
-            row = part.row
+    for passage in passages_of(batch, tokenizer):
+        if passage.row != row:
+            row = passage.row
             blocks.append(f"<h2>Row {row}</h2>")
-        end = part.start + len(part.tokens)
-        kind = "padding" if part.is_padding else "document"
+        end = passage.start + len(passage.tokens)
+        kind = "padding" if passage.is_padding else "document"
         body = (
             ""
-            if part.is_padding
-            else "".join(_html(token, part.start + i, batch) for i, token in enumerate(part.tokens))
+            if passage.is_padding
+            else "".join(_html(token, passage.start + i, batch) for i, token in enumerate(passage.tokens))
         )
         blocks.append(
-            f'<div class="part"><div class="where">{kind}, tokens {part.start} to {end - 1}</div>{body}</div>'
+            f'<div class="passage"><div class="where">{kind}, tokens {passage.start} to {end - 1}</div>{body}</div>'
         )
     pairs = len(batch.readouts["context"]) if "context" in batch.readouts else 0
     summary = (
@@ -173,16 +175,16 @@ def page(batch: Batch, tokenizer: TextTokenizer, title: str) -> str:
     return PAGE.substitute(title=escape(title), summary=escape(summary), rows="\n".join(blocks), side=SHOWN_SIDE)
 
 
-def _html(token: Token, place: int, batch: Batch) -> str:
+def _html(token: Token, position: int, batch: Batch) -> str:
     if token.inside_image:
         return ""
-    marks = "".join(f' <span class="r">&larr; {escape(reading)}</span>' for reading in token.readouts)
+    marks = "".join(f' <span class="r">&larr; {escape(readout)}</span>' for readout in token.readouts)
     if token.image is not None:
         picture = _picture(batch.images[token.image].numpy())
         return f'<figure><img src="{picture}" alt=""><figcaption>image {token.image}</figcaption></figure>{marks}'
     kind = "c" if token.is_control else "t"
     quiet = "" if token.has_loss or token.is_control else " quiet"
-    title = f"place {place}, id {token.id}"
+    title = f"position {position}, id {token.id}"
     return f'<span class="{kind}{quiet}" title="{title}">{escape(token.text)}</span>{marks}'
 
 

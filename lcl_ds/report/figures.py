@@ -72,12 +72,12 @@ def plot_schedule(runs: Runs, path: Path) -> None:
 
 
 def _names(runs: Runs, names_in: Callable[[Row], list[str]]) -> list[str]:
-    """Names in the last line of each run, each once."""
+    """List the names in the last line of each run, each once."""
     return list(dict.fromkeys(name for rows in runs.values() if rows for name in names_in(rows[-1])))
 
 
 def plot_throughput(runs: Runs, path: Path) -> None:
-    """Plot tokens and images per second, the share of time spent waiting for data, and padding."""
+    """Plot tokens and images per second, the fraction of time spent waiting for data, and padding."""
     figure, axes = _figure(2, 2)
     _draw(axes[0], runs, "Tokens per second", "tokens_per_s")
     _draw(axes[1], runs, "Images per second", "images_per_s")
@@ -165,7 +165,7 @@ def _draw(
     """Draw one curve per run: raw values faint behind their moving average, or as they are."""
     axis.set_title(title, loc="left", fontsize=11, fontweight="bold", color=INK, pad=10)
     # An average trails behind its values: by as many steps in every run, or curves could not be compared.
-    window = max((len(rows) for rows in runs.values()), default=0) / 80
+    window = max((len(of_run) for of_run in runs.values()), default=0) / 80
     for i, rows in enumerate(runs.values()):
         steps = column(rows, "step")
         raw = column(rows, values) if isinstance(values, str) else values(rows)
@@ -182,7 +182,7 @@ def _mark_skipped(axis: Axes, runs: Runs) -> None:
         steps = [row["step"] for row in rows if row.get("applied") is False]
         heights = np.full(len(steps), 0.02)
         axis.plot(steps, heights, "x", color=_style(i)["color"], markersize=5, transform=axis.get_xaxis_transform())
-    if any(row.get("applied") is False for rows in runs.values() for row in rows):
+    if any(row.get("applied") is False for of_run in runs.values() for row in of_run):
         text = "x  step not applied"
         axis.text(1, 1.03, text, ha="right", fontsize=9, color=MUTED, transform=axis.transAxes)
 

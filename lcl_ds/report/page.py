@@ -34,7 +34,7 @@ RETRIEVAL_CAPTION = (
 )
 PROBE_KINDS = {"trained": "trained", "untrained": "untrained", "raw_pixels": "raw pixels", "chance": "chance"}
 LAST_STEPS = 20
-"""Steps that the closing losses are averaged over."""
+"""Steps that the final losses are averaged over."""
 ABSENT = "-"
 
 PAGE = Template("""<!doctype html>
@@ -92,7 +92,7 @@ def write_report(run_dirs: list[Path], out: Path | None = None) -> Path:
     Args:
         run_dirs: run folders. One: figures go to ``RUN/plots``, the page to ``RUN/report.html``. Several: the page
             goes to ``comparison.html`` in the first, and no run's own figures are touched.
-        out: another place for the page; figures of a comparison go to ``plots`` beside it.
+        out: another file for the page; figures of a comparison go to ``plots`` beside it.
 
     Returns:
         Path of the page.
@@ -151,7 +151,7 @@ def key_figures(rows: list[Row]) -> dict[str, str]:
     def total(key: str) -> float:
         return float(np.nansum(column(rows, key)))
 
-    def closing(key: str) -> str:
+    def final(key: str) -> str:
         values = column(rows[-LAST_STEPS:], key)
         return f"{np.nanmean(values):.3f}" if np.isfinite(values).any() else ABSENT
 
@@ -169,7 +169,7 @@ def key_figures(rows: list[Row]) -> dict[str, str]:
         "Padding": _percent(np.nanmean(padding) if np.isfinite(padding).any() else None),
         "Samples skipped": f"{total('skipped_samples'):,.0f}",
         "Steps not applied": f"{sum(row.get('applied') is False for row in rows):,}",
-        **{f"{name.replace('_', ' ').capitalize()}, {last}": closing(name) for name in loss_names(rows[-1])},
+        **{f"{name.replace('_', ' ').capitalize()}, {last}": final(name) for name in loss_names(rows[-1])},
     }
     utilisation, memory = column(rows, "mfu"), column(rows, "memory_gb")
     if np.isfinite(utilisation).any():
@@ -182,9 +182,9 @@ def key_figures(rows: list[Row]) -> dict[str, str]:
 def _by_name(run_dirs: Iterable[Path]) -> dict[str, Path]:
     """Name each run folder once, by as much of the end of its path as distinguishes it from the others."""
     folders = {path.resolve(): path for path in run_dirs}
-    depth = 1
-    while len(names := {"/".join(folder.parts[-depth:]): path for folder, path in folders.items()}) < len(folders):
-        depth += 1
+    depths = range(1, max(len(folder.parts) for folder in folders) + 1)
+    by_depth = ({"/".join(folder.parts[-depth:]): path for folder, path in folders.items()} for depth in depths)
+    names = next(names for names in by_depth if len(names) == len(folders))
     return {printable(name): path for name, path in names.items()}
 
 
@@ -220,15 +220,15 @@ def _evaluations(folders: dict[str, Path], runs: Runs) -> str:
         ((name, result),) = results.items()
         last_step = runs[name][-1]["step"]
         if result and "failed" not in result:
-            return _closing_evaluation(result, last_step)
+            return _final_evaluation(result, last_step)
         reason = _why_missing(folders[name], result, last_step)
-        return f'<h2>Closing evaluation</h2><p class="note">{escape(reason)}</p>' if reason else ""
+        return f'<h2>Final evaluation</h2><p class="note">{escape(reason)}</p>' if reason else ""
     if not any(results.values()):
         return ""
     cells = {name: _flat_evaluation(result) for name, result in results.items()}
     labels = dict.fromkeys(label for of_run in cells.values() for label in of_run)
     rows = [[label, *(of_run.get(label, ABSENT) for of_run in cells.values())] for label in labels]
-    return "<h2>Closing evaluation on held-out documents</h2>" + _table(["", *folders], rows)
+    return "<h2>Final evaluation on held-out documents</h2>" + _table(["", *folders], rows)
 
 
 def _evaluation(folder: Path) -> dict[str, Any]:
@@ -258,12 +258,15 @@ def _why_missing(folder: Path, results: dict[str, Any], last_step: int) -> str:
 
 def caveats(results: dict[str, Any]) -> list[str]:
     """Say what an evaluation leaves out: figures that are missing, samples that were not used."""
+    sentences = list(results.get("notes", []))
     left_out = ", ".join(f"{reason} ({count:,})" for reason, count in (results.get("left_out") or {}).items())
-    return [*results.get("notes", []), *([f"left out: {left_out}"] if left_out else [])]
+    if left_out:
+        sentences.append(f"left out: {left_out}")
+    return sentences
 
 
-def _closing_evaluation(results: dict[str, Any], last_step: int) -> str:
-    parts = ["<h2>Closing evaluation</h2>"]
+def _final_evaluation(results: dict[str, Any], last_step: int) -> str:
+    blocks = ["<h2>Final evaluation</h2>"]
     facts = [
         f"{results[key]:,} {unit}" for key, unit in (("documents", "documents"), ("images", "images")) if key in results
     ]
@@ -272,18 +275,18 @@ def _closing_evaluation(results: dict[str, Any], last_step: int) -> str:
         if results["step"] < last_step:
             facts.append(f"before the run went on to step {last_step:,}")
     if facts:
-        parts.append(f'<p class="note">Held out: {escape(", ".join(facts))}</p>')
+        blocks.append(f'<p class="note">Held out: {escape(", ".join(facts))}</p>')
     if probe := results.get("probe"):
         rows = [
             [f"Linear probe: {label}", *(_percent(s.get(kind)) for kind in PROBE_KINDS)] for label, s in probe.items()
         ]
-        parts.append(_table(["Accuracy", *PROBE_KINDS.values()], rows))
+        blocks.append(_table(["Accuracy", *PROBE_KINDS.values()], rows))
     if retrieval := results.get("retrieval"):
         head = ["Retrieval", "recall at 1", "recall at 5", "median rank", "chance (recall at 1)"]
         cells = _retrieval_cells(retrieval)
-        parts.append(_table(head, [[f"Image to context, {retrieval.get('pairs', 0):,} pairs", *cells]]))
-    parts += [f'<p class="note">{escape(sentence[:1].upper() + sentence[1:])}</p>' for sentence in caveats(results)]
-    return "\n".join(parts)
+        blocks.append(_table(head, [[f"Image to context, {retrieval.get('pairs', 0):,} pairs", *cells]]))
+    blocks += [f'<p class="note">{escape(sentence[:1].upper() + sentence[1:])}</p>' for sentence in caveats(results)]
+    return "\n".join(blocks)
 
 
 def _retrieval_cells(retrieval: dict[str, Any]) -> list[str]:
@@ -314,12 +317,13 @@ def _flat_evaluation(results: dict[str, Any]) -> dict[str, str]:
 
 def _retrieval(folders: dict[str, Path]) -> list[str]:
     paths = {name: folder / RETRIEVAL_PICTURE for name, folder in folders.items()}
-    found = {name: path for name, path in paths.items() if path.is_file()}
+    pictures = {name: path for name, path in paths.items() if path.is_file()}
     prefix = len(folders) > 1
     figures = [
-        _figure(path, f"{name}. {RETRIEVAL_CAPTION}" if prefix else RETRIEVAL_CAPTION) for name, path in found.items()
+        _figure(path, f"{name}. {RETRIEVAL_CAPTION}" if prefix else RETRIEVAL_CAPTION)
+        for name, path in pictures.items()
     ]
-    return ["<h2>What contexts expect to see</h2>", *figures] if found else []
+    return ["<h2>What contexts expect to see</h2>", *figures] if pictures else []
 
 
 def _figure(path: Path, caption: str) -> str:
@@ -353,14 +357,14 @@ def _settings(path: Path) -> dict[str, str]:
 
 
 def _files(folders: dict[str, Path]) -> str:
-    parts = ["<h2>Settings and environment</h2>"]
+    blocks = ["<h2>Settings and environment</h2>"]
     for name, folder in folders.items():
         for file in ("config.yaml", "environment.json"):
             if (folder / file).is_file():
                 label = escape(file if len(folders) == 1 else f"{name}: {file}")
                 text = escape((folder / file).read_text(encoding="utf-8", errors="replace"))
-                parts.append(f"<details><summary>{label}</summary><pre>{text}</pre></details>")
-    return "\n".join(parts) if len(parts) > 1 else ""
+                blocks.append(f"<details><summary>{label}</summary><pre>{text}</pre></details>")
+    return "\n".join(blocks) if len(blocks) > 1 else ""
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -56,7 +56,7 @@ FOLDERS = {
 PROBE_BYTES = 4 << 20
 """What is written to find out whether a disk is full."""
 HASHED_WHOLE = 64 << 20
-"""Bytes up to which a file of such a folder is hashed as a whole; of a larger one its size and both ends are."""
+"""A file that counts is hashed whole up to this size in bytes; of a larger one, its size and both ends are."""
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Progress:
 
 
 class SavedLoader(BaseModel):
-    """What it must hold about the position in the data."""
+    """What ``trainer_state.json`` must hold about the position in the data."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -94,15 +94,15 @@ class SavedState(BaseModel):
 
 
 def value_of(config: Config, key: str) -> Any:
-    """A setting by its dotted name."""
+    """Return a setting by its dotted name."""
     value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
+    for name in key.split("."):
+        value = getattr(value, name)
     return value
 
 
 def folder_contents(config: Config) -> dict[str, str]:
-    """What stands in the folders that settings name, as hashes by setting; folders that are not there are left out."""
+    """Hash what stands in the folders that settings name, by setting; folders that are not there are left out."""
     contents = {}
     for key, patterns in FOLDERS.items():
         value = value_of(config, key)
@@ -115,10 +115,10 @@ def folder_contents(config: Config) -> dict[str, str]:
 
 @lru_cache
 def _file_contents(path: Path, size: int, _mtime_ns: int) -> bytes:
-    """A hash of name, size and bytes, made once for all checkpoints as long as the file is not touched.
+    """Hash name, size and bytes, once for all checkpoints as long as the file is not touched.
 
     Large files are weights, whose header and last values tell them apart. A tokenizer counts by its values, however
-    they are set out, and without what it does to lengths, which we never use.
+    they are set out, and without its rules for truncation and padding, which we never use.
     """
     if path.name == TOKENIZER_FILE and (value := _tokenizer_of(path)) is not None:
         return hashlib.sha256(value).digest()
@@ -134,7 +134,7 @@ def _file_contents(path: Path, size: int, _mtime_ns: int) -> bytes:
 
 
 def _tokenizer_of(path: Path) -> bytes | None:
-    """What a ``tokenizer.json`` says about tokens; None where it is none."""
+    """Read what a ``tokenizer.json`` says about tokens; None where it is none."""
     try:
         tree = read_json(path)
     except UserError:
@@ -149,17 +149,17 @@ def checkpoints_folder(run_dir: Path) -> Path:
 
 
 def checkpoint_of(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps stands, if there is one."""
+    """Name the folder of the checkpoint after ``step`` steps, if there is one."""
     return checkpoints_folder(run_dir) / f"step_{step:08d}"
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """Checkpoints of a run that can be used, oldest first."""
+    """List the checkpoints of a run that can be used, oldest first."""
     return [path for path in sorted(checkpoints_folder(run_dir).glob("step_*")) if problem_of(path) is None]
 
 
 def problem_of(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be used; None where every file is as the manifest says and can be read."""
+    """Say why a checkpoint cannot be used; None where every file is as the manifest says and can be read."""
     try:
         _check_files(checkpoint)
         load_config_of(checkpoint)
@@ -170,7 +170,7 @@ def problem_of(checkpoint: Path) -> str | None:
 
 
 def _check_files(checkpoint: Path) -> None:
-    """Raises: UserError when a file of the manifest is missing or another, or there is no manifest."""
+    """Compare files with the manifest. Raises: UserError when one is missing or another, or there is no manifest."""
     manifest = read_json(checkpoint / MANIFEST)
     if not isinstance(manifest, dict) or not {STATE, CONFIG} <= manifest.keys():
         raise UserError(f"{checkpoint / MANIFEST}: is no list of the checkpoint's files")
@@ -285,9 +285,11 @@ def _publish(partial: Path, final: Path, keep: int) -> None:
 
 
 def _manifest_entry(path: Path) -> dict[str, Any]:
-    """Size of a file; of the small ones, which people can read and change, the hash as well."""
+    """Record the size of a file; of the small ones, which people can read and change, the hash as well."""
     entry: dict[str, Any] = {"bytes": path.stat().st_size}
-    return entry | ({"sha256": _sha256(path)} if path.name in (STATE, CONFIG, METRICS) else {})
+    if path.name in (STATE, CONFIG, METRICS):
+        entry["sha256"] = _sha256(path)
+    return entry
 
 
 def _flush(path: Path) -> None:
@@ -299,7 +301,7 @@ def _flush(path: Path) -> None:
 
 
 def newest_checkpoint(run_dir: Path, rank_info: RankInfo) -> Path | None:
-    """The newest checkpoint that can be used, as the first rank sees it, on every rank; others are named.
+    """Find the newest checkpoint that can be used, as the first rank sees it, on every rank; others are named.
 
     Raises:
         UserError: on every rank, when there are checkpoints and none can be used.
@@ -315,7 +317,7 @@ def newest_checkpoint(run_dir: Path, rank_info: RankInfo) -> Path | None:
             if problems and not usable:
                 raise UserError(
                     f"{checkpoints_folder(run_dir)}: none of the {len(problems)} checkpoints can be used (see above); "
-                    "restore one of them, or start anew in another --run_dir"
+                    "restore one of them, or start again in another --run_dir"
                 )
             newest = [usable[-1] if usable else None]
     dist.broadcast_object_list(newest, src=0)
@@ -323,7 +325,7 @@ def newest_checkpoint(run_dir: Path, rank_info: RankInfo) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """``progress``, ``loader``, ``world_size``, ``zero_stage`` and ``vocab_size`` of a checkpoint.
+    """Read ``progress``, ``loader``, ``world_size``, ``zero_stage`` and ``vocab_size`` of a checkpoint.
 
     Raises:
         UserError: the file cannot be read or lacks one of them.
@@ -357,12 +359,12 @@ def check_resumable(checkpoint: Path, state: dict[str, Any], world_size: int, ze
 
 
 def _sub_group_size(zero: "DeepSpeedZeroConfig") -> int | None:
-    """Into how large groups stage 3 cuts the optimizer's state; None at other stages, which do not."""
+    """Say into how large groups stage 3 cuts the optimizer's state; None at other stages, which do not."""
     return zero.sub_group_size if zero.stage == 3 else None
 
 
 def load_engine(engine: Any, checkpoint: Path) -> None:
-    """Weights and optimizer state into the engine.
+    """Load weights and optimizer state into the engine.
 
     Raises:
         RuntimeError: DeepSpeed found nothing to load.
@@ -374,7 +376,7 @@ def load_engine(engine: Any, checkpoint: Path) -> None:
 
 
 def resolve_checkpoint(run_or_checkpoint: Path) -> Path:
-    """A checkpoint folder from itself or from its run (the newest complete one).
+    """Find a checkpoint folder from itself or from its run (the newest complete one).
 
     Raises:
         UserError: there is none.
@@ -393,7 +395,7 @@ def resolve_checkpoint(run_or_checkpoint: Path) -> Path:
 
 
 def load_config_of(checkpoint: Path) -> Config:
-    """The settings a checkpoint was trained with.
+    """Read the settings a checkpoint was trained with.
 
     Raises:
         UserError: the file cannot be read, or not by this version.
@@ -405,7 +407,7 @@ def load_config_of(checkpoint: Path) -> Config:
 
 
 def load_model(checkpoint: Path) -> LCLModel:
-    """The trained network in fp32 on the CPU, without DeepSpeed; from any ZeRO stage and number of ranks."""
+    """Load the trained network in fp32 on the CPU, without DeepSpeed, from any ZeRO stage and number of ranks."""
     config, state = load_config_of(checkpoint), read_state(checkpoint)
     model = build_model(config.model, state["vocab_size"], config.data.longest_document, config.seed("init"))
     prefix = "model."

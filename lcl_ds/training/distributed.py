@@ -34,7 +34,7 @@ class RankInfo:
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank writes files and prints."""
+        """Say whether this rank writes files and prints."""
         return self.rank == 0
 
 
@@ -105,13 +105,14 @@ def raise_for_all(problems: list[str], rank_info: RankInfo) -> None:
     if not any(count for (count,) in counts):
         return
     told = gather_objects((socket.gethostname(), problems))
-    common = [problem for problem in told[0][1] if all(problem in others for _, others in told)]
+    common = [problem for problem in told[0][1] if all(problem in of_rank for _, of_rank in told)]
     ranks: dict[tuple[str, str], list[int]] = {}
-    for rank, (host, found) in enumerate(told):
-        for problem in found:
+    for rank, (host, its_problems) in enumerate(told):
+        for problem in its_problems:
             if problem not in common:
                 ranks.setdefault((host, problem), []).append(rank)
-    raise UserError([*common, *(f"{_named(found)} on {host}: {problem}" for (host, problem), found in ranks.items())])
+    others = [f"{_named(numbers)} on {host}: {problem}" for (host, problem), numbers in ranks.items()]
+    raise UserError([*common, *others])
 
 
 def _named(ranks: list[int]) -> str:
@@ -119,7 +120,7 @@ def _named(ranks: list[int]) -> str:
 
 
 def heard(problems: list[str], on_every_rank: bool) -> list[str]:
-    """What this rank should print of problems that end it; [] where the first rank prints them.
+    """Return what this rank should print of problems that end it; [] where the first rank prints them.
 
     A rank that has not joined the others does so now, to tell them and end them too; where it does not reach them in
     time, it speaks for itself.
@@ -143,14 +144,14 @@ def heard(problems: list[str], on_every_rank: bool) -> list[str]:
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """``values`` summed over ranks, in place."""
+    """Sum ``values`` over ranks, in place."""
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def sum_over_ranks(tensors: Mapping[Any, Tensor], numbers: Mapping[Any, float]) -> Totals:
-    """Named values summed over ranks by one collective; every rank gives the same names in the same order.
+    """Sum named values over ranks by one collective; every rank gives the same names in the same order.
 
     Args:
         tensors: scalars on the device of the collective, float64; at least one.
@@ -163,7 +164,7 @@ def sum_over_ranks(tensors: Mapping[Any, Tensor], numbers: Mapping[Any, float]) 
 
 
 def gather_integers(values: list[int], device: torch.device) -> list[list[int]]:
-    """``values`` of every rank, as many on each, on the host of every rank, in rank order."""
+    """Gather ``values`` of every rank, as many on each, on the host of every rank, in rank order."""
     mine = torch.tensor(values, dtype=torch.int64, device=device)
     table = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(table, mine)
@@ -171,7 +172,7 @@ def gather_integers(values: list[int], device: torch.device) -> list[list[int]]:
 
 
 def gather_objects(value: object) -> list:
-    """``value`` of every rank, on every rank, in rank order."""
+    """Gather ``value`` of every rank, on every rank, in rank order."""
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values

@@ -1,6 +1,5 @@
 """Glue to DeepSpeed: its configuration checked and completed, the engine started."""
 
-import difflib
 import json
 import logging
 import math
@@ -25,6 +24,7 @@ from lcl_ds.config import Config
 from lcl_ds.errors import UserError
 from lcl_ds.models.heads import ExactScalar
 from lcl_ds.objectives.base import Objective
+from lcl_ds.settings import suggest
 from lcl_ds.training.distributed import RankInfo
 from lcl_ds.training.optimizer import BoundedAdamW, freeze_parts, parameter_groups
 
@@ -84,9 +84,7 @@ def load_ds_config(path: Path) -> dict[str, Any]:
         if key in RECIPE_KEYS:
             problems.append(f"{path}: {key}: belongs in the recipe, as {RECIPE_KEYS[key]}")
         elif key not in ENGINE_KEYS:
-            close = difflib.get_close_matches(key, ENGINE_KEYS, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            problems.append(f"{path}: {key}: unknown key{hint}")
+            problems.append(f"{path}: {key}: unknown key{suggest(key, ENGINE_KEYS)}")
     problems += [
         f'{path}: {key}: "auto" has no meaning here; give a value or leave the key out' for key in _autos(values)
     ]
@@ -99,8 +97,7 @@ def load_ds_config(path: Path) -> dict[str, Any]:
         except ValidationError as error:
             for e in error.errors():
                 key = ".".join(map(str, ("zero_optimization", *e["loc"])))
-                close = difflib.get_close_matches(str(e["loc"][-1]), DeepSpeedZeroConfig.model_fields, n=1)
-                unknown = f"unknown key{f' (did you mean {close[0]!r}?)' if close else ''}"
+                unknown = f"unknown key{suggest(str(e['loc'][-1]), DeepSpeedZeroConfig.model_fields)}"
                 problems.append(f"{path}: {key}: {unknown if e['type'] == 'extra_forbidden' else e['msg']}")
     if problems:
         raise UserError(problems)
@@ -108,13 +105,15 @@ def load_ds_config(path: Path) -> dict[str, Any]:
 
 
 def _autos(values: Any, prefix: str = "") -> list[str]:
+    """List the keys, however deep, whose value is ``auto``."""
     if isinstance(values, dict):
-        return [found for key, value in values.items() for found in _autos(value, f"{prefix}.{key}" if prefix else key)]
+        keys = {key: f"{prefix}.{key}" if prefix else key for key in values}
+        return [auto for key, value in values.items() for auto in _autos(value, keys[key])]
     return [prefix] if values == "auto" else []
 
 
 def rows_per_micro_step(config: Config, world_size: int) -> int:
-    """Rows of one rank in one micro-step.
+    """Compute the rows of one rank in one micro-step.
 
     Raises:
         UserError: the global batch does not divide.
@@ -130,7 +129,7 @@ def rows_per_micro_step(config: Config, world_size: int) -> int:
 
 
 def complete_ds_config(ds_config: dict[str, Any], config: Config, world_size: int) -> dict[str, Any]:
-    """The whole DeepSpeed configuration: the user's engine settings plus what the recipe decides."""
+    """Complete the DeepSpeed configuration: the user's engine settings plus what the recipe decides."""
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     return {
         **ds_config,
@@ -147,7 +146,7 @@ def complete_ds_config(ds_config: dict[str, Any], config: Config, world_size: in
 
 
 def _guards_itself(stage: int, config: Config) -> bool:
-    """Whether our optimizer clips and skips, because DeepSpeed wraps it with nothing that does."""
+    """Say whether our optimizer clips and skips, because DeepSpeed wraps it with nothing that does."""
     return stage == 0 and config.precision == "fp32"
 
 
@@ -193,13 +192,13 @@ def start_engine(objective: Objective, config: Config, ds_config: dict[str, Any]
 
 
 def parameters_of_this_rank(engine: Any) -> int:
-    """Elements of the weights that this rank holds for good: its partition at stage 3, all of them below."""
+    """Count the elements of weights that this rank holds all the time: its partition at stage 3, all of them below."""
     weights = engine.module.parameters()
     return sum(weight.ds_tensor.numel() if hasattr(weight, "ds_tensor") else weight.numel() for weight in weights)
 
 
 def exact_scalars(model: nn.Module) -> list[ExactScalar]:
-    """The numbers a model learns that bf16 would coarsen."""
+    """List the numbers a model learns that bf16 would coarsen."""
     scalars = [module for module in model.modules() if isinstance(module, ExactScalar)]
     return [scalar for scalar in scalars if scalar.weight.requires_grad]
 
@@ -216,7 +215,7 @@ def refresh_exact_scalars(engine: Any) -> None:
 
 
 def fp32_weight(engine: Any, weight: nn.Parameter) -> Tensor:
-    """The optimizer's fp32 value of a trained weight, on every rank; collective."""
+    """Return the optimizer's fp32 value of a trained weight, on every rank; collective."""
     if (master := _own_master(engine, weight)) is not None:
         return master.detach()
     value = safe_get_full_fp32_param(weight)
@@ -225,30 +224,30 @@ def fp32_weight(engine: Any, weight: nn.Parameter) -> Tensor:
 
 
 def set_fp32_weight(engine: Any, weight: nn.Parameter, value: Tensor) -> None:
-    """Replace it by ``value`` [1]; collective. The model's own copy stays as it is."""
+    """Replace the optimizer's fp32 value of a weight by ``value`` [1]; collective. The model's copy stays as it is."""
     if (master := _own_master(engine, weight)) is not None:
         master.data.copy_(value)
     elif engine.zero_optimization_partition_weights():
         # DeepSpeed's setter of whole weights fails where there are fewer elements than ranks.
-        part = safe_get_local_fp32_param(weight)
-        safe_set_local_fp32_param(weight, torch.full_like(part, value.item()))
+        local = safe_get_local_fp32_param(weight)
+        safe_set_local_fp32_param(weight, torch.full_like(local, value.item()))
     else:
         safe_set_full_fp32_param(weight, value.to(weight.device))
 
 
 def _own_master(engine: Any, weight: nn.Parameter) -> Tensor | None:
-    """At stage 0 every rank holds all fp32 weights: DeepSpeed's copies in bf16, the weights themselves in fp32."""
+    """Find the fp32 weight that every rank holds at stage 0: DeepSpeed's copy in bf16, the weight itself in fp32."""
     if engine.zero_optimization_stage() > 0:
         return None
     optimizer = engine.optimizer
     if not hasattr(optimizer, "fp32_groups"):
         return weight
-    pairs = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-    return next(m for low, high in pairs for w, m in zip(low, high, strict=True) if w is weight)
+    groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
+    return next(master for low, high in groups for w, master in zip(low, high, strict=True) if w is weight)
 
 
 def apply_settings(engine: Any, options: list[dict[str, Any]], clipping: float) -> None:
-    """Put the settings of this start in the place of those that a checkpoint brought back.
+    """Replace the settings that a checkpoint brought back by those of this start.
 
     Args:
         options: from :func:`lcl_ds.training.optimizer.options_of`, before the checkpoint was loaded.

@@ -100,13 +100,13 @@ class Trainer:
         return None
 
     def save(self, metrics: bytes = b"") -> Path:
-        """A checkpoint of this moment, with the lines of metrics since the last one; collective."""
+        """Write a checkpoint of this moment, with the lines of metrics since the last one; collective."""
         return save_checkpoint(
             self.engine, self.run_dir, self.config, self.progress, self.loader.state(), self.vocab_size, metrics
         )
 
     def release(self) -> None:
-        """Give back the memory of weights, optimizer and batches; the trainer is of no use any more."""
+        """Give back the memory of weights, optimizer and batches; the trainer cannot be used afterwards."""
         release_engine(self.engine)
         del self.engine, self.loader
         gc.collect()
@@ -114,7 +114,7 @@ class Trainer:
             torch.cuda.empty_cache()
 
     def _step(self, stop_signal: int) -> tuple[StepMetrics, int]:
-        """One optimizer step; returns its metrics and the signal that this or, as SIGTERM, another rank received."""
+        """Take one optimizer step; returns its metrics and a signal, own or, as SIGTERM, another rank's; 0: none."""
         started = time.perf_counter()
         with on_all_ranks(self.rank_info):
             batches = [next(self.loader) for _ in range(self.config.train.accumulation_steps)]
@@ -138,35 +138,35 @@ class Trainer:
         self._advance(applied, batches)
         totals = sum_over_ranks(
             dict(zip(summed, sums, strict=True)),
-            {**counts_of(batches), **source_counts(batches, self.source_names), STOPPED: stop_signal > 0},
+            {**summed_metrics(batches), **summed_by_source(batches, self.source_names), STOPPED: stop_signal > 0},
         )
         seconds = {"step_s": time.perf_counter() - started, "data_s": data_s}
         metrics = self._metrics(totals, outputs, lr, applied, **seconds)
         return metrics, (stop_signal or signal.SIGTERM) if totals[STOPPED] else 0
 
     def _loss_normalizers(self, batches: list[Batch]) -> list[LossNormalizers]:
-        """What each micro-step's losses are divided by.
+        """Make what each micro-step's losses are divided by.
 
         The ranks tell each other before the step, when nothing runs yet, so that no loss has to wait for the device.
         """
-        mine = [self.objective.count_terms(batch) for batch in batches]
-        names = list(mine[0])
-        flat = gather_integers([table[name] for table in mine for name in names], self.rank_info.device)
+        own = [self.objective.count_terms(batch) for batch in batches]
+        names = list(own[0])
+        flat = gather_integers([terms[name] for terms in own for name in names], self.rank_info.device)
         table = torch.tensor(flat).view(self.rank_info.world_size, len(batches), len(names))
         as_published = self.config.objective.normalization == "reference"
-        parts = self.rank_info.world_size * len(batches)
+        passes = self.rank_info.world_size * len(batches)
 
-        def count(step: int, number: int) -> LossNormalizer:
+        def normalizer(step: int, number: int) -> LossNormalizer:
             everywhere = max(1, int(table[:, :, number].sum()))
             per_rank = table[:, step, number].tolist()
             if as_published:  # every rank's own mean, averaged over ranks and micro-steps
-                divisor, share = max(1, per_rank[self.rank_info.rank]) * parts, 1 / parts
+                divisor, share = max(1, per_rank[self.rank_info.rank]) * passes, 1 / passes
             else:
                 divisor, share = everywhere, sum(per_rank) / everywhere
             both = torch.tensor([divisor, share], dtype=torch.float32).to(self.rank_info.device, non_blocking=True)
             return LossNormalizer(both[0], both[1], per_rank)
 
-        return [{name: count(step, n) for n, name in enumerate(names)} for step in range(len(batches))]
+        return [{name: normalizer(step, n) for n, name in enumerate(names)} for step in range(len(batches))]
 
     def _advance(self, applied: bool, batches: list[Batch]) -> None:
         self.progress.step += 1
@@ -192,7 +192,7 @@ class Trainer:
     def _metrics(
         self, totals: Totals, outputs: dict[str, Tensor], lr: float, applied: bool, step_s: float, data_s: float
     ) -> StepMetrics:
-        """What is recorded of a step.
+        """Put together what is recorded of a step.
 
         Args:
             totals: sums over ranks.
@@ -229,7 +229,7 @@ class Trainer:
         )
 
     def _utilisation(self, images: int, tokens: int, labels: int, step_s: float) -> float | None:
-        """The fraction of the GPUs' peak that a step came to; None where the peak is not known."""
+        """Say what fraction of the GPUs' peak a step came to; None where the peak is not known."""
         if self._peak is None:
             return None
         patches = images * self.loader.settings.image_tokens
@@ -237,7 +237,7 @@ class Trainer:
 
 
 def outputs_to_sum(objective: Objective) -> tuple[str, ...]:
-    """Outputs that are summed over micro-steps and ranks, the weighted total first."""
+    """Name the outputs that are summed over micro-steps and ranks, the weighted total first."""
     return (
         "loss",
         *objective.losses,
@@ -245,8 +245,8 @@ def outputs_to_sum(objective: Objective) -> tuple[str, ...]:
     )
 
 
-def counts_of(batches: list[Batch]) -> dict[str, int]:
-    """This rank's part of the metrics that count what was seen."""
+def summed_metrics(batches: list[Batch]) -> dict[str, int]:
+    """Count what this rank saw, under the keys of the metrics that are summed over ranks."""
     return {
         "images": sum(batch.image_count for batch in batches),
         "documents": sum(batch.document_count for batch in batches),
@@ -256,13 +256,15 @@ def counts_of(batches: list[Batch]) -> dict[str, int]:
     }
 
 
-def source_counts(batches: list[Batch], names: list[str]) -> dict[tuple[str, str], int]:
-    """This rank's documents and images of each source."""
-    seen = {name: [batch.sources.get(name, (0, 0)) for batch in batches] for name in names}
-    documents = {("documents", name): sum(pair[0] for pair in pairs) for name, pairs in seen.items()}
-    return documents | {("images", name): sum(pair[1] for pair in pairs) for name, pairs in seen.items()}
+def summed_by_source(batches: list[Batch], names: list[str]) -> dict[tuple[str, str], int]:
+    """Count this rank's documents and images of each source."""
+    seen = {name: [batch.sources[name] for batch in batches if name in batch.sources] for name in names}
+    documents = {("documents", name): sum(counts.documents for counts in of_source) for name, of_source in seen.items()}
+    return documents | {
+        ("images", name): sum(counts.images for counts in of_source) for name, of_source in seen.items()
+    }
 
 
 def step_seed(seed: int, rank: int, step: int) -> int:
-    """What dropout draws from at one step on one rank: a continued run draws what an uninterrupted one draws."""
+    """Make the seed of dropout of one step on one rank: a continued run draws what an uninterrupted one draws."""
     return int(np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -62,7 +62,7 @@ class Monitor:
             self.console.print(text, soft_wrap=True)
 
     def unsaved_lines(self) -> bytes:
-        """Lines of ``metrics.jsonl`` since the last checkpoint, which the next one keeps a copy of."""
+        """Return the lines of ``metrics.jsonl`` since the last checkpoint, which the next one keeps a copy of."""
         return b"".join(self._file.since_saved) if self.enabled else b""
 
     def saved(self) -> None:
@@ -80,7 +80,7 @@ class Monitor:
 
 
 def progress_line(metrics: StepMetrics, total_steps: int, left: str) -> str:
-    """One step in a line: the losses without their weighted total, then the throughput."""
+    """Write one step in a line: the losses without their weighted total, then the throughput."""
     unweighted = {name: value for name, value in metrics.losses.items() if name != "loss"}
     losses = "  ".join(f"{name.removesuffix(LOSS_ENDING)} {value:.3f}" for name, value in unweighted.items())
     return (
@@ -90,12 +90,12 @@ def progress_line(metrics: StepMetrics, total_steps: int, left: str) -> str:
 
 
 def kept_metrics(run_dir: Path) -> list[Path]:
-    """The copies of ``metrics.jsonl`` in a run's checkpoints, oldest first."""
+    """List the copies of ``metrics.jsonl`` in a run's checkpoints, oldest first."""
     return sorted(checkpoints_folder(run_dir).glob(f"step_*/{METRICS}"))
 
 
 def time_left(seconds: float) -> str:
-    """A duration as ``12:04``, ``13:20:00`` or ``5d 13:20:00``; ``?`` where it is not known."""
+    """Write a duration as ``12:04``, ``13:20:00`` or ``5d 13:20:00``; ``?`` where it is not known."""
     if not math.isfinite(seconds):
         return "?"
     minutes, second = divmod(int(seconds), 60)

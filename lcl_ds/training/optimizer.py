@@ -1,4 +1,4 @@
-"""AdamW and the groups of weights it treats alike."""
+"""AdamW, and the groups of weights that it treats in the same way."""
 
 from typing import Any, get_args
 
@@ -31,7 +31,7 @@ class BoundedAdamW(torch.optim.AdamW):
         super().__init__(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
         self.max_norm = max_norm
         self.starting = False
-        """While DeepSpeed starts it takes steps with gradients of 0, to make room; they are no part of training."""
+        """While DeepSpeed starts it takes steps with gradients of 0, to make room; they do not train anything."""
         if max_norm is not None:
             self.overflow = False
             self._global_grad_norm = 0.0
@@ -65,7 +65,7 @@ def freeze_parts(model: nn.Module, settings: TrainSettings) -> None:
 
 
 def parameter_groups(model: nn.Module, settings: TrainSettings, log_scale_bounds: tuple[float, float]) -> list[dict]:
-    """Groups by module type, name and learning-rate factor, made before ZeRO flattens shapes.
+    """Group weights by module type, name and learning-rate factor, made before ZeRO flattens shapes.
 
     Decay acts on matrices and token embeddings; not on norms, biases, position and class embeddings, the pooling
     query and the temperature. Frozen weights stay out.
@@ -88,8 +88,8 @@ def parameter_groups(model: nn.Module, settings: TrainSettings, log_scale_bounds
                 kinds.setdefault(("no_decay", factor), []).append((name, weight))
             else:
                 kinds.setdefault(("decay", factor), []).append((name, weight))
-    found = {kind for (kind, _), weights in kinds.items() if weights}
-    assert found >= {"decay", "no_decay"} or settings.learning_rate_factors, "names no longer match"
+    in_use = {kind for (kind, _), weights in kinds.items() if weights}
+    assert in_use >= {"decay", "no_decay"} or settings.learning_rate_factors, "names no longer match"
     return [
         _group(
             kind,
@@ -104,13 +104,13 @@ def parameter_groups(model: nn.Module, settings: TrainSettings, log_scale_bounds
 
 
 def base_factor(settings: TrainSettings) -> float:
-    """The factor whose groups come first: 1, or that of the first part that learns where none has 1."""
+    """Find the factor whose groups come first: 1, or that of the first part that learns where none has 1."""
     factors = [settings.learning_rate_factors.get(part, 1.0) for part in get_args(Part)]
     return 1.0 if 1.0 in factors else next((factor for factor in factors if factor), 1.0)
 
 
 def group_shape(settings: TrainSettings) -> list[str]:
-    """How learning-rate factors divide the parts into groups: settings of one shape can continue each other's runs."""
+    """Say how learning-rate factors group the parts: settings of one shape can continue each other's runs."""
     factors = {part: settings.learning_rate_factors.get(part, 1.0) for part in get_args(Part)}
     base = base_factor(settings)
     named = {0.0: "frozen", base: "base"}
@@ -118,7 +118,7 @@ def group_shape(settings: TrainSettings) -> list[str]:
 
 
 def options_of(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the settings say about each group, without its weights."""
+    """Copy what the settings say about each group, without its weights."""
     return [{key: value for key, value in group.items() if not key.startswith("param")} for group in groups]
 
 
@@ -144,4 +144,4 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_position_or_class(name: str) -> bool:
-    return any(part in VECTORS for part in name.split("."))
+    return any(step in VECTORS for step in name.split("."))

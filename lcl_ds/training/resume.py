@@ -1,4 +1,4 @@
-"""What becomes of each setting that was changed between two starts of a run.
+"""Decide what becomes of each setting that was changed between two starts of a run.
 
 Every setting has a decision here. What a checkpoint brings back from the earlier start, DeepSpeed's groups of weights
 above all, is overwritten afterwards (:func:`lcl_ds.training.engine.apply_settings`), so that "applied" is true.
@@ -34,7 +34,7 @@ DECISIONS: dict[str, Decision] = {
     "data.stall_seconds": "applied",
     "data.max_bad_share": "applied",
     "data.max_image_pixels": "applied",
-    # How the network computes may change, not what it is. Where its weights came from is of no more consequence.
+    # How the network computes may change, not what it is. Where its first weights came from no longer matters.
     "model": "refused",
     "model.vision.attention": "applied",
     "model.decoder.attention": "applied",
@@ -45,7 +45,7 @@ DECISIONS: dict[str, Decision] = {
     "model.allow_unexpected": "free",
     "objective": "refused",
     "train.steps": "applied",
-    "train.seed": "applied",  # of dropout; the seeds below are compared as what they come to
+    "train.seed": "applied",  # of dropout; the seeds below are compared by the values that result
     "train.init_seed": "refused",
     "train.data_seed": "refused",
     "train.augmentation_seed": "refused",
@@ -67,18 +67,18 @@ DECISIONS: dict[str, Decision] = {
     "evaluation": "applied",
 }
 """By setting or, where nothing longer fits, by the group it is in. Refused: the run ends with a sentence. Applied: it
-counts from the next step on, and is logged. Free: it changes nothing that is computed."""
+holds from the next step on, and is logged. Free: it changes nothing that is computed."""
 
 
 def decision_of(key: str) -> Decision:
-    """What happens to a setting that was changed, by its longest prefix in ``DECISIONS``.
+    """Say what happens to a setting that was changed, by its longest prefix in ``DECISIONS``.
 
     Raises:
         KeyError: nobody has decided.
     """
-    parts = key.split(".")
-    for length in range(len(parts), 0, -1):
-        if (decision := DECISIONS.get(".".join(parts[:length]))) is not None:
+    names = key.split(".")
+    for length in range(len(names), 0, -1):
+        if (decision := DECISIONS.get(".".join(names[:length]))) is not None:
             return decision
     raise KeyError(key)
 
@@ -93,7 +93,7 @@ def check_same_run(checkpoint: Path, config: Config) -> list[str]:
         UserError: names every setting that cannot change.
     """
     earlier = load_config_of(checkpoint)
-    saved, now = what_settings_come_to(earlier), what_settings_come_to(config)
+    saved, now = resolved_settings(earlier), resolved_settings(config)
     changed = [key for key in sorted({*saved, *now}) if saved.get(key) != now.get(key)]
     refused = [key for key in changed if decision_of(key) == "refused"]
     sentences = [
@@ -102,11 +102,11 @@ def check_same_run(checkpoint: Path, config: Config) -> list[str]:
         if decision_of(key) == "applied"
     ]
     problems = [
-        f"{_said_as(key, config)}: the run was started with {saved.get(key)!r}, now it is {now.get(key)!r}; "
+        f"{_name_for_user(key, config)}: the run was started with {saved.get(key)!r}, now it is {now.get(key)!r}; "
         f"undo the change or choose another --run_dir ({checkpoint.parent.parent} keeps the old run)"
         for key in refused
     ]
-    problems += _impossible(earlier, config)
+    problems += _changes_that_do_not_fit(earlier, config)
     moved, other = _folders(checkpoint, earlier, config)
     if problems or other:
         raise UserError(problems + other)
@@ -114,7 +114,7 @@ def check_same_run(checkpoint: Path, config: Config) -> list[str]:
 
 
 def engine_changes(run_dir: Path, ds_config: dict[str, Any]) -> list[str]:
-    """Sentences about engine settings that differ from those of the last start; all of them are applied."""
+    """Name engine settings that differ from those of the last start; all of them are applied."""
     try:
         before = read_json(run_dir / DS_CONFIG)
     except UserError:  # a copy for people: the run does not depend on it
@@ -131,11 +131,11 @@ def engine_changes(run_dir: Path, ds_config: dict[str, Any]) -> list[str]:
     ]
 
 
-def what_settings_come_to(config: Config) -> dict[str, Any]:
-    """Settings by dotted name, such that two ways to say the same are equal.
+def resolved_settings(config: Config) -> dict[str, Any]:
+    """List settings by dotted name, such that two ways to say the same are equal.
 
-    Seeds are those that each purpose uses; a tower is its whole transformers configuration, whether a key was given, is
-    the default or comes from a shape; paths of data and folders are left out, as their contents are compared.
+    Seeds are those that each purpose uses. A tower is its whole transformers configuration, whether a key was set, is
+    the default or comes from a shape. Paths of data and folders are left out, because their contents are compared.
     """
     tree = config.model_dump(mode="json")
     tree["data"]["shards"] = [{"name": source.name, "weight": _by_step(source.weight)} for source in config.data.shards]
@@ -169,15 +169,15 @@ def _by_step(weight: float | dict[int, float]) -> dict[int, float]:
     return weight if isinstance(weight, dict) else {0: weight}
 
 
-def _said_as(key: str, config: Config) -> str:
-    """The setting that a user has to look at: a seed of a purpose may come from the seed of all."""
+def _name_for_user(key: str, config: Config) -> str:
+    """Name the setting that a user has to look at: a seed of a purpose may come from the seed of all."""
     if key.endswith("_seed") and getattr(config.train, key.removeprefix("train.")) is None:
         return f"train.seed (for {key.removeprefix('train.')})"
     return key
 
 
-def _impossible(earlier: Config, config: Config) -> list[str]:
-    """Changes that could be applied by themselves but not here."""
+def _changes_that_do_not_fit(earlier: Config, config: Config) -> list[str]:
+    """Name changes that could be applied by themselves but not in this run."""
     problems = []
     if group_shape(earlier.train) != group_shape(config.train):
         problems.append(
@@ -195,7 +195,7 @@ def _impossible(earlier: Config, config: Config) -> list[str]:
 
 
 def _folders(checkpoint: Path, earlier: Config, config: Config) -> tuple[list[str], list[str]]:
-    """Folders named by settings: sentences about those that moved, and about those that are others than before."""
+    """Compare folders named by settings: sentences about those that moved, and about those that are not the same."""
     saved, now = read_state(checkpoint).get("folders", {}), folder_contents(config)
     moved, other = [], []
     for key in FOLDERS:
@@ -217,10 +217,9 @@ def _folders(checkpoint: Path, earlier: Config, config: Config) -> tuple[list[st
 
 
 def _moved_shards(earlier: Config, config: Config) -> list[str]:
-    pairs = zip(earlier.data.shards, config.data.shards, strict=True)
     return [
         f"data.shards: {now.name} is read from {now.paths}, before from {before.paths}; "
         "shards are compared by fingerprint"
-        for before, now in pairs
+        for before, now in zip(earlier.data.shards, config.data.shards, strict=True)
         if before.paths != now.paths
     ]

@@ -59,7 +59,7 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
 
     Returns:
         Exit code: 0 when finished, 128 + signal when a signal stopped the run after a checkpoint, 1 or 2 when the
-        closing evaluation failed.
+        final evaluation failed.
 
     Raises:
         UserError: settings and input that do not fit together, found before a model is built.
@@ -109,7 +109,7 @@ def prepare(
     data: OpenData,
     checkpoint: Path | None = None,
 ) -> Trainer:
-    """Loader, model and engine of this rank, at the start or where ``checkpoint`` stands."""
+    """Make loader, model and engine of this rank, at the start or where ``checkpoint`` stands."""
     state = read_state(checkpoint) if checkpoint else None
     vocab_size = data.tokenizer.vocabulary.size
     with on_all_ranks(rank_info):
@@ -145,19 +145,21 @@ def prepare(
 
 
 def check_evaluation(config: Config, data: OpenData) -> None:
-    """Try the closing evaluation's input before a whole training goes by; say what will be left out.
+    """Try the input of the final evaluation before the training; say what will be left out.
 
     Raises:
         UserError: held-out shards cannot be read, or nothing in one of them can be evaluated.
     """
     if config.evaluation.shards is not None:
         for sentence in check_held_out(config, data.tokenizer):
-            logger.info("closing evaluation: %s", sentence)
+            logger.info("final evaluation: %s", sentence)
 
 
 def finish(config: Config, run_dir: Path, device: torch.device) -> int:
-    """Closing evaluation, where held-out documents are named, and the report, as far as they are not there; needs no
-    process group. Returns an exit code."""
+    """Evaluate, where held-out documents are named, and write the report, as far as this was not done before.
+
+    It needs no process group. Returns an exit code.
+    """
     checkpoint = resolve_checkpoint(run_dir)
     step = read_state(checkpoint)["progress"]["step"]
     keep_metrics(run_dir / METRICS, step, kept_metrics(run_dir))  # the report reads them
@@ -177,15 +179,15 @@ def dry_run(config: Config, ds_config: dict[str, Any]) -> str:
     rows = rows_per_micro_step(config, 1)
     with without_memory(config):
         network = build_network(config, data)
-        given = load_initial_weights(network, config, data)
+        loaded = load_initial_weights(network, config, data)
         objective = attach_objective(network, config)
     batch = next(BatchLoader(data.sources, lane_settings(config), data.tokenizer, rows))
     return yaml.safe_dump(
         {
             "samples": {source.name: len(source) for source in data.sources},
             "vocabulary": data.tokenizer.vocabulary.size,
-            "parameters": {n: sum(w.numel() for w in part.parameters()) for n, part in network.named_children()},
-            **({"given_weights": given} if given else {}),
+            "parameters": {n: sum(w.numel() for w in module.parameters()) for n, module in network.named_children()},
+            **({"given_weights": loaded} if loaded else {}),
             "objective": {"name": config.objective.name, "decoder_passes_per_sample": objective.decoder_passes},
             "first_micro_batch_of_one_rank": {
                 "rows": rows,

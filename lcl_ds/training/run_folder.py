@@ -21,7 +21,7 @@ CONFIG, DS_CONFIG, ENVIRONMENT = "config.yaml", "ds_config.json", "environment.j
 HISTORY = "history"
 """Holds one folder per start with the three files as of that start."""
 NO_CONTENT = ("lost+found", "*.log", "*.out", "*.err")
-"""What may stand in a new run's folder: people send the output of a run there."""
+"""What may stand in a new run's folder, because people send the output of a run there."""
 
 
 def check_own_folder(run_dir: Path) -> None:
@@ -46,7 +46,7 @@ def check_own_folder(run_dir: Path) -> None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether an earlier start wrote there, whatever has become of single files since."""
+    """Say whether an earlier start wrote there, whatever has become of single files since."""
     if any(checkpoints_folder(folder).glob(f"step_*/{MANIFEST}")) or any((folder / HISTORY).glob(f"[0-9]*/{CONFIG}")):
         return True
     if all((folder / name).is_file() for name in (CONFIG, DS_CONFIG, ENVIRONMENT)):
@@ -95,7 +95,7 @@ def write_run_files(run_dir: Path, config: Config, ds_config: dict[str, Any], wo
 
 
 def _keep_older_files(run_dir: Path, history: Path) -> None:
-    """A run that was begun before there was a history: what it has is the first entry."""
+    """Keep what a run has that was begun before there was a history, as the first entry."""
     older = [run_dir / name for name in (CONFIG, DS_CONFIG, ENVIRONMENT) if (run_dir / name).is_file()]
     if older:
         first = _next_start(history)

@@ -10,7 +10,7 @@ from lcl_ds.settings import Settings
 Tracker = Literal["tensorboard", "wandb", "trackio", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab"]
 """Experiment trackers, by the names that accelerate gives them."""
 TRACKER_EXTRAS = ("tensorboard", "wandb", "trackio")
-"""Those that are extras of this package, as in ``pip install 'lcl_ds[tensorboard]'``."""
+"""Trackers that are extras of this package, as in ``pip install 'lcl_ds[tensorboard]'``."""
 
 
 class TrainSettings(Settings):

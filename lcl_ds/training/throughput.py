@@ -1,4 +1,4 @@
-"""How much arithmetic a step needs, and what share of the GPU's peak that is."""
+"""How much arithmetic a step needs, and what fraction of the GPU's peak that is."""
 
 from collections.abc import Iterable
 
@@ -42,7 +42,7 @@ def step_flops(per_token: dict[str, float], patches: int, tokens: int, labels: i
 
 
 def size_of(weights: Iterable[Tensor]) -> int:
-    """Elements of whole weights, also of those of which this rank holds a part."""
+    """Count the elements of whole weights, also of those that are spread over ranks."""
     return sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
 
 
@@ -51,9 +51,9 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for part, peak in PEAK_BF16_TFLOPS.items() if part in name), None)
+    return next((peak * 1e12 for kind, peak in PEAK_BF16_TFLOPS.items() if kind in name), None)
 
 
 def gpu_memory_gb(device: torch.device) -> float | None:
-    """Most memory that was allocated on this GPU so far, in GiB; None on a CPU."""
+    """Return the most memory that was allocated on this GPU so far, in GiB; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None

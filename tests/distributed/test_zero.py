@@ -53,11 +53,11 @@ def reference():
 def test_gradients_equal_one_process_also_where_ranks_have_no_images(gradients, reference, stage, case):
     loss, expected = reference[case]
     for rank in gradients:
-        found = rank[f"{stage} {case}"]
-        torch.testing.assert_close(found["loss"], loss, rtol=1e-5, atol=0)
-        assert found["gradients"].keys() == expected.keys()
+        actual = rank[f"{stage} {case}"]
+        torch.testing.assert_close(actual["loss"], loss, rtol=1e-5, atol=0)
+        assert actual["gradients"].keys() == expected.keys()
         for name, gradient in expected.items():
-            error = (found["gradients"][name] - gradient).norm()
+            error = (actual["gradients"][name] - gradient).norm()
             # Shifting all keys changes no attention: those gradients are rounding noise around zero.
             assert error <= 1e-5 * gradient.norm() + 1e-8, name
 
@@ -80,12 +80,12 @@ def test_every_objective_at_stage_3_computes_what_one_process_computes(objective
     losses = objective(batch, *local_normalizers(objective, batch))
     losses["loss"].backward()
     for rank in objectives:
-        found = rank[name]
+        actual = rank[name]
         if name == "blip2":  # a rank draws mismatched images among its own
-            assert found["loss"] == pytest.approx(losses["loss"].item(), rel=0.2)
+            assert actual["loss"] == pytest.approx(losses["loss"].item(), rel=0.2)
             continue
-        torch.testing.assert_close(found["loss"], losses["loss"].detach(), rtol=1e-5, atol=0)
-        for n, gradient in found["gradients"].items():
+        torch.testing.assert_close(actual["loss"], losses["loss"].detach(), rtol=1e-5, atol=0)
+        for n, gradient in actual["gradients"].items():
             expected = objective.get_parameter(n).grad
             assert (gradient - expected).norm() <= 1e-5 * expected.norm() + 1e-7, n
 

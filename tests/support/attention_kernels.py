@@ -30,7 +30,7 @@ def flash_attn_varlen_func(
     assert (cu_seqlens_q[0], cu_seqlens_q[-1]) == (0, len(q))
     assert max_seqlen_q == max_seqlen_k == lengths.max()
     assert dropout_p == 0
-    parts = []
+    documents = []
     for start, end in zip(cu_seqlens_q[:-1].tolist(), cu_seqlens_q[1:].tolist(), strict=True):
         query, key, value = (x[start:end].transpose(0, 1) for x in (q, k, v))
         key, value = (x.repeat_interleave(len(query) // len(x), 0) for x in (key, value))
@@ -40,8 +40,8 @@ def flash_attn_varlen_func(
         behind = torch.arange(end - start)[:, None] - torch.arange(end - start)
         left, right = window_size[0], 0 if causal else window_size[1]
         hidden = ((behind > left) & (left >= 0)) | ((-behind > right) & (right >= 0))
-        parts.append((scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value).transpose(0, 1))
-    return torch.cat(parts)
+        documents.append((scores.masked_fill(hidden, -torch.inf).softmax(-1) @ value).transpose(0, 1))
+    return torch.cat(documents)
 
 
 def flex_attention(query, key, value, *, score_mod, block_mask, scale, training, enable_gqa, **options):

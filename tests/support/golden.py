@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from lcl_ds.data.sequences import DocumentView
 from lcl_ds.data.stream.packing import PackedSequence
-from lcl_ds.models.weights.published import PAD, Reference
+from lcl_ds.models.weights.published import PAD, PublishedConfig
 from lcl_ds.tokens import ImageSlot, TokenSequence
 
 FOLDERS = [Path(__file__).resolve().parents[1] / "data" / "golden"]
@@ -36,17 +36,17 @@ class Golden:
         )
 
 
-def sequences_of(golden: Golden, reference: Reference) -> list[PackedSequence]:
+def sequences_of(golden: Golden, published_config: PublishedConfig) -> list[PackedSequence]:
     """The rows of the batch as our sequences, without their padding."""
     images, sequences = golden.batch["images"].numpy(), []
     used = 0
     for number, padded in enumerate(golden.batch["input_ids"].numpy()):
         ids = padded[: len(np.trim_zeros(padded, "b"))] if PAD == 0 else padded
-        starts = np.nonzero(ids == reference.vocabulary.soi)[0] + 1
+        starts = np.nonzero(ids == published_config.vocabulary.soi)[0] + 1
         slots = tuple(ImageSlot(i, int(start), has_context=True) for i, start in enumerate(starts))
         numbers, pixels = tuple(range(len(slots))), images[used : used + len(slots)]
         used += len(slots)
-        tokens = DocumentView("reference").annotate(TokenSequence(ids, slots, numbers), reference.vocabulary)
+        tokens = DocumentView("reference").annotate(TokenSequence(ids, slots, numbers), published_config.vocabulary)
         sequences.append(PackedSequence(f"golden/{number}", tokens, pixels))
     assert used == len(images)
     return sequences

@@ -31,6 +31,6 @@ def batches_of(sources, tokenizer, world_size, workers, count, rows=8, state=Non
     ]
     steps = []
     for _ in range(count):
-        parts = [next(loader) for loader in loaders]
-        steps.append({tuple(row.tolist()) for part in parts for row in part.input_ids})
+        batches = [next(loader) for loader in loaders]
+        steps.append({tuple(row.tolist()) for batch in batches for row in batch.input_ids})
     return steps, json.loads(json.dumps(merge_states([loader.state() for loader in loaders])))

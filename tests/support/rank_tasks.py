@@ -99,11 +99,11 @@ def gradients(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
             (normalizers,) = trainer._loss_normalizers([batch])
             losses = trainer.engine(batch, normalizers)
             trainer.engine.backward(losses["loss"] * rank_info.world_size, scale_wrt_gas=False)
-            found = {
+            actual = {
                 name: safe_get_full_grad(weight).clone() for name, weight in trainer.engine.module.named_parameters()
             }
             trainer.engine.step()
-            results[f"{stage} {case}"] = {"loss": all_reduce_sum(losses["loss"].detach().clone()), "gradients": found}
+            results[f"{stage} {case}"] = {"loss": all_reduce_sum(losses["loss"].detach().clone()), "gradients": actual}
     return results
 
 

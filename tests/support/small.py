@@ -137,7 +137,7 @@ def merged(*batches: Batch) -> Batch:
     if image_offset == 0:
         images, seeds = batches[0].images, batches[0].image_seeds
         slots = [(torch.tensor([rows * ROW_TOKENS]), torch.tensor([0]))]
-    slot_positions, slot_images = (torch.cat(parts) for parts in zip(*slots, strict=True))
+    slot_positions, slot_images = (torch.cat(tensors) for tensors in zip(*slots, strict=True))
     return Batch(
         input_ids=torch.cat([b.input_ids for b in batches]),
         position_ids=torch.cat([b.position_ids for b in batches]),
@@ -148,7 +148,7 @@ def merged(*batches: Batch) -> Batch:
         slot_images=slot_images,
         slot_positions=slot_positions,
         readouts={
-            name: Readouts(*(torch.cat(parts) for parts in zip(*(r[name] for r in readouts), strict=True)))
+            name: Readouts(*(torch.cat(tensors) for tensors in zip(*(r[name] for r in readouts), strict=True)))
             for name in readouts[0]
         },
         label_positions=torch.cat(labels_at),

@@ -68,8 +68,10 @@ def test_the_wheel_holds_code_recipes_and_engine_settings_and_nothing_else(wheel
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
 
-    def files(folder, place, *patterns):
-        return {f"{place}/{path.relative_to(ROOT / folder)}" for p in patterns for path in (ROOT / folder).rglob(p)}
+    def files(folder, folder_inside, *patterns):
+        return {
+            f"{folder_inside}/{path.relative_to(ROOT / folder)}" for p in patterns for path in (ROOT / folder).rglob(p)
+        }
 
     assert names == {
         *files("lcl_ds", "lcl_ds", "*.py", "py.typed"),

@@ -52,7 +52,7 @@ def test_the_run_folder_holds_what_the_contract_names(whole_run):
 def test_both_losses_fall(whole_run):
     metrics = metrics_of(whole_run)
     for key in ("contrastive_loss", "generation_loss"):
-        first, last = (sum(m[key] for m in part) / 5 for part in (metrics[:5], metrics[-5:]))
+        first, last = (sum(m[key] for m in rows) / 5 for rows in (metrics[:5], metrics[-5:]))
         assert last < first, key
 
 

@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 
 from lcl_ds.data.__main__ import main
-from lcl_ds.data.shards.source import Source, expand_paths, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
+from lcl_ds.data.shards.storage import expand_paths
 from lcl_ds.data.stream.lanes import LaneSettings
 from lcl_ds.data.stream.loader import BatchLoader
-from lcl_ds.report.batch_page import page, parts_of
+from lcl_ds.report.batch_page import page, passages_of
 from lcl_ds.tokens import TextTokenizer
 from tests.support.corpora import picture
 from tests.support.tars import write_tar
@@ -42,16 +44,16 @@ def batch(demo_folder, tokenizer):
     return next(BatchLoader([Source("demo", shards)], SETTINGS, tokenizer, 5))
 
 
-def test_the_parts_are_the_rows_cut_where_positions_restart(batch, tokenizer):
-    parts = parts_of(batch, tokenizer)
-    assert [token.id for part in parts for token in part.tokens] == batch.input_ids.flatten().tolist()
-    starts = [(part.row, part.start) for part in parts]
-    assert starts == [tuple(place) for place in np.argwhere(batch.position_ids.numpy() == 0).tolist()]
-    assert sum(not part.is_padding for part in parts) == batch.document_count
+def test_the_passages_are_the_rows_cut_where_positions_restart(batch, tokenizer):
+    passages = passages_of(batch, tokenizer)
+    assert [token.id for passage in passages for token in passage.tokens] == batch.input_ids.flatten().tolist()
+    starts = [(passage.row, passage.start) for passage in passages]
+    assert starts == [tuple(index) for index in np.argwhere(batch.position_ids.numpy() == 0).tolist()]
+    assert sum(not passage.is_padding for passage in passages) == batch.document_count
 
 
-def test_marks_stand_where_losses_and_readings_are(batch, tokenizer):
-    tokens = [token for part in parts_of(batch, tokenizer) for token in part.tokens]
+def test_marks_stand_where_losses_and_readouts_are(batch, tokenizer):
+    tokens = [token for passage in passages_of(batch, tokenizer) for token in passage.tokens]
     assert [i for i, token in enumerate(tokens) if token.has_loss] == sorted(batch.label_positions.tolist())
     assert [token.image for token in tokens if token.image is not None] == batch.slot_images.tolist()
     pairs = batch.readouts["context"]
@@ -69,7 +71,7 @@ def test_the_page_shows_text_and_pixels(batch, tokenizer):
     first = np.asarray(Image.open(io.BytesIO(base64.b64decode(pictures[0]))))
     assert (first.transpose(2, 0, 1) == batch.images[0].numpy()).all()
     shown = re.sub(r"<[^>]*>", "", re.sub(r"<figure>.*?</figure>", "", html)).replace("&lt;", "<").replace("&gt;", ">")
-    document = parts_of(batch, tokenizer)[0]
+    document = passages_of(batch, tokenizer)[0]
     assert "".join(t.text for t in document.tokens if t.image is None and not t.inside_image)[:40] in shown
 
 

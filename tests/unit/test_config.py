@@ -35,8 +35,8 @@ def test_all_problems_are_reported_together_with_file_key_and_hint(tmp_path):
         tree["model"]["vision"]["hiden_size"] = 1
         tree["checkpoint"]["every"] = -1
 
-    path, found = problems(tmp_path, spoil)
-    assert sorted(found) == sorted(
+    path, actual = problems(tmp_path, spoil)
+    assert sorted(actual) == sorted(
         [
             f"{path}: train.steps: missing",
             f"{path}: train.stepz: unknown setting (did you mean 'steps'?)",

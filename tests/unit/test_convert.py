@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from lcl_ds.convert import Origin, _damage_named, _pixels_of, main, release_vision
+from lcl_ds.convert import WeightOrigin, _damage_named, _pixels_of, main, release_vision
 from lcl_ds.errors import UserError
 from lcl_ds.models.vision import released_patch_tokens
 from tests.support.corpora import picture
@@ -35,7 +35,7 @@ def release(family: str, folder: Path, **origin):
         for weight in model.vision.parameters():
             weight += 0.1 * torch.randn(weight.shape, generator=generator)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
-    release_vision(model, Origin("small", "", {}, pixels, "images of noise"), folder)
+    release_vision(model, WeightOrigin("small", "", {}, pixels, "images of noise"), folder)
     return model, model.vision.normalize(torch.from_numpy(pixels))
 
 
@@ -106,7 +106,7 @@ def test_an_encoder_whose_features_are_not_finite_is_refused(tmp_path):
     next(model.vision.parameters()).data.fill_(float("nan"))
     pixels = np.zeros((1, 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
     with pytest.raises(UserError, match="not finite"):
-        release_vision(model, Origin("small", "", {}, pixels, "noise"), tmp_path)
+        release_vision(model, WeightOrigin("small", "", {}, pixels, "noise"), tmp_path)
 
 
 def document(key, *images):

@@ -26,7 +26,8 @@ from lcl_ds.data.corpora.record import ReadOptions
 from lcl_ds.data.demo.corpus import build_demo
 from lcl_ds.data.documents import BadSampleError
 from lcl_ds.data.images import check_image, decode_image
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.data.stream.lanes import Lane, LaneSettings, keyed_rng
 from lcl_ds.data.stream.packing import collate
 from lcl_ds.errors import UserError
@@ -164,18 +165,18 @@ def check_count_case(rng, folder):
     share = rng.random()
     members, damaged, good = [], 0, set()
     for number in range(SAMPLES):
-        parts = document(rng, number)
+        sample = document(rng, number)
         if rng.random() < share:
             damaged += 1
-            image = next(suffix for suffix in parts if suffix.endswith("jpg"))
-            text = "txt" if "txt" in parts else "json"
+            image = next(suffix for suffix in sample if suffix.endswith("jpg"))
+            text = "txt" if "txt" in sample else "json"
             if rng.random() < 0.5:
-                parts[text] = rng.choice(TEXT_DAMAGE)(parts[text], rng)
+                sample[text] = rng.choice(TEXT_DAMAGE)(sample[text], rng)
             else:
-                parts[image] = rng.choice(IMAGE_DAMAGE)(parts[image], rng)
+                sample[image] = rng.choice(IMAGE_DAMAGE)(sample[image], rng)
         else:
             good.add(f"s/{number:04d}")
-        members += [(f"{number:04d}.{suffix}", data) for suffix, data in parts.items() if data is not None]
+        members += [(f"{number:04d}.{suffix}", data) for suffix, data in sample.items() if data is not None]
     lane = lane_of(write_tar(folder / f"{rng.randrange(1 << 60)}.tar", members))
     try:
         row = lane.next_row()

@@ -31,13 +31,13 @@ APART = [("models", "data")]
 
 def imports_of(path: Path) -> set[str]:
     """Full names of all modules that a file imports, also inside of functions."""
-    found: set[str] = set()
+    actual: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            actual |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
+            actual |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return actual
 
 
 def layer_of(module: str) -> int | None:
@@ -87,6 +87,23 @@ def test_no_modules_import_each_other_in_a_circle():
     while free := {name for name in edges if name not in done and edges[name] <= done}:
         done |= free
     assert set(edges) - done == set()
+
+
+def test_no_two_packages_import_each_other():
+    """A package and one inside it are no pair: what they share is a matter of modules."""
+    known = modules()
+    packages = {name: name if path.name == "__init__.py" else name.rpartition(".")[0] for name, path in known.items()}
+    edges = {
+        (packages[name], packages[target])
+        for name, path in known.items()
+        for target in {full.removeprefix("lcl_ds.") for full in imports_of(path)} & set(known)
+        if packages[name] and packages[target]
+    }
+    assert len(edges) > 20
+    nested = {
+        (one, other) for one, other in edges if f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
+    }
+    assert [pair for pair in edges - nested if pair[::-1] in edges] == []
 
 
 def test_only_training_imports_deepspeed():

@@ -44,14 +44,14 @@ def commands_of(page: Path) -> list[list[str]]:
     """The words of every command in blocks of shell and between backticks, without variables in front of it."""
     lines = [line for block in blocks_of(page) if block.language == "bash" for line in block.text.splitlines()]
     lines += [code for code in inline_code(page) if code.split()[0] in COMMAND_WORDS and " " in code]
-    found = []
+    actual = []
     for line in lines:
         for command in line.split("&&"):
             words = shlex.split(command, comments=True)
             while words and re.match(r"[A-Z_]+=", words[0]):
                 words.pop(0)
-            found += [words] if words else []
-    return found
+            actual += [words] if words else []
+    return actual
 
 
 COMMANDS = [(page, words) for page in TODAY for words in commands_of(page)]
@@ -177,15 +177,15 @@ def sources() -> dict[Path, str]:
 
 def names_in(text: str) -> set[str]:
     """What a module defines: classes, functions, methods, attributes and constants."""
-    found = set()
+    actual = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
-            found.add(node.name)
+            actual.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
+            actual.add(node.id)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-            found.add(node.attr)
-    return found
+            actual.add(node.attr)
+    return actual
 
 
 def test_names_on_pages_exist():
@@ -207,9 +207,9 @@ def test_names_on_pages_exist():
 
 def test_the_glossary_says_where_each_name_lives():
     text = (ROOT / "docs" / "glossary.md").read_text()
-    places = re.findall(r"`(\w+)` in `([\w/]+\.py)`", text)
-    assert len(places) > 50
-    for name, path in places:
+    homes = re.findall(r"`(\w+)` in `([\w/]+\.py)`", text)
+    assert len(homes) > 50
+    for name, path in homes:
         assert name in names_in((ROOT / path).read_text()), f"{name} in {path}"
 
 
@@ -224,8 +224,8 @@ def test_the_glossary_explains_each_word_once():
 def test_pages_and_docstrings_use_the_words_of_the_glossary(word):
     own = [path for folder in SPOKEN for path in (ROOT / "lcl_ds" / folder).rglob("*.py")]
     pages = [page for page in TODAY if page.parent != ROOT / "kernels"]
-    found = [page_id(path) for path in [*own, *pages] if re.search(rf"\b{word}\b", path.read_text(), re.IGNORECASE)]
-    assert found == []
+    actual = [page_id(path) for path in [*own, *pages] if re.search(rf"\b{word}\b", path.read_text(), re.IGNORECASE)]
+    assert actual == []
 
 
 def test_the_way_of_a_document_is_as_the_page_shows_it():

@@ -112,7 +112,7 @@ def test_a_run_of_one_step_without_other_files(tmp_path):
     run.mkdir()
     (run / "metrics.jsonl").write_text(json.dumps(metrics(1, contrastive_loss=None)) + "\n")
     text = write_report([run]).read_text()
-    assert "Closing evaluation" not in text
+    assert "Final evaluation" not in text
     assert "<details>" not in text
 
 

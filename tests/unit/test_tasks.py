@@ -22,11 +22,11 @@ def started(monkeypatch):
             monkeypatch.setenv(name, value)
         counted = task_number(), task_count()
         fill_environment()
-        found = tuple(os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
-        assert counted == (int(found[0]), int(found[1]))
+        actual = tuple(os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
+        assert counted == (int(actual[0]), int(actual[1]))
         for name in NAMES:  # set by hand, so not undone by the fixture
             monkeypatch.setenv(name, os.environ.get(name, ""))
-        return found
+        return actual
 
     return started
 

@@ -25,7 +25,8 @@ import torch
 
 from lcl_ds.data.__main__ import main as run_data
 from lcl_ds.data.demo.corpus import build_demo
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.data.stream.lanes import Lane, LaneSettings
 from lcl_ds.data.stream.packing import collate
 from lcl_ds.tokens import TextTokenizer
@@ -310,10 +311,10 @@ def whole(name, number):
 def contents(source):
     """Texts and images of every sample that was written."""
     for number in range(len(source)):
-        parts = source.sample(number).parts
+        members = source.sample(number).members
         record = json.loads(source.read(number, "json"))
-        texts = [source.read(number, "txt").decode()] if "txt" in parts else [t for t in record["texts"] if t]
-        yield tuple(texts), tuple(source.read(number, suffix) for suffix in sorted(parts) if suffix.endswith("jpg"))
+        texts = [source.read(number, "txt").decode()] if "txt" in members else [t for t in record["texts"] if t]
+        yield tuple(texts), tuple(source.read(number, suffix) for suffix in sorted(members) if suffix.endswith("jpg"))
 
 
 SETTINGS = LaneSettings(
@@ -451,10 +452,10 @@ def run_format(name, count, seed, folder, tokenizer):
     assert sum(unit["records"] for unit in manifest["sources"]) == len(bad)
     assert counted == sum(bad), f"{sum(bad)} damaged, {counted} counted: {manifest['skips']}"
     source = Source("built", [index_shard(path) for path in sorted((folder / "out").glob("*.tar"))])
-    found = Counter(contents(source))
+    actual = Counter(contents(source))
     if name == "mint-pdf":
-        found = Counter((texts, None) for texts, written in contents(source) if len(written) == 2)
-    assert not Counter(expected) - found, "a whole record is missing or lacks something"
+        actual = Counter((texts, None) for texts, written in contents(source) if len(written) == 2)
+    assert not Counter(expected) - actual, "a whole record is missing or lacks something"
     lane = Lane([source], SETTINGS, 0, tokenizer)
     row = lane.next_row()
     batch = collate([row], SETTINGS.row_tokens, SETTINGS.image_size, tokenizer.vocabulary, SETTINGS.view.readout_names)

@@ -1,6 +1,6 @@
 """Find the reader of a published corpus by the name that ``python -m lcl_ds.data build`` knows.
 
-Each is a generator of :class:`lcl_ds.data.corpora.record.SourceDocument` over one file.
+Each is a generator of :class:`lcl_ds.data.corpora.record.RawDocument` over one file.
 """
 
 from lcl_ds.data.corpora.comm import read_comm

@@ -12,10 +12,11 @@ from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
-from lcl_ds.data.corpora.build import text_limit_of
+from lcl_ds.data.corpora.build_folder import text_limit_of
 from lcl_ds.data.documents import BadSampleError, read_document
 from lcl_ds.data.images import check_image
-from lcl_ds.data.shards.index import BrokenShardError, Sample, index_shard
+from lcl_ds.data.shards.index import Sample
+from lcl_ds.data.shards.shard import BrokenShardError, index_shard
 from lcl_ds.data.shards.source import Source
 from lcl_ds.data.shards.tar_members import CUT
 from lcl_ds.errors import UserError
@@ -23,7 +24,7 @@ from lcl_ds.files import printable
 
 SHOWN = 20
 """Problems of a shard that are named; all are counted."""
-COUNTS = ("samples", "documents", "pairs", "images", "text_characters", "problem_count")
+COUNTED = ("samples", "documents", "pairs", "images", "text_characters", "problem_count")
 
 Report = dict[str, Any]
 """JSON: ``shard``, the counts, ``formats``, ``short_side`` of the images, ``problems`` and ``reasons``."""
@@ -52,7 +53,7 @@ def check_shard(path: str, max_text_bytes: int | None = None) -> Report:
     Args:
         max_text_bytes: a document with more text is a problem; None: 1 MiB, or what the shard was built with.
     """
-    report = _Findings(path, text_limit_of(path) if max_text_bytes is None else max_text_bytes)
+    report = _Tally(path, text_limit_of(path) if max_text_bytes is None else max_text_bytes)
     shard, unread = None, 0
     try:
         shard = index_shard(path, rescan=True)
@@ -65,11 +66,11 @@ def check_shard(path: str, max_text_bytes: int | None = None) -> Report:
     return report.as_dict()
 
 
-def _check_samples(source: Source, unread: int, report: "_Findings") -> None:
+def _check_samples(source: Source, unread: int, report: "_Tally") -> None:
     """Read all samples.
 
     Args:
-        unread: bytes behind a place where the tar breaks off.
+        unread: bytes behind the position where the tar breaks off.
     """
     keys: set[str] = set()
     for number in range(len(source)):
@@ -87,8 +88,8 @@ def _check_samples(source: Source, unread: int, report: "_Findings") -> None:
             report.problem(sample.key, f"it cannot be read: {error}")
 
 
-class _Findings:
-    """What was found in one shard."""
+class _Tally:
+    """What is counted in one shard."""
 
     def __init__(self, path: str, max_text_bytes: int):
         self.path = path
@@ -109,7 +110,7 @@ class _Findings:
         self.counts["problem_count"] = self.reasons.total()
         return {
             "shard": self.path,
-            **{name: self.counts[name] for name in COUNTS},
+            **{name: self.counts[name] for name in COUNTED},
             "formats": dict(self.formats.most_common()),
             "short_side": dict(zip(("min", "median", "max"), quartiles, strict=False)),
             "reasons": dict(self.reasons.most_common()),
@@ -117,7 +118,7 @@ class _Findings:
         }
 
 
-def _check_sample(source: Source, number: int, sample: Sample, report: _Findings) -> None:
+def _check_sample(source: Source, number: int, sample: Sample, report: _Tally) -> None:
     report.counts["samples"] += 1
     document = read_document(source, number, report.max_text_bytes)
     report.counts["pairs" if document.is_pair else "documents"] += 1
@@ -144,7 +145,7 @@ def total_of(reports: list[Report]) -> Report:
         reasons.update(report["reasons"])
     return {
         "shards": len(reports),
-        **{name: sum(report[name] for report in reports) for name in COUNTS},
+        **{name: sum(report[name] for report in reports) for name in COUNTED},
         "formats": dict(formats.most_common()),
         "reasons": dict(reasons.most_common()),
     }

@@ -13,8 +13,8 @@ from typing import Any
 
 from lcl_ds.data.corpora.record import (
     Draft,
+    RawDocument,
     ReadOptions,
-    SourceDocument,
     list_of,
     numbered_lines,
     parse_json,
@@ -27,7 +27,7 @@ from lcl_ds.data.documents import BadSampleError
 from lcl_ds.errors import UserError
 
 
-def read_comm(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
+def read_comm(path: Path, options: ReadOptions) -> Iterator[RawDocument]:
     """Read documents: title, summary, steps.
 
     Raises:
@@ -56,7 +56,7 @@ def _load_pth(path: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _read_record(key: str, record: Any, options: ReadOptions) -> SourceDocument:
+def _read_record(key: str, record: Any, options: ReadOptions) -> RawDocument:
     if isinstance(record, bytes):
         record = parse_object(record)
     if not isinstance(record, dict):

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lcl_ds.data.documents import IMAGE_SUFFIXES, BadSampleError
-from lcl_ds.data.shards.index import MAX_MEMBER_BYTES, member_place
+from lcl_ds.data.shards.tar_members import MAX_MEMBER_BYTES, key_and_suffix_of
 from lcl_ds.errors import UserError
 from lcl_ds.files import partial_name, printable
 
@@ -23,7 +23,7 @@ AMBIGUOUS = "an image whose name fits several files"
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 """What the system says of a name that no file has."""
 UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO)
-"""What it says of a single file that is there and cannot be read; other errors are of the whole machine."""
+"""What the system says of a single file that cannot be read; other errors are of the whole machine."""
 
 SCHEMA = """
 PRAGMA journal_mode = OFF;
@@ -33,7 +33,7 @@ CREATE TABLE names (key BLOB, tar INTEGER, offset INTEGER, size INTEGER, PRIMARY
 CREATE TABLE urls (digest BLOB PRIMARY KEY, tar INTEGER, offset INTEGER, size INTEGER) WITHOUT ROWID;
 CREATE TABLE flat (is_flat INTEGER);
 """
-Place = tuple[int, int, int]
+Location = tuple[int, int, int]
 """Number of a tar, offset and size of a member's bytes."""
 
 
@@ -44,7 +44,7 @@ class LocalImages:
     Files are found by their name, or by their URL where they are named by its SHA-256, with or without a suffix. In
     tars, as img2dataset writes them, the ``url`` of the ``.json`` beside an image counts too.
 
-    Names are compared whole. Where several places have one of that name, loose files come before tars, and each in the
+    Names are compared whole. Where several hold a file of that name, loose files come before tars, and each in the
     order in which they were named; within a tar the last one counts, as it would after unpacking. Since a tar may have
     been packed further up or further down, a member is also taken where its name ends in the wanted one or the wanted
     one in its name, if no other one fits as well.
@@ -58,7 +58,7 @@ class LocalImages:
         """Find an image by its file name, else by its URL; a value that is not a string is not a name.
 
         Args:
-            digest: the source's own hash of the URL, where it has one, by which files may be named too.
+            digest: the corpus's own hash of the URL, where it has one, by which files may be named too.
 
         Raises:
             BadSampleError: it is not there, its name fits several files, or it cannot be read.
@@ -82,15 +82,15 @@ class LocalImages:
         Raises:
             BadSampleError: the name fits several files, or the file cannot be read.
         """
-        parts = _parts(name)
-        if not parts:
+        steps = _steps_of(name)
+        if not steps:
             return None
         for folder in self.folders:
-            data = _read_inside(folder, parts)
+            data = _read_inside(folder, steps)
             if data is not None:
                 return data
-        place = self._place_of(parts)
-        return None if place is None else self._read(place)
+        location = self._locate(steps)
+        return None if location is None else self._read(location)
 
     def by_url(self, url: str, digest: str | None = None) -> bytes | None:
         """Find an image by its URL; None when there is none.
@@ -101,41 +101,41 @@ class LocalImages:
         Raises:
             BadSampleError: the file cannot be read.
         """
-        digests = [url_digest(url).encode(), *(_parts(digest) if digest else ())]
+        digests = [url_digest(url).encode(), *(_steps_of(digest) if digest else ())]
         for name in digests:
             for folder in self.folders:
                 for suffix in (b"", *(f".{suffix}".encode() for suffix in IMAGE_SUFFIXES)):
                     data = _read_inside(folder, (name + suffix,))
                     if data is not None:
                         return data
-        found = self._rows("SELECT tar, offset, size FROM urls WHERE digest = ?", digests[0])
+        rows = self._rows("SELECT tar, offset, size FROM urls WHERE digest = ?", digests[0])
         for name in digests:
-            found = found or self._rows(
+            rows = rows or self._rows(
                 "SELECT tar, offset, size FROM names WHERE key >= ? AND key < ? ORDER BY tar LIMIT 1",
                 name + b".",  # its suffix, or the slash that ends a key without one
                 name + b"0",
             )
-        return self._read(found[0]) if found else None
+        return self._read(rows[0]) if rows else None
 
-    def _place_of(self, parts: tuple[bytes, ...]) -> Place | None:
-        """Raises: BadSampleError when several members fit alike."""
-        key = _key(parts)
-        found = self._rows("SELECT tar, offset, size FROM names WHERE key = ? ORDER BY tar LIMIT 1", key)
-        if found:
-            return found[0]
+    def _locate(self, steps: tuple[bytes, ...]) -> Location | None:
+        """Find a member of a tar by its name. Raises: BadSampleError when several members fit equally well."""
+        key = _key(steps)
+        whole = self._rows("SELECT tar, offset, size FROM names WHERE key = ? ORDER BY tar LIMIT 1", key)
+        if whole:
+            return whole[0]
         longer = self._rows("SELECT DISTINCT key FROM names WHERE key > ? AND key < ? LIMIT 2", key, key[:-1] + b"0")
         if len(longer) > 1:
             raise BadSampleError(AMBIGUOUS)
         if longer:
-            return self._place_of(tuple(reversed(longer[0][0][:-1].split(b"/"))))
+            return self._locate(tuple(reversed(longer[0][0][:-1].split(b"/"))))
         is_flat = bool(self._rows("SELECT 1 FROM flat WHERE is_flat"))
         # Where there are folders, a name without any is not that of a file in a folder.
-        for first in range(1, len(parts) if is_flat else len(parts) - 1):
-            found = self._rows("SELECT tar, offset, size FROM names WHERE key = ? LIMIT 2", _key(parts[first:]))
-            if len(found) > 1:
+        for first in range(1, len(steps) if is_flat else len(steps) - 1):
+            shorter = self._rows("SELECT tar, offset, size FROM names WHERE key = ? LIMIT 2", _key(steps[first:]))
+            if len(shorter) > 1:
                 raise BadSampleError(AMBIGUOUS)
-            if found:
-                return found[0]
+            if shorter:
+                return shorter[0]
         return None
 
     def _rows(self, query: str, *values: bytes) -> list[Any]:
@@ -146,8 +146,8 @@ class LocalImages:
         except sqlite3.Error as error:
             raise UserError(f"{self.index}: the index of --images cannot be read ({error}); remove it") from error
 
-    def _read(self, place: Place) -> bytes:
-        tar, offset, size = place
+    def _read(self, location: Location) -> bytes:
+        tar, offset, size = location
         ((path,),) = self._rows(f"SELECT path FROM tars WHERE number = {tar:d}")
         with _one_files_errors(), open(path, "rb") as file:
             data = os.pread(file.fileno(), size, offset)
@@ -158,7 +158,7 @@ class LocalImages:
 
 @lru_cache
 def _database(index: Path, pid: int) -> sqlite3.Connection:
-    """The open index; a connection must not be shared with a forked process, hence ``pid``."""
+    """Open the index once per process: a connection must not be shared with a forked one, so ``pid`` is an argument."""
     return sqlite3.connect(f"{index.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
 
 
@@ -167,25 +167,25 @@ def url_digest(url: str) -> str:
     return hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def open_images(places: Sequence[Path], work: Path, skip_unreadable: bool = False) -> tuple[LocalImages, list[str]]:
+def open_images(paths: Sequence[Path], work: Path, skip_unreadable: bool = False) -> tuple[LocalImages, list[str]]:
     """Open the images of folders and tars; tars are indexed once into ``work``. What cannot be read is returned too.
 
     Args:
         skip_unreadable: go on with what is whole in tars that are damaged.
 
     Raises:
-        UserError: a place that is not there, or a tar that cannot be read.
+        UserError: a path that is not there, or a tar that cannot be read.
     """
     folders: list[Path] = []
     tars: dict[Path, None] = {}  # an ordered set
-    for place in places:
-        if place.is_dir():
-            folders.append(place)
-            tars.update(dict.fromkeys(path.resolve() for path in sorted(place.glob("*.tar")) if path.is_file()))
-        elif place.is_file():
-            tars[place.resolve()] = None
+    for path in paths:
+        if path.is_dir():
+            folders.append(path)
+            tars.update(dict.fromkeys(tar.resolve() for tar in sorted(path.glob("*.tar")) if tar.is_file()))
+        elif path.is_file():
+            tars[path.resolve()] = None
         else:
-            raise UserError(f"--images {place}: no such file or folder")
+            raise UserError(f"--images {path}: no such file or folder")
     if not tars:
         return LocalImages(tuple(folders)), []
     index = index_images(list(tars), work)
@@ -236,38 +236,38 @@ def _full_disk_as_os_error(path: Path) -> Iterator[None]:
 
 
 def _index_tar(database: sqlite3.Connection, number: int, tar: Path) -> None:
-    """Names and URLs of one tar; what is whole in a damaged one is indexed and its problem noted."""
-    names: dict[bytes, Place] = {}
-    urls: dict[bytes, Place] = {}
+    """Index names and URLs of one tar; what is whole in a damaged one is indexed and its problem noted."""
+    names: dict[bytes, Location] = {}
+    urls: dict[bytes, Location] = {}
     key, url, image = "", None, None
     try:
         for sample, suffix, member, its_url in _members_in(tar):
             if sample != key:
                 key, url, image = sample, None, None
-            place = number, member.offset_data, member.size
-            names[_key(_parts(member.name.lstrip("/")))] = place
-            image = place if suffix in IMAGE_SUFFIXES else image
+            location = number, member.offset_data, member.size
+            names[_key(_steps_of(member.name.lstrip("/")))] = location
+            image = location if suffix in IMAGE_SUFFIXES else image
             url = its_url or url
             if url and image:
                 urls[url_digest(url).encode()] = image
     except (OSError, tarfile.TarError, ValueError) as error:
         problem = printable(f"--images {tar}: cannot be read to its end: {error}")
         database.execute("UPDATE tars SET problem = ? WHERE number = ?", (problem, number))
-    database.executemany("INSERT INTO names VALUES (?, ?, ?, ?)", ((name, *place) for name, place in names.items()))
+    database.executemany("INSERT INTO names VALUES (?, ?, ?, ?)", ((name, *member) for name, member in names.items()))
     database.executemany(
-        "INSERT OR IGNORE INTO urls VALUES (?, ?, ?, ?)", ((url, *place) for url, place in urls.items())
+        "INSERT OR IGNORE INTO urls VALUES (?, ?, ?, ?)", ((digest, *member) for digest, member in urls.items())
     )
 
 
 def _members_in(tar: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, str | None]]:
-    """Key, suffix and header of a tar's files; of ``.json`` files also the URL that they tell."""
+    """Yield key, suffix and header of a tar's files; of ``.json`` files also the URL in them."""
     size = tar.stat().st_size
     # Tars may be joined end to end, and damage costs only what is damaged.
     with tarfile.open(tar, "r:", ignore_zeros=True) as opened:
         for member in opened:
             opened.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
             try:
-                placed = member_place(member, size)
+                placed = key_and_suffix_of(member, size)
             except ValueError:
                 if member.offset_data + member.size > size:
                     raise
@@ -286,24 +286,24 @@ def _url_in(data: bytes) -> str | None:
     return url if isinstance(url, str) else None
 
 
-def _parts(name: str) -> tuple[bytes, ...]:
-    """Folders and file of a name, as the disk knows them; none where it leads elsewhere or no file can be called so."""
+def _steps_of(name: str) -> tuple[bytes, ...]:
+    """Split a name into folders and file, as the disk knows them; empty where it leads out or names no file."""
     path = PurePosixPath(name)
     if "\0" in name or path.is_absolute() or ".." in path.parts:
         return ()
     try:
-        return tuple(os.fsencode(part) for part in path.parts)
+        return tuple(os.fsencode(step) for step in path.parts)
     except UnicodeEncodeError:  # half a surrogate pair
         return ()
 
 
-def _key(parts: Sequence[bytes]) -> bytes:
-    """A name from its end: all keys that begin with it are those of names that end in this one."""
-    return b"".join(part + b"/" for part in reversed(parts))
+def _key(steps: Sequence[bytes]) -> bytes:
+    """Write a name from its end: all keys that begin with it are those of names that end in this one."""
+    return b"".join(step + b"/" for step in reversed(steps))
 
 
-def _read_inside(folder: Path, parts: tuple[bytes, ...]) -> bytes | None:
-    """A regular file of a folder; None when there is none, or a link leads out of the folder.
+def _read_inside(folder: Path, steps: tuple[bytes, ...]) -> bytes | None:
+    """Read a regular file of a folder; None when there is none, or a link leads out of the folder.
 
     Raises:
         BadSampleError: it cannot be read.
@@ -311,7 +311,7 @@ def _read_inside(folder: Path, parts: tuple[bytes, ...]) -> bytes | None:
     root = os.path.realpath(os.fsencode(folder)).rstrip(b"/") + b"/"
     with _one_files_errors():
         try:
-            path = os.path.realpath(root + b"/".join(parts), strict=True)
+            path = os.path.realpath(root + b"/".join(steps), strict=True)
             if not path.startswith(root) or not os.path.isfile(path):
                 return None
             with open(path, "rb") as file:
@@ -327,7 +327,7 @@ def _read_inside(folder: Path, parts: tuple[bytes, ...]) -> bytes | None:
 
 @contextmanager
 def _one_files_errors() -> Iterator[None]:
-    """Raises: BadSampleError for errors of a single file; OSError for those of the machine."""
+    """Tell errors of a single file from those of the machine. Raises: BadSampleError, or OSError for the latter."""
     try:
         yield
     except OSError as error:

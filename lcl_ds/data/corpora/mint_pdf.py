@@ -12,21 +12,21 @@ from typing import Any
 
 from lcl_ds.data.corpora.record import (
     Draft,
+    RawDocument,
     ReadOptions,
-    SourceDocument,
     list_of,
     parse_object,
     read_each,
     string_or_none,
 )
-from lcl_ds.data.corpora.tars import Parts, read_tar
+from lcl_ds.data.corpora.tars import Members, read_tar
 from lcl_ds.data.documents import BadSampleError
 from lcl_ds.data.images import page_of
 
 JPEG_QUALITY = 95
 
 
-def read_mint_pdf(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
+def read_mint_pdf(path: Path, options: ReadOptions) -> Iterator[RawDocument]:
     """Read the documents of a tar; pages become JPEG files.
 
     Raises:
@@ -35,15 +35,15 @@ def read_mint_pdf(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
     return read_each(read_tar(path), partial(_read_sample, options=options))
 
 
-def _read_sample(key: str, parts: Parts, options: ReadOptions) -> SourceDocument:
-    if "json" not in parts:
+def _read_sample(key: str, members: Members, options: ReadOptions) -> RawDocument:
+    if "json" not in members:
         raise BadSampleError("a sample without json")
-    record = parse_object(parts["json"])
+    record = parse_object(members["json"])
     texts, names = list_of(record, "texts"), list_of(record, "images")
     if len(texts) != len(names):
         raise BadSampleError("lists 'texts' and 'images' of different length")
     pages = _page_numbers(record.get("image_metadata"))
-    tiff = parts.get("tiff", parts.get("tif"))
+    tiff = members.get("tiff", members.get("tif"))
     draft = Draft(key, options, string_or_none(record.get("url")))
     for text, name in zip(texts, names, strict=True):
         if name is not None:

@@ -15,8 +15,8 @@ from typing import Any
 
 from lcl_ds.data.corpora.record import (
     Draft,
+    RawDocument,
     ReadOptions,
-    SourceDocument,
     list_of,
     numbered_lines,
     parse_object,
@@ -24,7 +24,7 @@ from lcl_ds.data.corpora.record import (
     reading,
     string_or_none,
 )
-from lcl_ds.data.corpora.tars import Parts, read_tar
+from lcl_ds.data.corpora.tars import Members, read_tar
 from lcl_ds.data.documents import BadSampleError, number_or_none, whole_number
 
 MAX_IMAGES = 6
@@ -36,7 +36,7 @@ FindImage = Callable[[Entry], bytes]
 """An image's bytes by its entry; raises BadSampleError where there are none."""
 
 
-def read_mmc4(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
+def read_mmc4(path: Path, options: ReadOptions) -> Iterator[RawDocument]:
     """Read a ``.jsonl.zip`` (or unzipped ``.jsonl``); images are found by name, or by URL where there is no name.
 
     Raises:
@@ -49,17 +49,17 @@ def read_mmc4(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
     return read_each(_lines(path), partial(_read_record, find=find, options=options))
 
 
-def read_mmc4_tar(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
+def read_mmc4_tar(path: Path, options: ReadOptions) -> Iterator[RawDocument]:
     """Read the documents of a tar that OpenFlamingo's conversion wrote.
 
     Raises:
         UserError: the file cannot be read.
     """
 
-    def read(key: str, parts: Parts) -> SourceDocument:
-        if "json" not in parts:
+    def read(key: str, members: Members) -> RawDocument:
+        if "json" not in members:
             raise BadSampleError("a sample without json")
-        return _read_record(key, parts["json"], _from_base64, options)
+        return _read_record(key, members["json"], _from_base64, options)
 
     return read_each(read_tar(path), read)
 
@@ -91,7 +91,7 @@ def _from_base64(entry: Entry) -> bytes:
         raise BadSampleError("an image whose base64 is damaged") from None
 
 
-def _read_record(key: str, line: bytes, find: FindImage, options: ReadOptions) -> SourceDocument:
+def _read_record(key: str, line: bytes, find: FindImage, options: ReadOptions) -> RawDocument:
     record = parse_object(line)
     sentences, entries = list_of(record, "text_list"), list_of(record, "image_info")
     draft = Draft(key, options, string_or_none(record.get("url")))
@@ -99,15 +99,15 @@ def _read_record(key: str, line: bytes, find: FindImage, options: ReadOptions) -
     rng = random.Random(f"{options.seed}/{key}")
     for number, sentence in enumerate(sentences):
         images = _draw(by_sentence.get(number, []), find, draft, rng)
-        place = draft.add_text(sentence)
+        position = draft.add_text(sentence)
         for image in images:
-            draft.matched_text_index[image] = place
+            draft.matched_text_index[image] = position
     return draft.finish(MAX_IMAGES)
 
 
 def _by_sentence(entries: list[Any], sentences: int, draft: Draft) -> dict[int, list[tuple[Entry, float]]]:
-    """Entries whose similarity reaches the threshold, with it, by the number of their sentence."""
-    found: dict[int, list[tuple[Entry, float]]] = {}
+    """Group the entries whose similarity reaches the threshold, each with it, by the number of their sentence."""
+    by_sentence: dict[int, list[tuple[Entry, float]]] = {}
     for entry in entries:
         entry = entry if isinstance(entry, dict) else {}
         index, similarity = whole_number(entry.get("matched_text_index")), number_or_none(entry.get("matched_sim"))
@@ -116,17 +116,18 @@ def _by_sentence(entries: list[Any], sentences: int, draft: Draft) -> dict[int, 
         elif similarity < draft.options.min_similarity:
             draft.skips.append("an image below the similarity threshold")
         else:
-            found.setdefault(index, []).append((entry, similarity))
-    return found
+            by_sentence.setdefault(index, []).append((entry, similarity))
+    return by_sentence
 
 
 def _draw(entries: list[tuple[Entry, float]], find: FindImage, draft: Draft, rng: random.Random) -> list[int]:
-    """Draw the images of one sentence and return their places; one that is not available makes room for another."""
-    places: list[int] = []
+    """Draw the images of one sentence and return their positions; an image that is not there makes room for another."""
+    positions: list[int] = []
     for entry, similarity in rng.sample(entries, len(entries)):
-        if len(places) == draft.options.images_per_sentence:
+        if len(positions) == draft.options.images_per_sentence:
             draft.skips.append("a further image of a sentence")
             continue
-        place = draft.add_image(partial(find, entry), similarity)
-        places += [] if place is None else [place]
-    return places
+        position = draft.add_image(partial(find, entry), similarity)
+        if position is not None:
+            positions.append(position)
+    return positions

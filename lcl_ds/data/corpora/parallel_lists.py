@@ -12,8 +12,8 @@ from typing import Any
 
 from lcl_ds.data.corpora.record import (
     Draft,
+    RawDocument,
     ReadOptions,
-    SourceDocument,
     list_of,
     parse_object,
     read_each,
@@ -33,7 +33,7 @@ Row = Any
 """A record batch of one row: pyarrow is not installed everywhere."""
 
 
-def read_parallel_lists(path: Path, options: ReadOptions) -> Iterator[SourceDocument]:
+def read_parallel_lists(path: Path, options: ReadOptions) -> Iterator[RawDocument]:
     """Read the documents of a Parquet file.
 
     Raises:
@@ -59,12 +59,12 @@ def _rows(path: Path) -> Iterator[tuple[str, Row]]:
 
 
 def _is_wanted(column: str) -> bool:
-    """Whether values are read; ``column`` is a path such as ``metadata.list.element.img_url_sha``."""
+    """Say whether values are read; ``column`` is a path such as ``metadata.list.element.img_url_sha``."""
     first, *rest = column.split(".")
     return first in CONTENT or (first in FACTS and (not rest or rest[-1] in FACTS[first]))
 
 
-def _read_row(key: str, row: Row, options: ReadOptions) -> SourceDocument:
+def _read_row(key: str, row: Row, options: ReadOptions) -> RawDocument:
     record = {name: _value(row, name) for name in CONTENT}
     texts, images = list_of(record, "texts"), list_of(record, "images")
     if len(texts) != len(images):
@@ -73,9 +73,9 @@ def _read_row(key: str, row: Row, options: ReadOptions) -> SourceDocument:
     about = about.get("url") if isinstance(about, dict) else None
     draft = Draft(key, options, string_or_none(about) or string_or_none(url))
     digests = _digests(metadata, images)
-    for place, (text, image) in enumerate(zip(texts, images, strict=True)):
+    for position, (text, image) in enumerate(zip(texts, images, strict=True)):
         if image is not None:
-            draft.add_image(partial(options.images.find, None, image, digests.get(place)))
+            draft.add_image(partial(options.images.find, None, image, digests.get(position)))
         draft.add_text(text)
     return draft.finish()
 
@@ -85,7 +85,7 @@ def _value(row: Row, name: str) -> Any:
 
 
 def _value_or_none(row: Row, name: str) -> Any:
-    """A value that the document can do without; structs may be written as JSON."""
+    """Read a value that the document can do without; structs may be written as JSON."""
     try:
         value = _value(row, name)
         return parse_object(value) if name != "url" and isinstance(value, str) else value
@@ -94,11 +94,11 @@ def _value_or_none(row: Row, name: str) -> Any:
 
 
 def _digests(metadata: Any, images: list[Any]) -> dict[int, str]:
-    """By place, the source's own hash of an image's URL."""
+    """Read the hashes that the corpus itself gives of the URLs of its images, by position."""
     if not isinstance(metadata, list):
         return {}
-    places = [place for place, image in enumerate(images) if image is not None]
+    positions = [position for position, image in enumerate(images) if image is not None]
     if len(metadata) == len(images):
-        places = list(range(len(images)))
+        positions = list(range(len(images)))
     entries = [entry.get("img_url_sha") if isinstance(entry, dict) else None for entry in metadata]
-    return {place: digest for place, digest in zip(places, entries, strict=False) if isinstance(digest, str)}
+    return {position: digest for position, digest in zip(positions, entries, strict=False) if isinstance(digest, str)}

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -49,21 +50,21 @@ class ReadOptions:
 
 
 @dataclass(frozen=True)
-class SourceDocument:
-    """A document of any format; parallel lists in reading order, of each place's text and image one is None.
+class RawDocument:
+    """A document of any format; parallel lists in reading order. At each position either the text or the image is None.
 
     A record that could not be used is one without texts and images whose ``skips`` say why.
     """
 
     key: str
-    """Name in its source, for messages and to find it again."""
+    """Name in its input file, for messages and to find it again."""
     texts: tuple[str | None, ...] = ()
     images: tuple[bytes | None, ...] = ()
     """Encoded files."""
     matched_text_index: tuple[int | None, ...] = ()
-    """Per image, place in ``texts`` of the sentence it belongs to, where the source says so."""
+    """Per image, the position in ``texts`` of the sentence it belongs to, where the corpus says so."""
     matched_sim: tuple[float | None, ...] = ()
-    """Per image, CLIP similarity with that sentence, where the source has it."""
+    """Per image, CLIP similarity with that sentence, where the corpus has it."""
     url: str | None = None
     skips: tuple[str, ...] = ()
     """A reason for every image, text or document that was left out."""
@@ -71,19 +72,19 @@ class SourceDocument:
     """One image and its caption."""
 
 
-Reader = Callable[[Path, ReadOptions], Iterator[SourceDocument]]
+Reader = Callable[[Path, ReadOptions], Iterator[RawDocument]]
 """Yields the records of one file; raises UserError when the file as a whole cannot be read."""
 
 
 def read_each(
-    records: Iterable[tuple[str, Record | BadSampleError]], read: Callable[[str, Record], SourceDocument]
-) -> Iterator[SourceDocument]:
+    records: Iterable[tuple[str, Record | BadSampleError]], read: Callable[[str, Record], RawDocument]
+) -> Iterator[RawDocument]:
     """Yield a document, or the reason why there is none, for every record: a bad record costs itself alone.
 
     Every reader of a format goes through here, so a value that nobody thought of does not end a build.
 
     Args:
-        records: keys and raw records; an error in a record's place is its reason.
+        records: keys and raw records; an error instead of a record is the reason why there is none.
         read: makes a document of a record.
 
     Raises:
@@ -94,9 +95,7 @@ def read_each(
         yield _read_one(printable(key), record, read)
 
 
-def _read_one(
-    key: str, record: Record | BadSampleError, read: Callable[[str, Record], SourceDocument]
-) -> SourceDocument:
+def _read_one(key: str, record: Record | BadSampleError, read: Callable[[str, Record], RawDocument]) -> RawDocument:
     try:
         if isinstance(record, BadSampleError):
             raise record
@@ -130,8 +129,7 @@ def reading(path: Path, kind: str) -> Iterator[None]:
 
 def numbered_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[str, bytes | BadSampleError]]:
     """Yield lines that are not blank, with file name and number; for one that is too long, the reason."""
-    number = 0
-    while line := file.readline(MAX_LINE_BYTES):
+    for number, line in enumerate(iter(partial(file.readline, MAX_LINE_BYTES), b"")):
         is_whole = len(line) < MAX_LINE_BYTES or line.endswith(b"\n")
         while not is_whole:
             rest = file.readline(MAX_LINE_BYTES)
@@ -141,12 +139,11 @@ def numbered_lines(path: Path, file: IO[bytes]) -> Iterator[tuple[str, bytes | B
             yield f"{path.name}:{number}", BadSampleError(f"a line of more than {MAX_LINE_BYTES >> 20} MiB")
         elif line.strip():
             yield f"{path.name}:{number}", line
-        number += 1
 
 
 @dataclass
 class Draft:
-    """A document being put together, place by place."""
+    """A document being put together, position by position."""
 
     key: str
     options: ReadOptions
@@ -161,7 +158,7 @@ class Draft:
         """Add a text as it is; null and blank text is not an error.
 
         Returns:
-            Its place, None when it was left out.
+            Its position, None when it was left out.
         """
         if text is None:
             return None
@@ -180,7 +177,7 @@ class Draft:
             find: gives its bytes; raises BadSampleError where it cannot.
 
         Returns:
-            Its place, None when it was left out.
+            Its position, None when it was left out.
         """
         try:
             data = find()
@@ -197,7 +194,7 @@ class Draft:
         self.matched_sim.append(similarity)
         return len(self.texts) - 1
 
-    def finish(self, max_images: int | None = None) -> SourceDocument:
+    def finish(self, max_images: int | None = None) -> RawDocument:
         """Return the document, or a record of why there is none."""
         limit = self.options.max_images if self.options.max_images is not None else max_images
         if limit is not None:
@@ -209,7 +206,7 @@ class Draft:
             return self._left_out(TOO_MUCH_TEXT)
         if count < self.options.min_images:
             return self._left_out("a document with too few images")
-        return SourceDocument(
+        return RawDocument(
             self.key,
             tuple(self.texts),
             tuple(self.images),
@@ -220,26 +217,26 @@ class Draft:
         )
 
     def _keep_images(self, limit: int) -> None:
-        """Drop the images beyond the limit; what points to a later place moves along."""
+        """Drop the images beyond the limit; what points to a later position moves along."""
         kept, seen = [], 0
-        for place, image in enumerate(self.images):
+        for position, image in enumerate(self.images):
             seen += image is not None
             if image is None or seen <= limit:
-                kept.append(place)
-        moved = {place: number for number, place in enumerate(kept)}
+                kept.append(position)
+        moved = {position: number for number, position in enumerate(kept)}
         self.texts = [self.texts[i] for i in kept]
         self.images = [self.images[i] for i in kept]
         self.matched_sim = [self.matched_sim[i] for i in kept]
         matches = [self.matched_text_index[i] for i in kept]
         self.matched_text_index = [None if match is None else moved[match] for match in matches]
 
-    def _left_out(self, reason: str) -> SourceDocument:
-        return SourceDocument(self.key, skips=(*self.skips, reason), url=self.url)
+    def _left_out(self, reason: str) -> RawDocument:
+        return RawDocument(self.key, skips=(*self.skips, reason), url=self.url)
 
 
-def left_out(key: str, reason: str) -> SourceDocument:
+def left_out(key: str, reason: str) -> RawDocument:
     """Make the result of a record that could not be used at all."""
-    return SourceDocument(key, skips=(reason,))
+    return RawDocument(key, skips=(reason,))
 
 
 def is_unicode(text: str) -> bool:

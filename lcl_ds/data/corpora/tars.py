@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import IO
 
 from lcl_ds.data.documents import BadSampleError
-from lcl_ds.data.shards.index import Sample, scan_shard
+from lcl_ds.data.shards.index import Sample
+from lcl_ds.data.shards.scan import scan_shard
 from lcl_ds.data.shards.storage import error_text
 from lcl_ds.data.shards.tar_members import CUT
 from lcl_ds.errors import UserError
 
-Parts = dict[str, bytes]
+Members = dict[str, bytes]
 
 
-def read_tar(path: Path) -> Iterator[tuple[str, Parts | BadSampleError]]:
+def read_tar(path: Path) -> Iterator[tuple[str, Members | BadSampleError]]:
     """Yield the samples of a WebDataset tar: key and members by suffix, or why a sample cannot be used.
 
     What is a sample, and whether it can be used, is decided as for training. Where the tar breaks off, the last sample
@@ -35,18 +36,18 @@ def read_tar(path: Path) -> Iterator[tuple[str, Parts | BadSampleError]]:
         for number in range(len(scan.index.key_end)):
             sample = scan.index.sample(number)
             is_counted |= sample.problem == CUT
-            yield sample.key, _parts_of(file, sample)
+            yield sample.key, _members_of(file, sample)
     if broken and broken.unread:
         yield path.name, BadSampleError(broken.sentence)
     elif broken and not is_counted:
         yield path.name, BadSampleError(CUT)
 
 
-def _parts_of(file: IO[bytes], sample: Sample) -> Parts | BadSampleError:
+def _members_of(file: IO[bytes], sample: Sample) -> Members | BadSampleError:
     if sample.problem:
         return BadSampleError(sample.problem)
-    parts = {}
-    for suffix, (offset, size) in sample.parts.items():
+    members = {}
+    for suffix, (offset, size) in sample.members.items():
         file.seek(offset)
-        parts[suffix] = file.read(size)
-    return parts
+        members[suffix] = file.read(size)
+    return members

@@ -1,4 +1,4 @@
-"""The embedded corpus: procedural scenes told as interleaved documents and as image-text pairs.
+"""The embedded corpus: procedural scenes told as interleaved documents and as caption pairs.
 
 It is made once, deterministically, and stored as ordinary shards that are read like anybody's data. A document tells,
 sentence by sentence, what the next picture holds and what the last one held. Position, size and clutter vary, so raw
@@ -23,7 +23,7 @@ from webdataset import TarWriter
 
 from lcl_ds.data.demo.scenes import (
     COLOURS,
-    COUNTS,
+    OBJECT_COUNTS,
     SHAPES,
     Item,
     Rng,
@@ -35,7 +35,7 @@ from lcl_ds.data.demo.scenes import (
 from lcl_ds.errors import UserError
 
 VERSION = 2
-"""Of the content; another version is another corpus and is built anew."""
+"""Of the content; another version is another corpus and is built again."""
 SPLITS = {"train-documents": 0, "train-pairs": 1, "heldout-documents": 2}
 DEFAULTS = {
     "seed": 0,
@@ -72,7 +72,7 @@ NUMBERS = {1: "one", 2: "two", 3: "three"}
 
 
 def _rng(seed: int, split: str, index: int) -> Rng:
-    """A generator of one sample alone, so that content depends on neither order nor count."""
+    """Make a generator of one sample alone, so that content depends on neither order nor count."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, SPLITS[split], index))))
 
 
@@ -87,7 +87,7 @@ def describe(scene: Scene, rng: Rng) -> str:
 
 
 def _told_after(scene: Scene, rng: Rng, was_described: bool) -> Iterator[str]:
-    """Sentences after a picture: what it was if nobody said so before, and facts that only the picture tells."""
+    """Yield sentences after a picture: what it was if nobody said so before, and facts that only it tells."""
     if not was_described or rng.random() < 0.15:
         yield pick(rng, AFTER).format(scene=describe(scene, rng))
     elif rng.random() < 0.6:
@@ -174,7 +174,7 @@ def build_demo(
         "image_size": image_size,
         "shard_size": shard_size,
     }
-    labels = {"colour": list(COLOURS), "shape": SHAPES, "count": COUNTS}
+    labels = {"colour": list(COLOURS), "shape": SHAPES, "count": OBJECT_COUNTS}
     manifest = {**parameters, "labels": labels, "shards": shards}
     (out_dir / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
@@ -220,7 +220,7 @@ def _is_current(out_dir: Path) -> bool:
 
 
 def _sample(seed: int, split: str, index: int, image_size: int) -> dict[str, Any]:
-    """One sample as webdataset's writer takes it: ``__key__`` and members by suffix."""
+    """Make one sample as webdataset's writer takes it: ``__key__`` and members by suffix."""
     if split == "train-pairs":
         return _pair_sample(seed, index, image_size)
     texts, scenes, matched = make_document(seed, split, index)
@@ -236,7 +236,7 @@ def _sample(seed: int, split: str, index: int, image_size: int) -> dict[str, Any
 
 
 def _pair_sample(seed: int, index: int, image_size: int) -> dict[str, Any]:
-    """A sample as img2dataset writes it."""
+    """Make a sample as img2dataset writes it."""
     key = f"{index:09d}"
     caption, scene = make_pair(seed, index)
     picture = _jpeg(scene, image_size)

@@ -29,7 +29,7 @@ COLOURS = {
     "white": (0.98, 0.98, 0.98),
 }
 TEXTURES = ("solid", "striped", "dotted")
-COUNTS = (1, 2, 3)
+OBJECT_COUNTS = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class Scene:
 
     @property
     def large(self) -> Item:
-        """The largest object, which the labels are about."""
+        """Return the largest object, which the labels are about."""
         return self.items[0]
 
     @property
     def small(self) -> tuple[Item, ...]:
-        """The small objects: none, one or two."""
+        """Return the small objects: none, one or two."""
         return self.items[1:]
 
     def labels(self) -> dict[str, str | int | None]:
@@ -85,7 +85,7 @@ def sample_scene(rng: Rng) -> Scene:
     items: list[Item] = []
     for i in range(1 + int(np.searchsorted((0.15, 0.75), rng.random()))):
         radius = float(rng.uniform(0.20, 0.28) if i == 0 else rng.uniform(0.105, 0.135))
-        x, y = _free_place(rng, radius, items)
+        x, y = _free_centre(rng, radius, items)
         items.append(
             Item(
                 shape=pick(rng, SHAPES),
@@ -101,14 +101,14 @@ def sample_scene(rng: Rng) -> Scene:
     return Scene(tuple(items), clutter=int(rng.integers(2**32)))
 
 
-def _free_place(rng: Rng, radius: float, taken: list[Item]) -> tuple[float, float]:
-    """A centre that keeps clear of the objects `taken`, or the clearest of the 24 places tried."""
-    places = rng.uniform(radius, 1 - radius, (24, 2))
-    room = np.full(len(places), np.inf)
+def _free_centre(rng: Rng, radius: float, taken: list[Item]) -> tuple[float, float]:
+    """Find a centre that keeps clear of the objects `taken`, or the clearest of the 24 positions tried."""
+    tried = rng.uniform(radius, 1 - radius, (24, 2))
+    room = np.full(len(tried), np.inf)
     for item in taken:
-        room = np.minimum(room, np.hypot(places[:, 0] - item.x, places[:, 1] - item.y) - item.radius - radius)
-    best = int(np.argmax(np.minimum(room, 0.03)))  # capped: the first place with enough room, not the farthest one
-    return float(places[best, 0]), float(places[best, 1])
+        room = np.minimum(room, np.hypot(tried[:, 0] - item.x, tried[:, 1] - item.y) - item.radius - radius)
+    best = int(np.argmax(np.minimum(room, 0.03)))  # capped: the first with enough room, not the farthest one
+    return float(tried[best, 0]), float(tried[best, 1])
 
 
 # Signed distances, negative inside, of shapes about one unit in radius; v grows upwards. Only the zero line has to be
@@ -190,13 +190,13 @@ def _pixel_centres(image_size: int) -> tuple[Array, Array]:
 
 
 def _shade(texture: str, u: Array, v: Array) -> Array:
-    """Brightness factor of a striped or dotted fill: darker bands or spots, soft enough for small pictures."""
+    """Compute the brightness of a striped or dotted fill: darker bands or spots, soft enough for small pictures."""
     wave = np.cos(6.5 * u) if texture == "striped" else np.cos(6.5 * u) + np.cos(6.5 * v) - 0.9
     return 1 - 0.7 * np.clip(0.5 + 2 * wave, 0, 1)
 
 
 def _background(seed: int, image_size: int) -> Array:
-    """A dull gradient with noise and a few faint lines, float32 [image_size, image_size, 3]."""
+    """Draw a dull gradient with noise and a few faint lines, float32 [image_size, image_size, 3]."""
     rng = np.random.Generator(np.random.Philox(seed))
     x, y = _pixel_centres(image_size)
     angle, base = rng.uniform(0, 2 * math.pi), rng.uniform(0.3, 0.55)

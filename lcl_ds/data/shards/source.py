@@ -1,6 +1,6 @@
 """Read WebDataset tars as random-access collections: samples by number instead of a stream.
 
-A sample's parts are read by offset, so any sample costs the same and the position in the data is a number.
+A sample's members are read by offset, so any sample costs the same and the position in the data is a number.
 """
 
 import os
@@ -14,13 +14,14 @@ from typing import IO, Any, TypeVar, overload
 
 import numpy as np
 
-from lcl_ds.data.shards.index import OUT_OF_DESCRIPTORS, Sample, Shard, ShardIndex, index_shard
-from lcl_ds.data.shards.storage import error_text, expand_paths, is_remote, open_file, read_range
+from lcl_ds.data.shards.index import Sample, ShardIndex
+from lcl_ds.data.shards.shard import Shard, index_shard
+from lcl_ds.data.shards.storage import OUT_OF_DESCRIPTORS, error_text, is_remote, open_file, read_range
 from lcl_ds.data.shards.tar_members import BLOCK, header_hash
 from lcl_ds.errors import UserError
 from lcl_ds.files import printable
 
-__all__ = ["Sample", "Shard", "Source", "expand_paths", "index_shard"]
+__all__ = ["Source", "index_shard"]
 
 OPEN_SHARDS = 256
 """Most shards whose index and descriptor a process keeps open."""
@@ -149,7 +150,7 @@ class Source:
     Args:
         name: in logs, keys and fingerprints.
         shards: indexed tars.
-        weight: share of draws, constant or by the step from which on it holds.
+        weight: of its draws relative to the other sources, constant or by the step from which on it holds.
     """
 
     def __init__(self, name: str, shards: Sequence[Shard], weight: float | Mapping[int, float] = 1.0):
@@ -177,8 +178,8 @@ class Source:
             OSError: neither the index nor the shard can be read.
             UserError: the shard is no longer the one that was indexed.
         """
-        shard, place = self._locate(number)
-        return self._opened(shard).index.sample(place)
+        shard, number_in_shard = self._locate(number)
+        return self._opened(shard).index.sample(number_in_shard)
 
     def shard_of(self, number: int) -> Shard:
         """Return the shard that holds a sample."""
@@ -190,15 +191,17 @@ class Source:
         Args:
             is_read: False: only what is in memory, so that it never waits for a disk.
         """
-        shard, place = self._locate(number)
+        shard, number_in_shard = self._locate(number)
         path = printable(self.shards[shard].path)
         opened = AT_HAND.look(self, shard)
         if opened is None and is_read:
             try:
                 opened = self._opened(shard)
             except (OSError, UserError):
-                return f"{path}: sample {place}"
-        return f"{path}: {printable(opened.index.sample(place).key)}" if opened else f"{path}: sample {place}"
+                return f"{path}: sample {number_in_shard}"
+        if opened is None:
+            return f"{path}: sample {number_in_shard}"
+        return f"{path}: {printable(opened.index.sample(number_in_shard).key)}"
 
     def read(self, number: int, suffix: str) -> bytes:
         """Read one member's bytes.
@@ -208,14 +211,14 @@ class Source:
             OSError: reading failed.
             UserError: the shard is no longer the one that was indexed.
         """
-        shard, place = self._locate(number)
-        offset, size, header = self._opened(shard).index.member(place, suffix)
+        shard, number_in_shard = self._locate(number)
+        offset, size, header = self._opened(shard).index.member(number_in_shard, suffix)
         data = self._read_range(shard, offset - BLOCK, offset + size)
         path = self.shards[shard].path
         if header_hash(data[:BLOCK]) != header:
             if len(data) < BLOCK and is_remote(path):
                 raise OSError(f"{path}: the server sent {len(data)} of {BLOCK + size} bytes")
-            raise self.shards[shard].changed()
+            raise self.shards[shard].refuse_changed()
         if len(data) != BLOCK + size:
             raise OSError(f"{self.where(number)}: the shard became shorter while it was being read")
         return data[BLOCK:]
@@ -249,7 +252,7 @@ class Source:
             # Loader processes share the descriptor they were forked with; pread moves no position.
             return os.pread(opened.descriptor(path), end - start, start)
         except OSError:
-            # A descriptor may outlive its file, as after a server's restart, while the path can be opened anew.
+            # A descriptor may outlive its file, as after a server's restart, while the path can be opened again.
             if not opened.close():
                 raise
             return os.pread(opened.descriptor(path), end - start, start)
@@ -260,14 +263,14 @@ def names_below_common_folder(locations: Sequence[str]) -> list[str]:
 
     A shard that is named twice gets a number.
     """
-    parts = [(path if is_remote(path) else os.path.abspath(path)).split("/") for path in locations]
-    folders = [path[:-1] for path in parts]
-    pairs = zip(min(folders, default=[]), max(folders, default=[]), strict=False)
-    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    names = ["/".join(path[common:]) for path in parts]
+    paths = [(location if is_remote(location) else os.path.abspath(location)).split("/") for location in locations]
+    folders = [steps[:-1] for steps in paths]
+    both = zip(min(folders, default=[]), max(folders, default=[]), strict=False)
+    common = sum(1 for _ in takewhile(lambda steps: steps[0] == steps[1], both))
+    names = ["/".join(steps[common:]) for steps in paths]
     earlier = Counter[str]()
-    for place, name in enumerate(names):
+    for number, name in enumerate(names):
         earlier[name] += 1
         if earlier[name] > 1:
-            names[place] = f"{name}#{earlier[name]}"
+            names[number] = f"{name}#{earlier[name]}"
     return names

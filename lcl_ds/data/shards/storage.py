@@ -36,11 +36,13 @@ LIST_SUFFIX = ".txt"
 INDEX_SUFFIX = ".index"
 COMMAND = "pipe:"
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::[A-Za-z][A-Za-z0-9+.-]*)*://")
+OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
+"""Errors of a process, or a machine, that has too many files open."""
 DOWNLOAD = "download the shard, or read it through pipe:COMMAND"
 TRIES = 4
 FIRST_PAUSE_S = 0.5
 REMOTE_BLOCK = 1 << 18
-"""Bytes fetched at a time while headers are read."""
+"""Bytes fetched at a time while headers are read front to back."""
 
 
 def expand_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
@@ -52,17 +54,18 @@ def expand_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
     Raises:
         UserError: a pattern matches nothing or cannot be read; names it.
     """
-    found: set[str] = set()
+    locations: set[str] = set()
     for pattern in [paths] if isinstance(paths, (str, Path)) else paths:
         for single in _without_braces(str(pattern)):
             if single.endswith(LIST_SUFFIX) and not is_command(single):
-                found.update(_listed(single))
+                locations.update(_listed(single))
             else:
-                found.update(_matches(single))
-    return _each_file_once(sorted(found))
+                locations.update(_matches(single))
+    return _each_file_once(sorted(locations))
 
 
 def _each_file_once(locations: list[str]) -> list[str]:
+    """Leave out locations of a file that an earlier one leads to, with a warning."""
     kept: dict[str, str] = {}
     for location in locations:
         file = location if is_remote(location) or is_command(location) else os.path.realpath(location)
@@ -73,7 +76,7 @@ def _each_file_once(locations: list[str]) -> list[str]:
 
 
 def _without_braces(pattern: str) -> Iterator[str]:
-    """The pattern's alternatives; braces in the part of it that exists are names."""
+    """Yield the pattern's alternatives; braces in its beginning, as far as that exists, are names."""
     if is_command(pattern) or (is_remote(pattern) and not os.path.exists(pattern)):
         exists, rest = "", pattern
     else:
@@ -93,7 +96,7 @@ def _without_braces(pattern: str) -> Iterator[str]:
 
 
 def _existing_part(path: str) -> tuple[str, str]:
-    """A path split behind its longest leading part that exists."""
+    """Split a path behind its longest beginning that exists."""
     if os.path.exists(path):
         return path, ""
     cut = path.rfind("/")
@@ -103,6 +106,7 @@ def _existing_part(path: str) -> tuple[str, str]:
 
 
 def _matches(pattern: str) -> list[str]:
+    """List what one pattern without braces names. Raises: UserError when it is nothing."""
     if is_command(pattern):
         return [pattern]
     if is_remote(pattern) and not os.path.exists(pattern):
@@ -121,7 +125,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _globbed(folder: str, pattern: str) -> list[str]:
-    """What a pattern matches in a folder; brackets are names where that matches something."""
+    """List what a pattern matches in a folder; brackets are names where that matches something."""
     if not glob.has_magic(pattern):
         return []
     return glob.glob(glob.escape(folder) + pattern.replace("[", "[[]")) or glob.glob(glob.escape(folder) + pattern)
@@ -141,8 +145,9 @@ def _plain(path: str) -> str:
 
 
 def _remote_matches(pattern: str) -> list[str]:
+    """List what a URL with stars matches on its server."""
     if not glob.has_magic(pattern):
-        return [pattern]  # whether it exists shows when it is indexed, without a request of its own
+        return [pattern]  # indexing it shows whether it exists, without a request only for that
     filesystem, path = _resolve(pattern)
     try:
         if _retried(pattern, lambda: filesystem.exists(path)):
@@ -156,6 +161,7 @@ def _remote_matches(pattern: str) -> list[str]:
 
 
 def _listed(location: str) -> list[str]:
+    """Read the locations that a list of shards names."""
     names = []
     for number, line in enumerate(_lines_of(location), start=1):
         name = _listed_name(location, line, number)
@@ -167,7 +173,7 @@ def _listed(location: str) -> list[str]:
 
 
 def _listed_name(location: str, line: str, number: int) -> str | None:
-    """The location that a line names; None for an empty line or a comment."""
+    """Read the location that a line names; None for an empty line or a comment."""
     folder = posixpath.dirname(location)
     if not is_remote(location):
         # Spaces at the ends, and #, "pipe:" and "s3://" at the start, belong to the name where there is such a file.
@@ -189,7 +195,7 @@ def _listed_name(location: str, line: str, number: int) -> str | None:
 
 
 def _lines_of(location: str) -> list[str]:
-    """Lines of a list of shards: UTF-8, or UTF-16 with its mark; what is neither keeps its bytes, as file names do."""
+    """Read the lines of a list of shards: UTF-8, or UTF-16 with its mark; other bytes are kept, as in file names."""
     data = read_all(location)
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         text = data.decode("utf-16", "replace")
@@ -209,7 +215,7 @@ def is_remote(location: str) -> bool:
 
 
 def name_of(location: str) -> str:
-    """Return the last part of a location. The hash of a layout has it, so that a renamed shard is another one."""
+    """Return the last name of a location. The hash of a layout has it, so that a renamed shard is another one."""
     return posixpath.basename(location)
 
 
@@ -218,7 +224,7 @@ def size_of(location: str) -> int:
 
     Raises:
         OSError: it is not there or out of reach.
-        UserError: a server does not tell the size, or it is a stream, which might be waited for without end.
+        UserError: a server does not tell the size, or it is a stream, which might never end.
     """
     if not is_remote(location):
         status = os.stat(location)
@@ -253,7 +259,7 @@ def read_range(location: str, start: int, end: int) -> bytes:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """Open a file so that a stream in its place gives an error; opened as usual it would wait for a writer."""
+    """Open a file so that a stream of that name gives an error; opened as usual it would wait for a writer."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
@@ -363,7 +369,7 @@ def _keep_output(command: str, path: Path, check: Callable[[str], None]) -> None
 
 
 def _resolve(location: str) -> tuple[Any, str]:
-    """fsspec's filesystem and the path in it; fsspec keeps one instance per process and address.
+    """Find fsspec's filesystem and the path in it; fsspec keeps one instance per process and address.
 
     Raises:
         UserError: no driver for such addresses is installed.

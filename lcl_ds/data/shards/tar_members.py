@@ -40,7 +40,7 @@ COMPRESSED = {
 """First bytes of compressed files."""
 _NOT_A_TAR = {
     **{
-        start: f"it is compressed with {name}; unpack it, because samples are read from their place in the tar"
+        start: f"it is compressed with {name}; unpack it, because samples are read from where they lie in the tar"
         for start, name in COMPRESSED.items()
     },
     b"PK\x03\x04": "it is a zip archive, not a tar",
@@ -125,7 +125,7 @@ def _members_of_archive(file: IO[bytes], start: int, size: int) -> Generator[Mem
     position = start
     try:
         tar = tarfile.TarFile(fileobj=_Headers(file))  # type: ignore[arg-type]
-        while (member := tar.next()) is not None:
+        for member in iter(tar.next, None):
             tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
             if member.size < 0 or tar.offset <= max(position, member.offset):
                 raise ValueError("a header that leads back")
@@ -149,7 +149,7 @@ def _members_of_archive(file: IO[bytes], start: int, size: int) -> Generator[Mem
 
 
 def _check_end_mark(file: IO[bytes], start: int, position: int, size: int) -> int:
-    """Where the end mark lies, which is ``position`` if there is one."""
+    """Find the end mark, which is at ``position`` if there is one."""
     file.seek(position)
     block = file.read(BLOCK)
     if block == bytes(BLOCK):
@@ -176,7 +176,7 @@ def _placed(member: tarfile.TarInfo, file_size: int, file: IO[bytes]) -> Member 
     """Make a member of a sample; None for what is not one."""
     problem = ""
     try:
-        placed = member_place(member, file_size)
+        placed = key_and_suffix_of(member, file_size)
     except UnusableMemberError:
         problem = SPARSE if member.sparse is not None else TOO_LARGE
         placed = key_and_suffix(member.name)
@@ -189,7 +189,7 @@ def _placed(member: tarfile.TarInfo, file_size: int, file: IO[bytes]) -> Member 
     return Member(*placed, member.offset_data, member.size, header_hash(file.read(BLOCK)), problem)
 
 
-def member_place(member: tarfile.TarInfo, file_size: int) -> tuple[str, str] | None:
+def key_and_suffix_of(member: tarfile.TarInfo, file_size: int) -> tuple[str, str] | None:
     """Return key and suffix of a tar's member; None for what is not a file.
 
     Raises:
@@ -208,7 +208,7 @@ def member_place(member: tarfile.TarInfo, file_size: int) -> tuple[str, str] | N
 
 
 def key_and_suffix(name: str) -> tuple[str, str] | None:
-    """Split a member's name at the first dot of its last part; None where that part begins with the dot."""
+    """Split a member's name at the first dot behind its folders; None where that dot comes first."""
     folder, _, name = name.rpartition("/")
     stem, _, suffix = name.partition(".")
     if not stem:
@@ -217,7 +217,7 @@ def key_and_suffix(name: str) -> tuple[str, str] | None:
 
 
 def _after_zeros(file: IO[bytes], position: int, size: int) -> int | None:
-    """The first byte from ``position`` on that is not zero; None when there is none."""
+    """Find the first byte from ``position`` on that is not zero; None when there is none."""
     file.seek(position)
     while position < size:
         chunk = file.read(CHUNK)
@@ -231,9 +231,10 @@ def _after_zeros(file: IO[bytes], position: int, size: int) -> int | None:
 
 
 def _what_it_is(file: IO[bytes], size: int) -> str:
+    """Say what a file is that does not begin with a tar header."""
     if size == 0:
         return "it is empty (0 bytes)"
     file.seek(0)
     head = file.read(BLOCK).lstrip()
-    found = (sentence for start, sentence in _NOT_A_TAR.items() if head.startswith(start))
-    return next(found, "it is not a tar: it does not begin with a tar header")
+    sentences = (sentence for start, sentence in _NOT_A_TAR.items() if head.startswith(start))
+    return next(sentences, "it is not a tar: it does not begin with a tar header")

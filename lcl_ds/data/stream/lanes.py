@@ -1,14 +1,14 @@
 """Draw the endless deterministic stream of rows, in independent lanes.
 
 The global stream's n-th group of rows comes from lane ``n % lanes``. A lane owns every ``lanes``-th block of a
-permutation drawn anew each epoch, shuffles samples inside a window of blocks, packs a window of documents into rows and
-gathers rows into groups of about as many images each. Nothing random is stored: every draw is a function of (seed,
-purpose, lane, counter), so a lane's position is a few integers plus the addresses of documents that wait for a row and
-of rows that wait for a group, and the stream is the same for any number of ranks and workers.
+permutation that is drawn for each epoch, shuffles samples inside a window of blocks, packs a window of documents into
+rows and gathers rows into groups of about as many images each. Nothing random is stored: every draw is a function of
+(seed, purpose, lane, counter), so a lane's position is a few integers plus the addresses of documents that wait for a
+row and of rows that wait for a group, and the stream is the same for any number of ranks and workers.
 
-What all lanes hold at a time, of samples drawn and not yet in a row that was returned, is what an epoch can be off by:
-a sample may come that much early or late. Blocks, windows, pools and, where they are not set, the number of lanes
-shrink with the corpus so that this stays below one epoch.
+At any time all lanes together hold samples that were drawn and are not yet in a returned row, so a sample may come that
+much early or late in an epoch. Blocks, windows, pools and, where it is not set, the number of lanes shrink with the
+corpus, so that this stays below one epoch.
 """
 
 import math
@@ -33,20 +33,20 @@ from lcl_ds.tokens import TextTokenizer, TokenSequence
 SOURCE, EPOCH, WINDOW, ROWS, SEQUENCES, CROP, IMAGE = range(7)
 """Purposes of keyed draws."""
 
-CARRIED_SHARE = 4
-"""One row in this many is dissolved into the next window: the emptiest ones."""
+DISSOLVED_FRACTION = 1 / 4
+"""Of the rows of a window, the emptiest ones: their pieces are carried into the next window."""
 MAX_CARRIES = 2
 """How often a piece may be carried into the next window."""
 
 MEASURED_SAMPLES = 500
 """Samples of a source, spread over it, whose tokens and images are counted."""
 PRIOR_ROWS = 2000
-"""Rows of a lane that weigh as much as the count of those samples."""
+"""Rows of a lane that weigh as much as the count of the measured samples."""
 
 MOST_LANES = 64
 """Lanes where their number is not set and the corpus is not small."""
 WINDOWS_PER_EPOCH = 4
-"""Windows, of packing and of shuffling, that a lane's part of an epoch is cut into at least."""
+"""Windows, of packing and of shuffling, that a lane's draws of an epoch are cut into, at least."""
 GOOD_WINDOW_ROWS = 16
 """Rows of a window that pack well; the number of lanes is chosen so that no window need be smaller."""
 LEAST_WINDOW_ROWS = 2
@@ -72,13 +72,13 @@ def measure_sizes(sources: Sequence[Source], settings: "LaneSettings", tokenizer
                 continue
             total += sum((np.array([len(s.input_ids), len(s.images)]) for s in sequences), np.zeros(2))
         sizes.append(total / len(numbers))
-    return np.stack(sizes) + np.array([1e-9, 0.0])  # of nothing but bad samples: no division by 0
+    return np.stack(sizes) + np.array([1e-9, 0.0])  # a source of nothing but bad samples: no division by 0
 
 
 def draws_per_epoch(sources: Sequence[Source], mixture: Mixture, step: int) -> float:
     """Count the samples that are drawn from all sources at ``step`` until the first source has been read once."""
-    shares = mixture.shares(step)
-    return min(len(source) / share for source, share in zip(sources, shares, strict=True) if share > 0)
+    fractions = mixture.fractions(step)
+    return min(len(source) / fraction for source, fraction in zip(sources, fractions, strict=True) if fraction > 0)
 
 
 def choose_lanes(sources: Sequence[Source], settings: "LaneSettings", tokenizer: TextTokenizer) -> int:
@@ -86,7 +86,7 @@ def choose_lanes(sources: Sequence[Source], settings: "LaneSettings", tokenizer:
     mixture = Mixture(sources, settings.mix_by)
     windows = min(draws_per_epoch(sources, mixture, step) for step in change_steps(sources)) / settings.pack_window
     if windows < MOST_LANES * WINDOWS_PER_EPOCH:
-        tokens, images = mixture.shares(0) @ measure_sizes(sources, settings, tokenizer)
+        tokens, images = mixture.fractions(0) @ measure_sizes(sources, settings, tokenizer)
         rows = settings.pack_window * max(tokens / settings.row_tokens, images / settings.row_images)
         windows *= max(1.0, rows / GOOD_WINDOW_ROWS)  # smaller ones, where a whole one has more rows than it needs
     lanes = MOST_LANES
@@ -217,7 +217,7 @@ class Lane:
 
     @property
     def rows_returned(self) -> int:
-        """Rows that were returned so far, over all starts."""
+        """Count the rows that were returned so far, over all starts."""
         return self._rows_returned
 
     def skip_row(self) -> None:
@@ -233,7 +233,8 @@ class Lane:
         sequences = []
         for piece in pieces:
             sequence = self._with_pixels(piece)
-            sequences += [sequence] if sequence is not None else []
+            if sequence is not None:
+                sequences.append(sequence)
         if self._watch:
             self._watch.end()
         row = Row(tuple(sequences), self._pending_skips)
@@ -241,7 +242,7 @@ class Lane:
         return row
 
     def _next_pieces(self) -> list[_Piece]:
-        """The next row of the current group, or the first of the next one."""
+        """Take the next row of the current group, or the first of the next one."""
         size = self.settings.group_rows
         if not self._group:
             # A group is chosen from a full pool; rows that go alone need none.
@@ -256,40 +257,40 @@ class Lane:
         return self._group.pop(0)
 
     def _pool_rows(self) -> int:
-        """Rows to choose a group from: at most a quarter of the lane's part of an epoch, but two groups."""
+        """Say how many rows a group is chosen from: at most a quarter of the lane's epoch, but at least two groups."""
         assert self._sizes is not None
-        tokens, images = self._mixture.shares(self._step) @ self._sizes
+        tokens, images = self._mixture.fractions(self._step) @ self._sizes
         rows_per_draw = max(tokens / self.settings.row_tokens, images / self.settings.row_images)
-        quarter = int(self._share_of_epoch(self._step) * rows_per_draw / WINDOWS_PER_EPOCH)
+        quarter = int(self._epoch_draws(self._step) * rows_per_draw / WINDOWS_PER_EPOCH)
         return min(self.settings.row_pool, max(quarter, 2 * self.settings.group_rows))
 
-    def _share_of_epoch(self, step: int) -> float:
-        """Samples that this lane draws until the first source has been read once."""
+    def _epoch_draws(self, step: int) -> float:
+        """Count the samples that this lane draws until the first source has been read once."""
         return draws_per_epoch(self.sources, self._mixture, step) / self.settings.lanes
 
     def _images_per_row(self) -> float:
-        """In the long run: what the sources promise, and more and more what this lane has seen.
+        """Estimate the images of a row in the long run: what the sources promise, then more and more what was packed.
 
         Lanes must agree from the start; otherwise ranks would differ by what each lane happened to see first.
         """
         rows, images = self._packed
         if self._sizes is None:
             return images / rows
-        tokens, pictures = self._mixture.shares(self._step) @ self._sizes
-        expected = self.settings.row_tokens * pictures / tokens
+        tokens_per_sample, images_per_sample = self._mixture.fractions(self._step) @ self._sizes
+        expected = self.settings.row_tokens * images_per_sample / tokens_per_sample
         return (expected * PRIOR_ROWS + images) / (PRIOR_ROWS + rows)
 
     @property
     def _step(self) -> int:
-        """The optimizer step that the next row belongs to."""
+        """Say which optimizer step the next row belongs to."""
         return self._step_of(self._rows_returned)
 
     def _step_of(self, row: int) -> int:
-        """The optimizer step that the lane's ``row``-th row belongs to."""
+        """Say which optimizer step the lane's ``row``-th row belongs to."""
         return row * self.settings.lanes // self.settings.rows_per_step
 
     def _rows_until_change(self, row: int) -> float:
-        """Rows from ``row`` on that belong to steps before the sources' weights change next."""
+        """Count the rows from ``row`` on that belong to steps before the sources' weights change next."""
         step = self._step_of(row)
         changes = [change for change in self._changes if change > step]
         return changes[0] * self.settings.rows_per_step / self.settings.lanes - row if changes else math.inf
@@ -315,7 +316,7 @@ class Lane:
         )
         # A piece of an awkward length must not wait forever.
         free = [row for row in packed if all(pieces[i].carries < MAX_CARRIES for i in row)]
-        dissolved = free[-max(1, len(packed) // CARRIED_SHARE) :] if len(packed) > 1 else []
+        dissolved = free[-max(1, int(len(packed) * DISSOLVED_FRACTION)) :] if len(packed) > 1 else []
         kept = [row for row in packed if row not in dissolved]
         self._carried = [replace(pieces[i], carries=pieces[i].carries + 1) for row in dissolved for i in row]
         order = keyed_rng(self.settings.data_seed, ROWS, self.number, self._draws).permutation(len(kept))
@@ -324,11 +325,14 @@ class Lane:
         self._packed[1] += sum(len(pieces[i].tokens.images) for row in kept for i in row)
 
     def _draw_window(self) -> list[_Piece]:
-        """Pieces of the next samples: ``pack_window`` of them, or fewer where the lane's part of an epoch is small or
-        the sources' weights change before their rows are returned."""
+        """Draw the pieces of the next samples.
+
+        They are ``pack_window`` samples, or fewer where the lane draws little in an epoch or where the sources'
+        weights change before the rows are returned.
+        """
         first_row = self._rows_returned + len(self._pool)
         step, most = self._step_of(first_row), self._rows_until_change(first_row)
-        enough = self._share_of_epoch(step) / WINDOWS_PER_EPOCH
+        enough = self._epoch_draws(step) / WINDOWS_PER_EPOCH
         rows, pieces = self._rows_filled_by(self._carried), list[_Piece]()
         for drawn in range(self.settings.pack_window):
             if rows >= most or (drawn >= enough and rows >= LEAST_WINDOW_ROWS):
@@ -347,7 +351,7 @@ class Lane:
         return pieces
 
     def _rows_filled_by(self, pieces: Sequence[_Piece]) -> float:
-        """Rows that pieces need, without padding."""
+        """Say how many rows pieces need, without padding."""
         tokens = sum(len(piece.tokens.input_ids) for piece in pieces)
         images = sum(len(piece.tokens.images) for piece in pieces)
         return max(tokens / self.settings.row_tokens, images / self.settings.row_images)
@@ -368,7 +372,7 @@ class Lane:
         return int(samples[offset])
 
     def _window_samples(self, source: int, window: int) -> np.ndarray:
-        """Samples of the lane's next ``shuffle_blocks`` blocks, shuffled."""
+        """Shuffle the samples of the lane's next ``shuffle_blocks`` blocks."""
         cached = self._windows.get(source)
         if cached is None or cached[0] != window:
             first = window * self.settings.shuffle_blocks
@@ -379,16 +383,16 @@ class Lane:
         return cached[1]
 
     def _blocks_of(self, source: Source) -> Blocks:
-        """Blocks of neighbours, small enough for a few shuffling windows in the lane's part of an epoch."""
+        """Cut a source into blocks, so small that a lane's draws of an epoch fill a few shuffling windows."""
         settings = self.settings
         fitting = len(source) // (settings.lanes * settings.shuffle_blocks * WINDOWS_PER_EPOCH)
         return source.blocks(max(1, min(settings.block_samples, fitting)))
 
     def _block(self, source: int, index: int) -> tuple[int, int]:
-        """The lane's ``index``-th block over all epochs."""
+        """Find the lane's ``index``-th block over all epochs."""
         blocks = self._blocks[source]
-        epoch, place = divmod(index * self.settings.lanes + self.number, len(blocks))
-        return blocks[int(epoch_order(self.settings.data_seed, source, epoch, len(blocks))[place])]
+        epoch, position = divmod(index * self.settings.lanes + self.number, len(blocks))
+        return blocks[int(epoch_order(self.settings.data_seed, source, epoch, len(blocks))[position])]
 
     def _pieces(self, source: int, sample: int, draw: int) -> list[_Piece]:
         if self._watch:
@@ -403,7 +407,7 @@ class Lane:
         return [_Piece(source, sample, draw, i, 0, document, tokens) for i, tokens in enumerate(sequences)]
 
     def _piece_at(self, source: int, sample: int, draw: int, piece: int, carries: int) -> _Piece:
-        """A piece that waited when the position was saved.
+        """Make a piece again that waited when the position was saved.
 
         Raises:
             UserError: its document can no longer be read as it was.
@@ -420,7 +424,7 @@ class Lane:
         return replace(pieces[piece], carries=carries)
 
     def _with_pixels(self, piece: _Piece) -> PackedSequence | None:
-        """The piece with its images decoded, as far as they can be; None when nothing is left."""
+        """Decode the images of a piece, as far as they can be; None when nothing is left."""
         settings, source = self.settings, self.sources[piece.source]
         pixels, seeds, lost = [], [], []
         if self._watch:

@@ -146,7 +146,7 @@ class BatchLoader:
         )
 
     def _ending_event(self, workers: int) -> Event | None:
-        """Set when this loader or its process ends; None without loader processes."""
+        """Make an event that is set when this loader or its process ends; None without loader processes."""
         if not workers:
             return None
         ending = multiprocessing.Event()
@@ -203,7 +203,7 @@ def check_same_data(state: LoaderState, lanes: int, fingerprint: dict[str, str])
     The same shards in the same order are the same data, whatever folders they lie in.
 
     Raises:
-        UserError: names the shards that are missing, new, changed or in another place.
+        UserError: names the shards that are missing, new, changed or in another order.
     """
     if state["lane_count"] != lanes:
         raise UserError(f"data.lanes: the checkpoint was written with {state['lane_count']}, not {lanes}; it is fixed")
@@ -260,7 +260,7 @@ def _differences_of_source(saved: dict[str, str], now: dict[str, str]) -> list[s
 
 
 def _not_in(some: dict[str, str], others: dict[str, str]) -> list[str]:
-    """Names of ``some`` shards that ``others`` lack; of shards with one layout those first whose name they lack too."""
+    """Name the ``some`` shards that ``others`` lack; of shards with one layout those first whose name they lack too."""
     lacking = Counter(some.values()) - Counter(others.values())
     names = []
     for name in sorted(some, key=lambda name: name in others):
@@ -271,10 +271,10 @@ def _not_in(some: dict[str, str], others: dict[str, str]) -> list[str]:
 
 
 def _may_be_same_file(name: str, other: str) -> bool:
-    """Whether two names below common folders agree as far as the shorter one goes."""
-    parts, others = name.split("/")[1:], other.split("/")[1:]
-    length = min(len(parts), len(others))
-    return parts[-length:] == others[-length:]
+    """Say whether two names below common folders agree as far as the shorter one goes."""
+    ours, theirs = name.split("/")[1:], other.split("/")[1:]
+    length = min(len(ours), len(theirs))
+    return ours[-length:] == theirs[-length:]
 
 
 def _leave_signals_to_the_trainer(ending: Event | None, _: int) -> None:

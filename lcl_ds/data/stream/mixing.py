@@ -26,16 +26,16 @@ def spread_samples(source: Source, count: int) -> list[int]:
 def images_per_sample(source: Source) -> float:
     """Count the image members of a sample in the mean, from the index alone."""
     numbers = spread_samples(source, MEASURED_SAMPLES)
-    suffixes = [suffix for number in numbers for suffix in source.sample(number).parts]
+    suffixes = [suffix for number in numbers for suffix in source.sample(number).members]
     return sum(suffix.rsplit(".", 1)[-1] in IMAGE_SUFFIXES for suffix in suffixes) / len(numbers)
 
 
 class Mixture:
-    """Shares of draws by step.
+    """The fraction of draws that each source gets, by step.
 
     Args:
         sources: with their weights.
-        by: ``samples``: a weight is a share of samples; ``images``: of images, so that two sources of equal weights
+        by: ``samples``: a weight is a fraction of samples; ``images``: of images, so that two sources of equal weights
             give as many images each (the paper's LAION and MMC4), whatever a sample holds.
 
     Raises:
@@ -49,19 +49,19 @@ class Mixture:
             if count == 0:
                 raise UserError(f"data.mix_by: images: source {source.name} has no images; mix by samples")
         self._per_sample = np.array(images)
-        self._shares: dict[tuple[float, ...], np.ndarray] = {}
+        self._fractions: dict[tuple[float, ...], np.ndarray] = {}
 
-    def shares(self, step: int) -> np.ndarray:
-        """Return each source's share of draws at ``step``."""
+    def fractions(self, step: int) -> np.ndarray:
+        """Return the fraction of draws of each source at ``step``, float64 [sources]."""
         weights = tuple(weight_at(weight, step) for weight in self._weights)
-        if weights not in self._shares:
-            shares = np.array(weights) / self._per_sample
-            self._shares[weights] = shares / shares.sum()
-        return self._shares[weights]
+        if weights not in self._fractions:
+            fractions = np.array(weights) / self._per_sample
+            self._fractions[weights] = fractions / fractions.sum()
+        return self._fractions[weights]
 
     def choose(self, step: int, draw: float) -> int:
         """Choose the source that ``draw``, uniform in [0, 1), falls on at ``step``."""
-        shares = self.shares(step)
-        chosen = int(np.searchsorted(np.cumsum(shares), draw, side="right"))
-        # The last edge may be rounded to a little below 1; a source of weight 0 has no share to fall on.
-        return min(chosen, int(np.nonzero(shares)[0][-1]))
+        fractions = self.fractions(step)
+        chosen = int(np.searchsorted(np.cumsum(fractions), draw, side="right"))
+        # The last edge may be rounded to a little below 1; a source of weight 0 is never chosen.
+        return min(chosen, int(np.nonzero(fractions)[0][-1]))

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from lcl_ds.batch import Batch, Readouts
+from lcl_ds.metrics import SourceCounts
 from lcl_ds.tokens import TokenSequence, Vocabulary
 
 LOOK_AHEAD = 8
 """Oldest rows among which a group's middle ones are chosen."""
 PREFER_OLDER = 0.01
-"""Images by which a pair of rows may miss the wanted sum for each place that it is older."""
+"""Images by which two rows may miss the wanted sum for each position that they stand nearer to the front."""
 
 
 def pack(lengths: Sequence[int], images: Sequence[int], row_tokens: int, row_images: int) -> list[list[int]]:
@@ -49,7 +50,7 @@ def choose_group(images: Sequence[int], size: int, mean: float) -> list[int]:
     """Choose rows whose images sum to about ``size * mean``.
 
     The oldest row is always among them, so none waits forever; the next ones are those of the oldest few that leave
-    the rest nearest to the mean, and the last two the pair that comes closest.
+    the rest nearest to the mean, and the last two those that come closest together.
 
     Args:
         images: of the waiting rows, oldest first; at least ``size``.
@@ -104,38 +105,28 @@ def collate(
 ) -> Batch:
     """Lay rows side by side; see :class:`lcl_ds.batch.Batch` for what comes out.
 
-    Padding is cut into documents without labels, none longer than the longest of its row, so that no position runs past
-    the decoder's table and a row is the same whatever other rows it is laid beside.
-
     Args:
         readout_names: those that the batch has, also where no sequence has one.
     """
-    shape = len(rows), row_tokens
-    input_ids = np.full(shape, vocabulary.eot, dtype=np.int64)
-    position_ids = np.zeros(shape, dtype=np.int64)
+    input_ids, position_ids = _lay_tokens(rows, row_tokens, vocabulary.eot)
     labels, label_positions = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     slots: list[tuple[int, int]] = []  # (flat position, image of the batch)
     readouts: dict[str, list[tuple[int, int]]] = {name: [] for name in readout_names}
     pixels: list[np.ndarray] = []
     seeds: list[int] = []
     for r, row in enumerate(rows):
-        start, longest = 0, 1
+        offset = r * row_tokens
         for sequence in row.sequences:
             tokens = sequence.tokens
-            longest = max(longest, int(np.diff([*tokens.starts, len(tokens.input_ids)]).max()))
-            end, offset = start + len(tokens.input_ids), r * row_tokens + start
-            input_ids[r, start:end] = tokens.input_ids
-            position_ids[r, start:end] = _positions(tokens)
             label_positions.append(tokens.label_positions + offset)
             labels.append(tokens.labels)
             number = {image: len(seeds) + i for i, image in enumerate(tokens.images)}
             slots += [(offset + slot.position, number[slot.image]) for slot in tokens.slots]
-            for name, places in tokens.readouts.items():
-                readouts[name] += [(offset + position, number[image]) for position, image in places]
+            for name, positions in tokens.readouts.items():
+                readouts[name] += [(offset + position, number[image]) for position, image in positions]
             pixels.append(sequence.pixels)
             seeds += sequence.image_seeds or (0,) * len(tokens.images)
-            start = end
-        position_ids[r, start:] = np.arange(row_tokens - start) % longest
+            offset += len(tokens.input_ids)
     image_count = len(seeds)
     if image_count == 0:
         pixels = [np.full((1, 3, image_size, image_size), 127, dtype=np.uint8)]
@@ -152,7 +143,7 @@ def collate(
         image_seeds=torch.tensor(seeds, dtype=torch.int64),
         slot_images=slot_images,
         slot_positions=slot_positions,
-        readouts={name: Readouts(*_columns(places)) for name, places in readouts.items()},
+        readouts={name: Readouts(*_columns(entries)) for name, entries in readouts.items()},
         label_positions=torch.from_numpy(np.concatenate(label_positions)),
         labels=torch.from_numpy(np.concatenate(labels)),
         image_count=image_count,
@@ -164,23 +155,42 @@ def collate(
     )
 
 
+def _lay_tokens(rows: Sequence[Row], row_tokens: int, padding: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lay the tokens of rows side by side: ids and position ids, int64 [rows, row_tokens] each.
+
+    Padding is cut into documents without labels, none longer than the longest of its row, so that no position runs past
+    the decoder's table and a row is the same whatever other rows it is laid beside.
+    """
+    input_ids = np.full((len(rows), row_tokens), padding, dtype=np.int64)
+    position_ids = np.zeros_like(input_ids)
+    for ids, positions, row in zip(input_ids, position_ids, rows, strict=True):
+        start, longest = 0, 1
+        for sequence in row.sequences:
+            tokens = sequence.tokens
+            longest = max(longest, int(np.diff([*tokens.starts, len(tokens.input_ids)]).max()))
+            end = start + len(tokens.input_ids)
+            ids[start:end] = tokens.input_ids
+            positions[start:end] = _positions(tokens)
+            start = end
+        positions[start:] = np.arange(row_tokens - start) % longest
+    return input_ids, position_ids
+
+
 def _positions(tokens: TokenSequence) -> np.ndarray:
     """Number every token within its passage."""
-    places = np.arange(len(tokens.input_ids))
+    numbers = np.arange(len(tokens.input_ids))
     starts = np.array(tokens.starts)
-    return places - starts[np.searchsorted(starts, places, side="right") - 1]
+    return numbers - starts[np.searchsorted(starts, numbers, side="right") - 1]
 
 
-def _sources(sequences: Sequence[PackedSequence]) -> dict[str, tuple[int, int]]:
-    """Documents and images by source."""
-    counts: dict[str, tuple[int, int]] = {}
+def _sources(sequences: Sequence[PackedSequence]) -> dict[str, SourceCounts]:
+    """Count documents and images by source."""
+    images: dict[str, list[int]] = {}
     for sequence in sequences:
-        name = sequence.key.split("/", 1)[0]
-        documents, images = counts.get(name, (0, 0))
-        counts[name] = documents + 1, images + len(sequence.tokens.images)
-    return counts
+        images.setdefault(sequence.key.split("/", 1)[0], []).append(len(sequence.tokens.images))
+    return {name: SourceCounts(len(of_source), sum(of_source)) for name, of_source in images.items()}
 
 
-def _columns(pairs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    first, second = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
+def _columns(rows: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    first, second = torch.tensor(rows, dtype=torch.int64).view(-1, 2).unbind(1)
     return first.contiguous(), second.contiguous()

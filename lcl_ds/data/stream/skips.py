@@ -24,7 +24,7 @@ from lcl_ds.errors import UserError
 logger = logging.getLogger(__name__)
 
 RECENT = 1000
-"""Documents and images that the share is taken of."""
+"""Documents and images that the fraction of bad ones is taken of."""
 
 
 class Skips:
@@ -49,7 +49,7 @@ class Skips:
         """Count a document or image that was left out.
 
         Raises:
-            UserError: too many recent ones were bad; names the commonest reasons.
+            UserError: too many recent ones were bad; names the most frequent reasons.
         """
         kind = source.name, reason_of(problem)
         self.counts[kind] += 1

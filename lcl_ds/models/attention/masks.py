@@ -1,6 +1,6 @@
 """What a token of a packed row may attend to, as keyword arguments of a transformers decoder.
 
-The masks are made here, from the documents of the rows, and handed over ready: families differ in what they derive
+The masks are made here, from the documents of the rows, and handed over complete: families differ in what they derive
 from ``position_ids`` (OPT derives nothing), and those that derive a mask read values back from the GPU to do so.
 """
 
@@ -26,7 +26,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 from lcl_ds.models.attention import varlen
 
 Mode = Literal["causal", "images", "bidirectional"]
-"""Within a document: only what came before; that and the rest of one's own image; everything."""
+"""What a token sees of its document: what came before it; that and the rest of its own image; everything."""
 
 FLASH = ("flash_attention_3", "flash_attention_2")
 BY_BOUNDS = (*FLASH, varlen.NAME)
@@ -46,7 +46,7 @@ def attention_arguments(
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
 ) -> dict[str, Any]:
-    """Arguments that keep the documents of each row apart, ``position_ids`` among them.
+    """Make the arguments that keep the documents of each row apart, ``position_ids`` among them.
 
     They are those of the attention implementation that the decoder uses, see :func:`use_best_implementation`.
 
@@ -182,8 +182,8 @@ def unavailable(implementation: str, device_type: str, dtype: torch.dtype) -> st
 def _bounds_arguments(config: Any, mode: Mode, cu_seqlens: Tensor, max_seqlen: int) -> dict[str, Any]:
     """Make arguments in which documents are sequences of their own, whatever row they lie in.
 
-    With flash, families without layer types (llama, gpt2, mistral, gemma) look at ``position_ids`` for packed rows all
-    the same, which waits for the GPU once per forward pass; transformers has no argument against it.
+    With flash, families without layer types (llama, gpt2, mistral, gemma) still look for packed rows in
+    ``position_ids``, which waits for the GPU once per forward pass; no argument of transformers prevents it.
     """
     return {
         "attention_mask": _per_layer_type(config, lambda window: None),

@@ -20,12 +20,12 @@ LARGEST_HEAD = 256
 
 
 def register() -> None:
-    """Make the name known to transformers; as often as one likes."""
+    """Make the name known to transformers; calling it again changes nothing."""
     AttentionInterface.register(NAME, varlen_attention)
 
 
 def has_gpu_kernel() -> bool:
-    """Whether this torch has the variable-length kernel."""
+    """Say whether this torch has the variable-length kernel."""
     return find_spec("torch.nn.attention.varlen") is not None
 
 
@@ -43,7 +43,7 @@ def varlen_attention(
     max_length_q: int,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function as transformers calls it.
+    """Attend within documents, as transformers calls an attention function.
 
     Args:
         query: [R, heads, L, D].
@@ -76,18 +76,18 @@ def varlen_attention(
 
 
 def _one_by_one(flat: list[Tensor], lengths: list[int], scaling: float | None, window: tuple[int, int]) -> Tensor:
-    """[T, heads, D] of each; the rows of a short document need no window."""
-    parts = []
+    """Attend [T, heads, D] document by document; a document shorter than the window needs no mask."""
+    documents = []
     for query, key, value in zip(*(x.split(lengths) for x in flat), strict=True):
         mask, is_causal = None, window[1] == 0
         if 0 <= window[0] < len(query) - 1:
-            place = torch.arange(len(query))
-            distance = place[:, None] - place
+            position = torch.arange(len(query))
+            distance = position[:, None] - position
             mask, is_causal = (distance <= window[0]) & (-distance <= window[1]), False
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
         shared = query.shape[1] != key.shape[1]
         attended = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=scaling, enable_gqa=shared
         )
-        parts.append(attended[0].transpose(0, 1))
-    return torch.cat(parts)
+        documents.append(attended[0].transpose(0, 1))
+    return torch.cat(documents)

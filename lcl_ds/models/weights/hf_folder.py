@@ -35,19 +35,19 @@ class Architecture:
     """Whether the vocabulary head is the embedding."""
 
 
-def read_architecture(folder: Path, part: Literal["vision", "decoder"]) -> Architecture:
+def read_architecture(folder: Path, tower: Literal["vision", "decoder"]) -> Architecture:
     """Read the tower in ``config.json``; a folder of a whole CLIP or SigLIP has the vision tower inside.
 
     Raises:
         ValueError: no such file, or no tower that transformers knows.
     """
     tree = _read_json(folder / "config.json")
-    if part == "vision" and "vision_config" in tree:
+    if tower == "vision" and "vision_config" in tree:
         tree = {"model_type": f"{tree.get('model_type')}_vision_model", **tree["vision_config"]}
     model_type = str(tree.get("model_type"))
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"{folder}: config.json: transformers has no model_type {model_type!r}")
-    if part == "decoder" and "text_config" in tree:
+    if tower == "decoder" and "text_config" in tree:
         raise ValueError(
             f"{folder}: {model_type} holds more than a decoder; a folder of its language model is expected"
         )
@@ -57,7 +57,7 @@ def read_architecture(folder: Path, part: Literal["vision", "decoder"]) -> Archi
         raise ValueError(f"{folder / 'config.json'}: {' '.join(str(error).split())}") from error
     keys = {k: v for k, v in config.to_dict().items() if k not in NOT_ARCHITECTURE and not k.endswith(DROPOUT_ENDINGS)}
     keys = {key: value for key, value in keys.items() if key not in PreTrainedConfig().to_dict()}
-    if part == "vision":
+    if tower == "vision":
         keys |= _pixels(folder, model_type, config)
     elif "rope_parameters" not in keys:
         # Learned positions are cut to the length of a row.
@@ -78,24 +78,24 @@ def _pixels(folder: Path, model_type: str, config: Any) -> dict[str, Any]:
     }
 
 
-def with_architecture(values: dict[str, Any], part: Literal["vision", "decoder"]) -> dict[str, Any]:
+def with_architecture(values: dict[str, Any], tower: Literal["vision", "decoder"]) -> dict[str, Any]:
     """Complete a recipe's tower settings with what the folder ``pretrained`` says.
 
     Raises:
         ValueError: a key of the recipe contradicts the folder; names the key and both values.
     """
     folder = Path(values["pretrained"])
-    found = read_architecture(folder, part)
-    theirs = {"model_type": found.model_type, **found.keys}
-    given = {found.aliases.get(key, key): value for key, value in values.items()}
+    architecture = read_architecture(folder, tower)
+    theirs = {"model_type": architecture.model_type, **architecture.keys}
+    ours = {architecture.aliases.get(key, key): value for key, value in values.items()}
     conflicts = [
-        f"{key}: the recipe says {given[key]!r}, {folder / 'config.json'} {value!r}"
+        f"{key}: the recipe says {ours[key]!r}, {folder / 'config.json'} {value!r}"
         for key, value in theirs.items()
-        if key in given and key not in FREE and given[key] != value
+        if key in ours and key not in FREE and ours[key] != value
     ]
     if conflicts:
         raise ValueError("; ".join(conflicts) + "; leave the key out to follow the folder")
-    return {**theirs, **given}
+    return {**theirs, **ours}
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ IGNORED = {"text.attn_mask"}
 """A buffer that some versions save."""
 
 Change = Literal["same", "transpose", "flat"]
-"""flat: a scalar there, one element here."""
+"""How a tensor changes from the published format to ours; ``flat``: from a scalar to one element."""
 
 HEADS: list[tuple[str, str, Change]] = [
     ("visual.class_embedding", "vision.model.embeddings.class_embedding", "same"),
@@ -42,15 +42,15 @@ HEADS: list[tuple[str, str, Change]] = [
     ("pool_project.query_token", "pooling.query", "same"),
     ("pool_project.pooler.cross_attn.proj.weight", "pooling.proj.weight", "same"),
     *(
-        pair
+        entry
         for x in "qkv"
-        for pair in (
+        for entry in (
             (f"pool_project.pooler.cross_attn.{x}.weight", f"pooling.{x}.weight", "same"),
             (f"pool_project.pooler.cross_attn.{x}_bias", f"pooling.{x}.bias", "same"),
         )
     ),
 ]
-"""(there, here, what changes) of tensors that exist once, norms aside."""
+"""(published name, our name, change) of tensors that exist once, without the norms."""
 
 NORMS = {
     "visual.ln_pre": "vision.model.pre_layrnorm",
@@ -77,7 +77,7 @@ TEXT_BLOCK = {
 
 
 @dataclass(frozen=True)
-class Reference:
+class PublishedConfig:
     """What the published JSON model configuration says."""
 
     model: ModelSettings
@@ -86,7 +86,7 @@ class Reference:
     context_length: int
 
 
-def read_reference_config(config: Mapping[str, Any], origin: str = "reference config") -> Reference:
+def read_published_config(config: Mapping[str, Any], origin: str = "published configuration") -> PublishedConfig:
     """Read the settings of a published model.
 
     Args:
@@ -129,29 +129,29 @@ def read_reference_config(config: Mapping[str, Any], origin: str = "reference co
         raise UserError(f"{origin}: special_token_ids: {ids} do not follow each other in the order {CONTROL_NAMES}")
     if len(widths) > 1:
         raise UserError(f"{origin}: embed_dim, text_cfg.width and pool_project_cfg.output_dim differ: {sorted(widths)}")
-    return Reference(
+    return PublishedConfig(
         ModelSettings.model_validate(settings), Vocabulary(first), text["vocab_size"], text["context_length"]
     )
 
 
-def load_reference(source: Path | Mapping[str, Tensor], config: Mapping[str, Any]) -> LCLModel:
+def load_published(weights: Path | Mapping[str, Tensor], config: Mapping[str, Any]) -> LCLModel:
     """Build a model with published weights, fp32 on the CPU.
 
     Args:
-        source: a state dict, or a file with one (``.pt``, also inside ``{"state_dict": ...}``, or ``.safetensors``);
+        weights: a state dict, or a file with one (``.pt``, also inside ``{"state_dict": ...}``, or ``.safetensors``);
             names may begin with ``module.``.
         config: the published JSON model configuration.
 
     Raises:
         UserError: the file cannot be read, or names or shapes do not fit; all of them are listed.
     """
-    reference = read_reference_config(config)
-    origin = str(source) if isinstance(source, Path) else "state dict"
-    state = read_state_dict(source) if isinstance(source, Path) else source
+    published = read_published_config(config)
+    origin = str(weights) if isinstance(weights, Path) else "state dict"
+    state = read_state_dict(weights) if isinstance(weights, Path) else weights
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     state = {name: tensor.float() for name, tensor in state.items() if name not in IGNORED}
-    model = build_model(reference.model, reference.vocab_size, reference.context_length, seed=0)
-    expected = {name: tensor.shape for name, tensor in to_reference(model.state_dict()).items()}
+    model = build_model(published.model, published.vocab_size, published.context_length, seed=0)
+    expected = {name: tensor.shape for name, tensor in to_published(model.state_dict()).items()}
     problems = [f"{name} is missing" for name in expected.keys() - state.keys()]
     problems += [f"{name} is not part of the model" for name in state.keys() - expected.keys()]
     problems += [
@@ -161,7 +161,7 @@ def load_reference(source: Path | Mapping[str, Tensor], config: Mapping[str, Any
     ]
     if problems:
         raise UserError([f"{origin}: {problem}" for problem in sorted(problems)])
-    model.load_state_dict(from_reference(state))
+    model.load_state_dict(from_published(state))
     return model
 
 
@@ -183,41 +183,41 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return dict(content)
 
 
-def from_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert published names and layouts to those of :class:`LCLModel`."""
     ours: dict[str, Tensor] = {}
-    for there, here, change in _single_pairs():
+    for there, here, change in _single_weights():
         ours[here] = _changed(state[there], change, back=False)
     for i in _layers(state, r"visual\.transformer\.resblocks\.(\d+)\."):
-        source, target = f"visual.transformer.resblocks.{i}.", f"vision.model.encoder.layers.{i}."
-        ours |= {here: state[there] for there, here in _vision_pairs(i)}
+        there_prefix, here_prefix = f"visual.transformer.resblocks.{i}.", f"vision.model.encoder.layers.{i}."
+        ours |= {here: state[there] for there, here in _vision_block_weights(i)}
         for kind in ("weight", "bias"):
-            for x, part in zip("qkv", state[f"{source}attn.in_proj_{kind}"].chunk(3), strict=True):
-                ours[f"{target}self_attn.{x}_proj.{kind}"] = part.clone()
+            for x, weight in zip("qkv", state[f"{there_prefix}attn.in_proj_{kind}"].chunk(3), strict=True):
+                ours[f"{here_prefix}self_attn.{x}_proj.{kind}"] = weight.clone()
     for i in _layers(state, r"text\.transformer\.resblocks\.(\d+)\."):
-        for there, here, change in _text_pairs(i):
+        for there, here, change in _text_block_weights(i):
             ours[here] = _changed(state[there], change, back=False)
     return ours
 
 
-def to_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert back: the inverse of :func:`from_reference`.
+def to_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert back: the inverse of :func:`from_published`.
 
     Raises:
         UserError: the towers are not CLIP's and GPT-2's, which alone the published format has.
     """
     theirs: dict[str, Tensor] = {}
     try:
-        for there, here, change in _single_pairs():
+        for there, here, change in _single_weights():
             theirs[there] = _changed(state[here], change, back=True)
         for i in _layers(state, r"vision\.model\.encoder\.layers\.(\d+)\."):
-            target, source = f"visual.transformer.resblocks.{i}.", f"vision.model.encoder.layers.{i}."
-            theirs |= {there: state[here] for there, here in _vision_pairs(i)}
+            there_prefix, here_prefix = f"visual.transformer.resblocks.{i}.", f"vision.model.encoder.layers.{i}."
+            theirs |= {there: state[here] for there, here in _vision_block_weights(i)}
             for kind in ("weight", "bias"):
-                parts = [state[f"{source}self_attn.{x}_proj.{kind}"] for x in "qkv"]
-                theirs[f"{target}attn.in_proj_{kind}"] = torch.cat(parts)
+                projections = [state[f"{here_prefix}self_attn.{x}_proj.{kind}"] for x in "qkv"]
+                theirs[f"{there_prefix}attn.in_proj_{kind}"] = torch.cat(projections)
         for i in _layers(state, r"decoder\.h\.(\d+)\."):
-            for there, here, change in _text_pairs(i):
+            for there, here, change in _text_block_weights(i):
                 theirs[there] = _changed(state[here], change, back=True)
     except KeyError as error:
         raise UserError(
@@ -226,8 +226,8 @@ def to_reference(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return theirs
 
 
-def write_reference_config(model: LCLModel, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Write the JSON model configuration of the published code, which :func:`read_reference_config` reads.
+def write_published_config(model: LCLModel, vocabulary: Vocabulary) -> dict[str, Any]:
+    """Write the JSON model configuration of the published code, which :func:`read_published_config` reads.
 
     Raises:
         UserError: the model computes something that the published code cannot.
@@ -269,7 +269,7 @@ def _activation(config: Any) -> str | None:
     return getattr(config, "activation_function", None)
 
 
-def read_reference_json(path: Path) -> dict[str, Any]:
+def read_published_json(path: Path) -> dict[str, Any]:
     """Read the published JSON model configuration in a file.
 
     Raises:
@@ -284,35 +284,35 @@ def read_reference_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _single_pairs() -> list[tuple[str, str, Change]]:
+def _single_weights() -> list[tuple[str, str, Change]]:
     norms: list[tuple[str, str, Change]] = [
         (f"{there}.{kind}", f"{here}.{kind}", "same") for there, here in NORMS.items() for kind in ("weight", "bias")
     ]
     return HEADS + norms
 
 
-def _vision_pairs(layer: int) -> list[tuple[str, str]]:
-    """All but the projections of queries, keys and values, which are one matrix there."""
-    source, target = f"visual.transformer.resblocks.{layer}.", f"vision.model.encoder.layers.{layer}."
+def _vision_block_weights(layer: int) -> list[tuple[str, str]]:
+    """List the weights of a block but the projections of queries, keys and values, which are one matrix there."""
+    there_prefix, here_prefix = f"visual.transformer.resblocks.{layer}.", f"vision.model.encoder.layers.{layer}."
     return [
-        (f"{source}{there}.{kind}", f"{target}{here}.{kind}")
+        (f"{there_prefix}{there}.{kind}", f"{here_prefix}{here}.{kind}")
         for there, here in VISION_BLOCK.items()
         for kind in ("weight", "bias")
     ]
 
 
-def _text_pairs(layer: int) -> list[tuple[str, str, Change]]:
-    """GPT-2 keeps the matrices of its linear layers transposed."""
-    source, target = f"text.transformer.resblocks.{layer}.", f"decoder.h.{layer}."
-    pairs: list[tuple[str, str, Change]] = [
-        (f"{source}attn.in_proj_weight", f"{target}attn.c_attn.weight", "transpose"),
-        (f"{source}attn.in_proj_bias", f"{target}attn.c_attn.bias", "same"),
+def _text_block_weights(layer: int) -> list[tuple[str, str, Change]]:
+    """List the weights of a block; GPT-2 keeps the matrices of its linear layers transposed."""
+    there_prefix, here_prefix = f"text.transformer.resblocks.{layer}.", f"decoder.h.{layer}."
+    weights: list[tuple[str, str, Change]] = [
+        (f"{there_prefix}attn.in_proj_weight", f"{here_prefix}attn.c_attn.weight", "transpose"),
+        (f"{there_prefix}attn.in_proj_bias", f"{here_prefix}attn.c_attn.bias", "same"),
     ]
     for there, here in TEXT_BLOCK.items():
         matrix: Change = "same" if there.startswith("ln_") else "transpose"
-        pairs.append((f"{source}{there}.weight", f"{target}{here}.weight", matrix))
-        pairs.append((f"{source}{there}.bias", f"{target}{here}.bias", "same"))
-    return pairs
+        weights.append((f"{there_prefix}{there}.weight", f"{here_prefix}{here}.weight", matrix))
+        weights.append((f"{there_prefix}{there}.bias", f"{here_prefix}{here}.bias", "same"))
+    return weights
 
 
 def _changed(tensor: Tensor, change: Change, *, back: bool) -> Tensor:
@@ -324,4 +324,5 @@ def _changed(tensor: Tensor, change: Change, *, back: bool) -> Tensor:
 
 
 def _layers(state: Mapping[str, Tensor], pattern: str) -> list[int]:
-    return sorted({int(found.group(1)) for name in state if (found := re.match(pattern, name))})
+    matches = (re.match(pattern, name) for name in state)
+    return sorted({int(match.group(1)) for match in matches if match})

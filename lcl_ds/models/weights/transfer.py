@@ -1,7 +1,7 @@
-"""Copy given weights for parts of the network into the plainly built model before DeepSpeed partitions it.
+"""Copy weights of a folder for parts of the network into the plainly built model before DeepSpeed partitions it.
 
-Nothing stays random unnoticed: a weight that is missing, has no place or has another shape ends the run, unless the
-settings allow it by name.
+Nothing stays random unnoticed: a weight that is missing, unknown to the network or of another shape ends the run,
+unless the settings allow it by name.
 """
 
 import math
@@ -24,7 +24,7 @@ from lcl_ds.models.encoders import family_of
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.settings import ModelSettings, part_of
 from lcl_ds.models.weights.hf_folder import WeightFolder, open_weights, read_architecture
-from lcl_ds.models.weights.published import read_reference_config
+from lcl_ds.models.weights.published import read_published_config
 
 COMPUTED = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq|position_ids)$")
 """Masks and tables that files of older releases hold and that are computed here."""
@@ -40,12 +40,12 @@ RENAMED = {
 DECODER_POSITIONS = ("wpe.weight", "embed_positions.weight")
 
 Adapt = Callable[[Tensor, Tensor], Tensor]
-"""(given weight, weight here) to a weight of the shape here; raises ValueError where it cannot."""
+"""(their weight, our weight) to a weight of our shape; raises ValueError where it cannot."""
 
 
 @dataclass
 class Transfer:
-    """One source of weights and where they go; names are the source's, without the prefix of its class."""
+    """One folder of weights and where they go; names are those of the folder, without the prefix of its class."""
 
     setting: str
     folder: WeightFolder
@@ -56,21 +56,21 @@ class Transfer:
     note: str = ""
 
 
-def initialize_parts(model: LCLModel, settings: ModelSettings, text_size: int, seed: int) -> list[str]:
-    """Load weights into the parts for which the settings name a source.
+def load_parts(model: LCLModel, settings: ModelSettings, text_size: int, seed: int) -> list[str]:
+    """Load weights into the parts for which the settings name a folder.
 
     Args:
         model: from :func:`lcl_ds.models.build.build_model`, with all its weights.
         text_size: tokens of the tokenizer; the control tokens follow them.
-        seed: of the rows of tokens that the source does not know.
+        seed: of the rows of tokens that the folder does not know.
 
     Returns:
-        One sentence per source.
+        One sentence per folder.
 
     Raises:
         UserError: names every weight that is missing, unexpected or of another shape.
     """
-    sources: list[tuple[str, str | None, Callable[[Path], Transfer]]] = [
+    folders: list[tuple[str, str | None, Callable[[Path], Transfer]]] = [
         ("model.vision.pretrained", settings.vision.pretrained, lambda path: vision_transfer(model, settings, path)),
         (
             "model.decoder.pretrained",
@@ -80,16 +80,16 @@ def initialize_parts(model: LCLModel, settings: ModelSettings, text_size: int, s
         ("model.init_from", settings.init_from, lambda path: release_transfer(model, settings, path)),
     ]
     sentences, problems = [], []
-    for setting, path, prepare in sources:
+    for setting, path, prepare in folders:
         if path is None:
             continue
         try:
-            sentence, found = _carry_out(prepare(Path(path)), settings)
+            sentence, misfits = _carry_out(prepare(Path(path)), settings)
         except ValueError as error:
             problems.append(f"{setting}: {error}")
             continue
         sentences.append(sentence)
-        problems += found
+        problems += misfits
     if problems:
         raise UserError(problems)
     if settings.decoder.pretrained:
@@ -109,7 +109,7 @@ def _carry_out(transfer: Transfer, settings: ModelSettings) -> tuple[str, list[s
         for name in sorted(missing.difference(random))
     ]
     problems += [
-        f"{where}: {name} has no place in the model; allow it with model.allow_unexpected"
+        f"{where}: {name} is not in the model; allow it with model.allow_unexpected"
         for name in sorted(unexpected)
         if not _matches(name, settings.allow_unexpected)
     ]
@@ -157,8 +157,9 @@ def decoder_transfer(model: LCLModel, path: Path, text_size: int, seed: int) -> 
     Raises:
         ValueError: its head computes what ours cannot.
     """
-    folder, found, decoder = open_weights(path), read_architecture(path, "decoder"), model.decoder
-    scaling = {key: found.keys[key] for key in ("logit_scale", "logits_scaling") if found.keys.get(key, 1) != 1}
+    folder, architecture, decoder = open_weights(path), read_architecture(path, "decoder"), model.decoder
+    keys = architecture.keys
+    scaling = {key: keys[key] for key in ("logit_scale", "logits_scaling") if keys.get(key, 1) != 1}
     if scaling:
         raise ValueError(f"{path}: its head scales logits ({scaling}), which the head here does not")
     prefix = f"{decoder.base_model_prefix}."
@@ -166,14 +167,14 @@ def decoder_transfer(model: LCLModel, path: Path, text_size: int, seed: int) -> 
     (norm,) = (name for name, module in decoder.named_modules() if isinstance(module, nn.Identity))
     embedding_weight = decoder.get_input_embeddings().weight
     (embedding,) = (name for name, weight in decoder.named_parameters() if weight is embedding_weight)
-    if found.is_tied and embedding in names:
+    if architecture.is_tied and embedding in names:
         names.setdefault("lm_head.weight", names[embedding])
     targets: dict[str, Tensor] = dict(decoder.named_parameters())
     targets |= {f"{norm}.{kind}": weight for kind, weight in model.lm_head.norm.named_parameters()}
     targets["lm_head.weight"] = model.lm_head.weight
 
-    def rows(given: Tensor, here: Tensor) -> Tensor:
-        return vocabulary_rows(given, text_size, len(here), torch.Generator().manual_seed(seed))
+    def rows(theirs: Tensor, ours: Tensor) -> Tensor:
+        return vocabulary_rows(theirs, text_size, len(ours), torch.Generator().manual_seed(seed))
 
     adapt: dict[str, Adapt] = {name: _cut_positions for name in targets if name.endswith(DECODER_POSITIONS)}
     adapt |= {embedding: rows, "lm_head.weight": rows}
@@ -207,7 +208,7 @@ def release_settings(path: Path) -> ModelSettings:
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
         if "vision_cfg" in tree:
-            return read_reference_config(tree, str(file)).model
+            return read_published_config(tree, str(file)).model
         return ModelSettings.model_validate(tree["model"])
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: no settings of a full release: {error}") from error
@@ -215,39 +216,39 @@ def release_settings(path: Path) -> ModelSettings:
 
 def _differences(ours: ModelSettings, theirs: ModelSettings) -> list[tuple[str, Any, Any]]:
     """Find what the chosen parts compute differently, beyond the number of patches and of positions."""
-    found = []
+    differences = []
     if "vision" in ours.init_parts:
-        found += _different_keys("model.vision", vision_config(ours), vision_config(theirs))
+        differences += _different_keys("model.vision", vision_config(ours), vision_config(theirs))
     if "pooling" in ours.init_parts and ours.pooling != theirs.pooling:
-        found.append(("model.pooling", ours.pooling.model_dump(), theirs.pooling.model_dump()))
+        differences.append(("model.pooling", ours.pooling.model_dump(), theirs.pooling.model_dump()))
     if {"decoder", "heads"} & set(ours.init_parts):
         decoders = (build_decoder_config(s.decoder.model_type, s.decoder.hf_keys, 8, 8) for s in (ours, theirs))
-        found += _different_keys("model.decoder", *decoders)
-    return found
+        differences += _different_keys("model.decoder", *decoders)
+    return differences
 
 
-def _different_keys(part: str, ours: Any, theirs: Any) -> list[tuple[str, Any, Any]]:
+def _different_keys(tower: str, ours: Any, theirs: Any) -> list[tuple[str, Any, Any]]:
     free = {"image_size", "num_patches", ours.attribute_map.get("max_position_embeddings", "max_position_embeddings")}
     a, b = ours.to_dict(), theirs.to_dict()
     keys = sorted(key for key in {*a, *b} - free if not key.endswith(DROPOUT_ENDINGS))
-    return [(f"{part}.{key}", a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)]
+    return [(f"{tower}.{key}", a.get(key), b.get(key)) for key in keys if a.get(key) != b.get(key)]
 
 
 def _adapt_positions(model: LCLModel, settings: ModelSettings, targets: dict[str, Tensor]) -> dict[str, Adapt]:
     family = family_of(model.vision.model.config)
 
-    def to_our_patches(given: Tensor, here: Tensor) -> Tensor:
+    def to_our_patches(theirs: Tensor, ours: Tensor) -> Tensor:
         patches = model.vision.patch_tokens
-        prefix = here.shape[-2] - patches
-        old, new = math.isqrt(max(0, given.shape[-2] - prefix)), math.isqrt(patches)
-        if old == new or old**2 != given.shape[-2] - prefix:
-            return given
+        prefix = ours.shape[-2] - patches
+        old, new = math.isqrt(max(0, theirs.shape[-2] - prefix)), math.isqrt(patches)
+        if old == new or old**2 != theirs.shape[-2] - prefix:
+            return theirs
         if not settings.vision.interpolate_positions:
             raise ValueError(
                 f"positions of {old} x {old} patches, image_size and patch_size here make {new} x {new}; set "
                 f"model.vision.interpolate_positions=true to resize them, or another model.vision.image_size"
             )
-        return resize_positions(given, prefix, new, family.position_mode)
+        return resize_positions(theirs, prefix, new, family.position_mode)
 
     adapt: dict[str, Adapt] = {name: to_our_patches for name in targets if name.endswith(family.positions)}
     return adapt | {name: _cut_positions for name in targets if name.endswith(DECODER_POSITIONS)}
@@ -268,17 +269,17 @@ def resize_positions(positions: Tensor, prefix: int, side: int, mode: str = "bic
     return torch.cat([class_rows, resized], dim=-2)
 
 
-def _cut_positions(given: Tensor, here: Tensor) -> Tensor:
-    if len(given) < len(here):
+def _cut_positions(theirs: Tensor, ours: Tensor) -> Tensor:
+    if len(theirs) < len(ours):
         raise ValueError(
-            f"positions for {len(given)} tokens, the model has {len(here)}; lower data.document_tokens (by default "
-            f"data.row_tokens) by {len(here) - len(given)} or more"
+            f"positions for {len(theirs)} tokens, the model has {len(ours)}; lower data.document_tokens (by default "
+            f"data.row_tokens) by {len(ours) - len(theirs)} or more"
         )
-    return given[: len(here)]
+    return theirs[: len(ours)]
 
 
-def vocabulary_rows(given: Tensor, text_size: int, rows: int, generator: torch.Generator) -> Tensor:
+def vocabulary_rows(weight: Tensor, text_size: int, rows: int, generator: torch.Generator) -> Tensor:
     """Turn [V, H] into [rows, H]: the rows of the tokenizer's tokens, then new ones with their mean and deviation."""
-    known = given[:text_size]
-    fresh = torch.randn(rows - len(known), given.shape[1], generator=generator)
+    known = weight[:text_size]
+    fresh = torch.randn(rows - len(known), weight.shape[1], generator=generator)
     return torch.cat([known, known.mean(0) + known.std(0) * fresh])

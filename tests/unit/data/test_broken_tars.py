@@ -15,7 +15,8 @@ from lcl_ds.data.corpora.check import check_shard
 from lcl_ds.data.corpora.tars import read_tar
 from lcl_ds.data.corpus import open_data
 from lcl_ds.data.documents import BadSampleError, read_document
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.errors import UserError
 from tests.support.corpora import picture
 from tests.support.tars import write_tar
@@ -32,7 +33,7 @@ def lost_in_training(path):
     for number in range(len(source)):
         try:
             read_document(source, number)
-            assert all(source.read(number, suffix) for suffix in source.sample(number).parts)
+            assert all(source.read(number, suffix) for suffix in source.sample(number).members)
             keys.append(source.sample(number).key)
         except BadSampleError as problem:
             reasons[problem.reason] += 1
@@ -42,8 +43,8 @@ def lost_in_training(path):
 def lost_in_build(path):
     """The same of what build reads."""
     samples = list(read_tar(path))
-    reasons = Counter(str(parts) for _, parts in samples if isinstance(parts, BadSampleError))
-    return [key for key, parts in samples if not isinstance(parts, BadSampleError)], dict(reasons)
+    reasons = Counter(str(content) for _, content in samples if isinstance(content, BadSampleError))
+    return [key for key, content in samples if not isinstance(content, BadSampleError)], dict(reasons)
 
 
 def lost_everywhere(path):
@@ -163,10 +164,10 @@ def test_a_broken_header_costs_the_sample_before_it_and_the_bytes_behind_it(tmp_
     path = write_tar(tmp_path / "a.tar", pairs(0, 1, 2, 3))
     data = bytearray(path.read_bytes())
     with tarfile.open(path) as tar:
-        place = tar.getmember("0002.jpg").offset
-    data[place + 3] ^= 1
+        position = tar.getmember("0002.jpg").offset
+    data[position + 3] ^= 1
     path.write_bytes(data)
-    sentence = f"the header at byte {place} is damaged; {len(data) - place} bytes from there on were not read"
+    sentence = f"the header at byte {position} is damaged; {len(data) - position} bytes from there on were not read"
     assert sentence in refusal(path)
     # Whether the sample before it had a further member is not known.
     lost = {"a tar that is cut short or damaged": 1, sentence: 1}

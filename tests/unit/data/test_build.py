@@ -18,10 +18,12 @@ import pytest
 import webdataset
 
 from lcl_ds.data.__main__ import main
-from lcl_ds.data.corpora import READERS
-from lcl_ds.data.corpora.build import first_of_each
+from lcl_ds.data.corpora import READERS, build_join
+from lcl_ds.data.corpora.build_join import first_of_each
 from lcl_ds.data.documents import BadSampleError, read_document
-from lcl_ds.data.shards.source import Source, expand_paths, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
+from lcl_ds.data.shards.storage import expand_paths
 from lcl_ds.data.stream.lanes import Lane, LaneSettings
 from lcl_ds.tokens import TextTokenizer
 from tests.support.corpora import MAKERS, PARQUET, make_img2dataset, make_mmc4, make_shards, picture
@@ -113,7 +115,7 @@ def test_plain_webdataset_decodes_every_sample(make, deduplicate, tmp_path):
     assert [sample["__key__"] for sample in samples] == [source.sample(number).key for number in range(5)]
     for number, sample in enumerate(samples):
         members = {suffix: value for suffix, value in sample.items() if not suffix.startswith("__")}
-        assert members.keys() == source.sample(number).parts.keys()
+        assert members.keys() == source.sample(number).members.keys()
         pictures = [value for suffix, value in members.items() if suffix.endswith("jpg")]
         assert [picture.size for picture in pictures] == [(24, 32)] * (len(members) - (2 if corpus.pairs else 1))
         assert members["json"]["source_key"]
@@ -216,9 +218,7 @@ def test_publishing_may_be_interrupted_anywhere(tmp_path, monkeypatch):
     sources, options = several(tmp_path)
     rest = [*options, "--deduplicate", "--workers", "1"]
     assert main(["build", *sources, str(tmp_path / "whole"), *rest]) == 0
-    from lcl_ds.data.corpora import build as module
-
-    real = module._put_in_place
+    real = build_join.put_in_place
     out = tmp_path / "out"
     for stop in range(3):
         calls = iter(range(100))
@@ -228,10 +228,10 @@ def test_publishing_may_be_interrupted_anywhere(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             real(*arguments)
 
-        monkeypatch.setattr(module, "_put_in_place", interrupted)
+        monkeypatch.setattr(build_join, "put_in_place", interrupted)
         assert main(["build", *sources, str(out), *rest]) == 130
         assert not (out / "manifest.json").exists()
-    monkeypatch.setattr(module, "_put_in_place", real)
+    monkeypatch.setattr(build_join, "put_in_place", real)
     assert main(["build", *sources, str(out), *rest]) == 0
     assert contents(out) == contents(tmp_path / "whole")
 
@@ -243,14 +243,14 @@ def test_a_finished_build_is_not_made_again_and_a_folder_in_use_is_left_alone(tm
     build(corpus, tmp_path / "out")
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
     assert main(["build", *arguments_of(corpus, tmp_path / "out", "--min-similarity", "0.3")]) == 2
-    assert "it holds a finished build of other sources or settings (min_similarity)" in capsys.readouterr().err
+    assert "it holds a finished build of other input files or settings (min_similarity)" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").touch()
     assert main(["build", *arguments_of(corpus, tmp_path / "mine")]) == 2
     assert "it is not empty and holds no build that could go on" in capsys.readouterr().err
 
 
-def test_a_source_that_cannot_be_read_ends_the_build_and_mended_goes_on(tmp_path, capsys):
+def test_a_source_that_cannot_be_read_ends_the_build_and_repaired_goes_on(tmp_path, capsys):
     sources, options = several(tmp_path)
     whole = Path(sources[2]).read_bytes()
     Path(sources[2]).write_bytes(bytes(range(256)) * (len(whole) // 256))
@@ -271,16 +271,14 @@ def test_a_source_that_cannot_be_read_ends_the_build_and_mended_goes_on(tmp_path
 def test_a_source_that_changed_between_two_tries_is_read_again(tmp_path, monkeypatch):
     sources, options = several(tmp_path)
     rest = [*options, "--workers", "1", "--shard-samples", "2"]
-    from lcl_ds.data.corpora import build as module
-
-    real, calls = module._put_in_place, iter(range(100))
+    real, calls = build_join.put_in_place, iter(range(100))
 
     def interrupted(*arguments):
         if next(calls) == 5:
             raise KeyboardInterrupt
         real(*arguments)
 
-    monkeypatch.setattr(module, "_put_in_place", interrupted)
+    monkeypatch.setattr(build_join, "put_in_place", interrupted)
     assert main(["build", *sources, str(tmp_path / "out"), *rest]) == 130
     monkeypatch.undo()
     write_tar(Path(sources[0]), [("0.json", json.dumps({"texts": ["new"], "images": [None]}).encode())])
@@ -316,14 +314,14 @@ def test_a_finished_build_is_taken_for_what_it_was_made_of(tmp_path, capsys):
     twin = shutil.copytree(tmp_path / "in", tmp_path / "twin")  # the same names and sizes in another folder
     others = [str(twin / Path(source).relative_to(tmp_path / "in")) for source in sources]
     assert main(["build", *others, str(out), *options, "--workers", "1"]) == 2
-    assert "it holds a finished build of other sources or settings (sources)" in capsys.readouterr().err
+    assert "it holds a finished build of other input files or settings (sources)" in capsys.readouterr().err
 
     data = Path(sources[1]).read_bytes()
-    Path(sources[1]).write_bytes(data.replace(b"0 of 0", b"9 of 9"))  # mended in place, not a byte longer
+    Path(sources[1]).write_bytes(data.replace(b"0 of 0", b"9 of 9"))  # repaired in place, not a byte longer
     os.utime(sources[1], ns=(0, 1))
     assert main(command) == 2
     err = capsys.readouterr().err
-    assert f"1 of its 2 sources changed since, the first {sources[1]}; name a new folder" in err
+    assert f"1 of its 2 input files changed since, the first {sources[1]}; name a new folder" in err
 
 
 def test_images_that_arrived_since_are_not_passed_over_in_silence(tmp_path, capsys):
@@ -383,14 +381,14 @@ def test_what_killed_tries_left_is_removed_at_the_next_start(tmp_path, monkeypat
     work = tmp_path / "out" / ".build"
 
     def killed(path, options):
-        for place in (work / "000001.99999", work / "000002.88888"):
-            place.mkdir()
-            (place / "000001-00000.tar").write_bytes(bytes(100))
+        for folder in (work / "000001.99999", work / "000002.88888"):
+            folder.mkdir()
+            (folder / "000001-00000.tar").write_bytes(bytes(100))
         (work / ".images-0.sqlite.7.partial").touch()
         (tmp_path / "out" / ".000000-00000.tar.7.partial").touch()
         raise SystemExit
 
-    monkeypatch.setattr("lcl_ds.data.corpora.build._remove_parts", lambda out: None)
+    monkeypatch.setattr("lcl_ds.data.corpora.build_folder.remove_leftovers", lambda out: None)
     monkeypatch.setitem(READERS, "shards", killed)
     with pytest.raises(SystemExit):
         main(command)

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from lcl_ds.data.demo import corpus as demo
 from lcl_ds.data.demo.scenes import COLOURS, SHAPES
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.errors import UserError
 
 
@@ -25,10 +26,10 @@ def members(path):
 
 @pytest.fixture(scope="module")
 def documents(demo_folder):
-    found = {}
+    actual = {}
     for path in sorted(demo_folder.glob("*-documents-*.tar")):
-        found[path.name] = members(path)
-    return found
+        actual[path.name] = members(path)
+    return actual
 
 
 def records(files):

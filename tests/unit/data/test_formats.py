@@ -129,9 +129,9 @@ def test_an_image_that_cannot_be_had_makes_room_for_another_of_its_sentence(corp
 
 def test_open_flamingos_images_are_in_the_json(corpus):
     _, documents = corpus("mmc4-tar")
-    found = [[image for image in document.images if image] for document in documents]
-    assert all(len(images) == 1 for images in found)  # that of sentence 0 has no base64
-    assert all(images[0] in (picture(10 * n + 1), picture(10 * n + 2)) for n, images in enumerate(found))
+    actual = [[image for image in document.images if image] for document in documents]
+    assert all(len(images) == 1 for images in actual)  # that of sentence 0 has no base64
+    assert all(images[0] in (picture(10 * n + 1), picture(10 * n + 2)) for n, images in enumerate(actual))
     assert all("an image that is not there" in document.skips for document in documents)
 
 
@@ -316,9 +316,9 @@ def test_failed_downloads_and_missing_parts_of_pairs_are_counted(tmp_path):
     ]
     documents = list(READERS["img2dataset"](write_tar(tmp_path / "a.tar", members), ReadOptions()))
     assert [d.skips for d in documents] == [
-        ("a pair whose download had failed",),
+        ("a caption pair whose download had failed",),
         ("an image that is not there", "a document with too few images"),
-        ("a pair without text or image",),
+        ("a caption pair without text or image",),
         ("text that is not UTF-8",),
         (),
     ]
@@ -386,7 +386,7 @@ def test_a_record_whose_reading_fails_in_a_way_nobody_thought_of_is_counted_with
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), MemoryError(), UserError("mend it")])
-def test_what_the_machine_or_the_user_has_to_mend_is_not_put_down_to_a_record(error):
+def test_what_the_machine_or_the_user_has_to_repair_is_not_put_down_to_a_record(error):
     def fail(key, record):
         raise error
 

@@ -42,8 +42,10 @@ def centres(pixels):
     return [tuple(int(v) for v in pixels[:, y, x]) for y in at for x in at]
 
 
-def near(found, expected, tolerance):
-    return all(abs(a - b) <= tolerance for f, e in zip(found, expected, strict=True) for a, b in zip(f, e, strict=True))
+def near(actual, expected, tolerance):
+    return all(
+        abs(a - b) <= tolerance for f, e in zip(actual, expected, strict=True) for a, b in zip(f, e, strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,8 +84,8 @@ def test_transparent_pixels_show_white():
     assert near(centres(decode_image(encoded(Image.fromarray(blocks(*colours))), SIDE)), expected, 1)
     palette = Image.fromarray(blocks((0,), (1,), (0,), (1,))[..., 0], "P")
     palette.putpalette([*RED, *GREEN])
-    found = centres(decode_image(encoded(palette, transparency=0), SIDE))
-    assert found == [(255, 255, 255), GREEN] * 2
+    actual = centres(decode_image(encoded(palette, transparency=0), SIDE))
+    assert actual == [(255, 255, 255), GREEN] * 2
     grey = Image.fromarray(blocks((90, 255), (90, 0), (0, 255), (0, 0)), "LA")
     assert centres(decode_image(encoded(grey), SIDE)) == [(90,) * 3, (255,) * 3, (0,) * 3, (255,) * 3]
 
@@ -141,9 +143,9 @@ def exif_with(orientation, tag, kind, count, raw):
     entries = sorted([(ORIENTATION, 3, 1, struct.pack(">H", orientation)), (tag, kind, count, raw)])
     start, values = struct.pack(">H", 2), b""
     for number, type_, length, value in entries:
-        place = struct.pack(">L", 8 + 2 + 24 + 4 + len(values)) if len(value) > 4 else value.ljust(4, b"\0")
+        held = struct.pack(">L", 8 + 2 + 24 + 4 + len(values)) if len(value) > 4 else value.ljust(4, b"\0")
         values += value if len(value) > 4 else b""
-        start += struct.pack(">HHL", number, type_, length) + place
+        start += struct.pack(">HHL", number, type_, length) + held
     return b"Exif\0\0MM\0*" + struct.pack(">L", 8) + start + struct.pack(">L", 0) + values
 
 
@@ -267,9 +269,9 @@ def test_the_fraction_shows_the_same_picture(size):
     whole = Image.open(io.BytesIO(encoded(image, "JPEG", quality=95))).convert("RGB")
     box = (100, 0, 900, 800)
     expected = np.asarray(whole.resize((size, size), Image.Resampling.BICUBIC, box=box)).astype(float)
-    found = decode_image(encoded(image, "JPEG", quality=95), size).transpose(1, 2, 0)
-    assert np.abs(found - expected).mean() < 1.5
-    assert np.abs(found - expected).max() < 30
+    actual = decode_image(encoded(image, "JPEG", quality=95), size).transpose(1, 2, 0)
+    assert np.abs(actual - expected).mean() < 1.5
+    assert np.abs(actual - expected).max() < 30
 
 
 def test_the_central_square_is_taken_without_a_generator():
@@ -290,9 +292,9 @@ def test_crops_depend_on_the_key_alone():
 @pytest.mark.parametrize("size", [(500, 400), (300, 400), (224, 224)])
 def test_boxes_have_the_area_and_aspect_of_random_resized_crop(size):
     width, height = size
-    found = np.array([random_box(width, height, (0.9, 1.0), keyed_rng(i)) for i in range(2000)])
-    left, top, right, bottom = found.T
-    assert (found == found.round()).all()
+    actual = np.array([random_box(width, height, (0.9, 1.0), keyed_rng(i)) for i in range(2000)])
+    left, top, right, bottom = actual.T
+    assert (actual == actual.round()).all()
     assert ((left >= 0) & (top >= 0) & (right <= width) & (bottom <= height)).all()
     areas, ratios = (right - left) * (bottom - top) / (width * height), (right - left) / (bottom - top)
     assert (areas > 0.89).all()

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lcl_ds.data.shards import index as shard_index
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards import scan
+from lcl_ds.data.shards import shard as shard_module
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.data.shards.storage import cached_name
 from lcl_ds.data.shards.tar_members import Member
 from lcl_ds.errors import UserError
@@ -30,7 +32,7 @@ def contents(*shards):
     """Every member as it is read through the indices."""
     source = Source("s", list(shards))
     samples = [source.sample(number) for number in range(len(source))]
-    return [(f"{s.key}.{suffix}", source.read(n, suffix)) for n, s in enumerate(samples) for suffix in s.parts]
+    return [(f"{s.key}.{suffix}", source.read(n, suffix)) for n, s in enumerate(samples) for suffix in s.members]
 
 
 @pytest.mark.parametrize("when", ["at the start", "while running"])
@@ -66,9 +68,9 @@ def test_bits_all_over_an_index_are_covered(shard, tmp_path):
     path = Path(f"{shard}.index")
     index_shard(shard)
     good = path.read_bytes()
-    for place in range(0, len(good), 7):
-        path.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
-        assert contents(index_shard(shard, tmp_path / str(place))) == MEMBERS, place
+    for position in range(0, len(good), 7):
+        path.write_bytes(good[:position] + bytes([good[position] ^ 1 << position % 8]) + good[position + 1 :])
+        assert contents(index_shard(shard, tmp_path / str(position))) == MEMBERS, position
 
 
 def test_an_index_that_goes_away_is_made_again(shard, caplog):
@@ -83,7 +85,7 @@ def test_somebody_elses_file_of_that_name_stays(shard, tmp_path, monkeypatch):
     other.write_text("0 512 jpg 000.jpg 0\n")  # as DALI's index files are
     assert contents(index_shard(shard, tmp_path / "cache")) == MEMBERS
     assert other.read_text() == "0 512 jpg 000.jpg 0\n"
-    monkeypatch.setattr(shard_index, "scan_shard", lambda path: pytest.fail("the headers were read again"))
+    monkeypatch.setattr(shard_module, "scan_shard", lambda path: pytest.fail("the headers were read again"))
     assert contents(index_shard(shard, tmp_path / "cache")) == MEMBERS
 
 
@@ -100,12 +102,12 @@ def test_an_index_of_the_tar_as_it_was_is_not_used(shard, change):
         assert small.stat().st_size == size
         assert contents(index_shard(small)) == more[:4]
         return
-    place = shard.read_bytes().index(b"003.jpg")
+    position = shard.read_bytes().index(b"003.jpg")
     with tarfile.open(shard) as tar:
         member = tar.getmember("003.jpg")
     member.name = "003.png"
     with shard.open("r+b") as file:
-        file.seek(place)
+        file.seek(position)
         file.write(member.tobuf())
     with pytest.raises(UserError, match="changed while it was in use or since it was indexed"):
         source.read(3, "jpg")
@@ -126,7 +128,7 @@ def test_a_long_name_is_known_again(tmp_path):
 
 def test_more_kinds_of_suffix_than_fit_into_two_bytes():
     """As where every file is named img.NUMBER.jpg, so that all are members of one sample."""
-    builder = shard_index._Builder("a.tar")
+    builder = scan._Builder("a.tar")
     for number in range(66_000):
         builder.add(Member("img", f"{number}.jpg", number * 512, 1, 0))
     assert builder.index().member(0, "65999.jpg") == (65_999 * 512, 1, 0)
@@ -134,7 +136,7 @@ def test_more_kinds_of_suffix_than_fit_into_two_bytes():
 
 FULL = """
 import sys, resource, signal
-from lcl_ds.data.shards.source import index_shard
+from lcl_ds.data.shards.shard import index_shard
 from pathlib import Path
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))

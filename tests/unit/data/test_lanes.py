@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from lcl_ds.data.sequences import without_images
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.data.stream.lanes import Lane
 from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.errors import UserError

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lcl_ds.data.settings import SourceSettings
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.data.stream.lanes import Lane
 from lcl_ds.data.stream.mixing import Mixture, images_per_sample, weight_at
 from lcl_ds.data.stream.packing import choose_group, pack
@@ -132,9 +133,9 @@ def test_a_lane_with_groups_continues_exactly_from_any_row(sources, tokenizer):
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (2, 0), (2, 1)])
 def test_the_stream_of_groups_is_the_same_for_any_ranks_and_workers(sources, tokenizer, world_size, workers):
     expected, _ = batches_of(sources, tokenizer, 1, 0, 5, settings=GROUPED)
-    found, state = batches_of(sources, tokenizer, world_size, workers, 2, settings=GROUPED)
+    actual, state = batches_of(sources, tokenizer, world_size, workers, 2, settings=GROUPED)
     rest, _ = batches_of(sources, tokenizer, 1, 0, 3, state=state, settings=GROUPED)
-    assert found + rest == expected
+    assert actual + rest == expected
 
 
 def test_groups_must_divide_the_rows_of_a_rank(sources, tokenizer):
@@ -147,5 +148,5 @@ def test_documents_and_images_are_counted_by_source(sources, tokenizer):
 
     batch = next(BatchLoader(sources, SETTINGS, tokenizer, 8))
     assert set(batch.sources) == {"documents", "pairs"}
-    assert sum(documents for documents, _ in batch.sources.values()) == batch.document_count
-    assert sum(images for _, images in batch.sources.values()) == batch.image_count
+    assert sum(counts.documents for counts in batch.sources.values()) == batch.document_count
+    assert sum(counts.images for counts in batch.sources.values()) == batch.image_count

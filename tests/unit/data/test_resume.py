@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 
 from lcl_ds.data.demo.corpus import build_demo
-from lcl_ds.data.shards.source import AT_HAND, Source, expand_paths, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import AT_HAND, Source
+from lcl_ds.data.shards.storage import expand_paths
 from lcl_ds.data.stream.lanes import Lane, LaneSettings
 from lcl_ds.data.stream.loader import BatchLoader, check_same_data, merge_states, shard_differences
 from lcl_ds.errors import UserError
@@ -77,8 +79,8 @@ def digests(batch) -> list[str]:
     rows = []
     for number, ids in enumerate(batch.input_ids):
         inside = batch.slot_positions.div(ids.numel(), rounding_mode="floor") == number
-        parts = ids, batch.position_ids[number], batch.images[batch.slot_images[inside]]
-        rows.append(hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest())
+        contents = ids, batch.position_ids[number], batch.images[batch.slot_images[inside]]
+        rows.append(hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in contents)).hexdigest())
     return rows
 
 
@@ -250,12 +252,12 @@ def test_a_document_that_waits_for_a_row_and_was_damaged_meanwhile_is_a_sentence
     state = loader.state()
     assert state["lanes"]["0"]["carried"]
     with tarfile.open(path) as tar:
-        places = [(member.offset_data, member.size) for member in tar if member.name.endswith(".json")]
+        ranges = [(member.offset_data, member.size) for member in tar if member.name.endswith(".json")]
     if damage is None:
         Path(path).unlink()
     else:
         with open(path, "r+b") as file:
-            for offset, size in places:
+            for offset, size in ranges:
                 file.seek(offset)
                 file.write(damage * size)
     AT_HAND._keep(0)

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from lcl_ds.data.demo.corpus import build_demo
-from lcl_ds.data.shards.source import Source, expand_paths, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
+from lcl_ds.data.shards.storage import expand_paths
 from lcl_ds.data.stream.lanes import Lane, LaneSettings, choose_lanes
 from lcl_ds.tokens import TextTokenizer
 

@@ -8,7 +8,8 @@ import pytest
 from lcl_ds.data.demo.corpus import make_document
 from lcl_ds.data.documents import BadSampleError, Document, read_document
 from lcl_ds.data.sequences import DocumentView, MaskedView, PairView, Sequencer
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.data.stream.packing import PackedSequence, Row, collate
 from lcl_ds.tokens import Vocabulary
 from tests.support.tars import write_tar
@@ -30,11 +31,11 @@ def batch_of(view, *sequences):
 
 
 def test_a_pair_takes_the_matched_sentence_else_the_one_before_else_the_one_after():
-    assert STORY.pairs() == [("ab", 0), ("cd", 1)]
+    assert STORY.image_texts() == [("ab", 0), ("cd", 1)]
     matched = Document("s", STORY.segments, STORY.images, matches=(4, None))
-    assert matched.pairs() == [("e", 0), ("cd", 1)]
-    assert Document("s", (0, "x"), ("0.jpg",)).pairs() == [("x", 0)]
-    assert Document("s", (0, 1), ("0.jpg", "1.jpg")).pairs() == []
+    assert matched.image_texts() == [("e", 0), ("cd", 1)]
+    assert Document("s", (0, "x"), ("0.jpg",)).image_texts() == [("x", 0)]
+    assert Document("s", (0, 1), ("0.jpg", "1.jpg")).image_texts() == []
 
 
 def test_matched_sentences_are_read_by_mmc4s_name(tmp_path):

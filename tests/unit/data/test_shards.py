@@ -14,9 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lcl_ds.data.shards import index as shard_index
+from lcl_ds.data.shards import index_file
+from lcl_ds.data.shards import shard as shard_module
 from lcl_ds.data.shards import source as shards
-from lcl_ds.data.shards.source import Blocks, Source, expand_paths, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Blocks, Source
+from lcl_ds.data.shards.storage import expand_paths
 from lcl_ds.data.shards.tar_members import BLOCK, MAX_NAME_BYTES, BrokenTarError, header_hash, members_of
 from lcl_ds.errors import UserError
 from tests.support.tars import write_tar
@@ -84,8 +87,8 @@ def layout_of(path):
             key, _, suffix = member.name.partition(".")
             samples.setdefault(key, {})[suffix] = (member.offset_data, member.size)
     digest = hashlib.sha256(path.name.encode())
-    for key, parts in samples.items():
-        digest.update(repr((key, sorted(parts.items()))).encode())
+    for key, ranges in samples.items():
+        digest.update(repr((key, sorted(ranges.items()))).encode())
     return digest.hexdigest()[:16]
 
 
@@ -104,8 +107,8 @@ def test_the_fingerprint_changes_with_the_layout(tmp_path, shard):
 def scans(monkeypatch):
     """How often a tar's headers were read through."""
     calls = []
-    scan = shard_index.scan_shard
-    monkeypatch.setattr(shard_index, "scan_shard", lambda path: calls.append(path) or scan(path))
+    scan = shard_module.scan_shard
+    monkeypatch.setattr(shard_module, "scan_shard", lambda path: calls.append(path) or scan(path))
     return calls
 
 
@@ -155,14 +158,14 @@ def test_an_index_that_is_not_the_shards_is_made_anew(shard, change, scans):
 
 
 def test_where_nothing_can_be_written_beside_the_shard_the_index_lies_in_the_cache(shard, tmp_path, scans, monkeypatch):
-    write = shard_index.write_whole
+    write = index_file.write_whole
 
     def read_only(path, data, **options):
         if path.parent == shard.parent:
             raise PermissionError("read-only")
         write(path, data, **options)
 
-    monkeypatch.setattr(shard_index, "write_whole", read_only)
+    monkeypatch.setattr(index_file, "write_whole", read_only)
     expected = contents(index_shard(shard, tmp_path / "cache"))
     assert contents(index_shard(shard, tmp_path / "cache")) == expected
     assert len(scans) == 1

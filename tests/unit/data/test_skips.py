@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from lcl_ds.data.documents import BadSampleError, read_document
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.data.stream import lanes, skips
 from lcl_ds.data.stream.lanes import Lane, LaneSettings
 from lcl_ds.data.stream.loader import BatchLoader
@@ -57,8 +58,8 @@ BAD_MEMBERS = {
     "not valid Unicode": [("x.json", b'{"texts": ["\\udc80"], "images": [null]}')],
     "too much text": [("x.json", record(["x" * 2_000_000], [None]))],
     "neither a document": [("x.jpg", picture(0))],
-    "a pair without an image": [("x.txt", b"a caption")],
-    "a pair without text": [("x.txt", b" "), ("x.jpg", picture(0))],
+    "a caption pair without an image": [("x.txt", b"a caption")],
+    "a caption pair without text": [("x.txt", b" "), ("x.jpg", picture(0))],
 }
 
 
@@ -138,7 +139,8 @@ def test_a_stream_of_nothing_but_damage_stops_and_says_why(tmp_path, tokenizer, 
 HELD = """
 import sys
 from lcl_ds.data.stream.loader import BatchLoader
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.tokens import TextTokenizer
 from tests.unit.data.test_skips import SETTINGS
 

@@ -14,7 +14,8 @@ from lcl_ds.data.__main__ import main
 from lcl_ds.data.corpus import open_data
 from lcl_ds.data.documents import read_document
 from lcl_ds.data.shards import storage
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.data.shards.storage import cached_name, expand_paths, materialise, read_range
 from lcl_ds.data.stream.lanes import Lane
 from lcl_ds.errors import UserError
@@ -46,8 +47,8 @@ def everything(source):
 def test_a_list_names_shards_relative_to_itself(tmp_path, tar):
     write_tar(tmp_path / "b.tar", MEMBERS[:2])
     (tmp_path / "shards.txt").write_text("# made by hand\na.tar\nb.tar\n\nmemory://x/c.tar\n")
-    found = expand_paths(tmp_path / "shards.txt")
-    assert found == [f"{tmp_path}/a.tar", f"{tmp_path}/b.tar", "memory://x/c.tar"]
+    actual = expand_paths(tmp_path / "shards.txt")
+    assert actual == [f"{tmp_path}/a.tar", f"{tmp_path}/b.tar", "memory://x/c.tar"]
 
 
 def test_an_empty_or_missing_list_is_named(tmp_path):
@@ -91,7 +92,7 @@ def test_an_index_beside_a_remote_shard_is_used(tmp_path, tar, memory, monkeypat
     index_shard(tar)
     memory.pipe("/bucket/a.tar", tar.read_bytes())
     memory.pipe("/bucket/a.tar.index", (tmp_path / "a.tar.index").read_bytes())
-    monkeypatch.setattr("lcl_ds.data.shards.index.scan_shard", lambda *_: pytest.fail("the headers were read again"))
+    monkeypatch.setattr("lcl_ds.data.shards.shard.scan_shard", lambda *_: pytest.fail("the headers were read again"))
     assert everything(Source("s", [index_shard("memory://bucket/a.tar", tmp_path / "cache")]))[3][1] == MEMBERS[6][1]
 
 
@@ -132,14 +133,14 @@ class Ranges(http.server.BaseHTTPRequestHandler):
             return
         first, _, last = self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")
         start, end = int(first), int(last) + 1 if last else len(cls.data)
-        part = cls.data[start:end]
+        piece = cls.data[start:end]
         self.send_response(206 if "Range" in self.headers else 200)
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(part)))
-        self.send_header("Content-Range", f"bytes {start}-{start + len(part) - 1}/{len(cls.data)}")
+        self.send_header("Content-Length", str(len(piece)))
+        self.send_header("Content-Range", f"bytes {start}-{start + len(piece) - 1}/{len(cls.data)}")
         self.end_headers()
         if body:
-            self.wfile.write(part)
+            self.wfile.write(piece)
 
     def log_message(self, *_):
         pass
@@ -261,9 +262,9 @@ def test_a_file_that_exists_is_found_whatever_its_name(tmp_path, monkeypatch, na
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tar(path, MEMBERS)
-    (found,) = expand_paths(str(path) if way == "absolute" else name)
-    assert os.path.samefile(found, path)
-    assert everything(Source("s", [index_shard(found, tmp_path / "cache")]))[3][1] == MEMBERS[6][1]
+    (actual,) = expand_paths(str(path) if way == "absolute" else name)
+    assert os.path.samefile(actual, path)
+    assert everything(Source("s", [index_shard(actual, tmp_path / "cache")]))[3][1] == MEMBERS[6][1]
     report = tmp_path / "report.json"
     assert main(["check", str(path) if way == "absolute" else name, "--workers", "1", "--json", str(report)]) == 1
     assert os.path.samefile(json.loads(report.read_text())["shards"][0]["shard"], path)
@@ -277,8 +278,8 @@ def test_a_list_names_files_whatever_their_names(tmp_path, name):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tar(path, MEMBERS)
     (tmp_path / "mine.txt").write_bytes(os.fsencode(f"# comment\n{name}\n"))
-    (found,) = expand_paths(str(tmp_path / "mine.txt"))
-    assert os.path.samefile(found, path)
+    (actual,) = expand_paths(str(tmp_path / "mine.txt"))
+    assert os.path.samefile(actual, path)
 
 
 @pytest.mark.parametrize("folder", ["[2023] laion", "{a,b}", "what*ever?"])
@@ -398,5 +399,5 @@ def test_a_stream_in_place_of_an_index_is_left_alone_and_not_waited_for(tmp_path
     os.mkfifo(stream)
     for _ in range(2):
         shard = index_shard(tar, tmp_path / "cache")
-        assert Source("s", [shard]).sample(0).parts
+        assert Source("s", [shard]).sample(0).members
     assert stream.is_fifo()

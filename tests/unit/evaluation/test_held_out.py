@@ -10,7 +10,8 @@ import torch
 from lcl_ds.data.corpora.build import build
 from lcl_ds.data.corpora.record import ReadOptions
 from lcl_ds.data.documents import read_document, read_labels
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.check import check_held_out
 from lcl_ds.evaluation.final import evaluate_model

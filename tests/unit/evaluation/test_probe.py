@@ -60,5 +60,5 @@ def test_pair_features_do_not_depend_on_batching(rows_per_batch):
     sequences = [sequence(["abc" * (1 + i % 3), 0], i) for i in range(12)]
     model = small_model().eval()
     whole = pair_features(model, sequences, VOCABULARY, ROW_TOKENS, 4, 16)
-    parts = pair_features(model, sequences, VOCABULARY, ROW_TOKENS, 4, rows_per_batch)
-    torch.testing.assert_close(parts.context, whole.context, rtol=1e-4, atol=1e-5)
+    batched = pair_features(model, sequences, VOCABULARY, ROW_TOKENS, 4, rows_per_batch)
+    torch.testing.assert_close(batched.context, whole.context, rtol=1e-4, atol=1e-5)

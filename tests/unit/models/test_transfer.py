@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPConfig, CLIPModel
 
-from lcl_ds.convert import Origin, release_vision, write_all
+from lcl_ds.convert import WeightOrigin, release_vision, write_all
 from lcl_ds.errors import UserError
 from lcl_ds.models.build import build_model
 from lcl_ds.models.encoders import IMAGE_MEAN
 from lcl_ds.models.settings import part_of
 from lcl_ds.models.vision import released_patch_tokens
-from lcl_ds.models.weights.transfer import initialize_parts, resize_positions, vocabulary_rows
+from lcl_ds.models.weights.transfer import load_parts, resize_positions, vocabulary_rows
 from lcl_ds.tokens import Vocabulary
 from tests.support.small import DECODERS, IMAGE_SIZE, ROW_TOKENS, VISION_TOWERS, small_config
 
@@ -30,7 +30,7 @@ def started(*overrides, row_tokens=ROW_TOKENS, seed=0):
     """A model with the weights that the overrides ask for, its settings and what is said about it."""
     config = small_config(*overrides)
     model = build_model(config.model, VOCABULARY.size, row_tokens, seed=0).eval()
-    return model, config.model, initialize_parts(model, config.model, TEXT, seed)
+    return model, config.model, load_parts(model, config.model, TEXT, seed)
 
 
 def refused(*overrides, row_tokens=ROW_TOKENS):
@@ -218,7 +218,7 @@ def test_missing_unexpected_and_misshapen_weights_are_all_named_and_allowed_by_p
     assert refused(tower) == [
         f"{start}post_layernorm.bias is missing; allow it with model.allow_missing to start from random values",
         f"{start}{norm} is missing; allow it with model.allow_missing to start from random values",
-        f"{start}adapter.a has no place in the model; allow it with model.allow_unexpected",
+        f"{start}adapter.a is not in the model; allow it with model.allow_unexpected",
         misshapen,
     ]
     patterns = "model.allow_missing=[post_layernorm.*]", "model.allow_unexpected=['adapter.?']"
@@ -269,7 +269,7 @@ def test_positions_are_resized_only_when_asked(family, tmp_path):
         with torch.no_grad():
             expected = released_patch_tokens(theirs, pixels(32))
             torch.testing.assert_close(model.vision(pixels(32)), expected, rtol=1e-4, atol=1e-5)
-    release_vision(model, Origin("small", "", {}, np.zeros((1, 3, 32, 32), np.uint8), "noise"), tmp_path / "out")
+    release_vision(model, WeightOrigin("small", "", {}, np.zeros((1, 3, 32, 32), np.uint8), "noise"), tmp_path / "out")
     assert settings.vision.interpolate_positions
 
 
@@ -290,7 +290,7 @@ def release(tmp_path):
     config = small_config()
     model = build_model(config.model, VOCABULARY.size, ROW_TOKENS, seed=5)
     shake(model)
-    origin = Origin("small", "", config.model_dump(mode="json"), np.zeros((1, 3, 16, 16), np.uint8), "noise")
+    origin = WeightOrigin("small", "", config.model_dump(mode="json"), np.zeros((1, 3, 16, 16), np.uint8), "noise")
     write_all(model, origin, tmp_path / "release")
     return model, tmp_path / "release"
 
@@ -321,7 +321,7 @@ def test_a_release_with_another_vocabulary_is_refused(release):
     config = small_config(f"model.init_from={folder}")
     model = build_model(config.model, VOCABULARY.size + 3, ROW_TOKENS, seed=0)
     with pytest.raises(UserError) as error:
-        initialize_parts(model, config.model, TEXT, 0)
+        load_parts(model, config.model, TEXT, 0)
     assert [p.split(f"{folder}: ")[1] for p in error.value.problems] == [
         "decoder.embed_tokens.weight is [65, 32], the model has [68, 32]",
         "lm_head.weight is [65, 32], the model has [68, 32]",

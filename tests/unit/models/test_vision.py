@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, CLIPVisionModel, Dinov2Model, SiglipVisionModel
 from transformers import Siglip2VisionModel as Siglip2
 
-from lcl_ds.convert import Origin, release_vision
+from lcl_ds.convert import WeightOrigin, release_vision
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.probe import encoder_features
 from lcl_ds.models.build import build_model, image_size, tokens_per_image
@@ -61,7 +61,7 @@ def test_size_and_tokens_follow_from_the_settings(family):
 @pytest.mark.parametrize("family", VISION_TOWERS)
 def test_the_released_folder_loads_with_its_class_and_processor_and_gives_the_same_features(family, tmp_path):
     model = tower(family).eval()
-    origin = Origin("small", "in a test", {}, pictures(), "images of noise")
+    origin = WeightOrigin("small", "in a test", {}, pictures(), "images of noise")
     assert "over 3 images of noise" in release_vision(model, origin, tmp_path)
     released = CLASSES[family].from_pretrained(tmp_path).eval()
     assert {n: w.shape for n, w in released.named_parameters()} == {
@@ -82,7 +82,7 @@ def test_the_released_folder_loads_with_its_class_and_processor_and_gives_the_sa
 
 def test_siglip_2_patches_lie_as_its_processor_lays_them(tmp_path):
     model = tower("siglip2_vision_model").eval()
-    release_vision(model, Origin("small", "", {}, pictures(), "noise"), tmp_path)
+    release_vision(model, WeightOrigin("small", "", {}, pictures(), "noise"), tmp_path)
     processor = AutoImageProcessor.from_pretrained(tmp_path)
     images = [Image.fromarray(picture.transpose(1, 2, 0)) for picture in pictures()]
     inputs = processor(images=images, return_tensors="pt")

@@ -122,13 +122,13 @@ def test_shares_of_two_ranks_sum_to_the_loss_of_one_process(name):
 def test_the_contrastive_loss_is_symmetric_cross_entropy_over_all_pairs(name):
     objective, _, batch = prepared(name)
     with torch.no_grad():
-        found = losses_of(objective, batch)["contrastive_loss"]
+        actual = losses_of(objective, batch)["contrastive_loss"]
         image, context = objective.model.pair_features(*objective.model(batch), batch)
         logits = objective.model.logit_scale().double() * image.double() @ context.double().T
     target = torch.arange(len(logits))
     expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
     assert len(logits) == 3
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["coca", "blip2"])
@@ -187,9 +187,9 @@ def test_a_mismatched_image_is_another_one_and_more_often_a_similar_one():
     weights = (5.0 * pooled[0] @ pooled.T).exp()
     weights[0] = 0
     expected = weights / weights.sum()
-    found = torch.bincount(drawn[:, 0], minlength=8) / len(drawn)
+    actual = torch.bincount(drawn[:, 0], minlength=8) / len(drawn)
     assert expected[1] > 0.4
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.1)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.1)
 
 
 def test_only_the_mismatched_slots_get_another_image():

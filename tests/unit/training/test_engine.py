@@ -44,7 +44,7 @@ def test_a_mistake_in_the_engine_settings_is_named(written, values, problems):
         load_ds_config(path)
     assert len(error.value.problems) == len(problems)
     assert all(
-        found.startswith(f"{path}: {start}") for found, start in zip(error.value.problems, problems, strict=True)
+        actual.startswith(f"{path}: {start}") for actual, start in zip(error.value.problems, problems, strict=True)
     )
 
 

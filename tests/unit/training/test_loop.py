@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from lcl_ds.errors import UserError
-from lcl_ds.metrics import KEYS, read_metrics
+from lcl_ds.metrics import KEYS, SourceCounts, read_metrics
 from lcl_ds.objectives import lcl
 from lcl_ds.training.distributed import gather_integers, gather_objects, on_all_ranks, sum_over_ranks
-from lcl_ds.training.loop import counts_of, outputs_to_sum, source_counts, step_seed
+from lcl_ds.training.loop import outputs_to_sum, step_seed, summed_by_source, summed_metrics
 from tests.support.small import batch_with_images, batch_without_images, lcl_objective, small_model
 
 
@@ -22,7 +22,7 @@ def test_every_rank_step_and_seed_draws_its_own():
 
 def test_what_a_rank_counts_are_the_metrics_that_are_summed_over_ranks():
     with_images, without = batch_with_images(), batch_without_images()
-    counts = counts_of([with_images, without])
+    counts = summed_metrics([with_images, without])
     assert set(counts) | {"sources"} == {key for key, whose in KEYS.items() if whose == "all ranks"}
     assert counts["images"] == with_images.image_count
     assert counts["documents"] == with_images.document_count + without.document_count
@@ -32,8 +32,8 @@ def test_what_a_rank_counts_are_the_metrics_that_are_summed_over_ranks():
 
 def test_sources_are_counted_by_their_names_also_those_that_gave_nothing():
     batch = batch_with_images()
-    object.__setattr__(batch, "sources", {"web": (3, 5), "books": (1, 0)})
-    counted = source_counts([batch, batch], ["books", "web", "none"])
+    object.__setattr__(batch, "sources", {"web": SourceCounts(3, 5), "books": SourceCounts(1, 0)})
+    counted = summed_by_source([batch, batch], ["books", "web", "none"])
     assert {name: (counted["documents", name], counted["images", name]) for name in ("books", "web", "none")} == {
         "books": (2, 0),
         "web": (6, 10),

@@ -10,7 +10,7 @@ from lcl_ds.errors import UserError
 from lcl_ds.objectives import NAMES
 from lcl_ds.training.checkpoint import CONFIG, MANIFEST, STATE, folder_contents, resolve_checkpoint
 from lcl_ds.training.optimizer import freeze_parts, group_shape, parameter_groups
-from lcl_ds.training.resume import DECISIONS, check_same_run, decision_of, engine_changes, what_settings_come_to
+from lcl_ds.training.resume import DECISIONS, check_same_run, decision_of, engine_changes, resolved_settings
 from tests.support.small import DECODERS, small_config, small_model
 
 
@@ -46,7 +46,7 @@ def continued(tmp_path):
 @pytest.mark.parametrize("objective", NAMES)
 @pytest.mark.parametrize("family", DECODERS)
 def test_every_setting_has_a_decision(objective, family):
-    for key in what_settings_come_to(small_config(f"objective.name={objective}", decoder=family)):
+    for key in resolved_settings(small_config(f"objective.name={objective}", decoder=family)):
         decision_of(key)
 
 
@@ -214,8 +214,8 @@ def test_factors_of_one_shape_divide_the_weights_alike_and_no_others_do(first):
         config = small_config(f"train.learning_rate_factors={factors}")
         model = small_model(config)
         freeze_parts(model, config.train)
-        found = parameter_groups(model, config.train, (0.0, 1.0))
-        return group_shape(config.train), [group["param_names"] for group in found]
+        actual = parameter_groups(model, config.train, (0.0, 1.0))
+        return group_shape(config.train), [group["param_names"] for group in actual]
 
     shape, names = groups(first)
     for second in FACTORS:

@@ -50,10 +50,10 @@ def test_tensorboard_has_every_metric_with_equal_values(tmp_path):
     pytest.importorskip("tensorboard")
     train(tmp_path, range(1, 5))
     rows = [flatten(line, separator="/") for line in metrics_of(tmp_path)]
-    found = read_tensorboard(tmp_path)
-    assert found.keys() == rows[0].keys()
-    assert "sources/first.web/images" in found
-    for key, values in found.items():
+    actual = read_tensorboard(tmp_path)
+    assert actual.keys() == rows[0].keys()
+    assert "sources/first.web/images" in actual
+    for key, values in actual.items():
         assert [step for step, _ in values] == [1, 2, 3, 4], key
         wanted = [math.nan if line[key] is None else np.float32(line[key]) for line in rows]  # it keeps 32 bits
         np.testing.assert_array_equal([value for _, value in values], wanted, err_msg=key)

@@ -13,8 +13,8 @@ from lcl_ds.data.stream.packing import Row, collate
 from lcl_ds.errors import UserError
 from lcl_ds.models.build import build_model
 from lcl_ds.models.vision import released_patch_tokens
-from lcl_ds.models.weights.published import load_reference, read_reference_config
-from lcl_ds.models.weights.transfer import initialize_parts
+from lcl_ds.models.weights.published import load_published, read_published_config
+from lcl_ds.models.weights.transfer import load_parts
 from tests.support.golden import GOLDEN, Golden, sequences_of
 from tests.support.small import small_config, small_model
 
@@ -50,7 +50,7 @@ def test_every_kind_of_file_becomes_the_same_encoder(golden, config_file, tmp_pa
     assert convert(source, "--config", config_file, tmp_path / "out") == 0
     assert "max abs difference 0.0e+00 over 16 images of noise" in capsys.readouterr().out
     encoder = CLIPVisionModel.from_pretrained(tmp_path / "out").eval()
-    model = load_reference(golden.weights, golden.config)
+    model = load_published(golden.weights, golden.config)
     with torch.no_grad():
         pixels = golden.batch["images"]
         assert torch.equal(released_patch_tokens(encoder, pixels), model.vision(pixels))
@@ -63,8 +63,8 @@ def test_the_published_layout_comes_out_as_it_went_in(golden, config_file, tmp_p
     weights = load_file(out / "model.safetensors")
     assert weights.keys() == golden.weights.keys()
     assert all(torch.equal(weights[name], weight) for name, weight in golden.weights.items())
-    written = read_reference_config(json.loads((out / "config.json").read_text()))
-    assert written == read_reference_config(golden.config)
+    written = read_published_config(json.loads((out / "config.json").read_text()))
+    assert written == read_published_config(golden.config)
 
 
 def test_names_and_shapes_that_do_not_fit_are_all_listed(golden):
@@ -72,7 +72,7 @@ def test_names_and_shapes_that_do_not_fit_are_all_listed(golden):
     weights["visual.proj"] = weights.pop("visual.conv1.weight")
     weights["text.text_projection"] = torch.zeros(3, 3)
     with pytest.raises(UserError) as error:
-        load_reference(weights, golden.config)
+        load_published(weights, golden.config)
     assert error.value.problems == [
         "state dict: text.text_projection is [3, 3], the configuration says [48, 48]",
         "state dict: visual.conv1.weight is missing",
@@ -113,33 +113,33 @@ def test_a_published_model_is_continued_with_rows_longer_than_its_position_table
     """Documents stay as long as the table; a row packs as many as it holds, and its padding stays within the table."""
     save_file(golden.weights, tmp_path / "model.safetensors")
     assert convert(tmp_path / "model.safetensors", tmp_path / "out", "--config", config_file, "--part", "full") == 0
-    reference = read_reference_config(golden.config)
-    towers = reference.model.model_dump(mode="json")
+    published_config = read_published_config(golden.config)
+    towers = published_config.model.model_dump(mode="json")
     keys = {part: {k: v for k, v in towers[part].items() if k != "attention"} for part in ("vision", "decoder")}
-    table = reference.context_length
+    table = published_config.context_length
     config = small_config(
         *(f"model.{part}={json.dumps(values)}" for part, values in keys.items()),
-        f"model.pooling.num_attention_heads={reference.model.pooling.num_attention_heads}",
+        f"model.pooling.num_attention_heads={published_config.model.pooling.num_attention_heads}",
         *(f"model.init_from={tmp_path / 'out'}", f"data.row_tokens={4 * table}", f"data.document_tokens={table}"),
     )
-    model = build_model(config.model, reference.vocab_size, config.data.longest_document, seed=1)
-    initialize_parts(model, config.model, reference.vocabulary.text_size, seed=1)
-    published = load_reference(golden.weights, golden.config)
+    model = build_model(config.model, published_config.vocab_size, config.data.longest_document, seed=1)
+    load_parts(model, config.model, published_config.vocabulary.text_size, seed=1)
+    published = load_published(golden.weights, golden.config)
     assert all(torch.equal(weight, published.state_dict()[name]) for name, weight in model.state_dict().items())
 
-    sequences = sequences_of(golden, reference)
-    image_size = reference.model.vision.hf_keys["image_size"]
+    sequences = sequences_of(golden, published_config)
+    image_size = published_config.model.vision.hf_keys["image_size"]
     row = [sequences[0], sequences[1]]
-    packed = collate([Row(tuple(row))], 4 * table, image_size, reference.vocabulary, DocumentView.readout_names)
-    alone = collate([Row((row[1],))], table, image_size, reference.vocabulary, DocumentView.readout_names)
+    packed = collate([Row(tuple(row))], 4 * table, image_size, published_config.vocabulary, DocumentView.readout_names)
+    alone = collate([Row((row[1],))], table, image_size, published_config.vocabulary, DocumentView.readout_names)
     lengths = [len(sequence.tokens.input_ids) for sequence in row]
     with torch.no_grad():
         second = model(packed)[0][lengths[0] : sum(lengths)]
         torch.testing.assert_close(second, published(alone)[0][: lengths[1]], rtol=1e-4, atol=1e-5)
 
-    longer = build_model(config.model, reference.vocab_size, table + 1, seed=1)
+    longer = build_model(config.model, published_config.vocab_size, table + 1, seed=1)
     with pytest.raises(UserError, match="lower data.document_tokens"):
-        initialize_parts(longer, config.model, reference.vocabulary.text_size, seed=1)
+        load_parts(longer, config.model, published_config.vocabulary.text_size, seed=1)
 
 
 def test_a_table_that_is_given_too_short_is_refused():

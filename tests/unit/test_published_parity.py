@@ -1,7 +1,7 @@
 """Our model, batch and loss code against what the published code computed, to the last gradient.
 
 Golden files hold weights, one batch and results (tests/data/golden/README.md); more of them may stand in the folder
-that the environment variable LCL_GOLDEN_DIR names. ``python -m tests.unit.test_reference_parity`` prints the largest
+that the environment variable LCL_GOLDEN_DIR names. ``python -m tests.unit.test_published_parity`` prints the largest
 differences.
 """
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lcl_ds.data.sequences import DocumentView
 from lcl_ds.data.stream.packing import PackedSequence, Row, collate, pack
 from lcl_ds.models.network import LCLModel
-from lcl_ds.models.weights.published import load_reference, read_reference_config, to_reference
+from lcl_ds.models.weights.published import load_published, read_published_config, to_published
 from lcl_ds.objectives.base import local_normalizers
 from tests.support.golden import GOLDEN, Golden, sequences_of
 from tests.support.small import lcl_objective
@@ -25,10 +25,10 @@ SHIFTS_OF_KEYS = {"pool_project.pooler.cross_attn.k_bias", "pool_project.pooler.
 
 def run(golden: Golden, layout: str) -> tuple[dict[str, torch.Tensor], LCLModel]:
     """Every expected entry as our code computes it, with the model after its backward pass."""
-    reference = read_reference_config(golden.config)
-    model = load_reference(golden.weights, golden.config)
-    sequences = sequences_of(golden, reference)
-    length = reference.context_length
+    published_config = read_published_config(golden.config)
+    model = load_published(golden.weights, golden.config)
+    sequences = sequences_of(golden, published_config)
+    length = published_config.context_length
     if layout == "padded":
         rows = [Row((sequence,)) for sequence in sequences]
     else:  # in the order of the file, because features are compared in that order
@@ -37,8 +37,8 @@ def run(golden: Golden, layout: str) -> tuple[dict[str, torch.Tensor], LCLModel]
         packed = pack(lengths, [len(s.tokens.slots) for s in sequences], length, 10**6)
         order = sorted(packed, key=min)
         rows = [Row(tuple(sequences[i] for i in sorted(row))) for row in order]
-    size, names = reference.model.vision.hf_keys["image_size"], DocumentView.readout_names
-    batch = collate(rows, length, size, reference.vocabulary, names)
+    size, names = published_config.model.vision.hf_keys["image_size"], DocumentView.readout_names
+    batch = collate(rows, length, size, published_config.vocabulary, names)
     # The files were computed without --gather-with-grad: keys are constants, also in one process.
     objective = lcl_objective(model, *golden.weighting, gather_with_grad=False)
     losses = objective(batch, *local_normalizers(objective, batch))
@@ -93,7 +93,7 @@ def test_features_and_losses(case):
 
 def test_every_gradient(case):
     golden, _, model = case
-    ours = to_reference({name: weight.grad for name, weight in model.named_parameters()})
+    ours = to_published({name: weight.grad for name, weight in model.named_parameters()})
     assert ours.keys() == golden.grads.keys()
     for name, expected in golden.grads.items():
         if name in SHIFTS_OF_KEYS:
@@ -105,7 +105,7 @@ def test_every_gradient(case):
 @pytest.mark.parametrize("stem", GOLDEN)
 def test_there_and_back_again_is_bit_exact(stem):
     golden = Golden(GOLDEN[stem])
-    again = to_reference(load_reference(golden.weights, golden.config).state_dict())
+    again = to_published(load_published(golden.weights, golden.config).state_dict())
     assert again.keys() == golden.weights.keys()
     assert all(torch.equal(again[name], weight) for name, weight in golden.weights.items())
 
@@ -115,7 +115,7 @@ def main() -> None:
         for layout in LAYOUTS:
             golden = Golden(path)
             actual, model = run(golden, layout)
-            ours = to_reference({name: weight.grad for name, weight in model.named_parameters()})
+            ours = to_published({name: weight.grad for name, weight in model.named_parameters()})
             for name, expected in golden.expected.items():
                 print(f"{stem:12} {layout:8} {name:28} {difference(actual[name], expected):.1e}")
             inspected = golden.grads.keys() - SHIFTS_OF_KEYS
