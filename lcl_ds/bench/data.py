@@ -22,7 +22,8 @@ from lcl_ds.assembly import lane_settings
 from lcl_ds.config import Config, load_config, recipe_path
 from lcl_ds.data.corpus import open_data
 from lcl_ds.data.images import random_box
-from lcl_ds.data.shards.source import Source, index_shard
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.data.stream.lanes import Lane, LaneSettings
 from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.models.build import build_model

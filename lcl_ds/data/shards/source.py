@@ -15,13 +15,11 @@ from typing import IO, Any, TypeVar, overload
 import numpy as np
 
 from lcl_ds.data.shards.index import Sample, ShardIndex
-from lcl_ds.data.shards.shard import Shard, index_shard
+from lcl_ds.data.shards.shard import Shard
 from lcl_ds.data.shards.storage import OUT_OF_DESCRIPTORS, error_text, is_remote, open_file, read_range
 from lcl_ds.data.shards.tar_members import BLOCK, header_hash
 from lcl_ds.errors import UserError
 from lcl_ds.files import printable
-
-__all__ = ["Source", "index_shard"]
 
 OPEN_SHARDS = 256
 """Most shards whose index and descriptor a process keeps open."""
