@@ -9,8 +9,10 @@ import torch
 
 from tests.kernels.checks import DEVICE, running
 from tests.kernels.ranks import results_of_ranks, run_ranks
+from tests.support import interpreter
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to give the same bits every time
+interpreter.speed_up()
 
 
 @pytest.fixture(autouse=True)
