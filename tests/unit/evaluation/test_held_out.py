@@ -132,15 +132,10 @@ def check(config):
 
 
 def shapes_and_objectives():
-    """One objective with pairs and one without for every shape, all objectives for one, and where clip has other pairs."""
+    """One objective with pairs and one without for every shape, all for one, clip where it has pairs and lcl none."""
     for shape in SHAPES:
-        for name in NAMES:
-            if (
-                name in ("lcl", "generation")
-                or shape == "mixed"
-                or (shape == "text after the image" and name == "clip")
-            ):
-                yield shape, name
+        others = {"mixed": NAMES, "text after the image": ("clip",)}.get(shape, ())
+        yield from ((shape, name) for name in dict.fromkeys(("lcl", "generation", *others)))
 
 
 @pytest.mark.parametrize(("shape", "objective"), shapes_and_objectives())
