@@ -4,6 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # Triton reads it when the kernels are imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from lcl_ds.data.demo.corpus import build_demo
 
 SLOW = (
     # Whole programs, and the measurements.
@@ -55,15 +61,6 @@ FIRST = ("unit/test_gpu_check.py", "distributed", "system", "kernels/test_exchan
 """What takes longest begins first, so that no worker is left with it at the end."""
 
 
-def pytest_configure(config):
-    """Choose Triton's interpreter where there is no GPU; xdist's main process runs no test and imports no torch."""
-    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
-        import torch
-
-        if not torch.cuda.is_available():
-            os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
-
-
 def pytest_collection_modifyitems(items):
     """Mark what is slow, and put the longest files first."""
     names = {item: f"{item.path.relative_to(Path(__file__).parent)}::{item.name}" for item in items}
@@ -76,8 +73,6 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory) -> Path:
     """A small demo corpus: 160 documents, 120 pairs, 40 held-out documents."""
-    from lcl_ds.data.demo.corpus import build_demo
-
     folder = tmp_path_factory.mktemp("demo") / "corpus"
     build_demo(folder, documents=160, pairs=120, heldout_documents=40, shard_size=64)
     return folder
