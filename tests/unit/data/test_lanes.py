@@ -88,7 +88,7 @@ def test_other_data_than_the_position_was_saved_for_is_refused(sources, tokenize
         BatchLoader(sources, SETTINGS, tokenizer, 8, state=state)
 
 
-@pytest.mark.parametrize(("world_size", "workers"), [(3, 0), (3, 2), (12, 0), (1, 3)])
+@pytest.mark.parametrize(("world_size", "workers"), [(3, 0), (6, 0), (3, 2), (12, 0), (1, 3)])
 def test_lanes_need_not_be_a_multiple_of_ranks_and_workers(sources, tokenizer, world_size, workers):
     expected, _ = batches_of(sources, tokenizer, 1, 0, 6, rows=12)
     head, state = batches_of(sources, tokenizer, world_size, workers, 3, rows=12)
