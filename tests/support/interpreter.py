@@ -13,7 +13,8 @@ def exchange_once(function: FunctionType) -> interpreter._LangPatchScope:
 
     Triton exchanges all of them, and back, at every call of every function of a kernel: a third of its time.
     """
-    seen = frozenset(v for v in function.__globals__.values() if v in (interpreter.tl, interpreter.tl.core))
+    language = interpreter.tl, interpreter.tl.core
+    seen = frozenset(module for module in language if any(value is module for value in function.__globals__.values()))
     if seen not in exchanged:
         exchanged.add(seen)
         exchange(function)
