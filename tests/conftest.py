@@ -13,6 +13,8 @@ from lcl_ds.data.demo.corpus import build_demo
 
 SLOW = (
     # Whole programs, and the measurements.
+    "distributed",
+    "system",
     "unit/test_gpu_check.py",
     "unit/test_bench.py",
     "unit/evaluation/test_final.py",
@@ -23,6 +25,7 @@ SLOW = (
     "kernels/test_compile.py",
     "kernels/test_contrastive_pairs.py::test_groups_weights_and_statistics_in_one_graph",
     "kernels/test_transforms.py::test_dual_tensors_are_refused_when_compiled",
+    "kernels/test_transforms.py::test_forward_mode_is_refused_when_compiled",
     # Processes that build, check or load.
     "unit/data/test_build.py::test_a_killed_build_goes_on_and_gives_the_same_bytes",
     "unit/data/test_build.py::test_a_worker_that_is_killed_is_a_sentence_and_the_next_try_goes_on",
@@ -52,8 +55,8 @@ SLOW = (
 )
 """Files and tests that ``make quick`` leaves out: they start programs or processes, or take more than half a second.
 
-So do all tests in ``distributed`` and ``system``, those that need what ranks did, and kernels in Triton's interpreter
-but for one comparison of each loss; the ``conftest.py`` of their folders says so.
+So do tests that need what ranks did, and kernels in Triton's interpreter but for one comparison of each loss
+(``kernels/conftest.py``).
 """
 RANKS = {"saved_run", "whole_run", "ranks"}
 """Fixtures for which ranks are started."""
@@ -61,9 +64,18 @@ FIRST = ("unit/test_gpu_check.py", "distributed", "system", "kernels/test_exchan
 """What takes longest begins first, so that no worker is left with it at the end."""
 
 
+def place_of(path: Path) -> str:
+    return str(path.relative_to(Path(__file__).parent))
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave files alone of which `make quick` runs nothing: to read them takes seconds."""
+    return True if config.option.markexpr == "not slow" and place_of(collection_path) in SLOW else None
+
+
 def pytest_collection_modifyitems(items):
     """Mark what is slow, and put the longest files first."""
-    names = {item: f"{item.path.relative_to(Path(__file__).parent)}::{item.name}" for item in items}
+    names = {item: f"{place_of(item.path)}::{item.name}" for item in items}
     for item in items:
         if names[item].startswith(SLOW) or RANKS & {*item.fixturenames}:
             item.add_marker(pytest.mark.slow)

@@ -51,11 +51,11 @@ def ranks(tmp_path_factory):
 
 
 def runs_in_quick(item):
-    """Of Triton in its interpreter, which is slow, `make quick` only compares float32 losses with their references."""
+    """Of Triton in its interpreter, which is slow, `make quick` only compares bfloat16 losses with the references."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     if parameters.get("backend") != "triton" or DEVICE == "cuda":
         return True
-    return item.originalname.startswith("test_equals_the_reference") and parameters["dtype"] == torch.float32
+    return item.originalname.startswith("test_equals_the_reference") and parameters["dtype"] == torch.bfloat16
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the mark

@@ -47,10 +47,3 @@ def whole_run(recipe, tmp_path_factory) -> Path:
         assert "world size 2, ZeRO stage 3, fp32 on cpu" in output
 
     return made_once(tmp_path_factory, "whole", make) / "run"
-
-
-def pytest_collection_modifyitems(items):
-    """Every test of this folder starts ranks or looks at what they did."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.slow)
