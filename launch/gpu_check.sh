@@ -241,7 +241,7 @@ figures() {
       model.decoder.{hidden_size=64,intermediate_size=128,num_hidden_layers=1,num_attention_heads=4}
       model.decoder.num_key_value_heads=4 model.pooling.num_attention_heads=4)
   fi
-  if ! step train 110 "${train[@]}" && grep -qi "out of memory" "$work/train.out" "$work/train.err"; then
+  if ! step train 120 "${train[@]}" && grep -qi "out of memory" "$work/train.out" "$work/train.err"; then
     # Too large for this card: the figures are then those of a run that recomputes activations, and the command says so.
     rm -rf "$work/run"
     step train_checkpointed 100 "${train[@]}" model.{vision,decoder}.activation_checkpointing=true

@@ -126,7 +126,7 @@ def gradients(
     x, y, kind = block.x, block.y, block.kind
     if not (len(x) and len(y)):
         return block.scale.new_zeros(1)
-    tile = tile_on("gradient_crowded" if kind.positives else "gradient", x, y)
+    tile = tile_on("gradient_crowded" if kind.positives or kind.ignored else "gradient", x, y)
     parts = list(gradient_parts(len(x), len(y), x.itemsize, tile, workspace_mb))
     room = x.new_empty(max((down.stop - down.start) * stride for down, _, stride in parts))
     tiles = [_tiles_of(down, tile.rows) * _tiles_of(across, tile.columns) for down, across, _ in parts]

@@ -8,7 +8,7 @@ import triton.language as tl
 from lcl_kernels.tiles import log1p_exact, round_to, tile_position, tile_product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def pair_products_kernel(
     x, y, products, x_norms, y_norms, pairs, width, stride_x, stride_y, PAIRS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -44,7 +44,7 @@ def on_diagonal(row_tile, column_tile, diagonal, ROWS: tl.constexpr, COLUMNS: tl
     return (first < COLUMNS) & (first > -ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["diagonal"])
 def similarity_statistics_kernel(
     x, y, scale, x_norm, y_norm, x_groups, y_groups, row_parts, column_parts,
     rows, columns, width, stride_x, stride_y, diagonal, safe_bound,
@@ -113,7 +113,7 @@ def similarity_statistics_kernel(
             tl.store(of_column + columns, tl.sum(e, 0), mask=c < columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length", "bounded_tiles", "other_tiles", "first"])
 def merge_sums_kernel(
     parts, sums, scale, x_norm, y_norm, length, bounded_tiles, other_tiles, safe_bound, first,
     HIGHEST: tl.constexpr, POSITIVES: tl.constexpr, SUMS: tl.constexpr, TILES: tl.constexpr, BLOCK: tl.constexpr,
@@ -177,7 +177,7 @@ def side_of_pair(top, total, others, positive, size, POSITIVES: tl.constexpr):
     return loss, slope, lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def pair_losses_kernel(
     rows, columns, scale, similarity, x_norms, y_norms, weights, sizes,
     weighted, d_scale, row_terms, column_terms, of_row, of_column, pair_loss, x_first, y_first,
@@ -244,7 +244,7 @@ def pair_losses_kernel(
         tl.store(y_first + k, positive - column_highest > least, mask=own)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def pair_gradients_kernel(
     x, y, of_x, of_y, d_x, d_y, pairs, width, stride_x, stride_y, PAIRS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -262,7 +262,7 @@ def pair_gradients_kernel(
         tl.store(d_x + row * width + k[None, :], factor_x * of_block, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["diagonal"])
 def similarity_gradient_kernel(
     x, y, scale, x_groups, y_groups, row_terms, column_terms, gradient, weighted_sums,
     rows, columns, width, stride_x, stride_y, diagonal,

@@ -8,7 +8,7 @@ import triton.language as tl
 from lcl_kernels.tiles import log1p_exact, round_to, tile_position, tile_product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "expected"])
 def scan_labels_kernel(
     labels, token_weight, class_weight, rows, counted_labels, row_loss, lse, rank, predicted, summary, right, mass,
     count, vocab, stride_labels, stride_weight, ignore_index, expected,
@@ -61,7 +61,7 @@ def scan_labels_kernel(
     tl.store(mass + 1, tl.where(counted_before == 0, infinity, -infinity))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def target_logits_kernel(
     hidden, weight, bias, rows, labels, x, target, slope, anchor, marked,
     count, stride_h, stride_w, stride_x, width, softcap, lead,
@@ -132,7 +132,7 @@ def largest_of_tiles(tops, row, wanted, tiles, SPAN: tl.constexpr):
     return tl.max(top, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def exp_logits_kernel(
     hidden, weight, bias, labels, target, anchor, marked, share, excess, class_weight, exponentials, sums, tops,
     logit_sums, higher, best, best_class,
@@ -222,7 +222,7 @@ def exp_logits_kernel(
                     exponentials.store([row_tile * ROWS, column_tile * COLUMNS], stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def finish_rows_kernel(
     x, rows, labels, target, slope, anchor, marked, sums, tops, logit_sums, higher, best, best_class,
     token_weight, class_weight, class_weight_sum, lse_grad, unit,
@@ -359,7 +359,7 @@ def finish_rows_kernel(
                 tl.store(scaled + i.to(tl.int64)[:, None] * width + k[None, :], rounded, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def finish_hidden_kernel(
     product, weight, rows, labels, factor, at_target, d_hidden, count, stride_w, width,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -379,7 +379,7 @@ def finish_hidden_kernel(
         tl.store(d_hidden + row[:, None] * width + k[None, :], v * p + t * w, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def add_targets_kernel(
     hidden, rows, order, sorted_labels, at_target, d_weight, d_bias, count, stride_h, width,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, SEGMENT_ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -34,7 +34,7 @@ def log1p_of_decay(e):
     return e + p * e * e
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["diagonal"])
 def sigmoid_negatives_kernel(
     x, y, scale, bias, gradient, sums,
     rows, columns, width, stride_x, stride_y, diagonal, unit,

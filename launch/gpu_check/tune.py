@@ -159,7 +159,7 @@ class Sweep:
         print(json.dumps(line))
 
     def tune(self, group: Group, device: str, candidates: list[Tile], heights: tuple[int, ...]) -> bool:
-        """Find the best tile of a group; whether its default could be timed."""
+        """Find the best tile of a group; False if its default cannot be timed."""
         usable = list(self.usable(group, [None, *candidates]))
         times = [(self.time(group, tile), tile) for tile in usable]
         timed = sorted(((ms, tile) for ms, tile in times if ms and tile), key=lambda pair: pair[0])
@@ -171,8 +171,10 @@ class Sweep:
         medians = [median_of([one[i] for one in rounds]) for i in range(len(finalists))]
         default, *others = medians
         if default is None:
-            self.write({"group": group._asdict(), "message": "the default could not be timed"})
-            return False
+            in_time = time.monotonic() < self.until
+            message = "the default could not be timed" if in_time else "not finished: the time is used up"
+            self.write({"group": group._asdict(), "message": message})
+            return not in_time
         best = min((ms for ms in others if ms is not None), default=default)
         winner = finalists[1 + others.index(best)] if best in others else None
         self.write({"group": group._asdict(), "winner": winner, "time_ms": best, "default_ms": default})

@@ -66,7 +66,9 @@ SIZES = {
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    command = "python -m lcl_ds.bench " + shlex.join(sys.argv[1:] if argv is None else argv)
+    words = sys.argv[1:] if argv is None else argv
+    # A record is for others, to whom folders of this machine mean nothing.
+    command = "python -m lcl_ds.bench " + shlex.join(Path(w).name if w.startswith("/") else w for w in words)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` ends a run like Ctrl-C
     job: Callable[[argparse.Namespace, str], int]
     job = {"train": run_train, "data": run_data}.get(arguments.job, run)

@@ -1,5 +1,10 @@
 """`lcl_kernels.compile_check` tells good kernels from bad ones. That ours are good is `make compile-check`."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 from lcl_kernels.compile_check import COLUMNS, problem_of, resident_programs, table
 
@@ -45,3 +50,30 @@ def test_spills_of_the_rare_second_launch_are_shown_but_no_problem():
 )
 def test_programs_that_fit_on_a_multiprocessor(target, registers, warps, shared, programs):
     assert resident_programs(target, registers, warps, shared) == programs
+
+
+SPECIALIZED = """
+import json
+from lcl_kernels import triton_contrastive_kernels, triton_linear_kernels, triton_sigmoid_contrastive
+from triton.runtime import JITFunction
+modules = (triton_contrastive_kernels, triton_linear_kernels, triton_sigmoid_contrastive)
+kernels = {name: kernel for module in modules for name, kernel in vars(module).items() if name.endswith("_kernel")}
+assert len(kernels) == 13 and all(isinstance(kernel, JITFunction) for kernel in kernels.values())
+print(json.dumps({
+    name: [p.name for p in kernel.params if not (p.is_constexpr or p.do_not_specialize)]
+    for name, kernel in kernels.items()
+}))
+"""
+
+
+def test_a_new_number_of_rows_or_pairs_compiles_nothing():
+    """A constant of the kernel would: it is another one for 1, for multiples of 16 and for other numbers."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", SPECIALIZED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    constants = json.loads(done.stdout.splitlines()[-1])
+    counts = {"count", "expected", "pairs", "length", "bounded_tiles", "other_tiles", "first", "diagonal"}
+    assert {kernel: counts & set(names) for kernel, names in constants.items()} == {
+        kernel: set() for kernel in constants
+    }
+    assert "rows" not in constants["exp_logits_kernel"]  # in the others it is a pointer, or saves registers
