@@ -10,13 +10,15 @@ TEST_WORKERS ?= 2
 train: .venv/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/train.py --ds_config ds_configs/zero3.json
 
-# A file of tests stays on one worker: what its tests share is made once.
+# A file of tests stays on one worker, since its tests share fixtures; the longest files begin first (tests/conftest.py).
+PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: .venv/ready
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	$(PYTEST)
 
 # Under a minute on two idle cores: what to run while one works.
 quick: .venv/ready
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: .venv/ready
 	$(BIN)/ruff check .

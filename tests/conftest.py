@@ -1,4 +1,4 @@
-"""Fixtures that several folders of tests share."""
+"""Fixtures that several folders of tests share, and which tests `make quick` leaves out."""
 
 import os
 from pathlib import Path
@@ -12,30 +12,75 @@ if not torch.cuda.is_available():  # Triton reads it when the kernels are import
 from lcl_ds.data.demo.corpus import build_demo
 
 SLOW = (
-    "unit/test_bench.py",
+    # Whole programs, and the measurements.
+    "distributed",
+    "system",
     "unit/test_gpu_check.py",
+    "unit/test_bench.py",
     "unit/evaluation/test_final.py",
-    "unit/data/test_build.py::test_a_killed_build_goes_on_and_gives_the_same_bytes",
-    "unit/data/test_build.py::test_a_worker_that_is_killed_is_a_sentence_and_the_next_try_goes_on",
-    "unit/data/test_sampling.py::test_weights_that_change_by_step_take_effect_at_that_step",
-    "unit/data/test_skips.py::test_a_trainer_that_fails_does_not_wait_for_its_loader_processes",
-    "unit/data/test_resume.py::test_what_follows_a_cut_equals_the_uninterrupted_stream",
+    "kernels/test_wheel.py",
     "unit/test_layers.py::test_importing_the_package_changes_nothing_in_the_process",
     "unit/test_user_errors.py::test_a_mistake_shows_no_traceback_in_a_process_of_its_own",
+    "kernels/test_compile_check.py::test_a_new_number_of_rows_or_pairs_compiles_nothing",
+    # Losses under torch.compile.
     "kernels/test_compile.py",
-    "kernels/test_compile_check.py",
-    "kernels/test_contrastive_ranks.py",
-    "kernels/test_wheel.py",
+    "kernels/test_contrastive_pairs.py::test_groups_weights_and_statistics_in_one_graph",
+    "kernels/test_transforms.py::test_dual_tensors_are_refused_when_compiled",
+    "kernels/test_transforms.py::test_forward_mode_is_refused_when_compiled",
+    # Processes that build, check or load.
+    "unit/data/test_build.py::test_a_killed_build_goes_on_and_gives_the_same_bytes",
+    "unit/data/test_build.py::test_a_worker_that_is_killed_is_a_sentence_and_the_next_try_goes_on",
+    "unit/data/test_build.py::test_the_bytes_do_not_depend_on_the_number_of_processes",
+    "unit/data/test_build.py::test_the_check_reads_shards_in_several_processes",
+    "unit/data/test_lanes.py::test_lanes_need_not_be_a_multiple_of_ranks_and_workers",
+    "unit/data/test_lanes.py::test_the_global_stream_is_the_same_for_any_ranks_and_workers",
+    "unit/data/test_lanes.py::test_a_position_continues_on_other_ranks_and_workers",
+    "unit/data/test_mixing.py::test_the_stream_of_groups_is_the_same_for_any_ranks_and_workers",
+    "unit/data/test_resume.py::test_another_world_size_keeps_the_global_order",
+    "unit/data/test_resume.py::test_what_follows_a_cut_equals_the_uninterrupted_stream",
+    "unit/data/test_skips.py::test_a_trainer_that_fails_does_not_wait_for_its_loader_processes",
+    # Many cases, or a long stream.
+    "kernels/test_linear_cross_entropy_options.py::test_cases_of_other_projects",
+    "unit/data/test_mixing.py::test_a_lane_with_groups_continues_exactly_from_any_row",
+    "unit/data/test_mixing.py::test_the_curriculum_changes_the_sources_at_its_step",
+    "unit/data/test_sampling.py",
+    "unit/data/test_shards.py::test_few_shards_are_open_at_a_time",
+    "unit/evaluation/test_held_out.py::test_what_passes_the_check_before_training_is_evaluated_after_it",
+    "unit/test_fuzz.py::test_mutated_input_neither_crashes_nor_hangs_nor_goes_uncounted",
+    # Figures.
+    "unit/test_report.py::test_runs_whose_names_are_not_unicode_are_drawn",
+    "unit/test_report.py::test_one_run",
+    "unit/test_report.py::test_several_runs_are_compared",
+    "unit/test_report.py::test_a_run_of_one_step_without_other_files",
+    "unit/test_report.py::test_a_comparison_leaves_reports_of_its_runs_alone",
 )
-"""Files and tests that take more than two seconds, beside the folders that say so in their own ``conftest.py``."""
+"""Files and tests that ``make quick`` leaves out: they start programs or processes, or take more than half a second.
+
+So do tests that need what ranks did, and kernels in Triton's interpreter but for one comparison of each loss
+(``kernels/conftest.py``).
+"""
+RANKS = {"saved_run", "whole_run", "ranks"}
+"""Fixtures for which ranks are started."""
+FIRST = ("unit/test_gpu_check.py", "distributed", "system", "kernels/test_exchange.py", "kernels")
+"""What takes longest begins first, so that no worker is left with it at the end."""
+
+
+def place_of(path: Path) -> str:
+    return str(path.relative_to(Path(__file__).parent))
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave files alone of which `make quick` runs nothing: to read them takes seconds."""
+    return True if config.option.markexpr == "not slow" and place_of(collection_path) in SLOW else None
 
 
 def pytest_collection_modifyitems(items):
-    """Mark the tests of ``SLOW``, and those that need what a run of one rank left."""
+    """Mark what is slow, and put the longest files first."""
+    names = {item: f"{place_of(item.path)}::{item.name}" for item in items}
     for item in items:
-        name = f"{item.path.relative_to(Path(__file__).parent)}::{item.name}"
-        if name.startswith(SLOW) or "saved_run" in item.fixturenames:
+        if names[item].startswith(SLOW) or RANKS & {*item.fixturenames}:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: next((i for i, first in enumerate(FIRST) if names[item].startswith(first)), len(FIRST)))
 
 
 @pytest.fixture(scope="session")

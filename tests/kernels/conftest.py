@@ -1,16 +1,17 @@
 """Kernel tests run on the GPU where there is one, else on the CPU with Triton in its interpreter."""
 
-import fcntl
 import os
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.kernels.checks import DEVICE, running
 from tests.kernels.ranks import results_of_ranks, run_ranks
+from tests.support import interpreter
+from tests.support.once import made_once
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to give the same bits every time
+interpreter.speed_up()
 
 
 @pytest.fixture(autouse=True)
@@ -39,18 +40,22 @@ def on_a_cpu():
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory):
-    """What each of four gloo ranks got; see `ranks.py`. Made once, also where pytest-xdist runs several workers."""
-    base = tmp_path_factory.getbasetemp()
-    made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "ranks_made"
-    with made.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not made.exists():
-            folder = tmp_path_factory.mktemp("ranks")
-            with pytest.MonkeyPatch.context() as patch:
-                patch.delenv("TRITON_INTERPRET", raising=False)  # as on a machine with a GPU: the ranks set it
-                run_ranks(folder)
-            made.write_text(str(folder))
-    return results_of_ranks(Path(made.read_text()))
+    """What each of four gloo ranks got; see `ranks.py`."""
+
+    def make(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("TRITON_INTERPRET", raising=False)  # as on a machine with a GPU: the ranks set it
+            run_ranks(folder)
+
+    return results_of_ranks(made_once(tmp_path_factory, "ranks", make))
+
+
+def runs_in_quick(item):
+    """Of Triton in its interpreter, which is slow, `make quick` only compares bfloat16 losses with the references."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if parameters.get("backend") != "triton" or DEVICE == "cuda":
+        return True
+    return item.originalname.startswith("test_equals_the_reference") and parameters["dtype"] == torch.bfloat16
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the mark
@@ -59,3 +64,5 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "ranks" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("ranks"))
+        if not runs_in_quick(item):
+            item.add_marker(pytest.mark.slow)

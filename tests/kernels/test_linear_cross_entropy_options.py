@@ -44,9 +44,11 @@ def weights(labels, v, seed=7):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
-def test_weights_of_tokens_and_classes(reduction, label_smoothing, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "label_smoothing"),
+    [(torch.float64, 0.0), (torch.float64, 0.2), (torch.float32, 0.0), (torch.float32, 0.2), (torch.float16, 0.2)],
+)
+def test_weights_of_tokens_and_classes(reduction, dtype, label_smoothing):
     hidden, weight, bias, labels = inputs(dtype=dtype)
     both_weights = weights(labels, len(weight))
     options = dict(reduction=reduction, label_smoothing=label_smoothing, z_loss=0.1, softcap=3.0)

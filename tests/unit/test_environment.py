@@ -20,7 +20,7 @@ def test_a_command_that_is_missing_fails_or_is_silent_says_nothing():
     assert output_of("no-such-command") is None
     assert output_of("false") is None
     assert output_of("true") is None
-    assert output_of("printf", "one\ntwo\n") == "one"
+    assert output_of("printf", "one\ntwo\n") == "one\ntwo"
 
 
 def test_the_commit_is_that_of_the_code_and_changes_are_told(tmp_path, monkeypatch):

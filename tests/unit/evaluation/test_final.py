@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from lcl_ds.evaluation import final
 from lcl_ds.evaluation.final import close_run
 from lcl_ds.models.build import build_model
 from lcl_ds.report import figures
@@ -19,6 +20,7 @@ from tests.support.tars import write_tar
 @pytest.fixture(autouse=True)
 def small_figures(monkeypatch):
     monkeypatch.setattr(figures, "DPI", 40)
+    monkeypatch.setattr(final, "EXAMPLES", 1)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ Flash and flex run as transformers calls them, but for their kernels: see tests/
 """
 
 import itertools
+from functools import cache
 
 import pytest
 import torch
@@ -110,23 +111,30 @@ def test_the_loss_of_packed_rows_is_that_of_padded_ones(family, keys):
         assert packed[name].item() == pytest.approx(padded[name].item(), rel=1e-6), name
 
 
+def state_and_gradient(model, mode):
+    model.zero_grad()
+    use_mode(model, mode)
+    hidden, _ = model(batch_with_images())
+    hidden.square().mean().backward()
+    return hidden.detach(), model.pooling.proj.weight.grad
+
+
+@cache
+def eager_states_and_gradients(family, keys):
+    model = model_of(family, keys, "eager")
+    return {mode: state_and_gradient(model, mode) for mode in ("causal", "images", "bidirectional")}
+
+
 @pytest.mark.usefixtures("plain_kernels")
 @each_implementation
 def test_implementations_agree_in_states_and_gradients(family, keys, implementation):
-    batch = batch_with_images()
-    reference, model = model_of(family, keys, "eager"), model_of(family, keys, implementation)
-    for mode in ("causal", "images", "bidirectional"):
-        results = []
-        for each in (reference, model):
-            each.zero_grad()
-            use_mode(each, mode)
-            hidden, _ = each(batch)
-            hidden.square().mean().backward()
-            results.append((hidden, each.pooling.proj.weight.grad))
+    model = model_of(family, keys, implementation)
+    for mode, expected in eager_states_and_gradients(family, tuple(keys)).items():
+        actual = state_and_gradient(model, mode)
         wanted = attention.choose_implementation(model.decoder, implementation, mode, "cpu", torch.float32)
         assert model.decoder.config._attn_implementation == wanted
-        for expected, actual in zip(*results, strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+        for one, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_bounds_of_documents_are_those_of_rows_laid_end_to_end():

@@ -7,6 +7,7 @@ import torch
 from torch import distributed as dist
 
 from lcl_ds.training.distributed import RankInfo
+from tests.support.once import made_once
 from tests.support.ranks import on_ranks
 
 
@@ -21,6 +22,5 @@ def only_rank():
 @pytest.fixture(scope="session")
 def saved_run(tmp_path_factory):
     """The folder of four steps that keep two checkpoints, and what the rank returned."""
-    folder = tmp_path_factory.mktemp("one_rank")
-    (result,) = on_ranks(1, "saved_run", folder, timeout=170)
-    return folder / "saved_run", result
+    folder = made_once(tmp_path_factory, "one_rank", lambda folder: on_ranks(1, "saved_run", folder, timeout=170))
+    return folder / "saved_run", torch.load(folder / "saved_run.0.pt", weights_only=True)
