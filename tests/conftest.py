@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores, and threads of one that wait take them from others
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
 import torch
 
 if not torch.cuda.is_available():  # Triton reads it when the kernels are imported

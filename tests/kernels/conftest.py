@@ -11,7 +11,8 @@ from tests.support import interpreter
 from tests.support.once import made_once
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to give the same bits every time
-interpreter.speed_up()
+if DEVICE == "cpu":
+    interpreter.speed_up()
 
 
 @pytest.fixture(autouse=True)
