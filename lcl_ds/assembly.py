@@ -1,12 +1,15 @@
 """Put a run together from its settings: the one place where data, models and objectives meet."""
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from accelerate import init_empty_weights
 
 from lcl_ds.config import Config
 from lcl_ds.data.corpus import OpenData, open_data
+from lcl_ds.data.settings import DataSettings
 from lcl_ds.data.stream.lanes import LaneSettings
 from lcl_ds.errors import UserError
 from lcl_ds.models.build import build_model, image_size, tokens_per_image
@@ -65,29 +68,18 @@ def lane_settings(config: Config, *, training: bool = True) -> LaneSettings:
     if image_tokens + 4 > data.longest_document:
         name = "row_tokens" if data.document_tokens is None else "document_tokens"
         raise UserError(f"data.{name}: {data.longest_document} cannot hold one image of {image_tokens} tokens plus 4")
+    same = {field.name for field in fields(LaneSettings)} & DataSettings.model_fields.keys()
+    values: dict[str, Any] = {name: getattr(data, name) for name in same}
+    values["lanes"] = data.lanes or 0
     return LaneSettings(
-        lanes=data.lanes or 0,
+        **values,
         data_seed=config.seed("data"),
         augmentation_seed=config.seed("augmentation"),
-        row_tokens=data.row_tokens,
-        document_tokens=data.document_tokens,
-        row_images=data.row_images,
         image_tokens=image_tokens,
         image_size=image_size(config.model),
         rows_per_step=config.train.global_batch_rows,
-        mix_by=data.mix_by,
-        group_rows=data.group_rows,
-        row_pool=data.row_pool,
-        pack_window=data.pack_window,
-        block_samples=data.block_samples,
-        shuffle_blocks=data.shuffle_blocks,
         # An image that precedes its caption is announced by nothing.
         view=view_of(config.objective, data.image_first_probability if training else 0.0),
-        crop_scale=data.crop_scale,
-        max_image_pixels=data.max_image_pixels,
-        max_text_bytes=data.max_text_bytes,
-        max_bad_share=data.max_bad_share,
-        stall_seconds=data.stall_seconds,
     )
 
 

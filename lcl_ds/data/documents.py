@@ -6,10 +6,11 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lcl_ds.data.settings import default_of
 from lcl_ds.data.shards.source import Source
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
-MAX_TEXT_BYTES = 1 << 20
+MAX_TEXT_BYTES: int = default_of("max_text_bytes")
 """Limit of all texts of a document together, in UTF-8; what has more is not a document but a dump."""
 JSON_PER_TEXT = 16
 """A ``.json`` member may be this many times as large as the longest text: names, escapes and lists take room too."""

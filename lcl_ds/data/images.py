@@ -11,10 +11,11 @@ from PIL import Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
 from lcl_ds.data.documents import BadSampleError
+from lcl_ds.data.settings import default_of
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 """Formats that are opened; Pillow would also run PostScript and read multi-page files."""
-MAX_PIXELS = 89_000_000
+MAX_PIXELS: int = default_of("max_image_pixels")
 Image.MAX_IMAGE_PIXELS = None  # our own limit is a setting, and is checked before anything is decoded
 MIN_SIDE = 3
 """Smaller images are tracking pixels."""

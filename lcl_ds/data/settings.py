@@ -129,3 +129,8 @@ class DataSettings(Settings):
     def longest_document(self) -> int:
         """Return the length in tokens of the longest document that a row can hold as one sequence."""
         return self.document_tokens or self.row_tokens
+
+
+def default_of(name: str) -> Any:
+    """Return the default of a setting of the data, for what is made without a recipe."""
+    return DataSettings.model_fields[name].default

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from lcl_ds.data.documents import MAX_TEXT_BYTES, BadSampleError, Document, read_document
+from lcl_ds.data.documents import BadSampleError, Document, read_document
 from lcl_ds.data.images import decode_image
 from lcl_ds.data.sequences import DocumentView, Sequencer, View
+from lcl_ds.data.settings import default_of
 from lcl_ds.data.shards.source import Blocks, Source
 from lcl_ds.data.stream.mixing import Mixture, change_steps, spread_samples
 from lcl_ds.data.stream.packing import PackedSequence, Row, choose_group, pack
@@ -114,7 +115,7 @@ def epoch_order(seed: int, source: int, epoch: int, blocks: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LaneSettings:
-    """What the rows of every lane depend on."""
+    """What the rows of every lane depend on: settings of the data under their own names, and what others add."""
 
     lanes: int
     """0: as many as suit the corpus; the loader fills it in."""
@@ -124,22 +125,21 @@ class LaneSettings:
     row_images: int
     image_tokens: int
     image_size: int
-    document_tokens: int | None = None
-    """Longest document in tokens; None: as long as a row."""
+    document_tokens: int | None = default_of("document_tokens")
     rows_per_step: int = 1
     """Rows of one optimizer step: what turns a row's number into the step that weights of sources depend on."""
-    mix_by: str = "samples"
-    group_rows: int = 1
-    row_pool: int = 64
-    pack_window: int = 128
-    block_samples: int = 16
-    shuffle_blocks: int = 4
+    mix_by: str = default_of("mix_by")
+    group_rows: int = default_of("group_rows")
+    row_pool: int = default_of("row_pool")
+    pack_window: int = default_of("pack_window")
+    block_samples: int = default_of("block_samples")
+    shuffle_blocks: int = default_of("shuffle_blocks")
     view: View = field(default_factory=DocumentView)
-    crop_scale: tuple[float, float] = (0.9, 1.0)
-    max_image_pixels: int = 89_000_000
-    max_text_bytes: int = MAX_TEXT_BYTES
-    max_bad_share: float = 0.5
-    stall_seconds: float = 60.0
+    crop_scale: tuple[float, float] = default_of("crop_scale")
+    max_image_pixels: int = default_of("max_image_pixels")
+    max_text_bytes: int = default_of("max_text_bytes")
+    max_bad_share: float = default_of("max_bad_share")
+    stall_seconds: float = default_of("stall_seconds")
 
 
 @dataclass(frozen=True)
