@@ -29,7 +29,7 @@ some thousand rows; on a CPU chunks that stay near the caches are the faster one
 MATMUL_MULTIPLE = 8
 """Entries of two bytes in 16 bytes."""
 SMALLEST_SPLIT = 1024
-"""Entries from which on a second product costs less than an unaligned one."""
+"""Shorter lengths are multiplied at once: there a second launch would cost more than it saves (an estimate)."""
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -191,16 +191,26 @@ def aligned_products(out: Tensor, a: Tensor, b: Tensor) -> list[tuple[Tensor, Te
 
     cuBLAS takes its fast kernels only where the length of `a` along its contiguous dimension is a multiple of 16 bytes,
     even if its rows start at such multiples: on an H100 the product of 8192 x 49411 exponentials with a weight of width
-    768 ran at 129 TFLOP/s of 777. So the few entries beyond a multiple are a product of their own.
+    768 ran at 129 TFLOP/s of 777. So the few entries beyond a multiple are a product of their own. Where rows start
+    elsewhere nothing is to be gained.
+
+    Args:
+        out: [N, H].
+        a: [N, K]; its rows or its columns are contiguous.
+        b: [K, H].
     """
     rows, inner = a.shape
-    if a.stride(1) == 1 and inner % MATMUL_MULTIPLE and inner >= SMALLEST_SPLIT:
+    if a.stride(1) == 1 and _is_worth_a_split(inner, a.stride(0)):
         whole = inner - inner % MATMUL_MULTIPLE
         return [(out, a[:, :whole], b[:whole], False), (out, a[:, whole:], b[whole:], True)]
-    if a.stride(0) == 1 and rows % MATMUL_MULTIPLE and rows >= SMALLEST_SPLIT:
+    if a.stride(0) == 1 and _is_worth_a_split(rows, a.stride(1)):
         whole = rows - rows % MATMUL_MULTIPLE
         return [(out[:whole], a[:whole], b, False), (out[whole:], a[whole:], b, False)]
     return [(out, a, b, False)]
+
+
+def _is_worth_a_split(length: int, stride: int) -> bool:
+    return length >= SMALLEST_SPLIT and length % MATMUL_MULTIPLE > 0 and stride % MATMUL_MULTIPLE == 0
 
 
 def row_chunks(rows: int, bytes_per_row: int, workspace_mb: float, multiple: int = 1) -> Iterator[slice]:

@@ -66,8 +66,8 @@ print(json.dumps({
 """
 
 
-def test_a_new_number_of_rows_or_pairs_compiles_nothing():
-    """A constant of the kernel would: it is another one for 1, for multiples of 16 and for other numbers."""
+def test_counts_of_rows_and_pairs_are_no_constants_of_the_kernels():
+    """A constant makes a kernel for 1, for multiples of 16 and for other numbers, compiled in the middle of a run."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", SPECIALIZED], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

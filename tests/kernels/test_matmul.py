@@ -9,9 +9,11 @@ from tests.kernels.checks import DEVICE, relative_error
 LARGE = SMALLEST_SPLIT + 3
 
 
-def operands(rows, inner, transposed, dtype=torch.float64):
-    a = torch.randn(inner, rows, dtype=dtype).t() if transposed else torch.randn(rows, inner, dtype=dtype)
-    return a, torch.randn(inner, 16, dtype=dtype)
+def operands(rows, inner, transposed, dtype=torch.float64, padded=True):
+    """a [rows, inner], its contiguous lines padded to whole multiples as the losses have them, and b [inner, 16]."""
+    lines, length = (inner, rows) if transposed else (rows, inner)
+    room = torch.randn(lines, length + padded * (-length % MATMUL_MULTIPLE), dtype=dtype)[:, :length]
+    return room.t() if transposed else room, torch.randn(inner, 16, dtype=dtype)
 
 
 def contiguous_length(matrix):
@@ -39,17 +41,19 @@ def test_all_but_a_few_entries_are_in_an_aligned_part(transposed):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_an_aligned_product_is_one(transposed):
-    a, b = operands(1024, 2048, transposed)
-    assert len(aligned_products(torch.empty(1024, 16), a, b)) == 1
+@pytest.mark.parametrize(("size", "padded"), [(2048, True), (LARGE, False), (43, True)])
+def test_a_product_is_one_where_a_split_gains_nothing(size, padded, transposed):
+    """Aligned, with lines that start anywhere, and small."""
+    a, b = operands(size, size, transposed, padded=padded)
+    assert len(aligned_products(torch.empty(size, 16), a, b)) == 1
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_sum_is_made_in_the_dtype_of_the_result(dtype, transposed, accumulate):
-    a, b = operands(LARGE, 2051, transposed, torch.float32)
-    a, b, out = a.to(dtype), b.to(dtype), torch.randn(LARGE, 16)
+    a, b = operands(LARGE, 2051, transposed, dtype)
+    out = torch.randn(LARGE, 16)
     wanted = a.double() @ b.double() + (out.double() if accumulate else 0)
     found = matmul_(out, a, b, accumulate=accumulate)
     assert found.data_ptr() == out.data_ptr()
