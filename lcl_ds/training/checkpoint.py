@@ -1,62 +1,44 @@
-"""Checkpoints that are complete or do not exist.
+"""Checkpoints that are complete or do not exist, and that any number of ranks can read.
 
-A checkpoint is written into a hidden folder by all ranks, listed in a manifest with sizes, flushed to disk and only
-then renamed to ``step_NNNNNNNN``; ``latest`` is replaced after that. A run killed at any moment leaves earlier
-checkpoints as they were. DeepSpeed's own ``latest`` is not used: it is written before other ranks have finished.
+A checkpoint is a folder ``step_NNNNNNNN``: settings, position and metrics as text, fp32 weights and AdamW's moments as
+slices (:mod:`lcl_ds.training.slices`), and a manifest with size and hash of every file. It is written by
+:mod:`lcl_ds.training.saver` under a hidden name and renamed when all of it is on disk, so a run killed at any moment
+leaves earlier checkpoints as they were. What is read is compared with the manifest first.
 """
 
 import hashlib
-import io
-import json
 import logging
-import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import distributed as dist
 
 from lcl_ds.config import Config, validate_config
-from lcl_ds.data.stream.loader import LoaderState, merge_states
 from lcl_ds.errors import UserError
-from lcl_ds.files import plain_name, read_json, read_yaml, sentence_of, write_whole, writing
+from lcl_ds.files import read_json, read_yaml, sentence_of
 from lcl_ds.metrics import METRICS
 from lcl_ds.models.build import build_model
 from lcl_ds.models.network import LCLModel
 from lcl_ds.training.distributed import RankInfo, gather_objects, on_all_ranks
-from lcl_ds.training.preparation import prepare_for_deepspeed
-
-if TYPE_CHECKING:  # what only reads a checkpoint's settings or position does without DeepSpeed
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from lcl_ds.training.slices import SUFFIX, SliceReader
 
 logger = logging.getLogger(__name__)
 
-ENGINE_TAG = "engine"
-"""Subfolder with DeepSpeed's files."""
 MANIFEST = "COMPLETE.json"
 STATE = "trainer_state.json"
 CONFIG = "config.yaml"
-
-
-TOKENIZER_FILE = "tokenizer.json"
-FOLDERS = {
-    "data.tokenizer": (TOKENIZER_FILE,),
-    "model.vision.pretrained": ("config.json", "*.safetensors"),
-    "model.decoder.pretrained": ("config.json", "*.safetensors"),
-    "model.init_from": ("config.yaml", "*.safetensors"),
-}
-"""Settings that name a folder, and which of its files count."""
-PROBE_BYTES = 4 << 20
-"""What is written to find out whether a disk is full."""
-HASHED_WHOLE = 64 << 20
-"""A file that counts is hashed whole up to this size in bytes; of a larger one, its size and both ends are."""
+WEIGHTS, MOMENTS = "weights", "moments"
+"""Subfolders with the slices of the fp32 weights, and of AdamW's two moments."""
+LATEST = "latest"
+STEP, PARTIAL = "step_", ".partial_"
+"""How the names of checkpoints begin, and of what was not finished."""
+OF_MODEL = "model."
+"""How the names of the network's weights begin; others are the objective's own."""
+NAMED = 5
+"""How many damaged files of a checkpoint are named."""
 
 
 @dataclass
@@ -87,61 +69,18 @@ class SavedState(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     progress: dict[str, int]
+    optimizer_steps: int
     loader: SavedLoader
-    world_size: int
-    zero_stage: int
     vocab_size: int
 
 
-def value_of(config: Config, key: str) -> Any:
-    """Return a setting by its dotted name."""
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
+class ManifestEntry(BaseModel):
+    """What ``COMPLETE.json`` says of one file."""
 
+    model_config = ConfigDict(extra="forbid", strict=True)
 
-def folder_contents(config: Config) -> dict[str, str]:
-    """Hash what stands in the folders that settings name, by setting; folders that are not there are left out."""
-    contents = {}
-    for key, patterns in FOLDERS.items():
-        value = value_of(config, key)
-        files = [path for pattern in patterns for path in sorted(Path(value).glob(pattern))] if value else []
-        if files:
-            hashes = (_file_contents(path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-            contents[key] = hashlib.sha256(b"".join(hashes)).hexdigest()
-    return contents
-
-
-@lru_cache
-def _file_contents(path: Path, size: int, _mtime_ns: int) -> bytes:
-    """Hash name, size and bytes, once for all checkpoints as long as the file is not touched.
-
-    Large files are weights, whose header and last values tell them apart. A tokenizer counts by its values, however
-    they are set out, and without its rules for truncation and padding, which we never use.
-    """
-    if path.name == TOKENIZER_FILE and (value := _tokenizer_of(path)) is not None:
-        return hashlib.sha256(value).digest()
-    hashed = hashlib.sha256(f"{path.name} {size}".encode())
-    with path.open("rb") as file:
-        if size <= HASHED_WHOLE:
-            hashed.update(file.read())
-        else:
-            hashed.update(file.read(HASHED_WHOLE // 2))
-            file.seek(-HASHED_WHOLE // 2, os.SEEK_END)
-            hashed.update(file.read())
-    return hashed.digest()
-
-
-def _tokenizer_of(path: Path) -> bytes | None:
-    """Read what a ``tokenizer.json`` says about tokens; None where it is none."""
-    try:
-        tree = read_json(path)
-    except UserError:
-        return None
-    if not isinstance(tree, dict):
-        return None
-    return json.dumps(tree | {"truncation": None, "padding": None}, sort_keys=True).encode()
+    bytes: int
+    sha256: str
 
 
 def checkpoints_folder(run_dir: Path) -> Path:
@@ -150,18 +89,29 @@ def checkpoints_folder(run_dir: Path) -> Path:
 
 def checkpoint_of(run_dir: Path, step: int) -> Path:
     """Name the folder of the checkpoint after ``step`` steps, if there is one."""
-    return checkpoints_folder(run_dir) / f"step_{step:08d}"
+    return checkpoints_folder(run_dir) / f"{STEP}{step:08d}"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Read the step from a checkpoint's name."""
+    return int(checkpoint.name.removeprefix(STEP))
+
+
+def all_checkpoints(run_dir: Path) -> list[Path]:
+    """List the folders of a run's checkpoints, oldest first, whatever is in them."""
+    return sorted(path for path in checkpoints_folder(run_dir).glob(f"{STEP}*") if path.name[len(STEP) :].isdigit())
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """List the checkpoints of a run that can be used, oldest first."""
-    return [path for path in sorted(checkpoints_folder(run_dir).glob("step_*")) if problem_of(path) is None]
+    """List the checkpoints of a run that are whole, oldest first; hashes of large files are not looked at."""
+    return [path for path in all_checkpoints(run_dir) if problem_of(path) is None]
 
 
 def problem_of(checkpoint: Path) -> str | None:
-    """Say why a checkpoint cannot be used; None where every file is as the manifest says and can be read."""
+    """Say why a checkpoint cannot be used; None where sizes of all files, and the text files themselves, are right."""
     try:
-        _check_files(checkpoint)
+        manifest = read_manifest(checkpoint)
+        check_files(checkpoint, manifest, [name for name in manifest if not name.endswith(SUFFIX)])
         load_config_of(checkpoint)
         read_state(checkpoint)
     except UserError as error:
@@ -169,163 +119,125 @@ def problem_of(checkpoint: Path) -> str | None:
     return None
 
 
-def _check_files(checkpoint: Path) -> None:
-    """Compare files with the manifest. Raises: UserError when one is missing or another, or there is no manifest."""
-    manifest = read_json(checkpoint / MANIFEST)
-    if not isinstance(manifest, dict) or not {STATE, CONFIG} <= manifest.keys():
-        raise UserError(f"{checkpoint / MANIFEST}: is no list of the checkpoint's files")
+def read_manifest(checkpoint: Path) -> dict[str, ManifestEntry]:
+    """Read which files a checkpoint has, and find all of them in their size.
+
+    Raises:
+        UserError: the manifest cannot be read, or names a file that is missing or has another size.
+    """
+    path = checkpoint / MANIFEST
+    tree = read_json(path)
+    if not isinstance(tree, dict) or not {STATE, CONFIG} <= tree.keys():
+        raise UserError(f"{path}: is no list of the checkpoint's files")
+    try:
+        manifest = {name: ManifestEntry.model_validate(entry) for name, entry in tree.items()}
+    except ValidationError:
+        raise UserError(f"{path}: is not of this version's form, or damaged") from None
     for name, entry in manifest.items():
-        path = checkpoint / name
-        size, digest = (entry.get("bytes"), entry.get("sha256")) if isinstance(entry, dict) else (entry, None)
-        if not path.is_file():
-            raise UserError(f"{path}: is missing")
-        if path.stat().st_size != size:
-            raise UserError(f"{path}: has {path.stat().st_size} bytes, the manifest says {size}")
-        if digest is not None and _sha256(path) != digest:
-            raise UserError(f"{path}: is not what was written: its hash differs from the manifest's")
+        file = checkpoint / name
+        if not file.is_file():
+            raise UserError(f"{file}: is missing")
+        if file.stat().st_size != entry.bytes:
+            raise UserError(f"{file}: has {file.stat().st_size} bytes, the manifest says {entry.bytes}")
+    return manifest
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def check_files(checkpoint: Path, manifest: dict[str, ManifestEntry], names: list[str]) -> None:
+    """Read files and compare their hashes with the manifest's. Raises: UserError naming those that differ."""
+    damaged = [name for name in names if hash_of(checkpoint / name) != manifest[name].sha256]
+    problems = [f"{checkpoint / name}: is not what was written: its hash differs" for name in damaged]
+    if problems:
+        raise UserError(problems)
 
 
-def save_checkpoint(
-    engine: Any,
-    run_dir: Path,
-    config: Config,
-    progress: Progress,
-    loader_state: LoaderState,
-    vocab_size: int,
-    metrics: bytes = b"",
-) -> Path:
-    """Write and publish a checkpoint; every rank must call this at the same step.
+def hash_of(path: Path) -> str:
+    """Compute the SHA-256 of a file. Raises: UserError when it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {sentence_of(error) or error}") from error
+
+
+def newest_checkpoint(run_dir: Path, rank_info: RankInfo, ignore_damaged: bool = False) -> Path | None:
+    """Find the newest checkpoint that can be used, the same on every rank; others are named; collective.
+
+    Ranks read all of it together, each a part of the files, to compare hashes.
 
     Args:
-        loader_state: this rank's; those of all ranks are merged, so another number of ranks could read it.
-        vocab_size: of the model, to rebuild it.
-        metrics: lines of ``metrics.jsonl`` since the checkpoint before, kept as a copy.
+        ignore_damaged: begin anew where none can be used; what is there is kept under other names.
 
     Raises:
-        UserError: the disk took no whole checkpoint; those before are as they were.
+        UserError: on every rank, when the run has saved something and nothing of it can be used.
     """
-    final = checkpoint_of(run_dir, progress.step)
-    partial = final.with_name(f".partial_{final.name}")
-    first = dist.get_rank() == 0
-    with _disk_errors_named(partial):
-        if first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        engine.save_checkpoint(str(partial), tag=ENGINE_TAG, save_latest=False)
-        states = gather_objects(loader_state)
-        if first:
-            state = {
-                "progress": asdict(progress),
-                "loader": merge_states(states),
-                "world_size": dist.get_world_size(),
-                "zero_stage": engine.zero_optimization_stage(),
-                "sub_group_size": engine.zero_sub_group_size() if engine.zero_optimization_stage() == 3 else None,
-                "vocab_size": vocab_size,
-                "folders": folder_contents(config),
-            }
-            (partial / STATE).write_text(json.dumps(state))
-            (partial / CONFIG).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-            (partial / METRICS).write_bytes(metrics)
-            _publish(partial, final, config.checkpoint.keep)
-    dist.barrier()
-    return final
-
-
-@contextmanager
-def _disk_errors_named(partial: Path) -> Iterator[None]:
-    """Turn what a disk refuses into a sentence, and remove what was written so far.
-
-    Raises:
-        UserError: on this rank alone.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch's writer has errors of its own, which do not say why
-        reason = sentence_of(error) if isinstance(error, OSError) else _what_the_disk_says(partial)
-        if reason is None:
-            raise
-        shutil.rmtree(partial, ignore_errors=True)
-        step = partial.name.removeprefix(".partial_")
-        raise UserError(
-            f"checkpoint {step} could not be written: {reason}; those before it are whole, and running the same "
-            "command again continues from the newest",
-            on_every_rank=False,
-        ) from error
-
-
-def _what_the_disk_says(folder: Path) -> str | None:
-    try:
-        with writing(folder / "probe") as file:
-            file.write(bytes(PROBE_BYTES))
-        (folder / "probe").unlink()
-    except OSError as error:
-        return sentence_of(error)
+    for checkpoint in _candidates(run_dir, rank_info):
+        problems = _damage(checkpoint, rank_info)
+        if not problems:
+            return checkpoint
+        if rank_info.is_first:
+            more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+            sentences = "; ".join(problem.removeprefix(f"{checkpoint}/") for problem in problems[:NAMED])
+            logger.warning("checkpoint %s is damaged and is not used: %s%s", checkpoint, sentences, more)
+    with on_all_ranks(rank_info):
+        if rank_info.is_first:
+            _begin_anew(run_dir, ignore_damaged)
     return None
 
 
-def _publish(partial: Path, final: Path, keep: int) -> None:
-    files = [path for path in partial.rglob("*") if path.is_file()]
-    manifest = {str(path.relative_to(partial)): _manifest_entry(path) for path in files}
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in [*files, partial / MANIFEST, *(p for p in partial.rglob("*") if p.is_dir()), partial]:
-        _flush(path)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    _flush(final.parent)
-    write_whole(final.parent / "latest", final.name + "\n")
-    _flush(final.parent)
-    for old in complete_checkpoints(final.parent.parent)[:-keep]:
-        shutil.rmtree(old)
+def _candidates(run_dir: Path, rank_info: RankInfo) -> Iterator[Path]:
+    """Give the checkpoints of a run, newest first, as the first rank sees them, one after the other on all ranks."""
+    found: list[Any] = [[str(path) for path in reversed(all_checkpoints(run_dir))] if rank_info.is_first else None]
+    dist.broadcast_object_list(found, src=0)
+    yield from map(Path, found[0])
 
 
-def _manifest_entry(path: Path) -> dict[str, Any]:
-    """Record the size of a file; of the small ones, which people can read and change, the hash as well."""
-    entry: dict[str, Any] = {"bytes": path.stat().st_size}
-    if path.name in (STATE, CONFIG, METRICS):
-        entry["sha256"] = _sha256(path)
-    return entry
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _damage(checkpoint: Path, rank_info: RankInfo) -> list[str]:
+    """List what all ranks together find wrong with a checkpoint, the same on every rank."""
+    problems: list[str] = []
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        if rank_info.is_first and (problem := problem_of(checkpoint)):
+            raise UserError(problem)
+        manifest = read_manifest(checkpoint)
+        large = sorted(name for name in manifest if name.endswith(SUFFIX))
+        check_files(checkpoint, manifest, large[rank_info.rank :: rank_info.world_size])
+    except UserError as error:
+        problems = error.problems
+    return list(dict.fromkeys(problem for of_rank in gather_objects(problems) for problem in of_rank))
 
 
-def newest_checkpoint(run_dir: Path, rank_info: RankInfo) -> Path | None:
-    """Find the newest checkpoint that can be used, as the first rank sees it, on every rank; others are named.
+def _begin_anew(run_dir: Path, ignore_damaged: bool) -> None:
+    """Let a run without a usable checkpoint begin, unless it has saved one before.
 
     Raises:
-        UserError: on every rank, when there are checkpoints and none can be used.
+        UserError: it has, and nobody asked to begin anew.
     """
-    newest: list[Any] = [None]
-    with on_all_ranks(rank_info):
-        if rank_info.is_first:
-            problems = {path: problem_of(path) for path in sorted(checkpoints_folder(run_dir).glob("step_*"))}
-            for path, problem in problems.items():
-                if problem is not None:
-                    logger.warning("checkpoint %s is incomplete and is not used: %s", path, problem)
-            usable = [str(path) for path, problem in problems.items() if problem is None]
-            if problems and not usable:
-                raise UserError(
-                    f"{checkpoints_folder(run_dir)}: none of the {len(problems)} checkpoints can be used (see above); "
-                    "restore one of them, or start again in another --run_dir"
-                )
-            newest = [usable[-1] if usable else None]
-    dist.broadcast_object_list(newest, src=0)
-    return Path(newest[0]) if newest[0] else None
+    folder = checkpoints_folder(run_dir)
+    damaged = all_checkpoints(run_dir)
+    if not damaged and not (folder / LATEST).exists():
+        return
+    if not ignore_damaged:
+        unusable = f"none of the {len(damaged)} checkpoints can be used (see above)"
+        what = unusable if damaged else "its checkpoints are gone"
+        raise UserError(
+            f"{folder}: {what}; restore one of them, start again in another --run_dir, or let this run begin anew with "
+            "checkpoint.ignore_damaged=true"
+        )
+    for path in [*damaged, folder / LATEST, run_dir / METRICS]:
+        if path.exists():
+            path.rename(_aside(path))
+    logger.warning("%s: nothing can be used; the run begins anew, and what was there has .damaged in its name", run_dir)
+
+
+def _aside(path: Path) -> Path:
+    """Name a place beside ``path`` that is free."""
+    number = 1
+    while (other := path.with_name(f"{path.name}.damaged{number}")).exists():
+        number += 1
+    return other
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Read ``progress``, ``loader``, ``world_size``, ``zero_stage`` and ``vocab_size`` of a checkpoint.
+    """Read what :class:`SavedState` names of a checkpoint, and what else its state holds.
 
     Raises:
         UserError: the file cannot be read or lacks one of them.
@@ -342,39 +254,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def check_resumable(checkpoint: Path, state: dict[str, Any], world_size: int, zero: "DeepSpeedZeroConfig") -> None:
-    """Refuse what the engine's files cannot continue.
-
-    Raises:
-        UserError: another number of ranks, another ZeRO stage, or at stage 3 other groups of weights.
-    """
-    now = {"world_size": world_size, "zero_stage": int(zero.stage), "sub_group_size": _sub_group_size(zero)}
-    for name, value in now.items():
-        before = state.get(name, value)  # older checkpoints lack the last one
-        if before != value:
-            raise UserError(
-                f"{checkpoint}: was written with {name} {before}, this run has {value}; "
-                f"continue with {name} {before} or start a new --run_dir"
-            )
-
-
-def _sub_group_size(zero: "DeepSpeedZeroConfig") -> int | None:
-    """Say into how large groups stage 3 cuts the optimizer's state; None at other stages, which do not."""
-    return zero.sub_group_size if zero.stage == 3 else None
-
-
-def load_engine(engine: Any, checkpoint: Path) -> None:
-    """Load weights and optimizer state into the engine.
-
-    Raises:
-        RuntimeError: DeepSpeed found nothing to load.
-    """
-    with plain_name(checkpoint) as folder:
-        path, _ = engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
-    if path is None:
-        raise RuntimeError(f"{checkpoint}: DeepSpeed loaded nothing")
-
-
 def resolve_checkpoint(run_or_checkpoint: Path) -> Path:
     """Find a checkpoint folder from itself or from its run (the newest complete one).
 
@@ -387,7 +266,7 @@ def resolve_checkpoint(run_or_checkpoint: Path) -> Path:
         return run_or_checkpoint
     complete = complete_checkpoints(run_or_checkpoint)
     if not complete:
-        if steps := sorted(checkpoints_folder(run_or_checkpoint).glob("step_*")):
+        if steps := all_checkpoints(run_or_checkpoint):
             newest = f"{steps[-1].name}: {problem_of(steps[-1])}"
             raise UserError(f"{run_or_checkpoint}: none of its {len(steps)} checkpoints can be used; {newest}")
         raise UserError(f"{run_or_checkpoint}: neither a complete checkpoint nor a run folder with one")
@@ -407,32 +286,19 @@ def load_config_of(checkpoint: Path) -> Config:
 
 
 def load_model(checkpoint: Path) -> LCLModel:
-    """Load the trained network in fp32 on the CPU, without DeepSpeed, from any ZeRO stage and number of ranks."""
+    """Load the trained network in fp32 on the CPU, one weight at a time; needs neither DeepSpeed nor the objective.
+
+    Raises:
+        UserError: a file of weights is not what was written.
+    """
+    manifest = read_manifest(checkpoint)
+    check_files(checkpoint, manifest, [name for name in manifest if name.startswith(f"{WEIGHTS}/")])
     config, state = load_config_of(checkpoint), read_state(checkpoint)
     model = build_model(config.model, state["vocab_size"], config.data.longest_document, config.seed("init"))
-    prefix = "model."
-    weights = {
-        name.removeprefix(prefix): weight.float()
-        for name, weight in _fp32_weights(checkpoint).items()
-        if name.startswith(prefix)
-    }
-    model.load_state_dict(weights, strict=True)
+    reader = SliceReader(checkpoint / WEIGHTS)
+    weights = {f"{OF_MODEL}{name}": weight for name, weight in model.named_parameters()}
+    if unknown := sorted({name for name in reader.shapes if name.startswith(OF_MODEL)} - weights.keys()):
+        raise UserError(f"{checkpoint}: holds {unknown[0]}, which its own settings do not describe")
+    for name, weight in weights.items():
+        weight.data.copy_(reader.whole(name))
     return model.eval()
-
-
-def _fp32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    folder = checkpoint / ENGINE_TAG
-    if any(folder.glob("*zero_pp_rank_*_optim_states.pt")):
-        prepare_for_deepspeed()
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        nowhere = io.StringIO()  # it prints its progress
-        with plain_name(checkpoint) as plain, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            return get_fp32_state_dict_from_zero_checkpoint(str(plain), tag=ENGINE_TAG)
-    states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-    optimizer = states.get("optimizer") or {}
-    if "fp32_groups" not in optimizer:  # fp32: the weights themselves
-        return states["module"]
-    names = [group["param_names"] for group in optimizer["optimizer_state_dict"]["param_groups"]]
-    exact = zip(names, optimizer["fp32_groups"], strict=True)
-    return states["module"] | {name: w.detach() for group in exact for name, w in zip(*group, strict=True)}

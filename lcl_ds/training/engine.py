@@ -25,8 +25,11 @@ from lcl_ds.errors import UserError
 from lcl_ds.models.heads import ExactScalar
 from lcl_ds.objectives.base import Objective
 from lcl_ds.settings import suggest
-from lcl_ds.training.distributed import RankInfo
+from lcl_ds.training.checkpoint import MOMENTS, WEIGHTS, read_state
+from lcl_ds.training.distributed import RankInfo, on_all_ranks
+from lcl_ds.training.engine_state import WEIGHT, held_parts, set_optimizer_steps, spread_weights, stage_0_master
 from lcl_ds.training.optimizer import BoundedAdamW, freeze_parts, parameter_groups
+from lcl_ds.training.slices import SliceReader
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +219,7 @@ def refresh_exact_scalars(engine: Any) -> None:
 
 def fp32_weight(engine: Any, weight: nn.Parameter) -> Tensor:
     """Return the optimizer's fp32 value of a trained weight, on every rank; collective."""
-    if (master := _own_master(engine, weight)) is not None:
+    if (master := _master_of_every_rank(engine, weight)) is not None:
         return master.detach()
     value = safe_get_full_fp32_param(weight)
     assert value is not None, "DeepSpeed no longer links weights to the optimizer's"
@@ -225,7 +228,7 @@ def fp32_weight(engine: Any, weight: nn.Parameter) -> Tensor:
 
 def set_fp32_weight(engine: Any, weight: nn.Parameter, value: Tensor) -> None:
     """Replace the optimizer's fp32 value of a weight by ``value`` [1]; collective. The model's copy stays as it is."""
-    if (master := _own_master(engine, weight)) is not None:
+    if (master := _master_of_every_rank(engine, weight)) is not None:
         master.data.copy_(value)
     elif engine.zero_optimization_partition_weights():
         # DeepSpeed's setter of whole weights fails where there are fewer elements than ranks.
@@ -235,28 +238,30 @@ def set_fp32_weight(engine: Any, weight: nn.Parameter, value: Tensor) -> None:
         safe_set_full_fp32_param(weight, value.to(weight.device))
 
 
-def _own_master(engine: Any, weight: nn.Parameter) -> Tensor | None:
-    """Find the fp32 weight that every rank holds at stage 0: DeepSpeed's copy in bf16, the weight itself in fp32."""
-    if engine.zero_optimization_stage() > 0:
-        return None
-    optimizer = engine.optimizer
-    if not hasattr(optimizer, "fp32_groups"):
-        return weight
-    groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-    return next(master for low, high in groups for w, master in zip(low, high, strict=True) if w is weight)
+def _master_of_every_rank(engine: Any, weight: nn.Parameter) -> Tensor | None:
+    """Find the fp32 weight that every rank holds, at stage 0."""
+    return None if engine.zero_optimization_stage() > 0 else stage_0_master(engine.optimizer, weight)
 
 
-def apply_settings(engine: Any, options: list[dict[str, Any]], clipping: float) -> None:
-    """Replace the settings that a checkpoint brought back by those of this start.
+@torch.no_grad()
+def load_engine(engine: Any, checkpoint: Path, rank_info: RankInfo) -> None:
+    """Continue with weights, moments and the count of steps of a checkpoint, whoever wrote it; collective.
 
-    Args:
-        options: from :func:`lcl_ds.training.optimizer.options_of`, before the checkpoint was loaded.
-        clipping: largest gradient norm; DeepSpeed's stages 1 and 2 save it and bring it back as well.
+    Every rank reads what it holds.
+
+    Raises:
+        UserError: on all ranks: the checkpoint lacks a weight of this model.
     """
-    for group, own in zip(engine.optimizer.param_groups, options, strict=True):
-        group.update(own)
-    if hasattr(engine.optimizer, "clip_grad"):
-        engine.optimizer.clip_grad = clipping
+    parts = held_parts(engine)
+    with on_all_ranks(rank_info):
+        weights, moments = (SliceReader(checkpoint / folder) for folder in (WEIGHTS, MOMENTS))
+        for part in parts:
+            for kind, values in part.values.items():
+                reader, name = (weights, part.name) if kind == WEIGHT else (moments, f"{kind}.{part.name}")
+                values.copy_(reader.read(name, part.start, part.start + len(values)))
+        set_optimizer_steps(engine, read_state(checkpoint)["optimizer_steps"])
+    spread_weights(engine, parts)
+    refresh_exact_scalars(engine)
 
 
 def release_engine(engine: Any) -> None:

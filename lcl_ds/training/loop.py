@@ -19,7 +19,7 @@ from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.errors import UserError
 from lcl_ds.metrics import SourceCounts, StepMetrics
 from lcl_ds.objectives.base import LossNormalizer, LossNormalizers, Objective
-from lcl_ds.training.checkpoint import Progress, save_checkpoint
+from lcl_ds.training.checkpoint import Progress
 from lcl_ds.training.distributed import (
     RankInfo,
     Totals,
@@ -30,6 +30,7 @@ from lcl_ds.training.distributed import (
 )
 from lcl_ds.training.engine import refresh_exact_scalars, release_engine
 from lcl_ds.training.monitor import Monitor
+from lcl_ds.training.saver import Saver
 from lcl_ds.training.schedule import learning_rate
 from lcl_ds.training.signals import StopRequest
 from lcl_ds.training.throughput import flops_per_token, gpu_memory_gb, peak_flops, step_flops
@@ -52,6 +53,9 @@ class Trainer:
     run_dir: Path
     vocab_size: int
     progress: Progress
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.engine, self.config, self.rank_info, self.run_dir, self.vocab_size)
 
     @property
     def objective(self) -> Objective:
@@ -79,7 +83,11 @@ class Trainer:
         try:
             with StopRequest() as stop:
                 return self._run(monitor, stop)
+        except UserError:  # raised on all ranks; what was begun to be saved is of use
+            self.saver.finish()
+            raise
         finally:
+            self.saver.close()
             monitor.close()
 
     def _run(self, monitor: Monitor, stop: StopRequest) -> int | None:
@@ -93,6 +101,8 @@ class Trainer:
                 path = self.save(monitor.unsaved_lines())
                 monitor.saved()
                 last_saved = self.progress.step
+            if at_end or received:
+                self.saver.finish()
                 if received and self.rank_info.is_first:
                     logger.info("signal %d: saved %s; run the same command again to continue", received, path)
             if received and not at_end:
@@ -100,15 +110,13 @@ class Trainer:
         return None
 
     def save(self, metrics: bytes = b"") -> Path:
-        """Write a checkpoint of this moment, with the lines of metrics since the last one; collective."""
-        return save_checkpoint(
-            self.engine, self.run_dir, self.config, self.progress, self.loader.state(), self.vocab_size, metrics
-        )
+        """Begin a checkpoint of this moment, with the lines of metrics since the last one; collective."""
+        return self.saver.begin(self.progress, self.loader.state(), metrics)
 
     def release(self) -> None:
         """Give back the memory of weights, optimizer and batches; the trainer cannot be used afterwards."""
         release_engine(self.engine)
-        del self.engine, self.loader
+        del self.engine, self.loader, self.saver
         gc.collect()
         if self.rank_info.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -138,8 +146,14 @@ class Trainer:
         self._advance(applied, batches)
         totals = sum_over_ranks(
             dict(zip(summed, sums, strict=True)),
-            {**summed_metrics(batches), **summed_by_source(batches, self.source_names), STOPPED: stop_signal > 0},
+            {
+                **summed_metrics(batches),
+                **summed_by_source(batches, self.source_names),
+                **self.saver.counts(),
+                STOPPED: stop_signal > 0,
+            },
         )
+        self.saver.advance(totals)
         seconds = {"step_s": time.perf_counter() - started, "data_s": data_s}
         metrics = self._metrics(totals, outputs, lr, applied, **seconds)
         return metrics, (stop_signal or signal.SIGTERM) if totals[STOPPED] else 0

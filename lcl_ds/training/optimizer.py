@@ -117,11 +117,6 @@ def group_shape(settings: TrainSettings) -> list[str]:
     return [named.setdefault(factor, part) for part, factor in factors.items()]
 
 
-def options_of(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Copy what the settings say about each group, without its weights."""
-    return [{key: value for key, value in group.items() if not key.startswith("param")} for group in groups]
-
-
 def _group(
     kind: str,
     factor: float,

@@ -1,7 +1,7 @@
 """Decide what becomes of each setting that was changed between two starts of a run.
 
-Every setting has a decision here. What a checkpoint brings back from the earlier start, DeepSpeed's groups of weights
-above all, is overwritten afterwards (:func:`lcl_ds.training.engine.apply_settings`), so that "applied" is true.
+Every setting has a decision here. A checkpoint brings back weights, moments and the position; all else is what the
+settings of this start say, so that "applied" is true.
 """
 
 import logging
@@ -14,8 +14,9 @@ from lcl_ds.files import read_json
 from lcl_ds.models.build import vision_config
 from lcl_ds.models.decoder import build_decoder_config
 from lcl_ds.settings import flatten
-from lcl_ds.training.checkpoint import FOLDERS, folder_contents, load_config_of, read_state, value_of
+from lcl_ds.training.checkpoint import load_config_of, read_state
 from lcl_ds.training.engine import ENGINE_KEYS
+from lcl_ds.training.input_folders import FOLDERS, folder_contents, value_of
 from lcl_ds.training.optimizer import group_shape
 from lcl_ds.training.run_folder import DS_CONFIG
 
@@ -25,7 +26,7 @@ Decision = Literal["refused", "applied", "free"]
 
 DECISIONS: dict[str, Decision] = {
     "name": "free",
-    "precision": "refused",
+    "precision": "applied",
     # The order of samples and what a row is made of; the shards' contents are compared by fingerprint.
     "data": "refused",
     "data.demo": "free",
@@ -62,6 +63,9 @@ DECISIONS: dict[str, Decision] = {
     "train.max_skipped_steps": "applied",
     "checkpoint.every": "applied",
     "checkpoint.keep": "applied",
+    "checkpoint.keep_every": "applied",
+    "checkpoint.asynchronous": "free",
+    "checkpoint.ignore_damaged": "free",
     "log.every": "free",
     "log.trackers": "free",
     "evaluation": "applied",

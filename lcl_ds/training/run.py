@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import yaml
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import distributed as dist
 
 from lcl_ds.assembly import (
@@ -24,28 +23,14 @@ from lcl_ds.evaluation.check import check_held_out
 from lcl_ds.evaluation.final import close_run
 from lcl_ds.metrics import METRICS, keep_metrics
 from lcl_ds.models.build import check_attention_here
-from lcl_ds.training.checkpoint import (
-    Progress,
-    check_resumable,
-    load_engine,
-    load_model,
-    newest_checkpoint,
-    read_state,
-    resolve_checkpoint,
-)
+from lcl_ds.training.checkpoint import Progress, load_model, newest_checkpoint, read_state, resolve_checkpoint
 from lcl_ds.training.distributed import RankInfo, init_distributed, on_all_ranks, raise_for_all
-from lcl_ds.training.engine import (
-    apply_settings,
-    complete_ds_config,
-    refresh_exact_scalars,
-    rows_per_micro_step,
-    start_engine,
-)
+from lcl_ds.training.engine import complete_ds_config, load_engine, rows_per_micro_step, start_engine
 from lcl_ds.training.loop import Trainer
 from lcl_ds.training.monitor import kept_metrics
-from lcl_ds.training.optimizer import options_of
 from lcl_ds.training.resume import check_same_run, engine_changes
 from lcl_ds.training.run_folder import check_own_folder, check_run_writable, write_run_files
+from lcl_ds.training.saver import remove_partial
 from lcl_ds.training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
@@ -74,7 +59,7 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
         if rank_info.is_first:
             check_own_folder(run_dir)
             check_trackers(config.log.trackers)
-    checkpoint = newest_checkpoint(run_dir, rank_info)
+    checkpoint = newest_checkpoint(run_dir, rank_info, config.checkpoint.ignore_damaged)
     changes: list[str] = []
     if checkpoint is not None:
         with on_all_ranks(rank_info):
@@ -86,6 +71,8 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
     else:
         with on_all_ranks(rank_info):
             check_run_writable(run_dir)
+            if rank_info.is_first:
+                remove_partial(run_dir)
         trainer = prepare(config, full_ds_config, run_dir, rank_info, data, checkpoint)
         for sentence in changes if rank_info.is_first else []:
             logger.info("%s", sentence)
@@ -124,9 +111,6 @@ def prepare(
             state["loader"] if state else None,
             pin_memory=rank_info.device.type == "cuda",
         )
-        if checkpoint and state:
-            zero = DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
-            check_resumable(checkpoint, state, rank_info.world_size, zero)
         network = build_network(config, data)
         sentences = [] if checkpoint else load_initial_weights(network, config, data)
         objective = attach_objective(network, config)
@@ -135,10 +119,7 @@ def prepare(
     engine = start_engine(objective, config, ds_config, rank_info)
     progress = Progress(**state["progress"]) if state else Progress()
     if checkpoint:
-        options = options_of(engine.optimizer.param_groups)
-        load_engine(engine, checkpoint)
-        apply_settings(engine, options, ds_config["gradient_clipping"])
-        refresh_exact_scalars(engine)
+        load_engine(engine, checkpoint, rank_info)
         if rank_info.is_first:
             logger.info("continuing %s at step %d", checkpoint, progress.step)
     return Trainer(engine, loader, config, rank_info, run_dir, vocab_size, progress)

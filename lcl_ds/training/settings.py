@@ -58,6 +58,18 @@ class CheckpointSettings(Settings):
 
     every: int = Field(500, gt=0, description="Optimizer steps between checkpoints.")
     keep: int = Field(3, gt=0, description="Newest complete checkpoints to keep.")
+    keep_every: int | None = Field(
+        None, gt=0, description="Keep the checkpoints of steps that this divides as well, for good; null: none."
+    )
+    asynchronous: bool = Field(
+        True,
+        description="Write while training goes on, from a copy in host memory (12 bytes per weight, spread over the "
+        "ranks); false: training waits, and no copy is made.",
+    )
+    ignore_damaged: bool = Field(
+        False,
+        description="Begin anew in a run folder whose checkpoints are all damaged or gone; what is there is renamed.",
+    )
 
 
 class LogSettings(Settings):

@@ -1,6 +1,7 @@
 """What the ranks of the distributed tests do: ``python -m tests.support.rank_tasks FOLDER FUNCTION ...``."""
 
 import gc
+import hashlib
 import json
 import logging
 import shutil
@@ -23,11 +24,10 @@ from lcl_ds.metrics import Combination, read_metrics
 from lcl_ds.models.settings import part_of
 from lcl_ds.objectives import NAMES, lcl
 from lcl_ds.objectives.base import LossNormalizers, Objective
-from lcl_ds.training.checkpoint import Progress, load_engine, newest_checkpoint
-from lcl_ds.training.distributed import RankInfo, all_reduce_sum, init_distributed, raise_for_all
-from lcl_ds.training.engine import apply_settings, complete_ds_config, refresh_exact_scalars, start_engine
+from lcl_ds.training.checkpoint import Progress, newest_checkpoint
+from lcl_ds.training.distributed import RankInfo, all_reduce_sum, gather_objects, init_distributed, raise_for_all
+from lcl_ds.training.engine import complete_ds_config, load_engine, start_engine
 from lcl_ds.training.loop import Trainer
-from lcl_ds.training.optimizer import options_of
 from lcl_ds.training.resume import check_same_run
 from lcl_ds.training.run import prepare
 from tests.support.small import (
@@ -136,10 +136,7 @@ def ten_steps(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
             whole = steps_of(run_dir)
             dist.barrier()
             again = trainer_of(config, stage, rank_info, batches[5:], run_dir)
-            options = options_of(again.engine.optimizer.param_groups)
-            load_engine(again.engine, run_dir / "checkpoints" / "step_00000005")
-            apply_settings(again.engine, options, config.train.gradient_clipping)
-            refresh_exact_scalars(again.engine)
+            load_engine(again.engine, run_dir / "checkpoints" / "step_00000005", rank_info)
             again.progress = Progress(step=5, applied_steps=5)
             again.train()
             results[run_dir.name] = {"whole": whole, "again": steps_of(run_dir)}
@@ -322,6 +319,54 @@ def changed_settings(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
             overrides = [*shared, f"train.{name}={value}"]
             results[whole.name][name] = losses_of_run(overrides, stage, rank_info, run_dir)
     return results
+
+
+def legs(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
+    """Train runs a few steps further, on as many ranks as there are, each as ``legs.json`` beside ``folder`` says.
+
+    A leg names its ``run``, the ZeRO settings and overrides; runs begin where the last leg left them. Returns metrics,
+    what every step of the leg saw, and what was said about changed settings, by leg.
+    """
+    plan = json.loads((folder.parent / "legs.json").read_text())
+    results: dict[str, Any] = {}
+    for name, leg in plan.items():
+        run_dir = folder.parent / "runs" / leg["run"]
+        run_dir.mkdir(parents=True, exist_ok=True)
+        config = small_config(*leg["overrides"])
+        ds_config = complete_ds_config({"zero_optimization": leg["zero"]}, config, rank_info.world_size)
+        checkpoint = newest_checkpoint(run_dir, rank_info)
+        sentences = check_same_run(checkpoint, config) if checkpoint else []
+        trainer = prepare(config, ds_config, run_dir, rank_info, open_checked_data(config), checkpoint)
+        seen = Seen(trainer)
+        trainer.train()
+        trainer.release()
+        dist.barrier()  # the first rank writes the metrics
+        results[name] = {"metrics": read_metrics(run_dir), "seen": seen.by_step, "sentences": sentences}
+    return results
+
+
+class Seen:
+    """Remembers what every step of a trainer saw, over all ranks: a hash of each row's tokens and images."""
+
+    def __init__(self, trainer: Trainer):
+        self.by_step: dict[int, list[str]] = {}
+        advance = trainer._advance
+
+        def remembered(applied: bool, batches: list[Batch]) -> None:
+            advance(applied, batches)
+            own = [row_hash(batch, row) for batch in batches for row in range(len(batch.input_ids))]
+            self.by_step[trainer.progress.step] = sorted(row for rank in gather_objects(own) for row in rank)
+
+        trainer._advance = remembered  # type: ignore[method-assign]
+
+
+def row_hash(batch: Batch, row: int) -> str:
+    """Hash the tokens and the images of one row."""
+    length = batch.input_ids.shape[1]
+    here = (batch.slot_positions // length == row) & (batch.slot_images < batch.image_count)
+    hashed = hashlib.sha256(batch.input_ids[row].numpy().tobytes())
+    hashed.update(batch.images[batch.slot_images[here].unique()].numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def losses_of_run(

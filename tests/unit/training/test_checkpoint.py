@@ -1,5 +1,6 @@
 """Checkpoints are complete or do not exist."""
 
+import hashlib
 import json
 import shutil
 
@@ -12,7 +13,6 @@ from lcl_ds.training.checkpoint import (
     load_config_of,
     load_model,
     newest_checkpoint,
-    problem_of,
     read_state,
     resolve_checkpoint,
 )
@@ -37,8 +37,11 @@ def test_the_manifest_lists_every_file_with_its_size(saved_run):
     files = {str(path.relative_to(checkpoint)): path for path in checkpoint.rglob("*") if path.is_file()}
     assert manifest.keys() == files.keys() - {"COMPLETE.json"}
     assert all(entry["bytes"] == files[name].stat().st_size for name, entry in manifest.items())
-    assert {name for name, entry in manifest.items() if "sha256" in entry} == {
-        *("config.yaml", "trainer_state.json", "metrics.jsonl"),
+    hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
+    assert all(entry["sha256"] == hashes[name] for name, entry in manifest.items())
+    part = "part_00000_of_00001.safetensors"
+    assert manifest.keys() == {
+        *("config.yaml", "trainer_state.json", "metrics.jsonl", f"weights/{part}", f"moments/{part}"),
     }
 
 
@@ -46,7 +49,7 @@ def test_a_checkpoint_keeps_its_position_settings_and_the_metrics_since_the_one_
     checkpoint = resolve_checkpoint(saved_run[0])
     state = read_state(checkpoint)
     assert state["progress"] == {"step": 4, "applied_steps": 4, "skipped_in_a_row": 0}
-    assert (state["world_size"], state["zero_stage"], state["sub_group_size"]) == (1, 0, None)
+    assert (state["world_size"], state["zero_stage"], state["optimizer_steps"]) == (1, 0, 4)
     assert load_config_of(checkpoint).checkpoint.keep == 2
     assert [json.loads(line)["step"] for line in (checkpoint / "metrics.jsonl").read_text().splitlines()] == [4]
 
@@ -57,20 +60,20 @@ def test_its_weights_are_those_of_the_last_step(saved_run):
     assert all(torch.equal(weight, after[f"model.{name}"]) for name, weight in model.named_parameters())
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "longer"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "longer", "bit"])
 def test_a_checkpoint_with_a_damaged_file_is_named_and_the_one_before_is_taken(run_dir, damage, only_rank, caplog):
     newest = resolve_checkpoint(run_dir)
-    weights = next((newest / "engine").glob("*model_states.pt"))
+    weights = next((newest / "weights").glob("*.safetensors"))
     if damage == "gone":
         weights.unlink()
     else:
         content = weights.read_bytes()
-        weights.write_bytes(content[:-1] if damage == "cut" else content + b"0")
-    assert weights.name in str(problem_of(newest))
+        flipped = content[:-1] + bytes([content[-1] ^ 4])
+        weights.write_bytes({"cut": content[:-1], "longer": content + b"0", "bit": flipped}[damage])
     assert newest_checkpoint(run_dir, only_rank) == run_dir / "checkpoints" / "step_00000003"
-    assert "step_00000004 is incomplete and is not used" in caplog.text
-    with pytest.raises(UserError, match="this checkpoint cannot be used"):
-        resolve_checkpoint(newest)
+    assert "step_00000004 is damaged and is not used: weights/part_00000_of_00001.safetensors" in caplog.text
+    with pytest.raises(UserError, match="part_00000_of_00001.safetensors"):
+        load_model(resolve_checkpoint(newest))
 
 
 def test_a_folder_that_was_never_published_is_no_checkpoint(run_dir, only_rank):

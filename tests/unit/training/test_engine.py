@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from lcl_ds.errors import UserError
-from lcl_ds.training.engine import apply_settings, complete_ds_config, load_ds_config, rows_per_micro_step
-from lcl_ds.training.optimizer import BoundedAdamW, options_of, parameter_groups
-from tests.support.small import small_config, small_model
+from lcl_ds.training.engine import complete_ds_config, load_ds_config, rows_per_micro_step
+from tests.support.small import small_config
 
 
 @pytest.fixture
@@ -77,35 +76,6 @@ def test_rows_that_do_not_divide_are_refused_by_their_numbers():
     assert rows_per_micro_step(config, 3) == 2
     with pytest.raises(UserError, match=r"12 is not a multiple of train.accumulation_steps x ranks \(2 x 4\)"):
         rows_per_micro_step(config, 4)
-
-
-def test_settings_of_a_start_replace_those_that_a_checkpoint_brought_back():
-    class Engine:
-        """As much of DeepSpeed's as is touched."""
-
-        def __init__(self, optimizer):
-            self.optimizer = optimizer
-
-    def optimizer_of(*overrides):
-        config = small_config(*overrides)
-        return BoundedAdamW(parameter_groups(small_model(config), config.train, (0.0, 1.0)), config.train)
-
-    earlier = optimizer_of("train.weight_decay=0.1").state_dict()
-    engine = Engine(optimizer_of("train.weight_decay=0.3", "train.betas=[0.5, 0.6]"))
-    options = options_of(engine.optimizer.param_groups)
-    weights = [weight for group in engine.optimizer.param_groups for weight in group["params"]]
-    engine.optimizer.load_state_dict(earlier)
-    assert engine.optimizer.param_groups[0]["weight_decay"] == 0.1
-    apply_settings(engine, options, clipping=0.2)
-    assert engine.optimizer.param_groups[0]["weight_decay"] == 0.3
-    assert engine.optimizer.param_groups[0]["betas"] == (0.5, 0.6)
-    assert all(
-        a is b for a, b in zip(weights, (w for g in engine.optimizer.param_groups for w in g["params"]), strict=True)
-    )
-    assert not hasattr(engine.optimizer, "clip_grad")  # torch's has none; DeepSpeed's has
-    engine.optimizer.clip_grad = 1.0
-    apply_settings(engine, options, clipping=0.2)
-    assert engine.optimizer.clip_grad == 0.2
 
 
 def test_a_start_says_what_is_trained_and_what_is_frozen(saved_run):

@@ -1,0 +1,367 @@
+"""Save checkpoints while training goes on.
+
+Every rank copies what it holds to host memory, and a thread of its own writes the copy, flushes it to disk and hashes
+it. Ranks tell each other that theirs is written by a number among those that they sum in every step anyway. Then the
+first rank compares all files with what the ranks report, writes the manifest, flushes it, renames the folder and
+replaces ``latest``; a checkpoint exists from the renaming on. Nobody waits for a disk, unless it is slower than
+training between two checkpoints, or training ends.
+"""
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lcl_ds.config import Config
+from lcl_ds.data.stream.loader import LoaderState, merge_states
+from lcl_ds.errors import UserError
+from lcl_ds.files import sentence_of, write_whole, writing
+from lcl_ds.metrics import METRICS
+from lcl_ds.training.checkpoint import (
+    CONFIG,
+    LATEST,
+    MANIFEST,
+    MOMENTS,
+    PARTIAL,
+    STATE,
+    WEIGHTS,
+    ManifestEntry,
+    Progress,
+    checkpoint_of,
+    checkpoints_folder,
+    complete_checkpoints,
+    hash_of,
+    read_manifest,
+    step_of,
+)
+from lcl_ds.training.distributed import RankInfo, gather_objects, on_all_ranks
+from lcl_ds.training.engine_state import WEIGHT, held_parts, optimizer_steps, own_share
+from lcl_ds.training.input_folders import folder_contents
+from lcl_ds.training.slices import SUFFIX, Slice, write_slices
+from lcl_ds.training.throughput import size_of
+
+logger = logging.getLogger(__name__)
+
+WRITTEN, FAILED = "ranks that have written their part", "ranks that could not write theirs"
+"""Travel with what one step sums over ranks."""
+PROBE_BYTES = 4 << 20
+"""What is written to find out whether a disk is full."""
+GB = 1e9
+
+
+@dataclass
+class _Job:
+    """What one rank writes of one checkpoint."""
+
+    partial: Path
+    final: Path
+    rank: int
+    world_size: int
+    weights: list[Slice]
+    moments: list[Slice]
+    texts: dict[str, bytes]
+    """Small files of the first rank, by name."""
+
+
+@dataclass
+class _InFlight:
+    """A checkpoint on its way."""
+
+    final: Path
+    partial: Path
+    started: float
+    stalled_s: float
+    written: "Future[dict[str, ManifestEntry]]"
+    collected: bool = False
+    published: "Future[None] | None" = None
+    """On the first rank, once all ranks have written."""
+
+
+@dataclass
+class Saver:
+    """Writes the checkpoints of one run; every rank has one and calls it at the same steps."""
+
+    engine: Any
+    config: Config
+    rank_info: RankInfo
+    run_dir: Path
+    vocab_size: int
+    seconds: float | None = None
+    """What the last save took, from its beginning until it was published (on other ranks than the first: written)."""
+    _in_flight: _InFlight | None = None
+    _host: dict[str, Tensor] = field(default_factory=dict)
+    """Host memory that a copy is made to, kept from one save to the next."""
+
+    def __post_init__(self) -> None:
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="saver")
+
+    def begin(self, progress: Progress, loader_state: LoaderState, metrics: bytes = b"") -> Path:
+        """Begin to save this moment; collective. What is trained may change as soon as this returns.
+
+        Args:
+            loader_state: this rank's; those of all ranks are merged, so that any number of ranks can read them.
+            metrics: lines of ``metrics.jsonl`` since the checkpoint before, kept as a copy.
+
+        Returns:
+            Where the checkpoint will be.
+
+        Raises:
+            UserError: on all ranks: the save before failed, or there is no room for this one.
+        """
+        started = time.perf_counter()
+        self.finish()
+        final = checkpoint_of(self.run_dir, progress.step)
+        partial = final.with_name(f"{PARTIAL}{final.name}")
+        states = gather_objects(loader_state)
+        with on_all_ranks(self.rank_info):
+            if self.rank_info.is_first:
+                check_room(self.run_dir, self.bytes_of_checkpoint())
+            for name in (WEIGHTS, MOMENTS):
+                (partial / name).mkdir(parents=True, exist_ok=True)
+            texts = self._texts(progress, states, metrics) if self.rank_info.is_first else {}
+            weights, moments = self._own_slices()
+        rank, world_size = self.rank_info.rank, self.rank_info.world_size
+        job = _Job(partial, final, rank, world_size, weights, moments, texts)
+        written = self._threads.submit(_write, job)
+        self._in_flight = _InFlight(final, partial, started, time.perf_counter() - started, written)
+        if not self.config.checkpoint.asynchronous:
+            self.finish()
+        return final
+
+    def counts(self) -> dict[str, bool]:
+        """Say how this rank's part stands, to be summed over ranks."""
+        job = self._in_flight
+        futures = [future for future in (job.written, job.published) if future] if job else []
+        done = [future for future in futures if future.done()]
+        return {
+            WRITTEN: job is not None and not job.collected and job.written.done(),
+            FAILED: any(future.exception() is not None for future in done),
+        }
+
+    def advance(self, totals: dict[Any, float]) -> None:
+        """Publish what all ranks have written; collective, with the sums over ranks of :meth:`counts`.
+
+        Raises:
+            UserError: on all ranks: a rank could not write its part.
+        """
+        if totals[FAILED]:
+            self.finish()
+        elif totals[WRITTEN] == self.rank_info.world_size:
+            self._collect()
+
+    def finish(self) -> None:
+        """Wait until what was begun is published; collective.
+
+        Raises:
+            UserError: on all ranks: it could not be; the checkpoints before it are as they were.
+        """
+        if (job := self._in_flight) is None:
+            return
+        try:
+            if not job.collected:
+                self._collect()
+            with on_all_ranks(self.rank_info), _disk_errors_named(job):
+                if job.published:
+                    job.published.result()
+        except UserError:
+            if self.rank_info.is_first:
+                shutil.rmtree(job.partial, ignore_errors=True)
+            raise
+        finally:
+            self._in_flight = None
+
+    def close(self) -> None:
+        """Let the thread end; what it is writing is written but not published."""
+        self._threads.shutdown(wait=True)
+
+    def bytes_of_checkpoint(self) -> int:
+        """Estimate the size of a checkpoint of all ranks."""
+        trained, frozen = [], []
+        for weight in self.engine.module.parameters():
+            (trained if weight.requires_grad else frozen).append(weight)
+        return 12 * size_of(trained) + sum(size_of([weight]) * weight.element_size() for weight in frozen)
+
+    def _own_slices(self) -> tuple[list[Slice], list[Slice]]:
+        """List this rank's slices of weights and of moments, in memory that training does not touch."""
+        weights: list[Slice] = []
+        moments: list[Slice] = []
+        for part in held_parts(self.engine):
+            start, values = own_share(part)
+            for kind, value in values.items():
+                name, slices = (part.name, weights) if kind == WEIGHT else (f"{kind}.{part.name}", moments)
+                if value.numel():
+                    slices.append(Slice(name, start, part.shape, self._kept(name, value)))
+        if self.rank_info.device.type == "cuda":
+            torch.cuda.synchronize()  # copies to pinned memory are not waited for one by one
+        return weights, moments
+
+    def _kept(self, name: str, value: Tensor) -> Tensor:
+        """Copy values to host memory, unless training waits for the disk and they are there already."""
+        if not self.config.checkpoint.asynchronous and value.device.type == "cpu":
+            return value
+        kept = self._host.get(name)
+        if kept is None or kept.shape != value.shape or kept.dtype != value.dtype:
+            pin = self.rank_info.device.type == "cuda"
+            kept = self._host[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pin)
+        return kept.copy_(value, non_blocking=True)
+
+    def _texts(self, progress: Progress, states: list[LoaderState], metrics: bytes) -> dict[str, bytes]:
+        state = {
+            "progress": asdict(progress),
+            "optimizer_steps": optimizer_steps(self.engine),
+            "loader": merge_states(states),
+            "vocab_size": self.vocab_size,
+            "folders": folder_contents(self.config),
+            # How it was written; any other way can continue it.
+            "world_size": self.rank_info.world_size,
+            "zero_stage": self.engine.zero_optimization_stage(),
+        }
+        settings = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        return {STATE: json.dumps(state).encode(), CONFIG: settings.encode(), METRICS: metrics}
+
+    def _collect(self) -> None:
+        """Let the first rank know what all have written, and publish it; collective."""
+        job = self._in_flight
+        assert job is not None
+        with on_all_ranks(self.rank_info), _disk_errors_named(job):
+            written = job.written.result()
+        reports = gather_objects(written)
+        job.collected = True
+        self.seconds = time.perf_counter() - job.started
+        if self.rank_info.is_first:
+            manifest = {name: entry for report in reports for name, entry in report.items()}
+            job.published = self._threads.submit(self._publish, job, manifest)
+
+    def _publish(self, job: _InFlight, manifest: dict[str, ManifestEntry]) -> None:
+        publish(job.partial, job.final, manifest)
+        self.seconds = time.perf_counter() - job.started
+        size = sum(entry.bytes for entry in manifest.values())
+        logger.info(
+            "saved %s: %.3g GB in %.3g s, of which training waited %.2g s",
+            job.final,
+            size / GB,
+            self.seconds,
+            job.stalled_s if self.config.checkpoint.asynchronous else self.seconds,
+        )
+        remove_old(self.run_dir, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+
+
+def _write(job: _Job) -> dict[str, ManifestEntry]:
+    """Write this rank's files, flush them to disk, and say what they are."""
+    part = f"part_{job.rank:05d}_of_{job.world_size:05d}{SUFFIX}"
+    files: list[str] = []
+    for folder, slices in ((WEIGHTS, job.weights), (MOMENTS, job.moments)):
+        if slices:
+            files.append(f"{folder}/{part}")
+            write_slices(job.partial / files[-1], slices)
+    for name, content in job.texts.items():
+        files.append(name)
+        (job.partial / name).write_bytes(content)
+    for name in files:
+        flush(job.partial / name)
+    return {name: _entry(job.partial / name) for name in files}
+
+
+def _entry(path: Path) -> ManifestEntry:
+    return ManifestEntry(bytes=path.stat().st_size, sha256=hash_of(path))
+
+
+def publish(partial: Path, final: Path, manifest: dict[str, ManifestEntry]) -> None:
+    """Make a checkpoint of a folder that holds all files of ``manifest``, flushed to disk.
+
+    Raises:
+        UserError: a file that a rank has written is not there: ranks do not see the same disk.
+        OSError: the disk did not take it.
+    """
+    entries = {name: entry.model_dump() for name, entry in manifest.items()}
+    (partial / MANIFEST).write_text(json.dumps(entries, indent=1))
+    read_manifest(partial)
+    for path in (partial / MANIFEST, partial / WEIGHTS, partial / MOMENTS, partial):
+        flush(path)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    flush(final.parent)
+    write_whole(final.parent / LATEST, final.name + "\n")
+    flush(final.parent)
+
+
+def remove_old(run_dir: Path, keep: int, keep_every: int | None) -> None:
+    """Remove all complete checkpoints but the newest ``keep`` and those of steps that ``keep_every`` divides."""
+    for old in complete_checkpoints(run_dir)[:-keep]:
+        if keep_every is None or step_of(old) % keep_every:
+            shutil.rmtree(old)
+
+
+def remove_partial(run_dir: Path) -> None:
+    """Remove what was not finished when an earlier start of this run ended."""
+    for partial in checkpoints_folder(run_dir).glob(f"{PARTIAL}*"):
+        logger.info("%s: was not finished when the run ended; removed", partial)
+        shutil.rmtree(partial)
+
+
+def check_room(run_dir: Path, needed: int) -> None:
+    """Refuse to begin a checkpoint that the disk cannot take.
+
+    Raises:
+        UserError: with what is needed and what is there.
+    """
+    folder = checkpoints_folder(run_dir)
+    free = shutil.disk_usage(folder if folder.is_dir() else run_dir).free
+    if free < needed:
+        raise UserError(
+            f"{folder}: a checkpoint needs {needed / GB:.3g} GB and the disk has {free / GB:.3g} GB left; free some "
+            "space or let checkpoints be a link to another disk; the checkpoints there are whole, and running the same "
+            "command again continues from the newest"
+        )
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _disk_errors_named(job: _InFlight) -> Iterator[None]:
+    """Turn what a disk refuses into a sentence.
+
+    Raises:
+        UserError: on this rank alone.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # the library's own errors do not say why
+        reason = sentence_of(error) if isinstance(error, OSError) else _what_the_disk_says(job.partial)
+        if reason is None:
+            raise
+        raise UserError(
+            f"checkpoint {job.final.name} could not be written: {reason}; those before it are whole, and running the "
+            "same command again continues from the newest",
+            on_every_rank=False,
+        ) from error
+
+
+def _what_the_disk_says(folder: Path) -> str | None:
+    try:
+        with writing(folder / "probe") as file:
+            file.write(bytes(PROBE_BYTES))
+        (folder / "probe").unlink()
+    except OSError as error:
+        return sentence_of(error)
+    return None

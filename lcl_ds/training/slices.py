@@ -1,0 +1,107 @@
+"""Files of slices: flattened tensors of which every rank writes its own part, and any reader takes any part.
+
+A file is an ordinary safetensors file of one-dimensional tensors. Its metadata say where each belongs: ``slices`` is
+JSON, by name ``[start, shape of the whole tensor]``. A folder of such files holds whole tensors whoever wrote them,
+so nothing in it depends on how many ranks there were. Reading needs neither DeepSpeed nor pickle.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lcl_ds.errors import UserError
+
+SUFFIX = ".safetensors"
+SLICES = "slices"
+"""Key of the metadata."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Elements ``start .. start + len(values)`` of a flattened tensor."""
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    values: Tensor
+    """One-dimensional."""
+
+
+def write_slices(path: Path, slices: Iterable[Slice]) -> None:
+    """Write one file.
+
+    Raises:
+        OSError, SafetensorError: the disk did not take it.
+    """
+    slices = list(slices)
+    where = {part.name: [part.start, list(part.shape)] for part in slices}
+    save_file({part.name: part.values for part in slices}, path, metadata={SLICES: json.dumps(where)})
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a slice lies."""
+
+    start: int
+    stop: int
+    file: Any
+
+
+class SliceReader:
+    """Whole tensors or parts of them from all files of a folder.
+
+    Raises:
+        UserError: a file that is none of ours, or files that do not agree.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Of every whole tensor, by name."""
+        self._places: dict[str, list[_Place]] = {}
+        for path in sorted(folder.glob(f"*{SUFFIX}")):
+            self._add(path)
+        for places in self._places.values():
+            places.sort(key=lambda place: place.start)
+
+    def _add(self, path: Path) -> None:
+        try:
+            file: Any = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
+            where = json.loads(file.metadata()[SLICES])
+            for name, (start, shape) in where.items():
+                (length,) = file.get_slice(name).get_shape()
+                if self.shapes.setdefault(name, tuple(shape)) != tuple(shape):
+                    raise UserError(f"{path}: {name} has shape {shape}, in another file it has {self.shapes[name]}")
+                self._places.setdefault(name, []).append(_Place(start, start + length, file))
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: is no file of slices: {error}") from error
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Return elements ``start .. stop`` of a flattened tensor [stop - start], in the type that was written.
+
+        Raises:
+            UserError: the folder does not hold all of them.
+        """
+        stop = math.prod(self.shapes.get(name, ())) if stop is None else stop
+        parts, reached = [], start
+        for place in self._places.get(name, []):
+            first, last = max(reached, place.start), min(stop, place.stop)
+            if first == reached and first < last:
+                parts.append(place.file.get_slice(name)[first - place.start : last - place.start])
+                reached = last
+        if reached < stop or name not in self.shapes:
+            raise UserError(f"{self.folder}: does not hold elements {reached} to {stop} of {name}")
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
+
+    def whole(self, name: str) -> Tensor:
+        """Return a tensor in its own shape. Raises: UserError when the folder does not hold all of it."""
+        return self.read(name).view(self.shapes[name]) if name in self.shapes else self.read(name, 0, 1)
