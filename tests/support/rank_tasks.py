@@ -8,6 +8,7 @@ import shutil
 import sys
 import weakref
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -324,8 +325,8 @@ def changed_settings(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
 def legs(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     """Train runs a few steps further, on as many ranks as there are, each as ``legs.json`` beside ``folder`` says.
 
-    A leg names its ``run``, the ZeRO settings and overrides; runs begin where the last leg left them. Returns metrics,
-    what every step of the leg saw, and what was said about changed settings, by leg.
+    A leg names its ``run``, the ZeRO settings, overrides and the step to stop after; runs begin where the last leg left
+    them. Returns metrics, what every step of the leg saw, and what was said about changed settings, by leg.
     """
     plan = json.loads((folder.parent / "legs.json").read_text())
     results: dict[str, Any] = {}
@@ -338,11 +339,31 @@ def legs(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         sentences = check_same_run(checkpoint, config) if checkpoint else []
         trainer = prepare(config, ds_config, run_dir, rank_info, open_checked_data(config), checkpoint)
         seen = Seen(trainer)
-        trainer.train()
+        stop_after(trainer, leg.get("stop"))
+        with suppress(Stopped):
+            trainer.train()
         trainer.release()
         dist.barrier()  # the first rank writes the metrics
         results[name] = {"metrics": read_metrics(run_dir), "seen": seen.by_step, "sentences": sentences}
     return results
+
+
+class Stopped(Exception):
+    """A leg is at its end."""
+
+
+def stop_after(trainer: Trainer, step: int | None) -> None:
+    """Let a trainer save and end after a step, with the schedule of its whole run."""
+    check = trainer._check_skipped
+
+    def checked() -> None:
+        check()
+        if trainer.progress.step == step:
+            trainer.save()
+            trainer.saver.finish()
+            raise Stopped
+
+    trainer._check_skipped = checked  # type: ignore[method-assign]
 
 
 class Seen:
