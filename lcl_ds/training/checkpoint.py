@@ -176,8 +176,8 @@ def newest_checkpoint(run_dir: Path, rank_info: RankInfo, ignore_damaged: bool =
             return checkpoint
         if rank_info.is_first:
             more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-            sentences = "; ".join(problem.removeprefix(f"{checkpoint}/") for problem in problems[:NAMED])
-            logger.warning("checkpoint %s is damaged and is not used: %s%s", checkpoint, sentences, more)
+            named = "; ".join(problems[:NAMED])
+            logger.warning("checkpoint %s is damaged and is not used: %s%s", checkpoint, named, more)
     with on_all_ranks(rank_info):
         if rank_info.is_first:
             _begin_anew(run_dir, ignore_damaged)
@@ -201,7 +201,7 @@ def _damage(checkpoint: Path, rank_info: RankInfo) -> list[str]:
         large = sorted(name for name in manifest if name.endswith(SUFFIX))
         check_files(checkpoint, manifest, large[rank_info.rank :: rank_info.world_size])
     except UserError as error:
-        problems = error.problems
+        problems = [problem.removeprefix(f"{checkpoint}/") for problem in error.problems]
     return list(dict.fromkeys(problem for of_rank in gather_objects(problems) for problem in of_rank))
 
 

@@ -109,12 +109,9 @@ def base_factor(settings: TrainSettings) -> float:
     return 1.0 if 1.0 in factors else next((factor for factor in factors if factor), 1.0)
 
 
-def group_shape(settings: TrainSettings) -> list[str]:
-    """Say how learning-rate factors group the parts: settings of one shape can continue each other's runs."""
-    factors = {part: settings.learning_rate_factors.get(part, 1.0) for part in get_args(Part)}
-    base = base_factor(settings)
-    named = {0.0: "frozen", base: "base"}
-    return [named.setdefault(factor, part) for part, factor in factors.items()]
+def frozen_parts(settings: TrainSettings) -> list[str]:
+    """List the parts that do not learn."""
+    return [part for part in get_args(Part) if settings.learning_rate_factors.get(part, 1.0) == 0]
 
 
 def _group(

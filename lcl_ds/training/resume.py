@@ -17,7 +17,7 @@ from lcl_ds.settings import flatten
 from lcl_ds.training.checkpoint import load_config_of, read_state
 from lcl_ds.training.engine import ENGINE_KEYS
 from lcl_ds.training.input_folders import FOLDERS, folder_contents, value_of
-from lcl_ds.training.optimizer import group_shape
+from lcl_ds.training.optimizer import frozen_parts
 from lcl_ds.training.run_folder import DS_CONFIG
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ DECISIONS: dict[str, Decision] = {
     "train.learning_rate": "applied",
     "train.min_learning_rate": "applied",
     "train.warmup_steps": "applied",
-    "train.learning_rate_factors": "applied",  # where they divide the weights into the same groups
+    "train.learning_rate_factors": "applied",  # where they freeze the same parts
     "train.weight_decay": "applied",
     "train.betas": "applied",
     "train.eps": "applied",
@@ -183,11 +183,11 @@ def _name_for_user(key: str, config: Config) -> str:
 def _changes_that_do_not_fit(earlier: Config, config: Config) -> list[str]:
     """Name changes that could be applied by themselves but not in this run."""
     problems = []
-    if group_shape(earlier.train) != group_shape(config.train):
+    if frozen_parts(earlier.train) != frozen_parts(config.train):
         problems.append(
             f"train.learning_rate_factors: {earlier.train.learning_rate_factors} and "
-            f"{config.train.learning_rate_factors} divide the weights into other groups, and the optimizer's state "
-            "belongs to the groups; undo the change, or start a new --run_dir from a release (model.init_from)"
+            f"{config.train.learning_rate_factors} freeze other parts, and a frozen part has no moments to continue "
+            "with; undo the change, or start a new --run_dir from a release (model.init_from)"
         )
     by_step = any(isinstance(source.weight, dict) for source in config.data.shards)
     if by_step and earlier.train.global_batch_rows != config.train.global_batch_rows:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lcl_ds.errors import UserError
+from lcl_ds.files import plain_name
 
 SUFFIX = ".safetensors"
 SLICES = "slices"
@@ -44,7 +45,9 @@ def write_slices(path: Path, slices: Iterable[Slice]) -> None:
     """
     slices = list(slices)
     where = {part.name: [part.start, list(part.shape)] for part in slices}
-    save_file({part.name: part.values for part in slices}, path, metadata={SLICES: json.dumps(where)})
+    with plain_name(path.parent) as folder:
+        tensors = {part.name: part.values for part in slices}
+        save_file(tensors, folder / path.name, metadata={SLICES: json.dumps(where)})
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,9 @@ class SliceReader:
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Of every whole tensor, by name."""
         self._places: dict[str, list[_Place]] = {}
-        for path in sorted(folder.glob(f"*{SUFFIX}")):
-            self._add(path)
+        with plain_name(folder) as plain:
+            for path in sorted(plain.glob(f"*{SUFFIX}")):
+                self._add(path)
         for places in self._places.values():
             places.sort(key=lambda place: place.start)
 
@@ -79,11 +83,12 @@ class SliceReader:
             where = json.loads(file.metadata()[SLICES])
             for name, (start, shape) in where.items():
                 (length,) = file.get_slice(name).get_shape()
-                if self.shapes.setdefault(name, tuple(shape)) != tuple(shape):
-                    raise UserError(f"{path}: {name} has shape {shape}, in another file it has {self.shapes[name]}")
+                known = self.shapes.setdefault(name, tuple(shape))
+                if known != tuple(shape):
+                    raise UserError(f"{self.folder / path.name}: {name} has shape {shape}, elsewhere it has {known}")
                 self._places.setdefault(name, []).append(_Place(start, start + length, file))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: is no file of slices: {error}") from error
+            raise UserError(f"{self.folder / path.name}: is no file of slices: {error}") from error
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Return elements ``start .. stop`` of a flattened tensor [stop - start], in the type that was written.
