@@ -3,7 +3,7 @@
 ``vision`` (default) writes a folder that ``transformers`` loads by itself: config.json, model.safetensors,
 preprocessor_config.json and a model card. ``full`` writes all weights of the training model as one safetensors file;
 with ``--format reference`` in the layout of the published code. ``--from reference FILE --config JSON`` reads a
-checkpoint of the published code instead of a run. Convert only runs that you trust: DeepSpeed unpickles their weights.
+checkpoint of the published code instead of a run.
 """
 
 import argparse

@@ -145,7 +145,7 @@ def read_manifest(checkpoint: Path) -> dict[str, ManifestEntry]:
 def check_files(checkpoint: Path, manifest: dict[str, ManifestEntry], names: list[str]) -> None:
     """Read files and compare their hashes with the manifest's. Raises: UserError naming those that differ."""
     damaged = [name for name in names if hash_of(checkpoint / name) != manifest[name].sha256]
-    problems = [f"{checkpoint / name}: is not what was written: its hash differs" for name in damaged]
+    problems = [f"{checkpoint / name}: is not what was written: its hash differs from the manifest's" for name in damaged]
     if problems:
         raise UserError(problems)
 

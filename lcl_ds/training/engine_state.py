@@ -76,7 +76,7 @@ def make_moments(engine: Any) -> None:
 def optimizer_steps(engine: Any) -> int:
     """Return how often AdamW has stepped, which its correction of young moments depends on."""
     optimizer = _adamw(engine)
-    return max((int(optimizer.state[weight]["step"]) for weight in _stepped(engine)), default=0)
+    return max((int(optimizer.state[weight].get("step", 0)) for weight in _stepped(engine)), default=0)
 
 
 def set_optimizer_steps(engine: Any, steps: int) -> None:
@@ -93,9 +93,9 @@ def spread_weights(engine: Any, parts: list[HeldPart]) -> None:
     if stage == 3:
         optimizer.checkpoint_event_prologue()  # no weight is gathered
         for part in parts:
-            kept = part.weight.ds_tensor.view(-1)[: part.values[WEIGHT].numel()]
-            if part.weight.requires_grad:
-                kept.copy_(part.values[WEIGHT])
+            weight: Any = part.weight
+            if weight.requires_grad:
+                weight.ds_tensor.view(-1)[: part.values[WEIGHT].numel()].copy_(part.values[WEIGHT])
         optimizer.checkpoint_event_epilogue()  # small ones are gathered again
     elif stage > 0:
         optimizer.update_lp_params()

@@ -62,7 +62,7 @@ GB = 1e9
 
 
 @dataclass
-class _Job:
+class Job:
     """What one rank writes of one checkpoint."""
 
     partial: Path
@@ -130,11 +130,11 @@ class Saver:
                 check_room(self.run_dir, self.bytes_of_checkpoint())
             for name in (WEIGHTS, MOMENTS):
                 (partial / name).mkdir(parents=True, exist_ok=True)
-            texts = self._texts(progress, states, metrics) if self.rank_info.is_first else {}
             weights, moments = self._own_slices()
+            texts = self._texts(progress, states, metrics) if self.rank_info.is_first else {}
         rank, world_size = self.rank_info.rank, self.rank_info.world_size
-        job = _Job(partial, final, rank, world_size, weights, moments, texts)
-        written = self._threads.submit(_write, job)
+        job = Job(partial, final, rank, world_size, weights, moments, texts)
+        written = self._threads.submit(write_part, job)
         self._in_flight = _InFlight(final, partial, started, time.perf_counter() - started, written)
         if not self.config.checkpoint.asynchronous:
             self.finish()
@@ -188,10 +188,8 @@ class Saver:
 
     def bytes_of_checkpoint(self) -> int:
         """Estimate the size of a checkpoint of all ranks."""
-        trained, frozen = [], []
-        for weight in self.engine.module.parameters():
-            (trained if weight.requires_grad else frozen).append(weight)
-        return 12 * size_of(trained) + sum(size_of([weight]) * weight.element_size() for weight in frozen)
+        weights = list(self.engine.module.parameters())
+        return sum(size_of([w]) * (12 if w.requires_grad else w.element_size()) for w in weights)
 
     def _own_slices(self) -> tuple[list[Slice], list[Slice]]:
         """List this rank's slices of weights and of moments, in memory that training does not touch."""
@@ -258,7 +256,7 @@ class Saver:
         remove_old(self.run_dir, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
 
 
-def _write(job: _Job) -> dict[str, ManifestEntry]:
+def write_part(job: Job) -> dict[str, ManifestEntry]:
     """Write this rank's files, flush them to disk, and say what they are."""
     part = f"part_{job.rank:05d}_of_{job.world_size:05d}{SUFFIX}"
     files: list[str] = []

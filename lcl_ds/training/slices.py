@@ -79,7 +79,7 @@ class SliceReader:
 
     def _add(self, path: Path) -> None:
         try:
-            file: Any = safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
+            file: Any = safe_open(path, framework="pt")
             where = json.loads(file.metadata()[SLICES])
             for name, (start, shape) in where.items():
                 (length,) = file.get_slice(name).get_shape()

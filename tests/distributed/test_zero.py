@@ -10,13 +10,22 @@ from lcl_ds.assembly import attach_objective
 from lcl_ds.metrics import read_metrics
 from lcl_ds.objectives import NAMES
 from lcl_ds.objectives.base import local_normalizers
-from lcl_ds.training.checkpoint import load_model, resolve_checkpoint
+from lcl_ds.training.checkpoint import checkpoint_of, checkpoints_folder, load_model, problem_of, resolve_checkpoint
 from tests.support.rank_tasks import STAGES, THREE_STEPS, batch_of_rank
 from tests.support.ranks import all_on_ranks
 from tests.support.small import lcl_objective, merged, small_config, small_model, three_documents
 
 pytestmark = pytest.mark.timeout(600)
-TASKS = ["gradients", "objectives", "three_steps", "non_finite", "memory", "told_problems", "reported_numbers"]
+TASKS = [
+    "gradients",
+    "objectives",
+    "three_steps",
+    "non_finite",
+    "memory",
+    "told_problems",
+    "reported_numbers",
+    "saving",
+]
 
 
 @pytest.fixture(scope="module")
@@ -157,5 +166,25 @@ def test_what_an_objective_reports_is_combined_as_it_says_by_one_all_reduce_a_st
         assert row["predicted"] == row["text_tokens"]
         assert row["rank_factor"] == 22  # two micro-steps of 1 and of 10
         assert row["logit_scale"] == pytest.approx(1 / 0.07, rel=0.01)
-    # Single numbers are DeepSpeed's norms; 5 outputs, 5 counts, 2 of each of 2 sources and the signal are ours.
-    assert [size for size in first["reduced"] if size > 1] == [15, 15]
+    # Single numbers are DeepSpeed's norms; 5 outputs, 5 counts, 2 of each of 2 sources, 2 of a save and the signal are ours.
+    assert [size for size in first["reduced"] if size > 1] == [17, 17]
+
+
+def test_training_goes_on_while_a_checkpoint_of_an_earlier_moment_is_written(results, folder):
+    first = results["saving"][0]
+    assert first["published"][3] == []
+    assert "step_00000002" in first["published"][5]
+    for step in (2, 4, 5):
+        model = load_model(checkpoint_of(folder / "saving" / "slow", step))
+        for name, weight in first["weights"][step].items():
+            assert torch.equal(model.state_dict()[name.removeprefix("model.")], weight), (step, name)
+
+
+def test_a_disk_that_one_rank_finds_full_ends_all_ranks_and_costs_no_earlier_checkpoint(results, folder):
+    for rank in results["saving"]:
+        (problem,) = rank["told"]
+        assert problem.startswith(f"rank 1 on {socket.gethostname()}: checkpoint step_00000002 could not be written: ")
+        assert "ulimit -f" in problem
+    run_dir = folder / "saving" / "full"
+    assert sorted(path.name for path in checkpoints_folder(run_dir).iterdir()) == ["latest", "step_00000000"]
+    assert problem_of(checkpoint_of(run_dir, 0)) is None

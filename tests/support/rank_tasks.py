@@ -6,9 +6,10 @@ import json
 import logging
 import shutil
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,12 +26,14 @@ from lcl_ds.metrics import Combination, read_metrics
 from lcl_ds.models.settings import part_of
 from lcl_ds.objectives import NAMES, lcl
 from lcl_ds.objectives.base import LossNormalizers, Objective
-from lcl_ds.training.checkpoint import Progress, newest_checkpoint
+from lcl_ds.training import saver
+from lcl_ds.training.checkpoint import ManifestEntry, Progress, all_checkpoints, newest_checkpoint
 from lcl_ds.training.distributed import RankInfo, all_reduce_sum, gather_objects, init_distributed, raise_for_all
 from lcl_ds.training.engine import complete_ds_config, load_engine, start_engine
 from lcl_ds.training.loop import Trainer
 from lcl_ds.training.resume import check_same_run
 from lcl_ds.training.run import prepare
+from tests.support.disks import no_file_larger_than
 from tests.support.small import (
     VOCABULARY,
     batch_with_images,
@@ -288,6 +291,48 @@ def saved_run(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         "frozen": sorted(frozen),
         "moved": [name not in still for name in before if part_of(name) not in frozen],
     }
+
+
+def saving(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
+    """A save that is not on disk before the next step has been taken, and one that the disk of the last rank refuses.
+
+    Returns the weights after every step, and which checkpoints there were then; and what each rank was told.
+    """
+    config = small_config(*TEN_STEPS, "train.steps=5", "checkpoint.every=2", "checkpoint.keep=9")
+    batches = [batch_with_images(100 * step + 10 * rank_info.rank) for step in range(10)]
+    weights, published = {}, {}
+    trainer = trainer_of(config, 2, rank_info, batches[:5], folder / "slow")
+    third_step = threading.Event()
+    write, advance = saver.write_part, trainer._advance
+
+    def held_up(job: saver.Job) -> dict[str, ManifestEntry]:
+        assert third_step.wait(60)
+        return write(job)
+
+    def remembered(applied: bool, batches: list[Batch]) -> None:
+        advance(applied, batches)
+        step = trainer.progress.step
+        weights[step] = full_weights(trainer)
+        published[step] = [path.name for path in all_checkpoints(folder / "slow")]
+        if step == 3:
+            third_step.set()
+
+    saver.write_part, trainer._advance = held_up, remembered  # type: ignore[method-assign]
+    try:
+        trainer.train()
+    finally:
+        saver.write_part = write
+    trainer = trainer_of(config, 2, rank_info, batches[5:], folder / "full")
+    trainer.save()
+    trainer.saver.finish()
+    too_small = rank_info.rank == rank_info.world_size - 1
+    with no_file_larger_than(10_000) if too_small else nullcontext():
+        try:
+            trainer.train()
+            told = []
+        except UserError as error:
+            told = error.problems
+    return {"weights": weights, "published": published, "told": told}
 
 
 CHANGES = {
