@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +15,11 @@ from lcl_ds.training.checkpoint import (
     load_config_of,
     load_model,
     newest_checkpoint,
+    read_manifest,
     read_state,
     resolve_checkpoint,
 )
+from lcl_ds.training.saver import check_room, publish, remove_old, remove_partial
 
 
 @pytest.fixture
@@ -60,20 +64,53 @@ def test_its_weights_are_those_of_the_last_step(saved_run):
     assert all(torch.equal(weight, after[f"model.{name}"]) for name, weight in model.named_parameters())
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "longer", "bit"])
-def test_a_checkpoint_with_a_damaged_file_is_named_and_the_one_before_is_taken(run_dir, damage, only_rank, caplog):
-    newest = resolve_checkpoint(run_dir)
-    weights = next((newest / "weights").glob("*.safetensors"))
-    if damage == "gone":
-        weights.unlink()
-    else:
-        content = weights.read_bytes()
-        flipped = content[:-1] + bytes([content[-1] ^ 4])
-        weights.write_bytes({"cut": content[:-1], "longer": content + b"0", "bit": flipped}[damage])
+def flip_a_bit(path: Path, place: float) -> None:
+    """Change one bit, so far into the file."""
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 4
+    path.write_bytes(content)
+
+
+PART = "part_00000_of_00001.safetensors"
+DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "weights cut short": (f"weights/{PART}", lambda path: path.write_bytes(path.read_bytes()[:-1])),
+    "weights longer": (f"weights/{PART}", lambda path: path.write_bytes(path.read_bytes() + b"0")),
+    "weights gone": (f"weights/{PART}", lambda path: path.unlink()),
+    "weights empty": (f"weights/{PART}", lambda path: path.write_bytes(b"")),
+    "a bit of the header of weights": (f"weights/{PART}", lambda path: flip_a_bit(path, 0.001)),
+    "a bit of weights": (f"weights/{PART}", lambda path: flip_a_bit(path, 0.5)),
+    "the last bits of weights": (f"weights/{PART}", lambda path: flip_a_bit(path, 1.0)),
+    "a bit of moments": (f"moments/{PART}", lambda path: flip_a_bit(path, 0.7)),
+    "moments of zeros": (f"moments/{PART}", lambda path: path.write_bytes(bytes(path.stat().st_size))),
+    "a folder for a file": (f"moments/{PART}", lambda path: (path.unlink(), path.mkdir())),
+    "a link to nothing": (f"moments/{PART}", lambda path: (path.unlink(), path.symlink_to("elsewhere"))),
+    "a bit of the settings": ("config.yaml", lambda path: flip_a_bit(path, 0.4)),
+    "settings cut short": ("config.yaml", lambda path: path.write_bytes(path.read_bytes()[:200])),
+    "settings gone": ("config.yaml", lambda path: path.unlink()),
+    "a bit of the position": ("trainer_state.json", lambda path: flip_a_bit(path, 0.3)),
+    "a position of zeros": ("trainer_state.json", lambda path: path.write_bytes(bytes(path.stat().st_size))),
+    "metrics gone": ("metrics.jsonl", lambda path: path.unlink()),
+    "manifest gone": ("COMPLETE.json", lambda path: path.unlink()),
+    "manifest empty": ("COMPLETE.json", lambda path: path.write_bytes(b"")),
+    "manifest of an earlier version": ("COMPLETE.json", lambda path: path.write_text(OLD_MANIFEST)),
+    "a hash in the manifest": ("COMPLETE.json", lambda path: path.write_text(path.read_text().replace("a", "b"))),
+    "an entry of the manifest": ("COMPLETE.json", lambda path: path.write_text(path.read_text().replace("bytes", "b"))),
+}
+OLD_MANIFEST = '{"trainer_state.json": 12, "config.yaml": {"bytes": 3}}'
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_with_its_file_and_the_one_before_is_taken(run_dir, damage, only_rank, caplog):
+    name, change = DAMAGE[damage]
+    change(run_dir / "checkpoints" / "step_00000004" / name)
     assert newest_checkpoint(run_dir, only_rank) == run_dir / "checkpoints" / "step_00000003"
-    assert "step_00000004 is damaged and is not used: weights/part_00000_of_00001.safetensors" in caplog.text
-    with pytest.raises(UserError, match="part_00000_of_00001.safetensors"):
-        load_model(resolve_checkpoint(newest))
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert "step_00000004 is damaged and is not used: " in warning
+    assert name.partition("/")[2] or name in warning
+    newest = run_dir / "checkpoints" / "step_00000004"
+    if not name.startswith(("moments", "metrics")):  # of which a release needs nothing
+        with pytest.raises(UserError):
+            load_model(resolve_checkpoint(newest))
 
 
 def test_a_folder_that_was_never_published_is_no_checkpoint(run_dir, only_rank):
@@ -84,12 +121,70 @@ def test_a_folder_that_was_never_published_is_no_checkpoint(run_dir, only_rank):
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(run_dir, only_rank):
+    for weights in run_dir.glob(f"checkpoints/*/weights/{PART}"):
+        flip_a_bit(weights, 0.5)
+    with pytest.raises(UserError, match="none of the 2 checkpoints can be used .*checkpoint.ignore_damaged=true"):
+        newest_checkpoint(run_dir, only_rank)
+    with pytest.raises(UserError, match="hash differs"):
+        load_model(resolve_checkpoint(run_dir))
+
+
+def test_nor_one_whose_checkpoints_are_gone(run_dir, only_rank):
+    for checkpoint in run_dir.glob("checkpoints/step_*"):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(UserError, match=r"checkpoints: its checkpoints are gone; restore one of them"):
+        newest_checkpoint(run_dir, only_rank)
+
+
+def test_it_is_begun_again_where_the_user_says_so_and_nothing_of_it_is_thrown_away(run_dir, only_rank):
     for manifest in run_dir.glob("checkpoints/*/COMPLETE.json"):
         manifest.unlink()
-    with pytest.raises(UserError, match="none of the 2 checkpoints can be used"):
-        newest_checkpoint(run_dir, only_rank)
-    with pytest.raises(UserError, match="none of its 2 checkpoints can be used; step_00000004"):
-        resolve_checkpoint(run_dir)
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    assert newest_checkpoint(run_dir, only_rank, ignore_damaged=True) is None
+    assert newest_checkpoint(run_dir, only_rank) is None
+    assert (run_dir / "metrics.jsonl.damaged1").read_bytes() == before
+    kept = {path.name for path in (run_dir / "checkpoints").iterdir()}
+    assert kept == {"step_00000003.damaged1", "step_00000004.damaged1", "latest.damaged1"}
+
+
+def test_what_is_kept_for_good_is_not_removed_with_the_old_ones(run_dir):
+    folder = run_dir / "checkpoints"
+    for step in (1, 2, 5):
+        shutil.copytree(folder / "step_00000004", folder / f"step_{step:08d}")
+    (folder / "step_00000002" / "config.yaml").unlink()
+    remove_old(run_dir, keep=2, keep_every=3)
+    assert sorted(path.name for path in folder.glob("step_*")) == [
+        *(
+            "step_00000002",
+            "step_00000003",
+            "step_00000004",
+            "step_00000005",
+        ),  # the second is damaged: not ours to judge
+    ]
+
+
+def test_what_an_earlier_start_did_not_finish_is_removed(run_dir, caplog):
+    caplog.set_level("INFO")
+    (run_dir / "checkpoints" / ".partial_step_00000007" / "weights").mkdir(parents=True)
+    remove_partial(run_dir)
+    assert not list((run_dir / "checkpoints").glob(".partial*"))
+    assert ".partial_step_00000007: was not finished" in caplog.text
+
+
+def test_a_disk_without_room_for_a_checkpoint_is_refused_with_the_numbers(run_dir):
+    check_room(run_dir, 1)
+    with pytest.raises(UserError, match=r"a checkpoint needs 1e\+09 GB and the disk has .* GB left"):
+        check_room(run_dir, 10**18)
+
+
+def test_a_file_that_a_rank_wrote_elsewhere_keeps_a_checkpoint_from_being_one(run_dir):
+    newest = run_dir / "checkpoints" / "step_00000004"
+    manifest = read_manifest(newest)
+    partial = newest.rename(newest.with_name(".partial_step_00000004"))
+    manifest["weights/part_00001_of_00002.safetensors"] = manifest[f"weights/{PART}"]
+    with pytest.raises(UserError, match=r"part_00001_of_00002.safetensors: is missing"):
+        publish(partial, newest, manifest)
+    assert not newest.exists()
 
 
 def test_a_new_run_has_no_checkpoint(tmp_path, only_rank):
