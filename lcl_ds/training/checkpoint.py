@@ -13,10 +13,10 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import yaml
@@ -68,6 +68,8 @@ class Progress:
     applied_steps: int = 0
     """Steps that changed the weights; the schedule follows these."""
     skipped_in_a_row: int = 0
+    recent: dict[str, list[float]] = field(default_factory=dict)
+    """What steps usually look like, see :mod:`lcl_ds.training.spikes`."""
 
 
 class SavedLoader(BaseModel):
@@ -86,7 +88,7 @@ class SavedState(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    progress: dict[str, int]
+    progress: dict[str, int | dict[str, list[float]]]
     loader: SavedLoader
     world_size: int
     zero_stage: int
@@ -332,7 +334,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     state = read_json(checkpoint / STATE)
     try:
-        Progress(**SavedState.model_validate(state).progress)
+        Progress(**cast(dict[str, Any], SavedState.model_validate(state).progress))
     except TypeError as error:
         raise UserError(f"{checkpoint / STATE}: progress: {error}") from None
     except ValidationError as error:

@@ -1,11 +1,10 @@
 """The training loop."""
 
 import gc
-import json
 import logging
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,12 @@ from lcl_ds.training.distributed import (
     RankInfo,
     Totals,
     gather_integers,
-    gather_objects,
     on_all_ranks,
     sum_over_ranks,
 )
 from lcl_ds.training.engine import refresh_exact_scalars, release_engine
 from lcl_ds.training.monitor import Monitor
+from lcl_ds.training.odd_steps import SKIPPED_STEPS, DrawnRows, OddSteps
 from lcl_ds.training.schedule import learning_rate
 from lcl_ds.training.signals import StopRequest
 from lcl_ds.training.throughput import flops_per_token, gpu_memory_gb, peak_flops, step_flops
@@ -52,6 +51,8 @@ class Trainer:
     run_dir: Path
     vocab_size: int
     progress: Progress
+    rolled_back: bool = field(default=False, init=False)
+    """Whether the training ended because a step is to be taken back: the run goes on from the newest checkpoint."""
 
     @property
     def objective(self) -> Objective:
@@ -65,13 +66,15 @@ class Trainer:
         """Run to the last step.
 
         Returns:
-            None at the end; the signal's number if one asked to stop, after a checkpoint was saved.
+            None at the end, or where the run is ``rolled_back``; the signal's number if one asked to stop, after a
+            checkpoint was saved.
 
         Raises:
-            UserError: on all ranks: ``train.max_skipped_steps`` steps in a row had no finite gradient, or what a rank
-                finds wrong with its data.
+            UserError: on all ranks: ``train.max_skipped_steps`` steps in a row were skipped, the run was rolled back
+                too often, or what a rank finds wrong with its data.
         """
         first, done = self.rank_info.is_first, self.progress.step
+        self._odd_steps = OddSteps(self.run_dir, self.config.train, self.progress, self.rank_info)
         trackers = open_trackers(self.config, self.run_dir, done) if first else None
         monitor = Monitor(self.run_dir, self.config.train.steps, done, self.config.log.every, first, trackers)
         self._flops = flops_per_token(self.engine.module.model)
@@ -87,6 +90,9 @@ class Trainer:
         while self.progress.step < self.config.train.steps:
             metrics, received = self._step(stop.received or 0)
             monitor.step(metrics)
+            self.rolled_back = self._odd_steps.judge(metrics, last_saved)
+            if self.rolled_back:
+                return received or None
             self._check_skipped()
             at_end = self.progress.step == self.config.train.steps
             if at_end or received or self.progress.step - last_saved >= self.config.checkpoint.every:
@@ -117,7 +123,7 @@ class Trainer:
         """Take one optimizer step; returns its metrics and a signal, own or, as SIGTERM, another rank's; 0: none."""
         started = time.perf_counter()
         with on_all_ranks(self.rank_info):
-            batches = [next(self.loader) for _ in range(self.config.train.accumulation_steps)]
+            batches = self._draw()
         torch.manual_seed(step_seed(self.config.train.seed, self.rank_info.rank, self.progress.step))
         data_s = time.perf_counter() - started
         lr = learning_rate(self.progress.applied_steps, self.config.train)
@@ -132,10 +138,10 @@ class Trainer:
             self.engine.backward(outputs["loss"] * self.rank_info.world_size, scale_wrt_gas=False)
             sums += torch.stack([outputs[name].detach().reshape(()) for name in summed])
             self.engine.step()
-        applied = self.engine.was_step_applied()
+        applied = self.engine.was_step_applied() and not self.engine.basic_optimizer.left_out
         if applied:
             refresh_exact_scalars(self.engine)
-        self._advance(applied, batches)
+        self._advance(applied)
         totals = sum_over_ranks(
             dict(zip(summed, sums, strict=True)),
             {**summed_metrics(batches), **summed_by_source(batches, self.source_names), STOPPED: stop_signal > 0},
@@ -168,24 +174,30 @@ class Trainer:
 
         return [{name: normalizer(step, n) for n, name in enumerate(names)} for step in range(len(batches))]
 
-    def _advance(self, applied: bool, batches: list[Batch]) -> None:
+    def _draw(self) -> list[Batch]:
+        """Draw the rows of a step; those that are to be passed over are drawn and dropped."""
+        while True:
+            first = self.loader.next_row
+            batches = [next(self.loader) for _ in range(self.config.train.accumulation_steps)]
+            end = self.loader.next_row
+            if not self._odd_steps.passes_over(first, end):
+                documents = tuple(key for batch in batches for key in batch.keys)
+                self.engine.basic_optimizer.limit_norm(self._odd_steps.begin(DrawnRows(first, end, documents)))
+                return batches
+
+    def _advance(self, applied: bool) -> None:
         self.progress.step += 1
         if applied:
             self.progress.applied_steps += 1
             self.progress.skipped_in_a_row = 0
             return
         self.progress.skipped_in_a_row += 1
-        keys = [key for rank in gather_objects([k for batch in batches for k in batch.keys]) for key in rank]
-        if self.rank_info.is_first:
-            logger.warning("step %d: gradients are not finite, skipped on all ranks", self.progress.step)
-            with (self.run_dir / "skipped_steps.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.progress.step, "documents": keys}) + "\n")
 
     def _check_skipped(self) -> None:
         if self.progress.skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise UserError(
-                f"step {self.progress.step}: {self.progress.skipped_in_a_row} steps in a row had no finite gradient; "
-                f"the documents of each are in {self.run_dir / 'skipped_steps.jsonl'}; lower train.learning_rate and "
+                f"step {self.progress.step}: {self.progress.skipped_in_a_row} steps in a row were skipped; the reason "
+                f"and the documents of each are in {self.run_dir / SKIPPED_STEPS}; lower train.learning_rate and "
                 "start again, which continues from the last checkpoint"
             )
 

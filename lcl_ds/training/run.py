@@ -93,6 +93,11 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
             if rank_info.is_first:
                 write_run_files(run_dir, config, full_ds_config, rank_info.world_size, steps_done)
         received = trainer.train()
+        while trainer.rolled_back and received is None:
+            trainer.release()
+            checkpoint = newest_checkpoint(run_dir, rank_info)
+            trainer = prepare(config, full_ds_config, run_dir, rank_info, data, checkpoint)
+            received = trainer.train()
         trainer.release()  # its memory is the evaluation's
         del trainer
     dist.destroy_process_group()

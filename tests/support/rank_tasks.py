@@ -54,12 +54,19 @@ class GivenBatches:
 
     def __init__(self, batches: list[Batch]):
         self._batches = iter(batches)
+        self._drawn = 0
 
     def __iter__(self) -> Iterator[Batch]:
         return self._batches
 
     def __next__(self) -> Batch:
+        self._drawn += 1
         return next(self._batches)
+
+    @property
+    def next_row(self) -> int:
+        """One for each batch: what matters is that no two have the same."""
+        return self._drawn
 
     def state(self) -> dict[str, Any]:
         return {"next_row": 0, "lanes": {}, "lane_count": 4, "fingerprint": {}}
