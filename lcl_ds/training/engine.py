@@ -14,6 +14,7 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_local_fp32_param,
 )
@@ -234,6 +235,19 @@ def set_fp32_weight(engine: Any, weight: nn.Parameter, value: Tensor) -> None:
         safe_set_local_fp32_param(weight, torch.full_like(local, value.item()))
     else:
         safe_set_full_fp32_param(weight, value.to(weight.device))
+
+
+def second_moment(engine: Any, weight: Any) -> Tensor | None:
+    """Return this rank's part of Adam's second moment of a trained weight; None where it has none.
+
+    To be called when a step was applied in this process: that is when DeepSpeed links weights to the moments.
+    """
+    if (master := _own_master(engine, weight)) is not None:
+        return engine.basic_optimizer.state[master]["exp_avg_sq"]
+    if engine.zero_optimization_partition_weights():
+        return safe_get_local_optimizer_state(weight, "exp_avg_sq")
+    fragment = weight._hp_mapping
+    return None if fragment is None else fragment.get_hp_fragment("exp_avg_sq")
 
 
 def _own_master(engine: Any, weight: nn.Parameter) -> Tensor | None:

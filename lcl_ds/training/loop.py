@@ -27,6 +27,7 @@ from lcl_ds.training.distributed import (
     sum_over_ranks,
 )
 from lcl_ds.training.engine import refresh_exact_scalars, release_engine
+from lcl_ds.training.first_steps import FirstSteps
 from lcl_ds.training.monitor import Monitor
 from lcl_ds.training.odd_steps import SKIPPED_STEPS, DrawnRows, OddSteps
 from lcl_ds.training.schedule import learning_rate
@@ -75,6 +76,7 @@ class Trainer:
         """
         first, done = self.rank_info.is_first, self.progress.step
         self._odd_steps = OddSteps(self.run_dir, self.config.train, self.progress, self.rank_info)
+        self._first_steps = FirstSteps(self.config, done, self.rank_info)
         trackers = open_trackers(self.config, self.run_dir, done) if first else None
         monitor = Monitor(self.run_dir, self.config.train.steps, done, self.config.log.every, first, trackers)
         self._flops = flops_per_token(self.engine.module.model)
@@ -130,9 +132,11 @@ class Trainer:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group["learning_rate_factor"]
         batches = [batch.to(self.rank_info.device) for batch in batches]
+        normalizers_of = self._loss_normalizers(batches)
+        self._first_steps.begin(self.progress.step + 1, self.objective.model)
         summed = outputs_to_sum(self.objective)
         sums = torch.zeros(len(summed), dtype=torch.float64, device=self.rank_info.device)
-        for batch, normalizers in zip(batches, self._loss_normalizers(batches), strict=True):
+        for batch, normalizers in zip(batches, normalizers_of, strict=True):
             outputs = self.engine(batch, normalizers)
             # DeepSpeed averages gradients over ranks; the losses are shares of a sum over ranks.
             self.engine.backward(outputs["loss"] * self.rank_info.world_size, scale_wrt_gas=False)
@@ -148,6 +152,7 @@ class Trainer:
         )
         seconds = {"step_s": time.perf_counter() - started, "data_s": data_s}
         metrics = self._metrics(totals, outputs, lr, applied, **seconds)
+        self._first_steps.judge(metrics, normalizers_of, self.engine)
         return metrics, (stop_signal or signal.SIGTERM) if totals[STOPPED] else 0
 
     def _loss_normalizers(self, batches: list[Batch]) -> list[LossNormalizers]:

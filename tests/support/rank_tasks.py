@@ -7,6 +7,7 @@ import shutil
 import sys
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,12 +25,12 @@ from lcl_ds.models.settings import part_of
 from lcl_ds.objectives import NAMES, lcl
 from lcl_ds.objectives.base import LossNormalizers, Objective
 from lcl_ds.training.checkpoint import Progress, load_engine, newest_checkpoint
-from lcl_ds.training.distributed import RankInfo, all_reduce_sum, init_distributed, raise_for_all
+from lcl_ds.training.distributed import RankInfo, all_reduce_sum, gather_objects, init_distributed, raise_for_all
 from lcl_ds.training.engine import apply_settings, complete_ds_config, refresh_exact_scalars, start_engine
 from lcl_ds.training.loop import Trainer
 from lcl_ds.training.optimizer import options_of
 from lcl_ds.training.resume import check_same_run
-from lcl_ds.training.run import prepare
+from lcl_ds.training.run import prepare, train
 from tests.support.small import (
     VOCABULARY,
     batch_with_images,
@@ -74,15 +75,16 @@ class GivenBatches:
 
 def trainer_of(
     config: Config,
-    stage: int,
+    zero: int | dict[str, Any],
     rank_info: RankInfo,
     batches: list[Batch],
     run_dir: Path,
     objective: Objective | None = None,
 ) -> Trainer:
     # No parameter is small enough to stay whole: partitioning is what is tested.
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
-    ds_config = complete_ds_config({"zero_optimization": zero}, config, rank_info.world_size)
+    settings = {"stage": zero} if isinstance(zero, int) else zero
+    settings = {**settings, "stage3_param_persistence_threshold": 0}
+    ds_config = complete_ds_config({"zero_optimization": settings}, config, rank_info.world_size)
     objective = objective or attach_objective(small_model(config), config)
     engine = start_engine(objective, config, ds_config, rank_info)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -376,6 +378,108 @@ def reported_numbers(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     finally:
         dist.all_reduce = all_reduce
     return {"rows": read_metrics(folder), "reduced": reduced}
+
+
+SPIKE_STEP = 6
+SPIKE_CASES = {
+    **{f"{stage} {precision}": ({"stage": stage}, precision) for stage, precision in THREE_STEPS},
+    "2 offloaded": ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "bf16"),
+    "3 offloaded": ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, "fp32"),
+}
+
+
+@contextmanager
+def spikes_at(*keys: str) -> Iterator[list[list[str]]]:
+    """Let every loss of a batch with one of these documents be 10,000 times as large; gives all batches' documents."""
+    forward, seen = lcl.Objective.forward, list[list[str]]()
+
+    def spiked(self: lcl.Objective, batch: Batch, normalizers: LossNormalizers) -> dict[str, torch.Tensor]:
+        seen.append(list(batch.keys))
+        factor = 1e4 if set(keys) & set(batch.keys) else 1.0
+        return {name: value * factor for name, value in forward(self, batch, normalizers).items()}
+
+    lcl.Objective.forward = spiked
+    try:
+        yield seen
+    finally:
+        lcl.Objective.forward = forward
+
+
+def local_state(trainer: Trainer) -> list[torch.Tensor]:
+    """What this rank's optimizer holds: fp32 weights, moments and counters, copied."""
+    state = trainer.engine.basic_optimizer.state
+    tensors = [tensor for weight, values in state.items() for tensor in (weight, *values.values())]
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def skipped_spikes(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
+    """By stage, precision and offload: what a step whose gradients are a spike on rank 1 alone left as it was."""
+    results = {}
+    for name, (zero, precision) in SPIKE_CASES.items():
+        overrides = ("train.global_batch_rows=8", "train.accumulation_steps=2", "train.warmup_steps=0")
+        overrides += (f"precision={precision}", "train.on_spike=skip", "checkpoint.every=1000")
+        batches = [batch_with_images(100 * number + 10 * rank_info.rank) for number in range(2 * SPIKE_STEP + 2)]
+        config = small_config(*overrides, f"train.steps={SPIKE_STEP - 1}")
+        trainer = trainer_of(config, zero, rank_info, batches, folder / name)
+        spiked = f"test/{100 * (2 * SPIKE_STEP - 1) + 10}"  # in the second micro-step, on rank 1
+        with spikes_at(spiked):
+            trainer.train()
+            before = local_state(trainer), full_weights(trainer)
+            trainer.config = small_config(*overrides, f"train.steps={SPIKE_STEP}")
+            trainer.train()
+            skipped = local_state(trainer), full_weights(trainer)
+            trainer.config = small_config(*overrides, f"train.steps={SPIKE_STEP + 1}")
+            trainer.train()
+        after = local_state(trainer), full_weights(trainer)
+        results[name] = {
+            "state": len(before[0]),
+            "kept": all(torch.equal(*pair) for pair in zip(before[0], skipped[0], strict=True))
+            and all(torch.equal(before[1][key], skipped[1][key]) for key in before[1]),
+            "moved": [not torch.equal(skipped[1][key], after[1][key]) for key in before[1]],
+            "applied_steps": trainer.progress.applied_steps,
+        }
+        trainer.release()
+    return results
+
+
+def rolled_back(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
+    """Documents of each micro-step of a run, of one that goes back behind a spike, and of one killed while it did.
+
+    ``rollback.json`` beside ``folder`` holds the overrides of all of them. The spike is at step 7, checkpoints are at 4
+    and 8.
+    """
+    shared = json.loads((folder.parent / "rollback.json").read_text())
+    data = open_checked_data(small_config(*shared))
+
+    def documents_of(run_dir: Path, *overrides: str, spike: str = "") -> list[list[str]]:
+        config = small_config(*shared, *overrides)
+        ds_config = complete_ds_config({"zero_optimization": {"stage": 2}}, config, rank_info.world_size)
+        run_dir.mkdir(parents=True, exist_ok=True)
+
+        def prepared() -> Trainer:
+            return prepare(config, ds_config, run_dir, rank_info, data, newest_checkpoint(run_dir, rank_info))
+
+        with spikes_at(spike) as seen:
+            train(prepared(), prepared)
+        dist.barrier()
+        return seen
+
+    plain = documents_of(folder / "plain", "train.steps=11")
+    accumulation = small_config(*shared).train.accumulation_steps
+    at_seven = gather_objects(plain[6 * accumulation : 7 * accumulation])[0]
+    other = gather_objects(plain[: 6 * accumulation] + plain[7 * accumulation :])
+    elsewhere = {key for of_rank in other for batch in of_rank for key in batch}
+    spike = next(key for batch in at_seven for key in batch if key not in elsewhere)
+    rollback = "train.steps=10", "train.on_spike=rollback"
+    seen = documents_of(folder / "rollback", *rollback, spike=spike)
+    if rank_info.is_first:
+        killed = folder / "killed"
+        shutil.copytree(folder / "rollback", killed)
+        for step in (8, 10):
+            shutil.rmtree(killed / "checkpoints" / f"step_{step:08d}")
+    dist.barrier()
+    again = documents_of(folder / "killed", *rollback, spike=spike)
+    return {"accumulation": accumulation, "plain": plain, "spike": spike, "rollback": seen, "killed": again}
 
 
 def told_problems(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
