@@ -240,14 +240,18 @@ def set_fp32_weight(engine: Any, weight: nn.Parameter, value: Tensor) -> None:
 def second_moment(engine: Any, weight: Any) -> Tensor | None:
     """Return this rank's part of Adam's second moment of a trained weight; None where it has none.
 
-    To be called when a step was applied in this process: that is when DeepSpeed links weights to the moments.
+    To be called when a step was applied, which makes the moments.
     """
     if (master := _own_master(engine, weight)) is not None:
         return engine.basic_optimizer.state[master]["exp_avg_sq"]
     if engine.zero_optimization_partition_weights():
         return safe_get_local_optimizer_state(weight, "exp_avg_sq")
-    fragment = weight._hp_mapping
-    return None if fragment is None else fragment.get_hp_fragment("exp_avg_sq")
+    if (fragment := weight._hp_mapping) is None:
+        return None
+    # DeepSpeed links weights to moments before the first step, when there are none yet, and never again.
+    flat = engine.optimizer.single_partition_of_fp32_groups[fragment.param_group_index]
+    address = fragment.get_hp_fragment_address()
+    return engine.basic_optimizer.state[flat]["exp_avg_sq"].narrow(0, address.start, address.numel)
 
 
 def _own_master(engine: Any, weight: nn.Parameter) -> Tensor | None:

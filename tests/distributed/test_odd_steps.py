@@ -46,6 +46,18 @@ def test_a_spike_that_is_skipped_leaves_weights_moments_and_counters_as_they_wer
     assert record["documents"] == keys
 
 
+@pytest.mark.parametrize("case", SPIKE_CASES)
+def test_features_that_are_all_the_same_and_weights_without_gradients_are_named_once(results, case):
+    first, second = (rank[case]["said"] for rank in results["skipped_spikes"])
+    assert second == []
+    about_features, about_weights = first
+    assert about_features.startswith("step 4: image features are all the same")
+    assert "9 of " in about_weights
+    assert "model.pooling.query, model.pooling.norm_q.weight" in about_weights
+    assert about_weights.count("model.") == 5
+    assert "and 4 more" in about_weights
+
+
 @pytest.fixture(scope="module")
 def documents(results):
     """Documents of each step on each rank, by run."""

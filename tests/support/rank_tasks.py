@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import distributed as dist
+from torch import nn
 
 from lcl_ds.assembly import attach_objective, open_checked_data
 from lcl_ds.batch import Batch
@@ -24,6 +25,7 @@ from lcl_ds.metrics import Combination, read_metrics
 from lcl_ds.models.settings import part_of
 from lcl_ds.objectives import NAMES, lcl
 from lcl_ds.objectives.base import LossNormalizers, Objective
+from lcl_ds.training import first_steps
 from lcl_ds.training.checkpoint import Progress, load_engine, newest_checkpoint
 from lcl_ds.training.distributed import RankInfo, all_reduce_sum, gather_objects, init_distributed, raise_for_all
 from lcl_ds.training.engine import apply_settings, complete_ds_config, refresh_exact_scalars, start_engine
@@ -413,9 +415,21 @@ def local_state(trainer: Trainer) -> list[torch.Tensor]:
     return [tensor.detach().clone() for tensor in held]
 
 
+def constant(module: nn.Module, _: Any, output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pool every image to the same features, whatever the weights are."""
+    pooled, tokens = output
+    return torch.zeros_like(pooled) * pooled + 1, tokens
+
+
 def skipped_spikes(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
-    """By stage, precision and offload: whether a step whose gradients are a spike on rank 1 alone changed anything."""
+    """By stage, precision and offload: whether a step whose gradients are a spike on rank 1 alone changed anything.
+
+    All image features are the same, and what is said about that is returned as well.
+    """
     results = {}
+    log = ListHandler()
+    logging.getLogger("lcl_ds.training.first_steps").addHandler(log)
+    first_steps.LOOK_AT = 4
     for name, (zero, precision) in SPIKE_CASES.items():
         config = small_config(
             *("train.global_batch_rows=8", "train.accumulation_steps=2", "train.warmup_steps=0"),
@@ -430,6 +444,7 @@ def skipped_spikes(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
             return take_step(stop_signal)  # noqa: B023
 
         trainer._step = step_after_copy
+        trainer.objective.model.pooling.register_forward_hook(constant)
         with spikes_at(f"test/{100 * (2 * SPIKE_STEP - 1) + 10}"):  # in the second micro-step, on rank 1
             trainer.train()
         states.append(local_state(trainer))
@@ -437,7 +452,8 @@ def skipped_spikes(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
             any(not torch.equal(*pair) for pair in zip(*states[step : step + 2], strict=True))
             for step in range(1, SPIKE_STEP + 1)  # the first one makes the moments
         ]
-        results[name] = {"changed": changed, "applied_steps": trainer.progress.applied_steps}
+        results[name] = {"changed": changed, "applied_steps": trainer.progress.applied_steps, "said": log.lines}
+        log.lines = []
         trainer.release()
     return results
 
