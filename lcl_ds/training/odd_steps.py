@@ -81,6 +81,7 @@ class OddSteps:
         self.progress, self.rank_info = progress, rank_info
         self._drawn: deque[DrawnRows] = deque(maxlen=2)
         self._spikes_in_a_row = 0
+        """Applied ones."""
         lines: list[Any] = []
         with on_all_ranks(rank_info):
             if rank_info.is_first:
@@ -118,7 +119,7 @@ class OddSteps:
         spike = find_spike(recent, self.settings.spike_factor, loss, norm) if math.isfinite(norm) else None
         if metrics.applied:
             remember(recent, loss, norm)
-        self._spikes_in_a_row = self._spikes_in_a_row + 1 if spike else 0
+            self._spikes_in_a_row = self._spikes_in_a_row + 1 if spike else 0
         if spike is None:
             if not metrics.applied:
                 self._record(metrics, NOT_FINITE, [self._drawn[-1]])
