@@ -9,6 +9,7 @@ from accelerate import init_empty_weights
 
 from lcl_ds.config import Config
 from lcl_ds.data.corpus import OpenData, open_data
+from lcl_ds.data.exclusion import read_excluded
 from lcl_ds.data.settings import DataSettings
 from lcl_ds.data.stream.lanes import LaneSettings
 from lcl_ds.errors import UserError
@@ -61,7 +62,7 @@ def lane_settings(config: Config, *, training: bool = True) -> LaneSettings:
         training: False for evaluation, which shows every patch of an image and a caption before its image.
 
     Raises:
-        UserError: a row cannot hold one image.
+        UserError: a row cannot hold one image, or a file of ``data.exclude`` cannot be read.
     """
     data = config.data
     image_tokens = tokens_per_image(config.model, training=training)
@@ -80,6 +81,7 @@ def lane_settings(config: Config, *, training: bool = True) -> LaneSettings:
         rows_per_step=config.train.global_batch_rows,
         # An image that precedes its caption is announced by nothing.
         view=view_of(config.objective, data.image_first_probability if training else 0.0),
+        excluded=read_excluded(data.exclude) if training else frozenset(),
     )
 
 

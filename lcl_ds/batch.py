@@ -61,9 +61,9 @@ class Batch:
     token_count: int
     """Tokens that are not padding."""
     skipped_samples: int
-    """Samples and images left out since the last batch because they were damaged."""
+    """Samples and images left out since the last batch, damaged or excluded."""
     keys: tuple[str, ...]
-    """``source/key`` of every document, to name them in reports."""
+    """``source/shard/key`` of every document: names it among all of the run."""
     sources: dict[str, SourceCounts]
     """Documents and images of each source that the batch has something of."""
 

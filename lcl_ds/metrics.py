@@ -64,7 +64,7 @@ class StepMetrics:
     tokens_per_s: float = field(metadata=_of("first rank", "Tokens of all ranks per second."))
     step_s: float = field(metadata=_of("first rank", "Seconds of the step."))
     data_s: float = field(metadata=_of("first rank", "Seconds of it that were spent waiting for data."))
-    skipped_samples: int = field(metadata=_of("all ranks", "Samples and images left out because they were damaged."))
+    skipped_samples: int = field(metadata=_of("all ranks", "Samples and images left out: damaged, or excluded."))
     sources: dict[str, SourceCounts] = field(metadata=_of("all ranks", "Documents and images of each source."))
     applied: bool = field(metadata=_of("first rank", "Whether the step changed the weights."))
     mfu: float | None = field(

@@ -66,6 +66,11 @@ class DataSettings(Settings):
     max_bad_share: float = Field(
         0.5, ge=0, lt=1, description="Largest fraction of bad ones among the last 1000 documents and images."
     )
+    exclude: list[str] = Field(
+        default_factory=list,
+        description="Files that name documents to leave out: skipped_steps.jsonl of a run, or one source/shard/key a "
+        "line. May change on resume.",
+    )
     cache: str = Field("~/.cache/lcl_ds", description="Folder for pipe: streams and indices of remote shards.")
     workers: int = Field(0, ge=0, description="Loader processes per rank; 0 decodes in the training process.")
     lanes: int | None = Field(
@@ -106,6 +111,11 @@ class DataSettings(Settings):
             ]
             values = {**values, "shards": sources}
         return values
+
+    @field_validator("exclude", mode="before")
+    @classmethod
+    def _one_file_or_several(cls, exclude: Any) -> Any:
+        return [exclude] if isinstance(exclude, str) else exclude
 
     @model_validator(mode="after")
     def _check(self) -> "DataSettings":

@@ -9,9 +9,9 @@ leaves earlier checkpoints as they were. What is read is compared with the manif
 import hashlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import distributed as dist
@@ -50,6 +50,8 @@ class Progress:
     applied_steps: int = 0
     """Steps that changed the weights; the schedule follows these."""
     skipped_in_a_row: int = 0
+    recent: dict[str, list[float]] = field(default_factory=dict)
+    """What steps usually look like, see :mod:`lcl_ds.training.spikes`."""
 
 
 class SavedLoader(BaseModel):
@@ -68,7 +70,7 @@ class SavedState(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    progress: dict[str, int]
+    progress: dict[str, int | dict[str, list[float]]]
     optimizer_steps: int
     loader: SavedLoader
     vocab_size: int
@@ -145,7 +147,9 @@ def read_manifest(checkpoint: Path) -> dict[str, ManifestEntry]:
 def check_files(checkpoint: Path, manifest: dict[str, ManifestEntry], names: list[str]) -> None:
     """Read files and compare their hashes with the manifest's. Raises: UserError naming those that differ."""
     damaged = [name for name in names if hash_of(checkpoint / name) != manifest[name].sha256]
-    problems = [f"{checkpoint / name}: is not what was written: its hash differs from the manifest's" for name in damaged]
+    problems = [
+        f"{checkpoint / name}: is not what was written: its hash differs from the manifest's" for name in damaged
+    ]
     if problems:
         raise UserError(problems)
 
@@ -244,7 +248,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     state = read_json(checkpoint / STATE)
     try:
-        Progress(**SavedState.model_validate(state).progress)
+        Progress(**cast(dict[str, Any], SavedState.model_validate(state).progress))
     except TypeError as error:
         raise UserError(f"{checkpoint / STATE}: progress: {error}") from None
     except ValidationError as error:

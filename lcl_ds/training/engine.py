@@ -173,6 +173,7 @@ def start_engine(objective: Objective, config: Config, ds_config: dict[str, Any]
     optimizer.starting = True
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)
     optimizer.starting = False
+    optimizer.wrapper = engine.optimizer
     if engine.bfloat16_enabled():  # DeepSpeed makes its fp32 weights from those that it has just rounded
         for scalar, value in exact.items():
             set_fp32_weight(engine, scalar.weight, value)

@@ -1,11 +1,10 @@
 """The training loop."""
 
 import gc
-import json
 import logging
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,13 @@ from lcl_ds.training.distributed import (
     RankInfo,
     Totals,
     gather_integers,
-    gather_objects,
     on_all_ranks,
     sum_over_ranks,
 )
 from lcl_ds.training.engine import refresh_exact_scalars, release_engine
+from lcl_ds.training.first_steps import FirstSteps
 from lcl_ds.training.monitor import Monitor
+from lcl_ds.training.odd_steps import SKIPPED_STEPS, DrawnRows, OddSteps
 from lcl_ds.training.saver import Saver
 from lcl_ds.training.schedule import learning_rate
 from lcl_ds.training.signals import StopRequest
@@ -53,6 +53,8 @@ class Trainer:
     run_dir: Path
     vocab_size: int
     progress: Progress
+    rolled_back: bool = field(default=False, init=False)
+    """Whether the training ended because a step is to be taken back: the run goes on from the newest checkpoint."""
 
     def __post_init__(self) -> None:
         self.saver = Saver(self.engine, self.config, self.rank_info, self.run_dir, self.vocab_size)
@@ -69,20 +71,25 @@ class Trainer:
         """Run to the last step.
 
         Returns:
-            None at the end; the signal's number if one asked to stop, after a checkpoint was saved.
+            None at the end, or where the run is ``rolled_back``; the signal's number if one asked to stop, after a
+            checkpoint was saved.
 
         Raises:
-            UserError: on all ranks: ``train.max_skipped_steps`` steps in a row had no finite gradient, or what a rank
-                finds wrong with its data.
+            UserError: on all ranks: ``train.max_skipped_steps`` steps in a row were skipped, the run was rolled back
+                too often, or what a rank finds wrong with its data.
         """
         first, done = self.rank_info.is_first, self.progress.step
+        self._odd_steps = OddSteps(self.run_dir, self.config.train, self.progress, self.rank_info)
+        self._first_steps = FirstSteps(self.config, done, self.rank_info)
         trackers = open_trackers(self.config, self.run_dir, done) if first else None
         monitor = Monitor(self.run_dir, self.config.train.steps, done, self.config.log.every, first, trackers)
         self._flops = flops_per_token(self.engine.module.model)
         self._peak = peak_flops(self.rank_info.device)
         try:
             with StopRequest() as stop:
-                return self._run(monitor, stop)
+                received = self._run(monitor, stop)
+            self.saver.finish()
+            return received
         except UserError:  # raised on all ranks; what was begun to be saved is of use
             self.saver.finish()
             raise
@@ -95,14 +102,15 @@ class Trainer:
         while self.progress.step < self.config.train.steps:
             metrics, received = self._step(stop.received or 0)
             monitor.step(metrics)
+            self.rolled_back = self._odd_steps.judge(metrics, last_saved)
+            if self.rolled_back:
+                return received or None
             self._check_skipped()
             at_end = self.progress.step == self.config.train.steps
             if at_end or received or self.progress.step - last_saved >= self.config.checkpoint.every:
                 path = self.save(monitor.unsaved_lines())
                 monitor.saved()
                 last_saved = self.progress.step
-            if at_end or received:
-                self.saver.finish()
                 if received and self.rank_info.is_first:
                     logger.info("signal %d: saved %s; run the same command again to continue", received, path)
             if received and not at_end:
@@ -125,25 +133,27 @@ class Trainer:
         """Take one optimizer step; returns its metrics and a signal, own or, as SIGTERM, another rank's; 0: none."""
         started = time.perf_counter()
         with on_all_ranks(self.rank_info):
-            batches = [next(self.loader) for _ in range(self.config.train.accumulation_steps)]
+            batches = self._draw()
         torch.manual_seed(step_seed(self.config.train.seed, self.rank_info.rank, self.progress.step))
         data_s = time.perf_counter() - started
         lr = learning_rate(self.progress.applied_steps, self.config.train)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group["learning_rate_factor"]
         batches = [batch.to(self.rank_info.device) for batch in batches]
+        normalizers_of = self._loss_normalizers(batches)
+        self._first_steps.begin(self.progress.step + 1, self.objective.model)
         summed = outputs_to_sum(self.objective)
         sums = torch.zeros(len(summed), dtype=torch.float64, device=self.rank_info.device)
-        for batch, normalizers in zip(batches, self._loss_normalizers(batches), strict=True):
+        for batch, normalizers in zip(batches, normalizers_of, strict=True):
             outputs = self.engine(batch, normalizers)
             # DeepSpeed averages gradients over ranks; the losses are shares of a sum over ranks.
             self.engine.backward(outputs["loss"] * self.rank_info.world_size, scale_wrt_gas=False)
             sums += torch.stack([outputs[name].detach().reshape(()) for name in summed])
             self.engine.step()
-        applied = self.engine.was_step_applied()
+        applied = self.engine.was_step_applied() and not self.engine.basic_optimizer.left_out
         if applied:
             refresh_exact_scalars(self.engine)
-        self._advance(applied, batches)
+        self._advance(applied)
         totals = sum_over_ranks(
             dict(zip(summed, sums, strict=True)),
             {
@@ -156,6 +166,7 @@ class Trainer:
         self.saver.advance(totals)
         seconds = {"step_s": time.perf_counter() - started, "data_s": data_s}
         metrics = self._metrics(totals, outputs, lr, applied, **seconds)
+        self._first_steps.judge(metrics, normalizers_of, self.engine)
         return metrics, (stop_signal or signal.SIGTERM) if totals[STOPPED] else 0
 
     def _loss_normalizers(self, batches: list[Batch]) -> list[LossNormalizers]:
@@ -182,24 +193,30 @@ class Trainer:
 
         return [{name: normalizer(step, n) for n, name in enumerate(names)} for step in range(len(batches))]
 
-    def _advance(self, applied: bool, batches: list[Batch]) -> None:
+    def _draw(self) -> list[Batch]:
+        """Draw the rows of a step; those that are to be passed over are drawn and dropped."""
+        while True:
+            first = self.loader.next_row
+            batches = [next(self.loader) for _ in range(self.config.train.accumulation_steps)]
+            end = self.loader.next_row
+            if not self._odd_steps.passes_over(first, end):
+                documents = tuple(key for batch in batches for key in batch.keys)
+                self.engine.basic_optimizer.limit_norm(self._odd_steps.begin(DrawnRows(first, end, documents)))
+                return batches
+
+    def _advance(self, applied: bool) -> None:
         self.progress.step += 1
         if applied:
             self.progress.applied_steps += 1
             self.progress.skipped_in_a_row = 0
             return
         self.progress.skipped_in_a_row += 1
-        keys = [key for rank in gather_objects([k for batch in batches for k in batch.keys]) for key in rank]
-        if self.rank_info.is_first:
-            logger.warning("step %d: gradients are not finite, skipped on all ranks", self.progress.step)
-            with (self.run_dir / "skipped_steps.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.progress.step, "documents": keys}) + "\n")
 
     def _check_skipped(self) -> None:
         if self.progress.skipped_in_a_row >= self.config.train.max_skipped_steps:
             raise UserError(
-                f"step {self.progress.step}: {self.progress.skipped_in_a_row} steps in a row had no finite gradient; "
-                f"the documents of each are in {self.run_dir / 'skipped_steps.jsonl'}; lower train.learning_rate and "
+                f"step {self.progress.step}: {self.progress.skipped_in_a_row} steps in a row were skipped; the reason "
+                f"and the documents of each are in {self.run_dir / SKIPPED_STEPS}; lower train.learning_rate and "
                 "start again, which continues from the last checkpoint"
             )
 

@@ -1,5 +1,6 @@
 """AdamW, and the groups of weights that it treats in the same way."""
 
+import math
 from typing import Any, get_args
 
 import torch
@@ -30,6 +31,10 @@ class BoundedAdamW(torch.optim.AdamW):
     def __init__(self, groups: list[dict[str, Any]], settings: TrainSettings, max_norm: float | None = None):
         super().__init__(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
         self.max_norm = max_norm
+        self.norm_limit, self.left_out = math.inf, False
+        self.wrapper: Any = self
+        """What knows the global norm of the gradients when it calls :meth:`step`: DeepSpeed's optimizer around this one
+        or, where it puts none around it, this one."""
         self.starting = False
         """While DeepSpeed starts it takes steps with gradients of 0, to make room; they do not train anything."""
         if max_norm is not None:
@@ -42,11 +47,25 @@ class BoundedAdamW(torch.optim.AdamW):
             return
         if self.max_norm is not None and not self._gradients_are_finite():
             return
+        if self._is_above_limit():
+            return
         super().step(closure)
         for group in self.param_groups:
             if group["bounds"] is not None:
                 for weight in group["params"]:
                     weight.clamp_(*group["bounds"])
+
+    def limit_norm(self, limit: float) -> None:
+        """Leave out the next step if the global norm of its gradients is above ``limit``: nothing changes by it.
+
+        Afterwards ``left_out`` says whether it was. The norm is the same on all ranks, and so is the decision.
+        """
+        self.norm_limit, self.left_out = limit, False
+
+    def _is_above_limit(self) -> bool:
+        if self.norm_limit < math.inf:  # without one no number has to come from the device
+            self.left_out = float(self.wrapper._global_grad_norm or 0.0) > self.norm_limit
+        return self.left_out
 
     def _gradients_are_finite(self) -> bool:
         weights = [weight for group in self.param_groups for weight in group["params"]]

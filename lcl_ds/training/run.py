@@ -1,6 +1,7 @@
 """One run from settings to report: what ``launch/train.py`` does after its arguments are read."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +80,33 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
         with on_all_ranks(rank_info):
             if rank_info.is_first:
                 write_run_files(run_dir, config, full_ds_config, rank_info.world_size, steps_done)
-        received = trainer.train()
-        trainer.release()  # its memory is the evaluation's
+        received = train(
+            trainer,
+            lambda: prepare(config, full_ds_config, run_dir, rank_info, data, newest_checkpoint(run_dir, rank_info)),
+        )
         del trainer
     dist.destroy_process_group()
     if received is not None:
         return 128 + received
     return finish(config, run_dir, rank_info.device) if rank_info.is_first else 0
+
+
+def train(trainer: Trainer, prepare_again: Callable[[], Trainer]) -> int | None:
+    """Train to the end, whatever is rolled back on the way, and give back the memory for the evaluation.
+
+    Args:
+        prepare_again: makes a trainer that goes on from the newest checkpoint.
+
+    Returns:
+        The number of a signal that asked to stop; None at the end.
+    """
+    received = trainer.train()
+    while trainer.rolled_back and received is None:
+        trainer.release()
+        trainer = prepare_again()
+        received = trainer.train()
+    trainer.release()
+    return received
 
 
 def prepare(

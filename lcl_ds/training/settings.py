@@ -38,7 +38,19 @@ class TrainSettings(Settings):
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW betas.")
     eps: float = Field(1e-6, gt=0, description="AdamW epsilon.")
     gradient_clipping: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 switches clipping off.")
-    max_skipped_steps: int = Field(10, gt=0, description="Non-finite steps in a row after which the run stops.")
+    max_skipped_steps: int = Field(10, gt=0, description="Skipped steps in a row after which the run stops.")
+    spike_factor: float = Field(
+        10.0,
+        gt=1,
+        description="A step is a spike when its gradient norm is more than this many times the usual one, or its loss "
+        "more than this many usual deviations above the usual one; usual: the median of the last 100 applied steps.",
+    )
+    on_spike: Literal["warn", "skip", "rollback"] = Field(
+        "warn",
+        description="warn: say so, with the documents. skip: also leave the update out, where the norm is the spike. "
+        "rollback: go back to the newest checkpoint and pass over the rows of the step.",
+    )
+    max_rollbacks: int = Field(3, gt=0, description="Rollbacks to one checkpoint after which the run stops.")
 
     @model_validator(mode="after")
     def _check(self) -> "TrainSettings":

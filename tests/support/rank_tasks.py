@@ -9,7 +9,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_get_full_grad
 from torch import distributed as dist
+from torch import nn
 
 from lcl_ds.assembly import attach_objective, open_checked_data
 from lcl_ds.batch import Batch
@@ -26,13 +27,13 @@ from lcl_ds.metrics import Combination, read_metrics
 from lcl_ds.models.settings import part_of
 from lcl_ds.objectives import NAMES, lcl
 from lcl_ds.objectives.base import LossNormalizers, Objective
-from lcl_ds.training import saver
+from lcl_ds.training import first_steps, saver
 from lcl_ds.training.checkpoint import ManifestEntry, Progress, all_checkpoints, newest_checkpoint
 from lcl_ds.training.distributed import RankInfo, all_reduce_sum, gather_objects, init_distributed, raise_for_all
 from lcl_ds.training.engine import complete_ds_config, load_engine, start_engine
 from lcl_ds.training.loop import Trainer
 from lcl_ds.training.resume import check_same_run
-from lcl_ds.training.run import prepare
+from lcl_ds.training.run import prepare, train
 from tests.support.disks import no_file_larger_than
 from tests.support.small import (
     VOCABULARY,
@@ -58,12 +59,19 @@ class GivenBatches:
 
     def __init__(self, batches: list[Batch]):
         self._batches = iter(batches)
+        self._drawn = 0
 
     def __iter__(self) -> Iterator[Batch]:
         return self._batches
 
     def __next__(self) -> Batch:
+        self._drawn += 1
         return next(self._batches)
+
+    @property
+    def next_row(self) -> int:
+        """One for each batch: what matters is that no two have the same."""
+        return self._drawn
 
     def state(self) -> dict[str, Any]:
         return {"next_row": 0, "lanes": {}, "lane_count": 4, "fingerprint": {}}
@@ -71,15 +79,16 @@ class GivenBatches:
 
 def trainer_of(
     config: Config,
-    stage: int,
+    zero: int | dict[str, Any],
     rank_info: RankInfo,
     batches: list[Batch],
     run_dir: Path,
     objective: Objective | None = None,
 ) -> Trainer:
     # No parameter is small enough to stay whole: partitioning is what is tested.
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
-    ds_config = complete_ds_config({"zero_optimization": zero}, config, rank_info.world_size)
+    settings = {"stage": zero} if isinstance(zero, int) else zero
+    settings = {**settings, "stage3_param_persistence_threshold": 0}
+    ds_config = complete_ds_config({"zero_optimization": settings}, config, rank_info.world_size)
     objective = objective or attach_objective(small_model(config), config)
     engine = start_engine(objective, config, ds_config, rank_info)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -309,8 +318,8 @@ def saving(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         assert third_step.wait(60)
         return write(job)
 
-    def remembered(applied: bool, batches: list[Batch]) -> None:
-        advance(applied, batches)
+    def remembered(applied: bool) -> None:
+        advance(applied)
         step = trainer.progress.step
         weights[step] = full_weights(trainer)
         published[step] = [path.name for path in all_checkpoints(folder / "slow")]
@@ -416,14 +425,16 @@ class Seen:
 
     def __init__(self, trainer: Trainer):
         self.by_step: dict[int, list[str]] = {}
-        advance = trainer._advance
+        draw = trainer._draw
 
-        def remembered(applied: bool, batches: list[Batch]) -> None:
-            advance(applied, batches)
+        def remembered() -> list[Batch]:
+            batches = draw()
             own = [row_hash(batch, row) for batch in batches for row in range(len(batch.input_ids))]
-            self.by_step[trainer.progress.step] = sorted(row for rank in gather_objects(own) for row in rank)
+            rows = sorted(row for rank in gather_objects(own) for row in rank)
+            self.by_step[trainer.progress.step + 1] = rows
+            return batches
 
-        trainer._advance = remembered  # type: ignore[method-assign]
+        trainer._draw = remembered  # type: ignore[method-assign]
 
 
 def row_hash(batch: Batch, row: int) -> str:
@@ -480,6 +491,122 @@ def reported_numbers(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     finally:
         dist.all_reduce = all_reduce
     return {"rows": read_metrics(folder), "reduced": reduced}
+
+
+SPIKE_STEP = 6
+SPIKE_CASES = {
+    **{f"{stage} {precision}": ({"stage": stage}, precision) for stage, precision in THREE_STEPS},
+    "2 offloaded": ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "bf16"),
+    "3 offloaded": ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, "fp32"),
+}
+
+
+@contextmanager
+def spikes_at(*keys: str) -> Iterator[list[list[str]]]:
+    """Let every loss of a batch with one of these documents be 10,000 times as large; gives all batches' documents."""
+    forward, seen = lcl.Objective.forward, list[list[str]]()
+
+    def spiked(self: lcl.Objective, batch: Batch, normalizers: LossNormalizers) -> dict[str, torch.Tensor]:
+        seen.append(list(batch.keys))
+        factor = 1e4 if set(keys) & set(batch.keys) else 1.0
+        return {name: value * factor for name, value in forward(self, batch, normalizers).items()}
+
+    lcl.Objective.forward = spiked
+    try:
+        yield seen
+    finally:
+        lcl.Objective.forward = forward
+
+
+def local_state(trainer: Trainer) -> list[torch.Tensor]:
+    """What this rank holds of weights, fp32 weights, moments and counters, copied."""
+    weights = [getattr(weight, "ds_tensor", weight) for weight in trainer.engine.module.parameters()]
+    state = trainer.engine.basic_optimizer.state
+    held = weights + [tensor for weight, values in state.items() for tensor in (weight, *values.values())]
+    return [tensor.detach().clone() for tensor in held]
+
+
+def constant(module: nn.Module, _: Any, output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pool every image to the same features, whatever the weights are."""
+    pooled, tokens = output
+    return torch.zeros_like(pooled) * pooled + 1, tokens
+
+
+def skipped_spikes(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
+    """By stage, precision and offload: whether a step whose gradients are a spike on rank 1 alone changed anything.
+
+    All image features are the same, and what is said about that is returned as well.
+    """
+    results = {}
+    log = ListHandler()
+    logging.getLogger("lcl_ds.training.first_steps").addHandler(log)
+    first_steps.LOOK_AT = 4
+    for name, (zero, precision) in SPIKE_CASES.items():
+        config = small_config(
+            *("train.global_batch_rows=8", "train.accumulation_steps=2", "train.warmup_steps=0"),
+            *(f"train.steps={SPIKE_STEP + 1}", f"precision={precision}", "train.on_spike=skip"),
+        )
+        batches = [batch_with_images(100 * number + 10 * rank_info.rank) for number in range(2 * SPIKE_STEP + 2)]
+        trainer = trainer_of(config, zero, rank_info, batches, folder / name)
+        states, take_step = [], trainer._step
+
+        def step_after_copy(stop_signal: int) -> Any:
+            states.append(local_state(trainer))  # noqa: B023
+            return take_step(stop_signal)  # noqa: B023
+
+        trainer._step = step_after_copy
+        trainer.objective.model.pooling.register_forward_hook(constant)
+        with spikes_at(f"test/{100 * (2 * SPIKE_STEP - 1) + 10}"):  # in the second micro-step, on rank 1
+            trainer.train()
+        states.append(local_state(trainer))
+        changed = [
+            any(not torch.equal(*pair) for pair in zip(*states[step : step + 2], strict=True))
+            for step in range(1, SPIKE_STEP + 1)  # the first one makes the moments
+        ]
+        results[name] = {"changed": changed, "applied_steps": trainer.progress.applied_steps, "said": log.lines}
+        log.lines = []
+        trainer.release()
+    return results
+
+
+def rolled_back(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
+    """Documents of each micro-step of a run, of one that goes back behind a spike, and of one killed while it did.
+
+    ``rollback.json`` beside ``folder`` holds the overrides of all of them. The spike is at step 7, checkpoints are at 4
+    and 8.
+    """
+    shared = json.loads((folder.parent / "rollback.json").read_text())
+    data = open_checked_data(small_config(*shared))
+
+    def documents_of(run_dir: Path, *overrides: str, spike: str = "") -> list[list[str]]:
+        config = small_config(*shared, *overrides)
+        ds_config = complete_ds_config({"zero_optimization": {"stage": 2}}, config, rank_info.world_size)
+        run_dir.mkdir(parents=True, exist_ok=True)
+
+        def prepared() -> Trainer:
+            return prepare(config, ds_config, run_dir, rank_info, data, newest_checkpoint(run_dir, rank_info))
+
+        with spikes_at(spike) as seen:
+            train(prepared(), prepared)
+        dist.barrier()
+        return seen
+
+    plain = documents_of(folder / "plain", "train.steps=11", "checkpoint.every=11")
+    accumulation = small_config(*shared).train.accumulation_steps
+    at_seven = gather_objects(plain[6 * accumulation : 7 * accumulation])[0]
+    other = gather_objects(plain[: 6 * accumulation] + plain[7 * accumulation :])
+    elsewhere = {key for of_rank in other for batch in of_rank for key in batch}
+    spike = next(key for batch in at_seven for key in batch if key not in elsewhere)
+    rollback = "train.steps=10", "train.on_spike=rollback"
+    seen = documents_of(folder / "rollback", *rollback, spike=spike)
+    if rank_info.is_first:
+        killed = folder / "killed"
+        shutil.copytree(folder / "rollback", killed)
+        for step in (8, 10):
+            shutil.rmtree(killed / "checkpoints" / f"step_{step:08d}")
+    dist.barrier()
+    again = documents_of(folder / "killed", *rollback, spike=spike)
+    return {"accumulation": accumulation, "plain": plain, "spike": spike, "rollback": seen, "killed": again}
 
 
 def told_problems(rank_info: RankInfo, folder: Path) -> dict[str, Any]:

@@ -175,9 +175,11 @@ def check_count_case(rng, folder):
             else:
                 sample[image] = rng.choice(IMAGE_DAMAGE)(sample[image], rng)
         else:
-            good.add(f"s/{number:04d}")
+            good.add(f"{number:04d}")
         members += [(f"{number:04d}.{suffix}", data) for suffix, data in sample.items() if data is not None]
-    lane = lane_of(write_tar(folder / f"{rng.randrange(1 << 60)}.tar", members))
+    shard = write_tar(folder / f"{rng.randrange(1 << 60)}.tar", members)
+    good = {f"s/{shard.name}/{key}" for key in good}
+    lane = lane_of(shard)
     try:
         row = lane.next_row()
     except UserError:

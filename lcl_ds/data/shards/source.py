@@ -9,6 +9,7 @@ import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import takewhile
 from typing import IO, Any, TypeVar, overload
 
@@ -223,8 +224,23 @@ class Source:
 
     def fingerprint(self) -> dict[str, str]:
         """Return the layout hash of every shard, in order, by its path below the folder that all have in common."""
-        names = names_below_common_folder([shard.path for shard in self.shards])
-        return {f"{self.name}/{name}": shard.fingerprint() for name, shard in zip(names, self.shards, strict=True)}
+        return {f"{self.name}/{name}": shard.fingerprint() for name, shard in self.named_shards()}
+
+    def named_shards(self) -> list[tuple[str, Shard]]:
+        """List the shards, in order, with their paths below the folder that all have in common."""
+        return list(zip(self._shard_names, self.shards, strict=True))
+
+    def key_in_shard(self, number: int, key: str) -> str:
+        """Name a sample such that no other sample of the run has the name: ``source/shard/key``.
+
+        Args:
+            key: of the sample, which other shards may have as well.
+        """
+        return f"{self.name}/{self._shard_names[self._locate(number)[0]]}/{key}"
+
+    @cached_property
+    def _shard_names(self) -> list[str]:
+        return names_below_common_folder([shard.path for shard in self.shards])
 
     def _locate(self, number: int) -> tuple[int, int]:
         """Find the shard of a sample and its number there."""

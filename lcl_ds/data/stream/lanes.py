@@ -140,6 +140,9 @@ class LaneSettings:
     max_text_bytes: int = default_of("max_text_bytes")
     max_bad_share: float = default_of("max_bad_share")
     stall_seconds: float = default_of("stall_seconds")
+    excluded: frozenset[str] = frozenset()
+    """Documents to leave out, by :meth:`Source.key_in_shard`. They are packed with the others, so that the rows of a
+    run are the same whatever is excluded, and are taken out of their rows when these are made."""
 
 
 @dataclass(frozen=True)
@@ -424,8 +427,14 @@ class Lane:
         return replace(pieces[piece], carries=carries)
 
     def _with_pixels(self, piece: _Piece) -> PackedSequence | None:
-        """Decode the images of a piece, as far as they can be; None when nothing is left."""
+        """Decode the images of a piece, as far as they can be; None when nothing is left or it is excluded."""
         settings, source = self.settings, self.sources[piece.source]
+        document_key = source.key_in_shard(piece.sample, piece.document.key.removeprefix(f"{source.name}/"))
+        if document_key in settings.excluded:
+            if piece.piece == 0:
+                self._pending_skips += 1
+                self._skips.excluded(source, piece.sample)
+            return None
         pixels, seeds, lost = [], [], []
         if self._watch:
             self._watch.begin(source, piece.sample)
@@ -448,7 +457,7 @@ class Lane:
             return None
         shape = (0, 3, settings.image_size, settings.image_size)
         stacked = np.stack(pixels) if pixels else np.zeros(shape, dtype=np.uint8)
-        return PackedSequence(piece.document.key, tokens, stacked, tuple(seeds))
+        return PackedSequence(document_key, tokens, stacked, tuple(seeds))
 
     def _leave_out(self, source: Source, sample: int, problem: BadSampleError | OSError) -> None:
         self._pending_skips += 1

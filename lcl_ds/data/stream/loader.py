@@ -17,6 +17,7 @@ from typing import Any
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lcl_ds.batch import Batch
+from lcl_ds.data.exclusion import unknown_keys
 from lcl_ds.data.shards.source import Source
 from lcl_ds.data.stream.lanes import Lane, LaneSettings, LaneState, choose_lanes, measure_sizes
 from lcl_ds.data.stream.packing import Row, collate
@@ -124,6 +125,13 @@ class BatchLoader:
                 processes,
                 packers,
             )
+        if rank == 0 and (unknown := unknown_keys(settings.excluded, sources)):
+            logger.warning(
+                "data.exclude: %d of %d keys name no document of data.shards: %s",
+                len(unknown),
+                len(settings.excluded),
+                ", ".join(unknown[:SHOWN_DIFFERENCES]),
+            )
         self.settings, self.tokenizer, self.rows_per_batch = settings, tokenizer, rows_per_batch
         self.world_size, self.pin_memory = world_size, pin_memory
         self.fingerprint = {key: value for source in sources for key, value in source.fingerprint().items()}
@@ -171,6 +179,11 @@ class BatchLoader:
             rows, settings.row_tokens, settings.image_size, self.tokenizer.vocabulary, settings.view.readout_names
         )
         return batch.pin_memory() if self.pin_memory else batch
+
+    @property
+    def next_row(self) -> int:
+        """Return the number, in the stream of all ranks, of the first row of the next micro-step."""
+        return self._next_row
 
     def state(self) -> LoaderState:
         """Return the position after the last batch; its ``lanes`` are those of this rank, see :func:`merge_states`."""

@@ -6,6 +6,7 @@
   costs its own sample.
 - A damaged or hostile sample is left out. An image that cannot be decoded goes with its placeholder and its text stays;
   a document of which nothing is left goes as a whole.
+- A document that ``data.exclude`` names is left out; it does not count as a bad one.
 - Everything left out is counted by source and reason, appears in ``skipped_samples``, and the 1st, 10th, 100th, ... of
   a kind is logged with shard and key.
 - When more than ``data.max_bad_share`` of the last thousand documents and images were bad, the run ends: such data
@@ -23,6 +24,7 @@ from lcl_ds.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+EXCLUDED = "excluded by data.exclude"
 RECENT = 1000
 """Documents and images that the fraction of bad ones is taken of."""
 
@@ -51,10 +53,7 @@ class Skips:
         Raises:
             UserError: too many recent ones were bad; names the most frequent reasons.
         """
-        kind = source.name, reason_of(problem)
-        self.counts[kind] += 1
-        if is_power_of_ten(self.counts[kind]):
-            logger.warning("left out %s: %s (%d so far)", source.where(sample), kind[1], self.counts[kind])
+        self._count(source, sample, reason_of(problem))
         self._add(True)
         if len(self._recent) == RECENT and self._recent_bad > self.max_bad_share * RECENT:
             most = ", ".join(f"{name}: {reason} ({n})" for (name, reason), n in self.counts.most_common(3))
@@ -63,6 +62,16 @@ class Skips:
                 f"data.max_bad_share {self.max_bad_share:g} allows; most often {most}; last in {source.where(sample)}; "
                 "python -m lcl_ds.data check SHARDS names them all"
             )
+
+    def excluded(self, source: Source, sample: int) -> None:
+        """Count a document that the user left out; it says nothing about the rest of the data."""
+        self._count(source, sample, EXCLUDED)
+
+    def _count(self, source: Source, sample: int, reason: str) -> None:
+        kind = source.name, reason
+        self.counts[kind] += 1
+        if is_power_of_ten(self.counts[kind]):
+            logger.warning("left out %s: %s (%d so far)", source.where(sample), reason, self.counts[kind])
 
     def _add(self, bad: bool) -> None:
         if len(self._recent) == RECENT:

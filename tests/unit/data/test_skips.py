@@ -168,7 +168,7 @@ def test_one_bad_source_of_two_does_not_stop_a_tolerant_run(tmp_path, tokenizer)
     sources = [source_of(tmp_path, ("a.json", GOOD)), source_of(tmp_path, ("b.json", b"{"), name="bad")]
     lane = Lane(sources, replace(SETTINGS, max_bad_share=0.6), 0, tokenizer)
     rows = [lane.next_row() for _ in range(150)]
-    assert all(s.key == "mine/a" for row in rows for s in row.sequences)
+    assert all(s.key == "mine/mine.tar/a" for row in rows for s in row.sequences)
     assert sum(row.skipped_samples for row in rows) > RECENT / 2
 
 

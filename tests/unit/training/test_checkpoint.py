@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lcl_ds.errors import UserError
+from lcl_ds.metrics import read_metrics
 from lcl_ds.training.checkpoint import (
     complete_checkpoints,
     load_config_of,
@@ -52,7 +53,10 @@ def test_the_manifest_lists_every_file_with_its_size(saved_run):
 def test_a_checkpoint_keeps_its_position_settings_and_the_metrics_since_the_one_before(saved_run):
     checkpoint = resolve_checkpoint(saved_run[0])
     state = read_state(checkpoint)
+    recent = state["progress"].pop("recent")
     assert state["progress"] == {"step": 4, "applied_steps": 4, "skipped_in_a_row": 0}
+    rows = read_metrics(saved_run[0])
+    assert recent == {name: [row[name] for row in rows] for name in ("loss", "grad_norm")}
     assert (state["world_size"], state["zero_stage"], state["optimizer_steps"]) == (1, 0, 4)
     assert load_config_of(checkpoint).checkpoint.keep == 2
     assert [json.loads(line)["step"] for line in (checkpoint / "metrics.jsonl").read_text().splitlines()] == [4]
