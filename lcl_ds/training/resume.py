@@ -60,6 +60,8 @@ DECISIONS: dict[str, Decision] = {
     "train.eps": "applied",
     "train.gradient_clipping": "applied",
     "train.max_skipped_steps": "applied",
+    "train.start_hang_seconds": "free",
+    "train.hang_seconds": "free",
     "checkpoint.every": "applied",
     "checkpoint.keep": "applied",
     "log.every": "free",

@@ -39,6 +39,14 @@ class TrainSettings(Settings):
     eps: float = Field(1e-6, gt=0, description="AdamW epsilon.")
     gradient_clipping: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 switches clipping off.")
     max_skipped_steps: int = Field(10, gt=0, description="Non-finite steps in a row after which the run stops.")
+    start_hang_seconds: float = Field(
+        1800.0, gt=0, description="Seconds without progress, until the first step or in a save, after which a run ends."
+    )
+    hang_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="The same from the first step on, by micro-step; waiting for data does not count.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "TrainSettings":
