@@ -8,15 +8,11 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from lcl_ds.errors import UserError
-from lcl_ds.training.distributed import RankInfo, on_all_ranks
-from lcl_ds.training.run_folder import check_own_folder
 
 logger = logging.getLogger(__name__)
 
@@ -102,25 +98,6 @@ class RunLock:
                 os.utime(self._file)
             except OSError as error:
                 logger.debug("%s: %s", self._folder / LOCK, error)
-
-
-@contextmanager
-def holding_folder(run_dir: Path, rank_info: RankInfo) -> Iterator[None]:
-    """Hold the folder of a run during the block, by the first rank; collective.
-
-    Raises:
-        UserError: on all ranks: the folder is another run's, or not a run's.
-    """
-    lock = None
-    with on_all_ranks(rank_info):
-        if rank_info.is_first:
-            check_own_folder(run_dir)
-            lock = RunLock.take(run_dir)
-    try:
-        yield
-    finally:
-        if lock is not None:
-            lock.release()
 
 
 def _own(file: int, path: Path) -> None:

@@ -51,6 +51,9 @@ class StorePeers:
             self._looking_since, self._beats, self._data_beat, self._answered = now, {}, None, None
         self._looking_until = now + SILENT_S
 
+    def is_informed(self) -> bool:
+        return time.monotonic() - self._looking_since >= SILENT_S
+
     def waiting_for_data(self) -> bool:
         beat = self._data_beat
         return beat is not None and time.monotonic() - beat[1] < SILENT_S and self._looking_since < beat[1]
@@ -59,10 +62,10 @@ class StorePeers:
         """The first rank speaks; the second where it does not hear of the first."""
         if self._rank == 0:
             return True
-        return self._rank == 1 and time.monotonic() - self._looking_since > SILENT_S and 0 in self._silent()
+        return self._rank == 1 and self.is_informed() and 0 in self._silent()
 
     def report(self) -> str:
-        if time.monotonic() - self._looking_since < SILENT_S:
+        if not self.is_informed():
             return "which rank is behind is not known yet"
         if self._answered is None or time.monotonic() - self._answered > SILENT_S:
             return "the ranks' meeting place, which rank 0 or torchrun keeps, does not answer"

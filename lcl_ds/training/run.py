@@ -47,14 +47,13 @@ from lcl_ds.training.engine import (
     rows_per_micro_step,
     start_engine,
 )
-from lcl_ds.training.lock import holding_folder
 from lcl_ds.training.loop import Trainer
 from lcl_ds.training.monitor import kept_metrics
 from lcl_ds.training.optimizer import options_of
 from lcl_ds.training.peers import peers_of
 from lcl_ds.training.pulse import PULSE
 from lcl_ds.training.resume import check_same_run, engine_changes
-from lcl_ds.training.run_folder import check_run_writable, write_run_files
+from lcl_ds.training.run_folder import check_run_writable, holding_folder, write_run_files
 from lcl_ds.training.signals import STOP
 from lcl_ds.training.trackers import check_trackers
 from lcl_ds.training.watch import WATCH, Limits

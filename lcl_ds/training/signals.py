@@ -9,9 +9,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 from lcl_ds.tasks import task_number
 from lcl_ds.training.pulse import PULSE, Pulse
@@ -55,19 +55,11 @@ class StopRequest:
         thread.start()
         earlier_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         earlier = {number: signal.signal(number, lambda *_: None) for number in heard}
-        owner = os.getpid()
-
-        def leave_child_alone() -> None:
-            """A forked process ends on signals as it would without us, and does not speak for its parent."""
-            if owner and os.getppid() == owner and signal.set_wakeup_fd(-1) == writer:
-                for number, handler in earlier.items():
-                    signal.signal(number, handler)
-
-        os.register_at_fork(after_in_child=leave_child_alone)
+        fork = _ForkGuard(earlier)
         try:
             yield
         finally:
-            owner = 0
+            fork.is_on = False
             for number, handler in earlier.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(earlier_writer)
@@ -110,16 +102,20 @@ class StopRequest:
         if waited >= PATIENCE_S:
             saved = self._pulse.saved_step
             then = f"continues from step {saved}" if saved else "starts again"
-            self._end(number, f"{name}, {waited:.0f} s after the first signal: ends at once; the same command {then}")
+            self._end(
+                number, f"{name}, {waited:.0f} s after the first signal: the run ends at once; the same command {then}"
+            )
 
     def _obey(self, number: int, reason: str, phase: Phase) -> None:
         if phase == "starting":
-            self._end(number, f"{reason}: ends at once; nothing has been trained since this start")
+            self._end(number, f"{reason}: the run ends at once; nothing has been trained since this start")
         if phase == "closing":
-            self._end(number, f"{reason}: ends at once; the weights are saved, and the same command evaluates them")
+            self._end(
+                number, f"{reason}: the run ends at once; the weights are saved, and the same command evaluates them"
+            )
         self._say(
-            f"{reason}: saves after this micro-step and ends with code {128 + number}, {self._estimate()}; a second "
-            f"signal, {PATIENCE_S:.0f} s after this one or later, ends at once and saves nothing"
+            f"{reason}: the run saves after this micro-step and ends with code {128 + number}, {self._estimate()}; a "
+            f"second signal, {PATIENCE_S:.0f} s after this one or later, ends at once and saves nothing"
         )
         if number == signal.SIGHUP:
             self._let_go_of_terminal()
@@ -129,8 +125,8 @@ class StopRequest:
         if step_s is None:
             return "soon"
         if save_s is None:
-            return f"in about {step_s:.0f} s and what a first save takes"
-        return f"in about {step_s + save_s:.0f} s (micro-step {step_s:.1f} s, save {save_s:.1f} s)"
+            return f"in about {max(1, round(step_s))} s and what a first save takes"
+        return f"in about {max(1, round(step_s + save_s))} s (micro-step {step_s:.1f} s, save {save_s:.1f} s)"
 
     def _say(self, sentence: str) -> None:
         """Write past Python's streams, which the main thread may be using; the terminal may be gone."""
@@ -152,6 +148,33 @@ class StopRequest:
             if not os.isatty(number):
                 os.dup2(nowhere, number)
         os.close(nowhere)
+
+
+class _ForkGuard:
+    """Gives forked processes the handlers back that this one had: they end on signals and speak for nobody else.
+
+    Signals wait while a process forks: the child would take one that comes early for its parent's.
+    """
+
+    def __init__(self, handlers: Mapping[signal.Signals, Any]):
+        self.is_on = True
+        self._handlers, self._owner, self._masks = handlers, os.getpid(), threading.local()
+        os.register_at_fork(before=self._before, after_in_parent=self._unblock, after_in_child=self._in_child)
+
+    def _before(self) -> None:
+        if self.is_on and os.getpid() == self._owner:
+            self._masks.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def _unblock(self) -> None:
+        if (mask := self._masks.__dict__.pop("mask", None)) is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def _in_child(self) -> None:
+        if self.is_on and os.getppid() == self._owner:
+            signal.set_wakeup_fd(-1)
+            for number, handler in self._handlers.items():
+                signal.signal(number, handler)
+        self._unblock()
 
 
 STOP = StopRequest(PULSE)

@@ -30,6 +30,8 @@ SUSPENDED_S = 10.0
 """A poll that comes later than this means that the whole process was stopped, which is not a step that hangs."""
 FIRST_NOTICE_S = 30.0
 """How long nothing happens at least before it is said."""
+LOOK_S = 16.0
+"""How long before the first notice a rank begins to look what the others do."""
 LAST_WORDS_S = 3.0
 """How long a rank waits after its stacks: the others print theirs before they lose this one."""
 DEEPSPEED_GRACE_S = 30.0
@@ -56,7 +58,10 @@ class Peers(Protocol):
     """What is known of the other ranks; see :class:`lcl_ds.training.peers.StorePeers`."""
 
     def look(self) -> None:
-        """Begin to read what the others write."""
+        """Begin to read what the others write, or go on."""
+
+    def is_informed(self) -> bool:
+        """Say whether this rank has looked long enough to know who is silent."""
 
     def waiting_for_data(self) -> bool:
         """Say whether some rank is alive and waits for its data."""
@@ -131,7 +136,7 @@ class Watch:
             for launcher in self._launchers:
                 if launcher.is_gone():
                     self._launchers = []
-                    self._stop.ask(signal.SIGTERM, f"{launcher.name} (process {launcher.pid}), which started it, ended")
+                    self._stop.ask(signal.SIGTERM, f"{launcher.name} (process {launcher.pid}) has ended")
             if self._limits is not None:
                 self._look_for_progress(self._limits)
                 self._compare_with_grace()
@@ -146,7 +151,7 @@ class Watch:
         notice_s = min(limit_s / 2, limit_s / 8 if usual_s is None else max(10 * usual_s, FIRST_NOTICE_S))
         if waited_s < notice_s:
             self._said_s = 0.0
-            if waited_s > notice_s / 2 and peers:
+            if waited_s > notice_s - LOOK_S and peers:
                 peers.look()
             return
         if peers:
@@ -159,7 +164,7 @@ class Watch:
                 "no step for %.0f s%s: %s%s; the run ends after %.0f s",
                 *(waited_s, usual, pulse.where(), who, limit_s),
             )
-        if waited_s >= limit_s and not (peers and peers.waiting_for_data()):
+        if waited_s >= limit_s and (peers is None or (peers.is_informed() and not peers.waiting_for_data())):
             self._give_up(waited_s, f"; {peers.report()}" if peers and peers.may_speak() else "")
 
     def _give_up(self, waited_s: float, others: str) -> None:
