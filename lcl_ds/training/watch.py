@@ -199,8 +199,8 @@ def grace_of(launcher: Launcher) -> tuple[float, str] | None:
     if launcher.name in DEEPSPEED:
         return (
             DEEPSPEED_GRACE_S,
-            "this cannot be set; stop the run by `kill` of the outer `deepspeed` process alone (no Ctrl-C), which "
-            "leaves the ranks all the time they need, or start it by torchrun --shutdown-timeout",
+            f"this cannot be set: signal the first rank alone (process {os.getpid()} on {socket.gethostname()}), which "
+            "stops all ranks and gives them the time they need, or start the run with torchrun",
         )
     if launcher.name in TORCHRUN | ACCELERATE:
         given = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")
