@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
@@ -38,6 +39,8 @@ DEEPSPEED_GRACE_S = 30.0
 """What ``deepspeed.launcher.launch`` leaves its ranks after a signal; it cannot be set."""
 TORCHRUN_GRACE_S = 30.0
 """What torchrun leaves its ranks where nothing else is said."""
+SETTABLE_SINCE = (2, 12)
+"""The first torch whose torchrun can be told otherwise."""
 
 TORCHRUN = frozenset({"torchrun", "torch.distributed.run", "torch.distributed.launch"})
 DEEPSPEED = frozenset({"deepspeed.launcher.launch"})
@@ -203,13 +206,14 @@ def grace_of(launcher: Launcher) -> tuple[float, str] | None:
             "stops all ranks and gives them the time they need, or start the run with torchrun",
         )
     if launcher.name in TORCHRUN | ACCELERATE:
+        if tuple(int(number) for number in version("torch").split(".")[:2]) < SETTABLE_SINCE:
+            return TORCHRUN_GRACE_S, "from torch 2.12 on TORCH_ELASTIC_SHUTDOWN_TIMEOUT=<seconds> gives them more"
         given = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "")
-        words = _words_of(launcher.pid)
+        words = [part for word in _words_of(launcher.pid) for part in word.split("=")]
         for name in ("--shutdown-timeout", "--shutdown_timeout"):
-            for place, word in enumerate(words):
-                if word.partition("=")[0] == name:
-                    given = word.partition("=")[2] or words[place + 1]
-        advice = "give it more with TORCH_ELASTIC_SHUTDOWN_TIMEOUT=<seconds>"
+            if name in words[:-1]:
+                given = words[words.index(name) + 1]
+        advice = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=<seconds> gives them more"
         return float(given) if given.isdigit() else TORCHRUN_GRACE_S, advice
     return None
 

@@ -4,6 +4,7 @@ import gc
 import json
 import logging
 import shutil
+import signal
 import sys
 import weakref
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from lcl_ds.training.loop import Trainer
 from lcl_ds.training.optimizer import options_of
 from lcl_ds.training.resume import check_same_run
 from lcl_ds.training.run import prepare
+from lcl_ds.training.signals import STOP
 from tests.support.small import (
     VOCABULARY,
     batch_with_images,
@@ -337,6 +339,42 @@ def losses_of_run(
     trainer.release()
     dist.barrier()  # the first rank writes the metrics
     return [row["loss"] for row in read_metrics(run_dir)], sentences
+
+
+def stopped_within_a_step(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
+    """What a run returns, has saved and computes when rank 1 is asked to stop within step 3, and goes on; by stage.
+
+    ``shared.json`` beside ``folder`` holds the overrides of all runs.
+    """
+    overrides = json.loads((folder.parent / "shared.json").read_text())
+    overrides += ["train.global_batch_rows=8", "train.accumulation_steps=4", "checkpoint.every=100"]
+    results = {}
+    for stage in (0, 2, 3):
+        whole, stopped = folder / f"whole {stage}", folder / f"stopped {stage}"
+        for run_dir in (whole, stopped):
+            run_dir.mkdir(parents=True, exist_ok=True)
+        losses, _ = losses_of_run(overrides, stage, rank_info, whole)
+        config = small_config(*overrides)
+        ds_config = complete_ds_config({"zero_optimization": {"stage": stage}}, config, rank_info.world_size)
+        trainer = prepare(config, ds_config, stopped, rank_info, open_checked_data(config))
+        passes: list[int] = []
+
+        def ask(*_: Any, passes: list[int] = passes) -> None:
+            passes.append(1)
+            if len(passes) == 10 and rank_info.rank == 1:  # the second micro-step of step 3
+                STOP.received = signal.SIGINT
+
+        trainer.engine.module.register_forward_pre_hook(ask)
+        code = trainer.train()
+        trainer.release()
+        STOP.received = 0
+        checkpoint = newest_checkpoint(stopped, rank_info)
+        assert checkpoint is not None
+        again, _ = losses_of_run(overrides, stage, rank_info, stopped)
+        results[str(stage)] = {
+            **{"code": code, "passes": len(passes), "checkpoint": checkpoint.name, "whole": losses, "again": again}
+        }
+    return results
 
 
 class Reporting(lcl.Objective):

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from lcl_ds.training import watch
 from lcl_ds.training.pulse import Pulse
 from lcl_ds.training.watch import HUNG, Launcher, grace_of, program_of
 from tests.support.ranks import ROOT, Ranks
@@ -90,6 +91,8 @@ def test_the_time_that_a_launcher_leaves_is_known(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")
     assert grace_of(Launcher("accelerate", 0, ""))[0] == 120
     assert grace_of(Launcher("deepspeed.launcher.launch", 0, ""))[0] == 30
+    monkeypatch.setattr(watch, "version", lambda name: "2.11.0+cu130")
+    assert grace_of(Launcher("torchrun", 0, ""))[0] == 30
 
 
 def test_the_usual_time_is_of_micro_steps_and_not_of_saves_or_data():
