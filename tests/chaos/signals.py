@@ -60,13 +60,13 @@ class Outcome:
     problem: str
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--launchers", nargs="+", default=list(LAUNCHERS), choices=LAUNCHERS)
     parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     draw = random.Random(arguments.seed)
     folder = Path(tempfile.mkdtemp(prefix="signals-"))
     make_recipe(folder)
