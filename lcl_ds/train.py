@@ -8,12 +8,11 @@ import logging
 import sys
 from pathlib import Path
 
-import yaml
-
 from lcl_ds.cli import program_name, run_command
-from lcl_ds.config import ds_config_path, load_config, recipe_path
 from lcl_ds.tasks import task_number
 from lcl_ds.training.joint_errors import heard_from_any_task
+from lcl_ds.training.signals import STOP
+from lcl_ds.training.watch import WATCH
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -38,14 +37,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    arguments = parse_arguments(argv)
-    level = logging.INFO if task_number() == 0 else logging.WARNING
-    logging.basicConfig(level=level, format="[%(levelname)s] %(message)s")
-    return run_command(lambda: heard_from_any_task(lambda: train(arguments)))
+    with STOP.listening(), WATCH.running():
+        arguments = parse_arguments(argv)
+        level = logging.INFO if task_number() == 0 else logging.WARNING
+        logging.basicConfig(level=level, format="[%(levelname)s] %(message)s")
+        return run_command(lambda: heard_from_any_task(lambda: train(arguments)))
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Do what the arguments ask for; returns the exit code."""
+    """Do what the arguments ask for; returns the exit code. Imports what takes seconds, once signals are heard."""
+    import yaml
+
+    from lcl_ds.config import ds_config_path, load_config, recipe_path
+
     config = load_config(recipe_path(arguments.recipe), arguments.overrides)
     if arguments.print_config:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")

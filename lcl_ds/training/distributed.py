@@ -16,9 +16,21 @@ from lcl_ds.cli import problems_of
 from lcl_ds.errors import UserError
 from lcl_ds.tasks import fill_environment, task_number
 from lcl_ds.training.preparation import prepare_for_deepspeed
+from lcl_ds.training.settings import TrainSettings
 
 Totals = dict[Any, float]
 """Sums over ranks by name."""
+LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Connection refused",
+    "Broken pipe",
+    "Timed out waiting",
+    "Socket closed",
+)
+"""What gloo and the ranks' store say where another rank has gone."""
+COLLECTIVES_LATER_S = 300
+"""How much later than our own watch a collective gives up, so that it is ours which says what hangs."""
 PATIENCE_S = 20
 """How long a rank with a problem tries to reach the others before it speaks for itself."""
 
@@ -36,6 +48,11 @@ class RankInfo:
     def is_first(self) -> bool:
         """Say whether this rank writes files and prints."""
         return self.rank == 0
+
+
+def collective_timeout_s(settings: TrainSettings) -> float:
+    """Say after how many seconds a collective fails."""
+    return max(settings.start_hang_seconds, settings.hang_seconds) + COLLECTIVES_LATER_S
 
 
 def init_distributed(timeout_s: float | None = None) -> RankInfo:
@@ -135,12 +152,30 @@ def heard(problems: list[str], on_every_rank: bool) -> list[str]:
             problems, on_every_rank = error.problems if dist.is_initialized() else problems, True
         except (RuntimeError, ValueError, OSError):  # whatever the rendezvous raises when nobody comes
             on_every_rank = False
+    leave_group()
     if not on_every_rank:
-        return [f"rank {task_number()} on {socket.gethostname()}: {problem}" for problem in problems]
-    if dist.is_initialized():
-        # Threads of a group that is still open when Python ends abort the process.
-        dist.destroy_process_group()
+        return [f"{this_rank()}: {problem}" for problem in problems]
     return problems if task_number() == 0 else []
+
+
+def leave_group() -> None:
+    """Leave the other ranks, if this one has joined them: threads of a group that is open at the end abort Python."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def this_rank() -> str:
+    """Name this rank and its host."""
+    return f"rank {task_number()} on {socket.gethostname()}"
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Say whether a collective failed because another rank has gone or does not answer, which is not the cause."""
+    return (
+        isinstance(error, RuntimeError)
+        and dist.is_initialized()
+        and (isinstance(error, dist.DistBackendError) or any(text in str(error) for text in LOST_PEER))
+    )
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:

@@ -18,10 +18,12 @@ from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.errors import UserError
 from lcl_ds.metrics import SourceCounts, StepMetrics
 from lcl_ds.objectives.base import LossNormalizer, LossNormalizers, Objective
+from lcl_ds.training.agreement import StopAgreement
 from lcl_ds.training.checkpoint import Progress
 from lcl_ds.training.distributed import (
     RankInfo,
     Totals,
+    collective_timeout_s,
     gather_integers,
     on_all_ranks,
     sum_over_ranks,
@@ -30,16 +32,14 @@ from lcl_ds.training.engine import refresh_exact_scalars, release_engine
 from lcl_ds.training.first_steps import FirstSteps
 from lcl_ds.training.monitor import Monitor
 from lcl_ds.training.odd_steps import SKIPPED_STEPS, DrawnRows, OddSteps
+from lcl_ds.training.pulse import PULSE
 from lcl_ds.training.saver import Saver
 from lcl_ds.training.schedule import learning_rate
-from lcl_ds.training.signals import StopRequest
+from lcl_ds.training.signals import STOP
 from lcl_ds.training.throughput import flops_per_token, gpu_memory_gb, peak_flops, step_flops
 from lcl_ds.training.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
-
-STOPPED = "ranks that were asked to stop"
-"""Travels with what one step sums over ranks."""
 
 
 @dataclass
@@ -58,6 +58,8 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.saver = Saver(self.engine, self.config, self.rank_info, self.run_dir, self.vocab_size)
+        self._position = self.loader.state()
+        """Of the data after the last step that is done: a step that is given up has taken more."""
 
     @property
     def objective(self) -> Objective:
@@ -71,8 +73,8 @@ class Trainer:
         """Run to the last step.
 
         Returns:
-            None at the end, or where the run is ``rolled_back``; the signal's number if one asked to stop, after a
-            checkpoint was saved.
+            None at the end, or where the run is ``rolled_back``; the signal's number, on all ranks, if one of them was
+            asked to stop, after a checkpoint was saved.
 
         Raises:
             UserError: on all ranks: ``train.max_skipped_steps`` steps in a row were skipped, the run was rolled back
@@ -85,41 +87,56 @@ class Trainer:
         monitor = Monitor(self.run_dir, self.config.train.steps, done, self.config.log.every, first, trackers)
         self._flops = flops_per_token(self.engine.module.model)
         self._peak = peak_flops(self.rank_info.device)
+        self._stop = StopAgreement(collective_timeout_s(self.config.train))
         try:
-            with StopRequest() as stop:
-                received = self._run(monitor, stop)
-            self.saver.finish()
-            return received
+            return self._run(monitor)
         except UserError:  # raised on all ranks; what was begun to be saved is of use
             self.saver.finish()
             raise
         finally:
             self.saver.close()
             monitor.close()
+            self._stop.close()
 
-    def _run(self, monitor: Monitor, stop: StopRequest) -> int | None:
-        last_saved = self.progress.step
-        while self.progress.step < self.config.train.steps:
-            metrics, received = self._step(stop.received or 0)
+    def _run(self, monitor: Monitor) -> int | None:
+        self._saved_step = self.progress.step
+        while not self._stop.reached() and self.progress.step < self.config.train.steps:
+            metrics = self._step()
+            if metrics is None:
+                break
             monitor.step(metrics)
-            self.rolled_back = self._odd_steps.judge(metrics, last_saved)
+            self.rolled_back = self._odd_steps.judge(metrics, self._saved_step)
             if self.rolled_back:
-                return received or None
+                break
             self._check_skipped()
             at_end = self.progress.step == self.config.train.steps
-            if at_end or received or self.progress.step - last_saved >= self.config.checkpoint.every:
-                path = self.save(monitor.unsaved_lines())
-                monitor.saved()
-                last_saved = self.progress.step
-                if received and self.rank_info.is_first:
-                    logger.info("signal %d: saved %s; run the same command again to continue", received, path)
-            if received and not at_end:
-                return received
-        return None
+            if at_end or self.progress.step - self._saved_step >= self.config.checkpoint.every:
+                self._save(monitor)
+        if self._stop.signal and not self.rolled_back and self.progress.step > self._saved_step:
+            self._save(monitor)
+        PULSE.begin("saving", self.progress.step)
+        self.saver.finish()
+        if not self._stop.signal:
+            return None
+        if self.rank_info.is_first:
+            name, step = signal.Signals(self._stop.signal).name, self._saved_step
+            logger.info("%s: step %d is saved in %s; run the same command again to continue", name, step, self.run_dir)
+        return self._stop.signal
+
+    def _save(self, monitor: Monitor) -> None:
+        PULSE.begin("saving", self.progress.step)
+        self.save(monitor.unsaved_lines())
+        monitor.saved()
+        self._saved_step = self.progress.step
+        PULSE.begin("training", self.progress.step)
 
     def save(self, metrics: bytes = b"") -> Path:
-        """Begin a checkpoint of this moment, with the lines of metrics since the last one; collective."""
-        return self.saver.begin(self.progress, self.loader.state(), metrics)
+        """Begin a checkpoint of the last step that is done; collective.
+
+        Args:
+            metrics: lines since the checkpoint before.
+        """
+        return self.saver.begin(self.progress, self._position, metrics)
 
     def release(self) -> None:
         """Give back the memory of weights, optimizer and batches; the trainer cannot be used afterwards."""
@@ -129,11 +146,14 @@ class Trainer:
         if self.rank_info.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _step(self, stop_signal: int) -> tuple[StepMetrics, int]:
-        """Take one optimizer step; returns its metrics and a signal, own or, as SIGTERM, another rank's; 0: none."""
+    def _step(self) -> StepMetrics | None:
+        """Take one optimizer step; None where the ranks agreed to stop within it, which gives it up."""
         started = time.perf_counter()
+        number = self.progress.step + 1
+        PULSE.begin("waiting for data", number)
         with on_all_ranks(self.rank_info):
             batches = self._draw()
+            PULSE.begin("training", number)
         torch.manual_seed(step_seed(self.config.train.seed, self.rank_info.rank, self.progress.step))
         data_s = time.perf_counter() - started
         lr = learning_rate(self.progress.applied_steps, self.config.train)
@@ -144,7 +164,10 @@ class Trainer:
         self._first_steps.begin(self.progress.step + 1, self.objective.model)
         summed = outputs_to_sum(self.objective)
         sums = torch.zeros(len(summed), dtype=torch.float64, device=self.rank_info.device)
-        for batch, normalizers in zip(batches, normalizers_of, strict=True):
+        for micro_step, (batch, normalizers) in enumerate(zip(batches, normalizers_of, strict=True), 1):
+            if self._stop.reached():
+                return None
+            PULSE.begin("training", number, micro_step)
             outputs = self.engine(batch, normalizers)
             # DeepSpeed averages gradients over ranks; the losses are shares of a sum over ranks.
             self.engine.backward(outputs["loss"] * self.rank_info.world_size, scale_wrt_gas=False)
@@ -154,20 +177,16 @@ class Trainer:
         if applied:
             refresh_exact_scalars(self.engine)
         self._advance(applied)
+        STOP.enter("training")  # before the ranks meet: once one of them has done a step, all save when asked to stop
         totals = sum_over_ranks(
             dict(zip(summed, sums, strict=True)),
-            {
-                **summed_metrics(batches),
-                **summed_by_source(batches, self.source_names),
-                **self.saver.counts(),
-                STOPPED: stop_signal > 0,
-            },
+            {**summed_metrics(batches), **summed_by_source(batches, self.source_names), **self.saver.counts()},
         )
         self.saver.advance(totals)
         seconds = {"step_s": time.perf_counter() - started, "data_s": data_s}
         metrics = self._metrics(totals, outputs, lr, applied, **seconds)
         self._first_steps.judge(metrics, normalizers_of, self.engine)
-        return metrics, (stop_signal or signal.SIGTERM) if totals[STOPPED] else 0
+        return metrics
 
     def _loss_normalizers(self, batches: list[Batch]) -> list[LossNormalizers]:
         """Make what each micro-step's losses are divided by.
@@ -206,6 +225,8 @@ class Trainer:
 
     def _advance(self, applied: bool) -> None:
         self.progress.step += 1
+        self._position = self.loader.state()
+        PULSE.has_stepped = True
         if applied:
             self.progress.applied_steps += 1
             self.progress.skipped_in_a_row = 0

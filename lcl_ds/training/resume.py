@@ -65,6 +65,8 @@ DECISIONS: dict[str, Decision] = {
     "train.spike_factor": "applied",
     "train.on_spike": "applied",
     "train.max_rollbacks": "applied",
+    "train.start_hang_seconds": "free",
+    "train.hang_seconds": "free",
     "checkpoint.every": "applied",
     "checkpoint.keep": "applied",
     "checkpoint.keep_every": "applied",

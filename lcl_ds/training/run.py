@@ -25,14 +25,24 @@ from lcl_ds.evaluation.final import close_run
 from lcl_ds.metrics import METRICS, keep_metrics
 from lcl_ds.models.build import check_attention_here
 from lcl_ds.training.checkpoint import Progress, load_model, newest_checkpoint, read_state, resolve_checkpoint
-from lcl_ds.training.distributed import RankInfo, init_distributed, on_all_ranks, raise_for_all
+from lcl_ds.training.distributed import (
+    RankInfo,
+    collective_timeout_s,
+    init_distributed,
+    on_all_ranks,
+    raise_for_all,
+)
 from lcl_ds.training.engine import complete_ds_config, load_engine, rows_per_micro_step, start_engine
 from lcl_ds.training.loop import Trainer
 from lcl_ds.training.monitor import kept_metrics
+from lcl_ds.training.peers import peers_of
+from lcl_ds.training.pulse import PULSE
 from lcl_ds.training.resume import check_same_run, engine_changes
-from lcl_ds.training.run_folder import check_own_folder, check_run_writable, write_run_files
-from lcl_ds.training.saver import remove_partial
+from lcl_ds.training.run_folder import check_run_writable, holding_folder, write_run_files
+from lcl_ds.training.saver import check_room_for_all, remove_partial
+from lcl_ds.training.signals import STOP
 from lcl_ds.training.trackers import check_trackers
+from lcl_ds.training.watch import WATCH, Limits
 
 logger = logging.getLogger(__name__)
 
@@ -52,13 +62,18 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
     """
     data = open_checked_data(config)
     check_evaluation(config, data)
-    rank_info = init_distributed()
+    rank_info = init_distributed(collective_timeout_s(config.train))
     raise_for_all([], rank_info)  # hears what other ranks found before they came here
+    with peers_of(rank_info) as peers, holding_folder(run_dir, rank_info):
+        WATCH.guard(Limits(config.train.start_hang_seconds, config.train.hang_seconds), peers)
+        return _run(config, ds_config, run_dir, rank_info, data)
+
+
+def _run(config: Config, ds_config: dict[str, Any], run_dir: Path, rank_info: RankInfo, data: OpenData) -> int:
     check_attention_here(config.model, rank_info.device.type, config.precision)
     full_ds_config = complete_ds_config(ds_config, config, rank_info.world_size)
     with on_all_ranks(rank_info):
         if rank_info.is_first:
-            check_own_folder(run_dir)
             check_trackers(config.log.trackers)
     checkpoint = newest_checkpoint(run_dir, rank_info, config.checkpoint.ignore_damaged)
     changes: list[str] = []
@@ -79,14 +94,18 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
             logger.info("%s", sentence)
         with on_all_ranks(rank_info):
             if rank_info.is_first:
+                check_room_for_all(run_dir, trainer.saver.bytes_of_checkpoint(), config.checkpoint.keep)
                 write_run_files(run_dir, config, full_ds_config, rank_info.world_size, steps_done)
         received = train(
             trainer,
             lambda: prepare(config, full_ds_config, run_dir, rank_info, data, newest_checkpoint(run_dir, rank_info)),
         )
         del trainer
+    STOP.enter("closing")
+    PULSE.begin("closing", PULSE.step)
     dist.destroy_process_group()
-    if received is not None:
+    received = received or STOP.received  # it may have come after the ranks last asked each other
+    if received:
         return 128 + received
     return finish(config, run_dir, rank_info.device) if rank_info.is_first else 0
 

@@ -4,7 +4,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,33 @@ from lcl_ds.environment import git_commit, machine, versions
 from lcl_ds.errors import UserError
 from lcl_ds.files import check_writable, read_yaml, write_whole
 from lcl_ds.training.checkpoint import MANIFEST, checkpoints_folder
+from lcl_ds.training.distributed import RankInfo, on_all_ranks
+from lcl_ds.training.lock import RunLock
 
 CONFIG, DS_CONFIG, ENVIRONMENT = "config.yaml", "ds_config.json", "environment.json"
 HISTORY = "history"
 """Holds one folder per start with the three files as of that start."""
 NO_CONTENT = ("lost+found", "*.log", "*.out", "*.err")
 """What may stand in a new run's folder, because people send the output of a run there."""
+
+
+@contextmanager
+def holding_folder(run_dir: Path, rank_info: RankInfo) -> Iterator[None]:
+    """Hold the folder of a run during the block, by the first rank; collective.
+
+    Raises:
+        UserError: on all ranks: the folder is in use by another start, or holds something else than a run.
+    """
+    lock = None
+    with on_all_ranks(rank_info):
+        if rank_info.is_first:
+            check_own_folder(run_dir)
+            lock = RunLock.take(run_dir)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def check_own_folder(run_dir: Path) -> None:

@@ -39,6 +39,7 @@ from lcl_ds.training.checkpoint import (
     WEIGHTS,
     ManifestEntry,
     Progress,
+    all_checkpoints,
     checkpoint_of,
     checkpoints_folder,
     complete_checkpoints,
@@ -49,6 +50,7 @@ from lcl_ds.training.checkpoint import (
 from lcl_ds.training.distributed import RankInfo, gather_objects, on_all_ranks
 from lcl_ds.training.engine_state import WEIGHT, held_parts, optimizer_steps, own_share
 from lcl_ds.training.input_folders import folder_contents
+from lcl_ds.training.pulse import PULSE
 from lcl_ds.training.slices import SUFFIX, Slice, write_slices
 from lcl_ds.training.throughput import size_of
 
@@ -98,8 +100,6 @@ class Saver:
     rank_info: RankInfo
     run_dir: Path
     vocab_size: int
-    seconds: float | None = None
-    """What the last save took, from its beginning until it was published (on other ranks than the first: written)."""
     _in_flight: _InFlight | None = None
     _host: dict[str, Tensor] = field(default_factory=dict)
     """Host memory that a copy is made to, kept from one save to the next."""
@@ -237,21 +237,21 @@ class Saver:
             written = job.written.result()
         reports = gather_objects(written)
         job.collected = True
-        self.seconds = time.perf_counter() - job.started
         if self.rank_info.is_first:
             manifest = {name: entry for report in reports for name, entry in report.items()}
             job.published = self._threads.submit(self._publish, job, manifest)
 
     def _publish(self, job: _InFlight, manifest: dict[str, ManifestEntry]) -> None:
         publish(job.partial, job.final, manifest)
-        self.seconds = time.perf_counter() - job.started
+        seconds = time.perf_counter() - job.started
+        PULSE.saved(step_of(job.final), seconds)
         size = sum(entry.bytes for entry in manifest.values())
         logger.info(
             "saved %s: %.3g GB in %.3g s, of which training waited %.2g s",
             job.final,
             size / GB,
-            self.seconds,
-            job.stalled_s if self.config.checkpoint.asynchronous else self.seconds,
+            seconds,
+            job.stalled_s if self.config.checkpoint.asynchronous else seconds,
         )
         remove_old(self.run_dir, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
 
@@ -310,20 +310,41 @@ def remove_partial(run_dir: Path) -> None:
         shutil.rmtree(partial)
 
 
+def check_room_for_all(run_dir: Path, size: int, keep: int) -> None:
+    """Refuse to train where not one checkpoint finds room, and warn where ``keep`` of them and the next one do not.
+
+    Raises:
+        UserError: with what is needed and what is there.
+    """
+    check_room(run_dir, size)
+    to_come = max(1, keep + 1 - len(all_checkpoints(run_dir)))
+    free = _free_bytes(run_dir)
+    if free < to_come * size:
+        logger.warning(
+            "%s: the disk has %.3g GB left, and %d more checkpoints of %.3g GB are to come (checkpoint.keep=%d and the "
+            "one that is being written)",
+            *(checkpoints_folder(run_dir), free / GB, to_come, size / GB, keep),
+        )
+
+
 def check_room(run_dir: Path, needed: int) -> None:
     """Refuse to begin a checkpoint that the disk cannot take.
 
     Raises:
         UserError: with what is needed and what is there.
     """
-    folder = checkpoints_folder(run_dir)
-    free = shutil.disk_usage(folder if folder.is_dir() else run_dir).free
+    folder, free = checkpoints_folder(run_dir), _free_bytes(run_dir)
     if free < needed:
         raise UserError(
             f"{folder}: a checkpoint needs {needed / GB:.3g} GB and the disk has {free / GB:.3g} GB left; free some "
             "space or let checkpoints be a link to another disk; the checkpoints there are whole, and running the same "
             "command again continues from the newest"
         )
+
+
+def _free_bytes(run_dir: Path) -> int:
+    folder = checkpoints_folder(run_dir)
+    return shutil.disk_usage(folder if folder.is_dir() else run_dir).free
 
 
 def flush(path: Path) -> None:

@@ -51,6 +51,14 @@ class TrainSettings(Settings):
         "rollback: go back to the newest checkpoint and pass over the rows of the step.",
     )
     max_rollbacks: int = Field(3, gt=0, description="Rollbacks to one checkpoint after which the run stops.")
+    start_hang_seconds: float = Field(
+        1800.0, gt=0, description="Seconds without progress, until the first step or in a save, after which a run ends."
+    )
+    hang_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="The same from the first step on, by micro-step; waiting for data does not count.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> "TrainSettings":

@@ -4,6 +4,7 @@
 """
 
 import json
+import signal
 import tempfile
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def results(tmp_path_factory, demo_folder):
         *("train.steps=4", "train.global_batch_rows=4", "train.warmup_steps=0", "checkpoint.every=2"),
     ]
     (folder / "shared.json").write_text(json.dumps(shared))
-    ranks = all_on_ranks(2, ["ten_steps", "changed_settings"], folder, timeout=590)
+    ranks = all_on_ranks(2, ["ten_steps", "changed_settings", "stopped_within_a_step"], folder, timeout=590)
+    assert [of_rank["3"]["code"] for of_rank in ranks["stopped_within_a_step"]] == [signal.SIGINT] * 2
     return {name: of_ranks[0] for name, of_ranks in ranks.items()}
 
 
@@ -81,6 +83,14 @@ def test_an_optimizer_setting_changed_at_a_restart_is_that_of_the_groups(results
     assert losses[:3] == whole[:3]
     assert losses[3] != whole[3]
     assert any(f"applied from now on: train.{name}" in sentence for sentence in sentences)
+
+
+@pytest.mark.parametrize("stage", ["0", "2", "3"])
+def test_a_step_in_which_a_rank_is_asked_to_stop_is_given_up_and_taken_again(results, stage):
+    """Of four micro-steps of the third step two are done; what is saved is the end of the second step."""
+    stopped = results["stopped_within_a_step"][stage]
+    assert (stopped["passes"], stopped["checkpoint"]) == (10, "step_00000002")
+    assert stopped["again"] == stopped["whole"]
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import shutil
+import signal
 import sys
 import threading
 import weakref
@@ -34,6 +35,7 @@ from lcl_ds.training.engine import complete_ds_config, load_engine, start_engine
 from lcl_ds.training.loop import Trainer
 from lcl_ds.training.resume import check_same_run
 from lcl_ds.training.run import prepare, train
+from lcl_ds.training.signals import STOP
 from tests.support.disks import no_file_larger_than
 from tests.support.small import (
     VOCABULARY,
@@ -459,6 +461,42 @@ def losses_of_run(
     trainer.release()
     dist.barrier()  # the first rank writes the metrics
     return [row["loss"] for row in read_metrics(run_dir)], sentences
+
+
+def stopped_within_a_step(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
+    """What a run returns, has saved and computes when rank 1 is asked to stop within step 3, and goes on; by stage.
+
+    ``shared.json`` beside ``folder`` holds the overrides of all runs.
+    """
+    overrides = json.loads((folder.parent / "shared.json").read_text())
+    overrides += ["train.global_batch_rows=8", "train.accumulation_steps=4", "checkpoint.every=100"]
+    results = {}
+    for stage in (0, 2, 3):
+        whole, stopped = folder / f"whole {stage}", folder / f"stopped {stage}"
+        for run_dir in (whole, stopped):
+            run_dir.mkdir(parents=True, exist_ok=True)
+        losses, _ = losses_of_run(overrides, stage, rank_info, whole)
+        config = small_config(*overrides)
+        ds_config = complete_ds_config({"zero_optimization": {"stage": stage}}, config, rank_info.world_size)
+        trainer = prepare(config, ds_config, stopped, rank_info, open_checked_data(config))
+        passes: list[int] = []
+
+        def ask(*_: Any, passes: list[int] = passes) -> None:
+            passes.append(1)
+            if len(passes) == 10 and rank_info.rank == 1:  # the second micro-step of step 3
+                STOP.received = signal.SIGINT
+
+        trainer.engine.module.register_forward_pre_hook(ask)
+        code = trainer.train()
+        trainer.release()
+        STOP.received = 0
+        checkpoint = newest_checkpoint(stopped, rank_info)
+        assert checkpoint is not None
+        again, _ = losses_of_run(overrides, stage, rank_info, stopped)
+        results[str(stage)] = {
+            **{"code": code, "passes": len(passes), "checkpoint": checkpoint.name, "whole": losses, "again": again}
+        }
+    return results
 
 
 class Reporting(lcl.Objective):

@@ -131,15 +131,41 @@ def test_a_run_goes_on_with_another_number_of_ranks_at_another_stage(whole_run, 
         ]
 
 
-def test_the_deepspeed_launcher_starts_two_ranks(recipe, tmp_path):
-    short = ["train.steps=2", "evaluation.shards=null"]
+def test_ranks_that_the_deepspeed_launcher_started_save_and_end_when_it_alone_is_killed(recipe, tmp_path):
+    """``kill``, ``timeout`` and containers signal the outer process, which passes nothing on."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())]
-    command = [*launcher, *train_command(recipe, tmp_path / "run", *short, ds_config="zero2")[1:]]
+    overrides = ["train.steps=500", "checkpoint.every=500", "train.accumulation_steps=4"]
+    command = [*launcher, *train_command(recipe, run_dir, *overrides, ds_config="zero2")[1:]]
     environment = {**os.environ, "LOCAL_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "world size 2, ZeRO stage 2" in done.stdout + done.stderr
-    assert len(metrics_of(tmp_path / "run")) == 2
+    with log.open("w") as file:
+        runner = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(metrics_of(run_dir)) < 2:
+        assert runner.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+    runner.terminate()
+    assert runner.wait() == -signal.SIGTERM
+    while subprocess.run(["pgrep", "-g", str(runner.pid)], capture_output=True, check=False).stdout:
+        assert time.monotonic() < deadline + 60, log.read_text()
+        time.sleep(0.1)
+    output = log.read_text()
+    assert "world size 2, ZeRO stage 2" in output
+    assert f"deepspeed.launcher.runner (process {runner.pid}) has ended: the run saves after this micro-step" in output
+    assert (run_dir / "checkpoints" / "latest").read_text().strip() == f"step_{len(metrics_of(run_dir)):08d}"
+    assert not (run_dir / ".lock").exists()
+
+
+def test_a_second_start_on_a_run_is_refused_while_the_first_goes_on(recipe, tmp_path):
+    command = train_command(recipe, tmp_path / "run", "train.steps=500")
+    first = Ranks(1, command, tmp_path / "log")
+    wait_for_step(tmp_path / "run", 1, first)
+    second = Ranks(1, command, tmp_path / "log2")
+    assert second.wait() == [2], second.output()
+    assert f"is in use by process {first.processes[0].pid} on " in second.output()
+    first.processes[0].send_signal(signal.SIGUSR1)
+    assert first.wait() == [128 + signal.SIGUSR1], first.output()
 
 
 DAMAGE = {

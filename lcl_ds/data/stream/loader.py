@@ -296,4 +296,5 @@ def _leave_signals_to_the_trainer(ending: Event | None, _: int) -> None:
     But when a loader is given up after an error, or its process ends, Python sends the same signal and waits.
     """
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if ending is not None and ending.is_set() else None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
