@@ -588,9 +588,9 @@ def skipped_spikes(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         trainer = trainer_of(config, zero, rank_info, batches, folder / name)
         states, take_step = [], trainer._step
 
-        def step_after_copy(stop_signal: int) -> Any:
+        def step_after_copy() -> Any:
             states.append(local_state(trainer))  # noqa: B023
-            return take_step(stop_signal)  # noqa: B023
+            return take_step()  # noqa: B023
 
         trainer._step = step_after_copy
         trainer.objective.model.pooling.register_forward_hook(constant)
