@@ -33,7 +33,7 @@ from lcl_ds.training.checkpoint import (
     read_state,
     resolve_checkpoint,
 )
-from lcl_ds.training.distributed import RankInfo, init_distributed, on_all_ranks, raise_for_all
+from lcl_ds.training.distributed import RankInfo, init_distributed, on_all_ranks, raise_for_all, team_of
 from lcl_ds.training.engine import (
     apply_settings,
     complete_ds_config,
@@ -45,7 +45,13 @@ from lcl_ds.training.loop import Trainer
 from lcl_ds.training.monitor import kept_metrics
 from lcl_ds.training.optimizer import options_of
 from lcl_ds.training.resume import check_same_run, engine_changes
-from lcl_ds.training.run_folder import check_own_folder, check_run_writable, write_run_files
+from lcl_ds.training.run_folder import (
+    check_own_folder,
+    check_run_writable,
+    check_same_settings,
+    check_seen_by_all,
+    write_run_files,
+)
 from lcl_ds.training.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
@@ -64,10 +70,14 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
     Raises:
         UserError: settings and input that do not fit together, found before a model is built.
     """
-    data = open_checked_data(config)
-    check_evaluation(config, data)
     rank_info = init_distributed()
     raise_for_all([], rank_info)  # hears what other ranks found before they came here
+    with on_all_ranks(rank_info):
+        check_same_settings(config, ds_config, rank_info)
+    with on_all_ranks(rank_info):
+        data = open_checked_data(config, team_of(rank_info))
+        if rank_info.is_first:
+            check_evaluation(config, data)
     check_attention_here(config.model, rank_info.device.type, config.precision)
     full_ds_config = complete_ds_config(ds_config, config, rank_info.world_size)
     with on_all_ranks(rank_info):
@@ -86,6 +96,7 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
     else:
         with on_all_ranks(rank_info):
             check_run_writable(run_dir)
+        check_seen_by_all(run_dir, rank_info)
         trainer = prepare(config, full_ds_config, run_dir, rank_info, data, checkpoint)
         for sentence in changes if rank_info.is_first else []:
             logger.info("%s", sentence)

@@ -7,6 +7,7 @@ import shutil
 import sys
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,13 +19,16 @@ from torch import distributed as dist
 from lcl_ds.assembly import attach_objective, open_checked_data
 from lcl_ds.batch import Batch
 from lcl_ds.config import Config
+from lcl_ds.data.shards import shard as shard_module
+from lcl_ds.data.shards.source import Source
+from lcl_ds.data.shards.team import open_together
 from lcl_ds.errors import UserError
 from lcl_ds.metrics import Combination, read_metrics
 from lcl_ds.models.settings import part_of
 from lcl_ds.objectives import NAMES, lcl
 from lcl_ds.objectives.base import LossNormalizers, Objective
 from lcl_ds.training.checkpoint import Progress, load_engine, newest_checkpoint
-from lcl_ds.training.distributed import RankInfo, all_reduce_sum, init_distributed, raise_for_all
+from lcl_ds.training.distributed import RankInfo, all_reduce_sum, init_distributed, raise_for_all, team_of
 from lcl_ds.training.engine import apply_settings, complete_ds_config, refresh_exact_scalars, start_engine
 from lcl_ds.training.loop import Trainer
 from lcl_ds.training.optimizer import options_of
@@ -38,6 +42,7 @@ from tests.support.small import (
     small_model,
     three_documents,
 )
+from tests.support.tars import write_tar
 
 STAGES = (0, 1, 2, 3)
 THREE_STEPS = ((0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16"))
@@ -369,6 +374,54 @@ def reported_numbers(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     finally:
         dist.all_reduce = all_reduce
     return {"rows": read_metrics(folder), "reduced": reduced}
+
+
+def shared_data(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
+    """Which headers and indices each rank reads of shards that the ranks open together, and what they all hold then.
+
+    By case: there are no indices, there are, none can be written anywhere, and none beside the shards while each rank
+    has a cache of its own, as on hosts of their own.
+    """
+    tars = [folder.parent / f"shards/{n}.tar" for n in range(7)]
+    if rank_info.is_first:
+        tars[0].parent.mkdir()
+        for n, tar in enumerate(tars):
+            write_tar(tar, [(f"{n}{i}.json", b"{}") for i in range(n + 1)])
+    dist.barrier()
+    results = {}
+    counted = {"scans": shard_module.scan_shard, "checks": shard_module.read_facts}
+    caches = {
+        "first start": (folder, True),
+        "second start": (folder, True),
+        "nothing can be written": (folder.parent / "shards/0.tar", False),
+        "own caches": (folder / str(rank_info.rank), False),
+    }
+    for case, (cache, may_write_beside) in caches.items():
+        if not may_write_beside and rank_info.is_first:
+            for tar in tars:
+                beside = Path(f"{tar}.index")
+                if beside.is_file():
+                    beside.unlink()
+                beside.mkdir(exist_ok=True)
+        dist.barrier()
+        calls: dict[str, list[str]] = {name: [] for name in counted}
+
+        def noting(name: str, calls: dict[str, list[str]] = calls) -> Any:
+            return lambda path, *rest: calls[name].append(str(path)) or counted[name](path, *rest)
+
+        shard_module.scan_shard, shard_module.read_facts = noting("scans"), noting("checks")
+        team = team_of(replace(rank_info, local_rank=0) if case == "own caches" else rank_info)
+        opened = open_together([*map(str, tars)], cache, team)
+        at_start = len(calls["scans"])
+        source = Source("s", [shard for shard in opened.shards if shard])
+        results[case] = {
+            "scans at the start": at_start,
+            "calls": {name: [Path(path).name for path in paths] for name, paths in calls.items()},
+            "keys": [source.sample(i).key for i in range(len(source))],
+            "fingerprint": source.fingerprint(),
+        }
+    shard_module.scan_shard, shard_module.read_facts = counted["scans"], counted["checks"]
+    return results
 
 
 def told_problems(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
