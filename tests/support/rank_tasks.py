@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import os
 import shutil
 import sys
 import weakref
@@ -19,6 +20,7 @@ from torch import distributed as dist
 from lcl_ds.assembly import attach_objective, open_checked_data
 from lcl_ds.batch import Batch
 from lcl_ds.config import Config
+from lcl_ds.data.corpus import open_data
 from lcl_ds.data.shards import shard as shard_module
 from lcl_ds.data.shards.source import Source
 from lcl_ds.data.shards.team import open_together
@@ -28,12 +30,22 @@ from lcl_ds.models.settings import part_of
 from lcl_ds.objectives import NAMES, lcl
 from lcl_ds.objectives.base import LossNormalizers, Objective
 from lcl_ds.training.checkpoint import Progress, load_engine, newest_checkpoint
-from lcl_ds.training.distributed import RankInfo, all_reduce_sum, init_distributed, raise_for_all, team_of
+from lcl_ds.training.distributed import (
+    RankInfo,
+    all_reduce_sum,
+    gather_integers,
+    gather_to_first,
+    init_distributed,
+    on_all_ranks,
+    raise_for_all,
+    team_of,
+)
 from lcl_ds.training.engine import apply_settings, complete_ds_config, refresh_exact_scalars, start_engine
 from lcl_ds.training.loop import Trainer
 from lcl_ds.training.optimizer import options_of
 from lcl_ds.training.resume import check_same_run
 from lcl_ds.training.run import prepare
+from lcl_ds.training.run_folder import check_same_settings, check_seen_by_all
 from tests.support.small import (
     VOCABULARY,
     batch_with_images,
@@ -424,6 +436,55 @@ def shared_data(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     return results
 
 
+def checks_at_the_start(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
+    """What each rank hears at the start where ranks differ in what they see, as on hosts without a common disk."""
+    own = folder / f"disk{rank_info.rank}"
+    common = folder / "common"
+    for place in (own, common):
+        place.mkdir(parents=True, exist_ok=True)
+    if rank_info.is_first:
+        write_tar(own / "a.tar", [("0.json", b"{}")])
+        write_tar(own / "b.tar", [("0.json", b"{}")])
+        write_tar(common / "a.tar", [("0.json", b"{}")])
+        (common / "broken.tar").write_bytes(b"no tar" * 999)
+    write_tar(own / "own.tar", [(f"{rank_info.rank}.json", b"{}")])
+    dist.barrier()
+    # One process for each host, each in a folder of its own.
+    team = team_of(replace(rank_info, local_rank=0))
+    os.chdir(own)
+    tokenizer = folder.parent / "tokenizer"
+
+    def data(*paths: str) -> Any:
+        overrides = [f"data.shards={[*paths]}", f"data.tokenizer={tokenizer}", f"data.cache={own}/cache"]
+        return open_data(small_config(*overrides).data, team)
+
+    actions = {
+        "folder of all": lambda: check_seen_by_all(common, rank_info),
+        "own folders": lambda: check_seen_by_all(own, rank_info, patience_s=0.3),
+        "same settings": lambda: check_same_settings(small_config(), {"a": {"b": 1}}, rank_info),
+        "other settings": lambda: check_same_settings(
+            small_config(f"train.seed={rank_info.rank}"), {"a": {"b": 1, "c": rank_info.rank}}, rank_info
+        ),
+        "shards that one host lacks": lambda: data("a.tar", "b.tar"),
+        "a broken shard": lambda: data(f"{common}/*.tar"),
+        "no shards": lambda: data("none-*.tar"),
+        "a command on each host": lambda: data(f"pipe:echo >> runs; cat {common}/a.tar"),
+        "a command that fails on some hosts": lambda: data("pipe:cat $PWD/a.tar"),
+        "a command that writes something else on each host": lambda: data("pipe:cat own.tar"),
+    }
+    told = {}
+    for name, action in actions.items():
+        try:
+            with on_all_ranks(rank_info):
+                action()
+            told[name] = []
+        except UserError as error:
+            told[name] = error.problems
+    told["gathered"] = [gather_to_first(rank_info.rank), gather_integers([rank_info.rank, 7], rank_info.device)]
+    told["left"] = [path.name for path in common.iterdir() if "seen_by_all" in path.name]
+    return told
+
+
 def told_problems(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     """What each rank hears of problems that all ranks have, that one has, and that none has."""
     own = [f"only rank {rank_info.rank} sees this"] if rank_info.rank else []
@@ -443,3 +504,4 @@ if __name__ == "__main__":
     here = init_distributed()
     for name in names:
         torch.save(globals()[name](here, folder / name), folder / f"{name}.{here.rank}.pt")
+    dist.destroy_process_group()

@@ -141,7 +141,8 @@ def _hand_on_indices(shards: list[Shard | None], told: list[Told], own: Set[int]
 
 
 def _is_kept(shard: Shard) -> bool:
-    return any(os.path.exists(sidecar) for sidecar in shard.sidecars)
+    """Say whether this host's cache has an index that is not beside the shard, where another program's file may be."""
+    return any(os.path.exists(sidecar) for sidecar in shard.sidecars[1:])
 
 
 def _index_of(shard: Shard) -> ShardIndex | None:
