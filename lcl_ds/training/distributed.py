@@ -49,7 +49,7 @@ def init_distributed(timeout_s: float | None = None) -> RankInfo:
         timeout_s: how long to wait for the other ranks; None: as long as DeepSpeed does.
 
     Raises:
-        UserError: one of several Slurm tasks that cannot know where to meet the others.
+        UserError: one of several Slurm tasks that cannot know where to meet the others, or they did not come.
     """
     prepare_for_deepspeed()
     import deepspeed
@@ -70,12 +70,20 @@ def init_distributed(timeout_s: float | None = None) -> RankInfo:
     else:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
-    deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name() if device.type != "cpu" else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        **({} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}),
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend=accelerator.communication_backend_name() if device.type != "cpu" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            **({} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}),
+        )
+    except dist.DistError as error:
+        address, size = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", os.environ["WORLD_SIZE"]
+        raise UserError(
+            f"the {size} ranks did not all meet at {address} ({str(error).splitlines()[0]}); see that all were started "
+            "and that each host reaches this address",
+            on_every_rank=False,
+        ) from error
     return RankInfo(dist.get_rank(), local_rank, dist.get_world_size(), device)
 
 

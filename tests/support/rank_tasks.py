@@ -419,7 +419,11 @@ def shared_data(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         calls: dict[str, list[str]] = {name: [] for name in counted}
 
         def noting(name: str, calls: dict[str, list[str]] = calls) -> Any:
-            return lambda path, *rest: calls[name].append(str(path)) or counted[name](path, *rest)
+            def called(path: str, *rest: Any) -> Any:
+                calls[name].append(path)
+                return counted[name](path, *rest)
+
+            return called
 
         shard_module.scan_shard, shard_module.read_facts = noting("scans"), noting("checks")
         team = team_of(replace(rank_info, local_rank=0) if case == "own caches" else rank_info)

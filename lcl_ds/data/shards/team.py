@@ -1,9 +1,9 @@
 """Open the shards of a run together: each of several processes opens its share and tells the others.
 
 One process alone is a team of one. What is told of a shard is small: number of samples and layout. Its index lies
-beside the shard, where all find it; one that could not be kept there goes to the hosts that lack it, which keep it in their
-cache or, where they cannot, in memory. Every later read looks at the member's own header, so a host whose shards are
-others than those that were told finds it out.
+beside the shard, where all find it; one that could not be kept there goes to the hosts that lack it, which keep it in
+their cache or, where they cannot, in memory. Every later read looks at the member's own header, so a host whose shards
+are others than those that were told finds it out.
 """
 
 import os
