@@ -11,7 +11,7 @@ from lcl_ds.data.settings import DataSettings, SourceSettings
 from lcl_ds.data.shards.shard import Shard
 from lcl_ds.data.shards.source import Source
 from lcl_ds.data.shards.storage import expand_paths
-from lcl_ds.data.shards.team import ALONE, Team, check_here, open_together
+from lcl_ds.data.shards.team import ALONE, Team, open_together
 from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer
 
@@ -92,7 +92,7 @@ def _open_all(name: str, locations: Locations, cache: Path, team: Team) -> list[
     opened = open_together(locations.shards, cache, team)
     problems = [problem for told in opened.told if not told.is_empty for problem in told.problems]
     empty = [problem for told in opened.told if told.is_empty for problem in told.problems]
-    problems += check_here(locations.shards, opened.shards, cache, team)
+    problems += opened.problems
     shards = [shard for shard in opened.shards if shard is not None]
     if problems or not shards:
         raise UserError(problems or empty)

@@ -12,6 +12,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def preflight(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
     rank_info = init_distributed(PATIENCE_S)
     raise_for_all([], rank_info)
     job = Job(config, ds_config, run_dir, rank_info)
-    table = Table("check", "result", "", title=f"preflight of {run_dir}: {rank_info.world_size} ranks")
+    table = Table("check", "result", "", title=f"preflight of {run_dir}: ranks: {rank_info.world_size}")
     problems: list[str] = []
     for name, check in CHECKS.items():
         try:
@@ -189,15 +190,18 @@ def check_data(job: Job) -> str:
 
 def check_run_folder(job: Job) -> str:
     """See whether the folder is a run's, can be written by all and is seen by all. Raises: UserError."""
+    is_new = not job.run_dir.exists()
     with on_all_ranks(job.rank_info):
         if job.rank_info.is_first:
             check_own_folder(job.run_dir)
-    made = not job.run_dir.exists()
-    with on_all_ranks(job.rank_info):
-        check_run_writable(job.run_dir)
-    check_seen_by_all(job.run_dir, job.rank_info)
-    if job.rank_info.is_first and made and not any(job.run_dir.iterdir()):
-        job.run_dir.rmdir()
+    try:
+        with on_all_ranks(job.rank_info):
+            check_run_writable(job.run_dir)
+        check_seen_by_all(job.run_dir, job.rank_info)
+    finally:
+        if is_new:
+            with suppress(OSError):  # another rank removed it, or will
+                job.run_dir.rmdir()
     return "written and seen by all ranks"
 
 
@@ -244,7 +248,9 @@ def check_clocks(job: Job) -> str:
 
 
 def check_all_reduce(job: Job) -> str:
-    """Time one sum over all ranks."""
+    """Time one sum over all ranks. Raises: UserError where it is wrong."""
+    if job.rank_info.world_size == 1:
+        return "one rank has nothing to exchange"
     device = job.rank_info.device
     size = REDUCED_BYTES["cuda" if device.type == "cuda" else "cpu"]
     values = torch.ones(size // 4, device=device)

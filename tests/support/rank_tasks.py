@@ -419,9 +419,9 @@ def shared_data(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         calls: dict[str, list[str]] = {name: [] for name in counted}
 
         def noting(name: str, calls: dict[str, list[str]] = calls) -> Any:
-            def called(path: str, *rest: Any) -> Any:
-                calls[name].append(path)
-                return counted[name](path, *rest)
+            def called(location: str, *rest: Any) -> Any:
+                calls[name].append(location)
+                return counted[name](location, *rest)
 
             return called
 

@@ -70,28 +70,6 @@ def test_a_rank_that_reaches_nobody_speaks_for_itself(command):
     assert f"error: rank 1 on {HOST}: command line: train.steps: " in done.stderr
 
 
-def test_tasks_of_srun_become_one_run(recipe, tmp_path):
-    command = train_command(recipe, tmp_path / "run", "train.steps=1", "evaluation.shards=null")
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in launcher}
-    environment |= {"SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "localhost", "SLURM_JOB_ID": str(free_port())}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    tasks = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for task in (0, 1)
-    ]
-    output = "\n".join(task.communicate(timeout=300)[0] for task in tasks)
-    assert [task.returncode for task in tasks] == [0, 0], output
-    assert output.count("world size 2") == 1
-
-
 def test_a_run_without_finite_gradients_ends_with_a_sentence(recipe, tmp_path):
     """The learning rate is such that weights overflow after the first step; all ranks have the same problem."""
     overrides = ["train.learning_rate=1.0e+20", "train.weight_decay=0", "train.warmup_steps=0"]

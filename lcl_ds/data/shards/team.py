@@ -9,7 +9,7 @@ are others than those that were told finds it out.
 import os
 import socket
 from collections import defaultdict
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from lcl_ds.data.shards.shard import EmptyShardError, Shard, index_shard
 from lcl_ds.data.shards.storage import copy_of, is_command, is_remote
 from lcl_ds.errors import UserError
 
-ROUND = 64
+ROUND = 16
 """Shards of each process between two exchanges: nobody waits long for the slowest, and few indices are under way."""
 
 SEEN = 64
@@ -68,6 +68,8 @@ class Opened:
     shards: list[Shard | None]
     """In the order of the locations; None: it is empty or cannot be used."""
     told: list[Told]
+    problems: list[str]
+    """What is wrong on this host alone."""
 
 
 def open_together(locations: Sequence[str], cache: Path, team: Team = ALONE) -> Opened:
@@ -77,12 +79,15 @@ def open_together(locations: Sequence[str], cache: Path, team: Team = ALONE) -> 
         locations: the same on all.
         cache: folder for what cannot be kept beside the shards; may be another one on each host.
     """
-    opened = Opened([], [])
+    opened = Opened([], [], [])
     size = ROUND * team.count
     for start in range(0, len(locations), size):
         part = _open_round(locations[start : start + size], cache, team)
         opened.shards += part.shards
         opened.told += part.told
+        opened.problems += part.problems
+    if team.is_first_here:
+        opened.problems += _missing([path for path, shard in zip(locations, opened.shards, strict=True) if shard])
     return opened
 
 
@@ -100,7 +105,9 @@ def _open_round(locations: Sequence[str], cache: Path, team: Team) -> Opened:
         for n, location in enumerate(locations)
     ]
     _hand_on_indices(shards, told, own.keys(), team)
-    return Opened(shards, told)
+    commands = {n: shard for n, shard in enumerate(shards) if shard is not None and is_command(locations[n])}
+    problems = _run_here({locations[n]: shard for n, shard in commands.items() if n not in own}, cache, team.number)
+    return Opened(shards, told, problems)
 
 
 def _open(location: str, cache: Path) -> tuple[Shard | None, Told]:
@@ -162,31 +169,10 @@ def _keep(shard: Shard, index: ShardIndex) -> Shard:
     return shard if kept else replace(shard, index=index)
 
 
-def check_here(locations: Sequence[str], shards: Sequence[Shard | None], cache: Path, team: Team) -> list[str]:
-    """Look on each host for the shards that other processes opened; returns a sentence for each that is not there.
-
-    Folders are listed, by one process of each host; no shard is opened. The output of a command is made where the
-    host has none.
-    """
-    others = [
-        (location, shard)
-        for n, (location, shard) in enumerate(zip(locations, shards, strict=True))
-        if shard is not None and n % team.count != team.number
-    ]
-    commands = [(location, shard) for location, shard in others if is_command(location)]
-    local = [location for location, _ in others if not is_remote(location) and not is_command(location)]
-    problems = _missing(local) if team.is_first_here else []
-    turn = team.number % max(1, len(commands))  # the processes of a host begin at different ones
-    for command, shard in [*commands[turn:], *commands[:turn]]:
-        if not os.path.exists(shard.path):
-            problems += _run_here(command, shard, cache)
-    return problems
-
-
 def _missing(paths: Sequence[str]) -> list[str]:
-    """Write a sentence about each folder that lacks some of the paths."""
+    """Write a sentence about each folder of this host that lacks some of the shards; the folders are listed."""
     folders: dict[str, list[str]] = defaultdict(list)
-    for path in paths:
+    for path in (path for path in paths if not is_remote(path) and not is_command(path)):
         folders[os.path.dirname(path)].append(path)
     problems = []
     for folder, inside in folders.items():
@@ -206,11 +192,16 @@ def _missing(paths: Sequence[str]) -> list[str]:
     return problems
 
 
-def _run_here(command: str, shard: Shard, cache: Path) -> list[str]:
-    try:
-        layout = index_shard(command, cache).layout
-    except UserError as error:
-        return error.problems
-    if layout != shard.layout:
-        return [f"shard {command}: the command writes something else on this host than on others"]
-    return []
+def _run_here(shards: Mapping[str, Shard], cache: Path, number: int) -> list[str]:
+    """Run the commands whose output this host has not kept; the processes of a host begin at different ones."""
+    turn = number % max(1, len(shards))
+    problems = []
+    for command, shard in [*shards.items()][turn:] + [*shards.items()][:turn]:
+        if os.path.exists(shard.path):
+            continue
+        try:
+            if index_shard(command, cache).layout != shard.layout:
+                problems.append(f"shard {command}: the command writes something else on this host than on others")
+        except UserError as error:
+            problems += error.problems
+    return problems
