@@ -1,6 +1,5 @@
 """What one rank finds wrong is printed once, with rank and host, and ends the others as well."""
 
-import os
 import shutil
 import socket
 import subprocess

@@ -2,10 +2,7 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
-
-import pytest
 
 from lcl_ds.training.preflight import by_host
 from tests.support.ranks import ROOT, Ranks, free_port, rank_environment, train_command
