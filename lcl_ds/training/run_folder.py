@@ -90,26 +90,26 @@ def check_seen_by_all(run_dir: Path, rank_info: RankInfo, patience_s: float = 10
     Raises:
         UserError: on every rank; names the ranks that do not see what the first one writes.
     """
-    host, name = from_first(lambda: _write_token(run_dir), rank_info)
+    host, folder, name = from_first(lambda: _write_token(run_dir), rank_info)
     token = run_dir / name
     try:
         with on_all_ranks(rank_info):
             if not _appears(token, patience_s):
                 raise UserError(
-                    f"--run_dir {run_dir}: what rank 0 on {host} writes into {token.parent} is not seen on this host; "
-                    "name a folder on a disk that all hosts share, by the same path everywhere"
+                    f"--run_dir {run_dir}: what rank 0 on {host} wrote into {folder} does not appear here; name a "
+                    "folder on a disk that all hosts share, by the same path everywhere"
                 )
     finally:
         if rank_info.is_first:
             token.unlink(missing_ok=True)
 
 
-def _write_token(run_dir: Path) -> tuple[str, str]:
-    """Write a file of a new name where checkpoints are written; returns this host's name and the file's below there."""
+def _write_token(run_dir: Path) -> tuple[str, str, str]:
+    """Write a file of a new name where checkpoints are written; returns this host, the folder and the name in it."""
     folder = checkpoints_folder(run_dir)  # may be a link to another disk
     token = (folder if folder.is_dir() else run_dir) / f".seen_by_all.{secrets.token_hex(8)}"
     write_whole(token, "\n")
-    return socket.gethostname(), str(token.relative_to(run_dir))
+    return socket.gethostname(), str(run_dir.absolute()), str(token.relative_to(run_dir))
 
 
 def _appears(path: Path, patience_s: float) -> bool:

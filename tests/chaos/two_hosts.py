@@ -3,6 +3,7 @@
 The hosts are network namespaces with names of their own, joined by one virtual cable. It needs root and ``ip``; where
 they are missing it says so and ends with 0. It shows that
 
+- the preflight tells the hosts apart,
 - ``torchrun --nnodes 2`` and ``deepspeed --no_ssh`` on two hosts compute the losses of two ranks on one, bit for bit,
 - after the link is cut in the middle of a run, both sides end within the set time, say why, and the run continues.
 """
@@ -46,6 +47,7 @@ class Host:
         environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/kernels", "CUDA_VISIBLE_DEVICES": ""}
         environment |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "GLOO_SOCKET_IFNAME": self.card}
+        environment |= {"NCCL_SOCKET_IFNAME": self.card}
         return subprocess.Popen(
             ["ip", "netns", "exec", self.name, *named],
             cwd=ROOT,
@@ -171,6 +173,30 @@ def same_losses(recipe: Path, folder: Path) -> None:
         check(actual == expected, f"{launcher}: {len(actual)} steps equal those of two ranks on one host", log)
 
 
+def preflight(recipe: Path, folder: Path) -> None:
+    """Print the preflight's table of the two hosts, and of two whose run folders are not on one disk."""
+    for name, run_dirs in {"preflight": ["run", "run"], "own_disks": ["disk0", "disk1"]}.items():
+        log, port = folder / f"{name}.log", free_port()
+        jobs = [
+            host.start(
+                [
+                    *torchrun(number, port),
+                    *train_command(recipe, folder / run_dirs[number], "--preflight")[1:],
+                ],
+                log.with_name(f"{log.name}.{host.name}"),
+            )
+            for number, host in enumerate(HOSTS)
+        ]
+        try:
+            codes = wait(jobs, STARTS_WITHIN_S)
+        finally:
+            end(jobs)
+        text = logs_of(log)[HOSTS[0].name]
+        print("\n".join(line for line in text.splitlines() if line.startswith(("┏", "┃", "┡", "│", "└", "error:"))))
+        good = codes == [0, 0] if name == "preflight" else 0 not in codes and f"on {HOSTS[1].name}: --run_dir" in text
+        check(good, f"{name} ends with {codes}", log)
+
+
 def cut_link(launcher: str, recipe: Path, folder: Path) -> None:
     """Cut the link in the middle of a run, and let the run continue when it is mended."""
     run_dir, log = folder / f"cut_{launcher}", folder / f"cut_{launcher}.log"
@@ -208,7 +234,7 @@ def cut_link(launcher: str, recipe: Path, folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path, help="for the runs and their logs; default: a temporary one")
-    parser.add_argument("--only", choices=("losses", "cut"), help="one of the two parts")
+    parser.add_argument("--only", choices=("preflight", "losses", "cut"), help="one of the parts")
     arguments = parser.parse_args()
     if reason := missing():
         print(f"skipped: {reason}")
@@ -218,9 +244,11 @@ def main() -> int:
     make_recipe(folder / "recipe")
     recipe = folder / "recipe" / "small.yaml"
     with two_hosts():
-        if arguments.only != "cut":
+        if arguments.only in (None, "preflight"):
+            preflight(recipe, folder)
+        if arguments.only in (None, "losses"):
             same_losses(recipe, folder)
-        if arguments.only != "losses":
+        if arguments.only in (None, "cut"):
             for launcher in LAUNCHERS:
                 cut_link(launcher, recipe, folder)
     return 0
