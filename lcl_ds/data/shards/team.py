@@ -8,7 +8,7 @@ are others than those that were told finds it out.
 
 import os
 import socket
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from lcl_ds.data.shards.storage import copy_of, is_command, is_remote
 from lcl_ds.errors import UserError
 
 ROUND = 16
-"""Shards of each process between two exchanges: nobody waits long for the slowest, and few indices are under way."""
+"""Shards of each process between two exchanges: nobody waits long for the slowest."""
 
 SEEN = 64
 """Shards of a folder at which a host looks one by one; for the others the folder is listed."""
@@ -86,7 +86,7 @@ def open_together(locations: Sequence[str], cache: Path, team: Team = ALONE) -> 
         opened.shards += part.shards
         opened.told += part.told
         opened.problems += part.problems
-    if team.is_first_here:
+    if team.is_first_here and team.count > 1:
         opened.problems += _missing([path for path, shard in zip(locations, opened.shards, strict=True) if shard])
     return opened
 
@@ -139,12 +139,13 @@ def _hand_on_indices(shards: list[Shard | None], told: list[Told], own: Set[int]
         return
     lacking = {n for n in in_cache - own if not _is_kept(usable[n])} if team.is_first_here else set()
     wanted = in_memory.union(*team.gather(lacking))
-    if not wanted:
-        return
-    for of_process in team.gather({n: _index_of(usable[n]) for n in wanted & own}):
-        for n in of_process.keys() - own:
-            if of_process[n] is not None and not _is_kept(usable[n]):
-                shards[n] = _keep(usable[n], of_process[n])
+    turns = max(Counter(n % team.count for n in wanted).values(), default=0)
+    mine = sorted(wanted & own)
+    for turn in range(turns):  # of each process one index at a time is under way
+        for given in team.gather({n: _index_of(usable[n]) for n in mine[turn : turn + 1]}):
+            for n in given.keys() - own:
+                if given[n] is not None and not _is_kept(usable[n]):
+                    shards[n] = _keep(usable[n], given[n])
 
 
 def _is_kept(shard: Shard) -> bool:
