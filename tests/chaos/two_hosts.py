@@ -219,7 +219,7 @@ def cut_link(launcher: str, recipe: Path, folder: Path) -> None:
     ended = None not in codes and 0 not in codes
     check(ended, f"{launcher}: both sides end with {codes}, {took:.0f} s after the link was cut", log)
     for name, text in logs_of(log).items():
-        causes = [line for line in text.splitlines() if "error:" in line or "no step" in line or "hang" in line]
+        causes = [line for line in text.splitlines() if line.startswith("error:") or "no step for" in line]
         check(bool(causes), f"{launcher}: {name} says: {causes[0] if causes else 'nothing'}", log)
     done = len(metrics_of(run_dir))
     jobs = start_job(launcher, train_command(recipe, run_dir, *overrides, f"train.steps={done + 2}")[1:], log)
