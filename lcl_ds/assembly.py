@@ -11,6 +11,7 @@ from lcl_ds.config import Config
 from lcl_ds.data.corpus import OpenData, open_data
 from lcl_ds.data.exclusion import read_excluded
 from lcl_ds.data.settings import DataSettings
+from lcl_ds.data.shards.team import ALONE, Team
 from lcl_ds.data.stream.lanes import LaneSettings
 from lcl_ds.errors import UserError
 from lcl_ds.models.build import build_model, image_size, tokens_per_image
@@ -21,13 +22,16 @@ from lcl_ds.objectives import build_objective, view_of
 from lcl_ds.objectives.base import Objective, freeze_unused
 
 
-def open_checked_data(config: Config) -> OpenData:
+def open_checked_data(config: Config, team: Team = ALONE) -> OpenData:
     """Open the run's data, after everything about it that can be wrong was looked at.
+
+    Args:
+        team: the processes that share the work.
 
     Raises:
         UserError: names the key and the file.
     """
-    data = open_data(config.data)
+    data = open_data(config.data, team)
     check_vocabulary(config, data)
     return data
 

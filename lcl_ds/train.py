@@ -30,6 +30,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--run_dir", type=Path, help="default: runs/<recipe name>")
     parser.add_argument("--print_config", action="store_true", help="print the resolved settings and stop")
     parser.add_argument("--dry_run", action="store_true", help="check data, model and engine settings and stop")
+    parser.add_argument(
+        "--preflight", action="store_true", help="try hosts, data, disk and network on all ranks and stop"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # launchers append it
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     return parser.parse_intermixed_args(argv)
@@ -64,7 +67,12 @@ def train(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(run.dry_run(config, ds_config), end="")
         return 0
-    return run.run(config, ds_config, arguments.run_dir or Path("runs") / config.name)
+    run_dir = arguments.run_dir or Path("runs") / config.name
+    if arguments.preflight:
+        from lcl_ds.training.preflight import preflight
+
+        return preflight(config, ds_config, run_dir)
+    return run.run(config, ds_config, run_dir)
 
 
 if __name__ == "__main__":

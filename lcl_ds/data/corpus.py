@@ -1,14 +1,17 @@
 """Open a corpus: the indexed sources and the tokenizer of a run, with everything that is wrong found at once."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from lcl_ds.cli import problems_of
 from lcl_ds.data.demo.corpus import ensure_demo
 from lcl_ds.data.settings import DataSettings, SourceSettings
-from lcl_ds.data.shards.shard import EmptyShardError, Shard, index_shard
+from lcl_ds.data.shards.shard import Shard
 from lcl_ds.data.shards.source import Source
 from lcl_ds.data.shards.storage import expand_paths
+from lcl_ds.data.shards.team import ALONE, Team, open_together
 from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer
 
@@ -23,19 +26,38 @@ class OpenData:
     tokenizer: TextTokenizer
 
 
-def open_data(settings: DataSettings) -> OpenData:
-    """Make the demo corpus where it is wanted, index all shards, load the tokenizer.
+@dataclass(frozen=True)
+class Locations:
+    """Shards that a source names, and what is wrong with its paths."""
+
+    shards: list[str]
+    problems: list[str] = field(default_factory=list)
+
+
+def open_data(settings: DataSettings, team: Team = ALONE) -> OpenData:
+    """Make the demo corpus where it is wanted, open all shards, load the tokenizer.
+
+    Args:
+        team: the processes that share the work; every one of them must call this.
 
     Raises:
-        UserError: with every problem found: missing paths, unreadable shards, no tokenizer.
+        UserError: with every problem found: missing paths, unreadable shards, no tokenizer. What is wrong with shards
+            all processes find, or those of the hosts where they are missing.
     """
-    if settings.demo is not None:
-        ensure_demo(Path(settings.demo))
     problems: list[str] = []
+    try:
+        if settings.demo is not None:
+            ensure_demo(Path(settings.demo))
+    except Exception as error:  # told below, when no other process waits for this one any more
+        sentences = problems_of(error)
+        if sentences is None:
+            raise
+        problems += sentences
+    locations: dict[str, Locations] = team.from_first(lambda: _expand_all(settings.shards))
     sources: list[Source] = []
     for entry in settings.shards:
         try:
-            shards = _index_all(entry, Path(settings.cache))
+            shards = _open_all(entry.name, locations[entry.name], Path(settings.cache), team)
             sources.append(Source(entry.name, shards, entry.weight))
         except UserError as error:
             problems += [f"data.shards: {entry.name}: {problem}" for problem in error.problems]
@@ -48,33 +70,50 @@ def open_data(settings: DataSettings) -> OpenData:
     return OpenData(sources, tokenizer)
 
 
-def _index_all(entry: SourceSettings, cache: Path) -> list[Shard]:
-    """Index the shards of a source and return those that hold samples; the others are named in the log.
+def _expand_all(entries: Sequence[SourceSettings]) -> dict[str, Locations]:
+    """Find the shards that each source names, or what is wrong with its paths."""
+    found: dict[str, Locations] = {}
+    for entry in entries:
+        try:
+            found[entry.name] = Locations(expand_paths(entry.paths))
+        except UserError as error:
+            found[entry.name] = Locations([], error.problems)
+    return found
+
+
+def _open_all(name: str, locations: Locations, cache: Path, team: Team) -> list[Shard]:
+    """Open the shards of a source and return those that hold samples; the others are named in the log.
 
     Raises:
         UserError: a shard is missing or cannot be read, or none holds samples.
     """
-    shards: list[Shard] = []
-    empty: list[str] = []
-    for path in expand_paths(entry.paths):
-        try:
-            shards.append(index_shard(path, cache))
-        except EmptyShardError as error:
-            empty += error.problems
-    if not shards:
-        raise UserError(empty)
-    for problem in empty:
-        logger.warning("data.shards: %s: %s and is passed over", entry.name, problem)
+    if locations.problems:
+        raise UserError(locations.problems)
+    opened = open_together(locations.shards, cache, team)
+    problems = [problem for told in opened.told if not told.is_empty for problem in told.problems]
+    empty = [problem for told in opened.told if told.is_empty for problem in told.problems]
+    problems += opened.problems
+    shards = [shard for shard in opened.shards if shard is not None]
+    if problems or not shards:
+        raise UserError(problems or empty)
+    if team.number == 0:
+        for problem in empty:
+            logger.warning("data.shards: %s: %s and is passed over", name, problem)
+        _name_copies(name, shards)
+    return shards
+
+
+def _name_copies(name: str, shards: Sequence[Shard]) -> None:
+    """Log that commands were not run, where what they wrote earlier is used."""
     copies = [shard for shard in shards if shard.copied]
     if copies:
         oldest = min(copies, key=lambda shard: str(shard.copied))
         logger.info(
             "data.shards: %s: %d of %d shards are copies that were kept of what their commands wrote, the oldest of %s "
             "(%s); remove a copy, or check its command with python -m lcl_ds.data check, to run the command again",
-            entry.name,
+            name,
             len(copies),
             len(shards),
             oldest.copied,
             oldest.path,
         )
-    return shards

@@ -2,17 +2,18 @@
 
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from lcl_ds.cli import problems_of
+from lcl_ds.data.shards.team import Team
 from lcl_ds.errors import UserError
 from lcl_ds.tasks import fill_environment, task_number
 from lcl_ds.training.preparation import prepare_for_deepspeed
@@ -31,6 +32,7 @@ LOST_PEER = (
 """What gloo and the ranks' store say where another rank has gone."""
 COLLECTIVES_LATER_S = 300
 """How much later than our own watch a collective gives up, so that it is ours which says what hangs."""
+T = TypeVar("T")
 PATIENCE_S = 20
 """How long a rank with a problem tries to reach the others before it speaks for itself."""
 
@@ -64,7 +66,7 @@ def init_distributed(timeout_s: float | None = None) -> RankInfo:
         timeout_s: how long to wait for the other ranks; None: as long as DeepSpeed does.
 
     Raises:
-        UserError: one of several Slurm tasks that cannot know where to meet the others.
+        UserError: one of several Slurm tasks that cannot know where to meet the others, or they did not come.
     """
     prepare_for_deepspeed()
     import deepspeed
@@ -85,12 +87,20 @@ def init_distributed(timeout_s: float | None = None) -> RankInfo:
     else:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
-    deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name() if device.type != "cpu" else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        **({} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}),
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend=accelerator.communication_backend_name() if device.type != "cpu" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            **({} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}),
+        )
+    except dist.DistError as error:
+        address, size = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", os.environ["WORLD_SIZE"]
+        raise UserError(
+            f"the {size} ranks did not all meet at {address} ({str(error).splitlines()[0]}); see that all were started "
+            "and that each host reaches this address",
+            on_every_rank=False,
+        ) from error
     return RankInfo(dist.get_rank(), local_rank, dist.get_world_size(), device)
 
 
@@ -118,8 +128,8 @@ def raise_for_all(problems: list[str], rank_info: RankInfo) -> None:
     Raises:
         UserError: on every rank, when any of them has a problem.
     """
-    counts = gather_integers([len(problems)], rank_info.device)
-    if not any(count for (count,) in counts):
+    count = torch.tensor([len(problems)], dtype=torch.int64, device=rank_info.device)
+    if not all_reduce_sum(count).item():
         return
     told = gather_objects((socket.gethostname(), problems))
     common = [problem for problem in told[0][1] if all(problem in of_rank for _, of_rank in told)]
@@ -201,9 +211,49 @@ def sum_over_ranks(tensors: Mapping[Any, Tensor], numbers: Mapping[Any, float]) 
 def gather_integers(values: list[int], device: torch.device) -> list[list[int]]:
     """Gather ``values`` of every rank, as many on each, on the host of every rank, in rank order."""
     mine = torch.tensor(values, dtype=torch.int64, device=device)
-    table = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(table, mine)
-    return [row.tolist() for row in table]
+    table = mine.new_empty(dist.get_world_size() * len(values))
+    dist.all_gather_into_tensor(table, mine)
+    return table.view(-1, len(values)).tolist()  # one copy from the device, however many ranks there are
+
+
+def from_first(make: Callable[[], T], rank_info: RankInfo) -> T:
+    """Return on every rank what the first one makes; collective.
+
+    Raises:
+        UserError: on every rank: why the first one could not make it.
+    """
+    told: list[Any] = [None]
+    if rank_info.is_first:
+        try:
+            told = [(make(), [])]
+        except Exception as error:
+            problems = problems_of(error)
+            if problems is None:
+                raise
+            told = [(None, problems)]
+    dist.broadcast_object_list(told, src=0, device=rank_info.device)
+    value, problems = told[0]
+    if problems:
+        raise UserError(problems)
+    return value
+
+
+def gather_to_first(value: T) -> list[T] | None:
+    """Gather ``value`` of every rank on the first one, in rank order; None on the others, which receive nothing."""
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
+def team_of(rank_info: RankInfo) -> Team:
+    """Let the ranks open shards together."""
+    return Team(
+        rank_info.rank,
+        rank_info.world_size,
+        is_first_here=rank_info.local_rank == 0,
+        from_first=lambda make: from_first(make, rank_info),
+        gather=gather_objects,
+    )
 
 
 def gather_objects(value: object) -> list:

@@ -52,6 +52,9 @@ ENGINE_KEYS = frozenset(
 )
 """What a ds_config may set."""
 
+SHOWN_RANKS = 5
+"""Numbers of ranks that are proposed where the global batch does not divide."""
+
 RECIPE_KEYS = {
     "train_batch_size": "train.global_batch_rows",
     "train_micro_batch_size_per_gpu": "train.global_batch_rows and train.accumulation_steps",
@@ -119,16 +122,27 @@ def rows_per_micro_step(config: Config, world_size: int) -> int:
     """Compute the rows of one rank in one micro-step.
 
     Raises:
-        UserError: the global batch does not divide.
+        UserError: the global batch does not divide; names the numbers of ranks that it divides by.
     """
-    train = config.train
-    rows, rest = divmod(train.global_batch_rows, train.accumulation_steps * world_size)
-    if rest:
-        raise UserError(
-            f"train.global_batch_rows: {train.global_batch_rows} is not a multiple of "
-            f"train.accumulation_steps x ranks ({train.accumulation_steps} x {world_size})"
-        )
-    return rows
+    train, group = config.train, config.data.group_rows
+    if fits(config, world_size):
+        return train.global_batch_rows // (train.accumulation_steps * world_size)
+    factors, numbers = "train.accumulation_steps x ranks", f"{train.accumulation_steps} x {world_size}"
+    if group > 1:
+        factors, numbers = f"{factors} x data.group_rows", f"{numbers} x {group}"
+    groups = train.global_batch_rows // train.accumulation_steps // group
+    fitting = [ranks for ranks in range(1, groups + 1) if fits(config, ranks)]
+    near = sorted(sorted(fitting, key=lambda ranks: abs(ranks - world_size))[:SHOWN_RANKS])
+    remedy = f"{', '.join(map(str, near))} ranks would do" if near else "no number of ranks would do"
+    raise UserError(
+        f"train.global_batch_rows: {train.global_batch_rows} is not a multiple of {factors} ({numbers}); {remedy}, or "
+        "change these settings"
+    )
+
+
+def fits(config: Config, world_size: int) -> bool:
+    """Say whether that many ranks can share the global batch."""
+    return config.train.global_batch_rows % (config.train.accumulation_steps * world_size * config.data.group_rows) == 0
 
 
 def complete_ds_config(ds_config: dict[str, Any], config: Config, world_size: int) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from lcl_ds.training.distributed import (
     init_distributed,
     on_all_ranks,
     raise_for_all,
+    team_of,
 )
 from lcl_ds.training.engine import complete_ds_config, load_engine, rows_per_micro_step, start_engine
 from lcl_ds.training.loop import Trainer
@@ -38,7 +39,13 @@ from lcl_ds.training.monitor import kept_metrics
 from lcl_ds.training.peers import peers_of
 from lcl_ds.training.pulse import PULSE
 from lcl_ds.training.resume import check_same_run, engine_changes
-from lcl_ds.training.run_folder import check_run_writable, holding_folder, write_run_files
+from lcl_ds.training.run_folder import (
+    check_run_writable,
+    check_same_settings,
+    check_seen_by_all,
+    holding_folder,
+    write_run_files,
+)
 from lcl_ds.training.saver import check_room_for_all, remove_partial
 from lcl_ds.training.signals import STOP
 from lcl_ds.training.trackers import check_trackers
@@ -60,10 +67,14 @@ def run(config: Config, ds_config: dict[str, Any], run_dir: Path) -> int:
     Raises:
         UserError: settings and input that do not fit together, found before a model is built.
     """
-    data = open_checked_data(config)
-    check_evaluation(config, data)
     rank_info = init_distributed(collective_timeout_s(config.train))
     raise_for_all([], rank_info)  # hears what other ranks found before they came here
+    with on_all_ranks(rank_info):
+        check_same_settings(config, ds_config, rank_info)
+    with on_all_ranks(rank_info):
+        data = open_checked_data(config, team_of(rank_info))
+        if rank_info.is_first:
+            check_evaluation(config, data)
     with peers_of(rank_info) as peers, holding_folder(run_dir, rank_info):
         WATCH.guard(Limits(config.train.start_hang_seconds, config.train.hang_seconds), peers)
         return _run(config, ds_config, run_dir, rank_info, data)
@@ -89,6 +100,7 @@ def _run(config: Config, ds_config: dict[str, Any], run_dir: Path, rank_info: Ra
             check_run_writable(run_dir)
             if rank_info.is_first:
                 remove_partial(run_dir)
+        check_seen_by_all(run_dir, rank_info)
         trainer = prepare(config, full_ds_config, run_dir, rank_info, data, checkpoint)
         for sentence in changes if rank_info.is_first else []:
             logger.info("%s", sentence)

@@ -2,8 +2,11 @@
 
 import json
 import os
+import secrets
 import shutil
+import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,7 +20,7 @@ from lcl_ds.environment import git_commit, machine, versions
 from lcl_ds.errors import UserError
 from lcl_ds.files import check_writable, read_yaml, write_whole
 from lcl_ds.training.checkpoint import MANIFEST, checkpoints_folder
-from lcl_ds.training.distributed import RankInfo, on_all_ranks
+from lcl_ds.training.distributed import RankInfo, from_first, on_all_ranks
 from lcl_ds.training.lock import RunLock
 
 CONFIG, DS_CONFIG, ENVIRONMENT = "config.yaml", "ds_config.json", "environment.json"
@@ -25,6 +28,8 @@ HISTORY = "history"
 """Holds one folder per start with the three files as of that start."""
 NO_CONTENT = ("lost+found", "*.log", "*.out", "*.err")
 """What may stand in a new run's folder, because people send the output of a run there."""
+SHOWN = 3
+"""Settings that are named where ranks have different ones."""
 
 
 @contextmanager
@@ -95,6 +100,70 @@ def check_run_writable(run_dir: Path) -> None:
     check_writable(run_dir)
     if os.path.lexists(checkpoints := checkpoints_folder(run_dir)):
         check_writable(checkpoints)
+
+
+def check_seen_by_all(run_dir: Path, rank_info: RankInfo, patience_s: float = 10.0) -> None:
+    """Refuse a folder that not all ranks share: checkpoints would lack the files of other hosts; collective.
+
+    Args:
+        patience_s: how long a rank waits until its host sees a new file; the caches of network file systems are late.
+
+    Raises:
+        UserError: on every rank; names the ranks that do not see what the first one writes.
+    """
+    host, folder, name = from_first(lambda: _write_token(run_dir), rank_info)
+    token = run_dir / name
+    try:
+        with on_all_ranks(rank_info):
+            if not _appears(token, patience_s):
+                raise UserError(
+                    f"--run_dir {run_dir}: what rank 0 on {host} wrote into {folder} does not appear here; name a "
+                    "folder on a disk that all hosts share, by the same path everywhere"
+                )
+    finally:
+        if rank_info.is_first:
+            token.unlink(missing_ok=True)
+
+
+def _write_token(run_dir: Path) -> tuple[str, str, str]:
+    """Write a file of a new name where checkpoints are written; returns this host, the folder and the name in it."""
+    folder = checkpoints_folder(run_dir)  # may be a link to another disk
+    token = (folder if folder.is_dir() else run_dir) / f".seen_by_all.{secrets.token_hex(8)}"
+    write_whole(token, "\n")
+    return socket.gethostname(), str(run_dir.absolute()), str(token.relative_to(run_dir))
+
+
+def _appears(path: Path, patience_s: float) -> bool:
+    end = time.monotonic() + patience_s
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def check_same_settings(config: Config, ds_config: Mapping[str, Any], rank_info: RankInfo) -> None:
+    """Refuse ranks that were started with other settings than the first one; collective.
+
+    Raises:
+        UserError: on the ranks that differ; names the settings.
+    """
+    own = {"recipe": config.model_dump(mode="json"), "ds_config": dict(ds_config)}
+    first = from_first(lambda: own, rank_info)
+    different = [f"{name}: {key or 'all of it'}" for name in own for key in _differences(first[name], own[name])]
+    if different:
+        raise UserError(
+            f"{'; '.join(different[:SHOWN])}: the value here is not rank 0's; start all ranks with the same recipe, "
+            "ds_config and arguments"
+        )
+
+
+def _differences(one: Any, other: Any, prefix: str = "") -> list[str]:
+    """Name the settings, dotted, whose values differ."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return [] if one == other else [prefix]
+    keys = {key: f"{prefix}.{key}" if prefix else str(key) for key in {**one, **other}}
+    return [name for key, dotted in keys.items() for name in _differences(one.get(key), other.get(key), dotted)]
 
 
 def write_run_files(run_dir: Path, config: Config, ds_config: dict[str, Any], world_size: int, step: int = 0) -> None:

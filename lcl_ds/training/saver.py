@@ -47,7 +47,7 @@ from lcl_ds.training.checkpoint import (
     read_manifest,
     step_of,
 )
-from lcl_ds.training.distributed import RankInfo, gather_objects, on_all_ranks
+from lcl_ds.training.distributed import RankInfo, gather_to_first, on_all_ranks
 from lcl_ds.training.engine_state import WEIGHT, held_parts, optimizer_steps, own_share
 from lcl_ds.training.input_folders import folder_contents
 from lcl_ds.training.pulse import PULSE
@@ -124,14 +124,16 @@ class Saver:
         self.finish()
         final = checkpoint_of(self.run_dir, progress.step)
         partial = final.with_name(f"{PARTIAL}{final.name}")
-        states = gather_objects(loader_state)
+        if not self.rank_info.is_first:  # the same everywhere, and it names every shard
+            loader_state = {key: value for key, value in loader_state.items() if key != "fingerprint"}
+        states = gather_to_first(loader_state)
         with on_all_ranks(self.rank_info):
             if self.rank_info.is_first:
                 check_room(self.run_dir, self.bytes_of_checkpoint())
             for name in (WEIGHTS, MOMENTS):
                 (partial / name).mkdir(parents=True, exist_ok=True)
             weights, moments = self._own_slices()
-            texts = self._texts(progress, states, metrics) if self.rank_info.is_first else {}
+            texts = self._texts(progress, states, metrics) if states is not None else {}
         rank, world_size = self.rank_info.rank, self.rank_info.world_size
         job = Job(partial, final, rank, world_size, weights, moments, texts)
         written = self._threads.submit(write_part, job)
@@ -235,9 +237,9 @@ class Saver:
         assert job is not None
         with on_all_ranks(self.rank_info), _disk_errors_named(job):
             written = job.written.result()
-        reports = gather_objects(written)
+        reports = gather_to_first(written)
         job.collected = True
-        if self.rank_info.is_first:
+        if reports is not None:
             manifest = {name: entry for report in reports for name, entry in report.items()}
             job.published = self._threads.submit(self._publish, job, manifest)
 

@@ -122,7 +122,9 @@ def compare(run: list[dict], whole: list[dict]) -> int:
     for one, other in zip(run, whole, strict=False):
         for key in ("loss", "contrastive_loss", "generation_loss"):
             worst = max(worst, abs(one[key] - other[key]) / abs(other[key]))
-        assert [one[k] for k in ("images", "documents", "tokens")] == [other[k] for k in ("images", "documents", "tokens")]
+        assert [one[k] for k in ("images", "documents", "tokens")] == [
+            other[k] for k in ("images", "documents", "tokens")
+        ]
     print(f"{steps} steps, each once, losses within {worst:.1e} of the run that was never killed")
     return 0 if worst <= TOLERANCE else 1
 

@@ -101,7 +101,9 @@ def test_commands_are_valid(page, words, parse):
     elif script or words[:2] == ["lcl", "train"] or "lcl_ds.train" in words:
         module, after = ("lcl_ds.train", "train") if first == "lcl" else ("lcl_ds.train", "lcl_ds.train")
         if script:
-            module, after = script.removesuffix(".py").replace("/", "."), script
+            after = script
+        if script and script.endswith(".py"):
+            module = script.removesuffix(".py").replace("/", ".")
         arguments = parse(module, words[words.index(after) + 1 :])
         assert (ROOT / ds_config_path(arguments.ds_config)).is_file()
         if arguments.overrides != ["objective.name=alignment"]:  # the worked example, which is not there yet

@@ -28,6 +28,7 @@ from lcl_ds.data.shards.storage import (
     is_remote,
     name_of,
     read_range,
+    read_ranges,
     size_of,
 )
 from lcl_ds.data.shards.tar_members import BLOCK
@@ -40,6 +41,8 @@ INDEX_VERSION = 2
 MARK = "lcl_ds"
 """The entry of an index file's header that makes it one of ours."""
 MAX_HEADER_BYTES = 1 << 20
+HEAD_BYTES = 1 << 12
+"""What is read of an index at first: the header of an ordinary one fits in."""
 
 
 def sidecars_of(path: str, cache: Path) -> tuple[str, ...]:
@@ -64,8 +67,11 @@ def read_facts(path: str, size: int, sidecar: str) -> dict[str, Any] | None:
         Among others ``samples``, their number, and ``layout``, the hash of the tar's name and layout.
     """
     try:
-        (length,) = struct.unpack("<Q", read_range(sidecar, 0, 8))
-        facts = _facts(read_range(sidecar, 8, 8 + min(length, MAX_HEADER_BYTES)))
+        head = read_range(sidecar, 0, HEAD_BYTES)
+        (length,) = struct.unpack("<Q", head[:8])
+        if 8 + length > len(head):
+            head = read_range(sidecar, 0, 8 + min(length, MAX_HEADER_BYTES))
+        facts = _facts(head[8 : 8 + length])
     except (ValueError, struct.error, UserError):  # the last: a server that sends a page for what it does not have
         return None
     except OSError as error:
@@ -185,8 +191,8 @@ def _positions_to_probe(index: ShardIndex) -> list[int]:
 
 def _probe(path: str, positions: Sequence[int], size: int) -> str:
     """Hash some headers and the tar's end."""
+    ranges = [(position, position + BLOCK) for position in positions]
     digest = hashlib.sha256()
-    for position in positions:
-        digest.update(read_range(path, position, position + BLOCK))
-    digest.update(read_range(path, max(0, size - 2 * BLOCK), size))
+    for piece in read_ranges(path, [*ranges, (max(0, size - 2 * BLOCK), size)]):
+        digest.update(piece)
     return digest.hexdigest()[:32]

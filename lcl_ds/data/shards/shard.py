@@ -7,7 +7,7 @@ itself is loaded when a sample is asked for, and made again where the kept one i
 import logging
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lcl_ds.data.shards.index import ShardIndex
@@ -32,6 +32,8 @@ class Shard:
     """Where the index may lie; it is read when it is needed."""
     index: ShardIndex | None = field(default=None, repr=False)
     """The index itself, where it cannot be kept in a file."""
+    kept_in: str | None = None
+    """Which of the sidecars held the index when the shard was opened; None: none of them, or another process knows."""
     copied: str | None = None
     """When the output of a command was kept as this file, for the log; None: it is no such copy."""
 
@@ -110,7 +112,7 @@ def index_shard(path: str | Path, cache: Path = DEFAULT_CACHE, rescan: bool = Fa
         for sidecar in () if rescan else sidecars:
             facts = read_facts(path, size, sidecar)
             if facts is not None:
-                return Shard(path, facts["samples"], facts["layout"], sidecars)
+                return Shard(path, facts["samples"], facts["layout"], sidecars, kept_in=sidecar)
         scan = scan_shard(path)
         count = len(scan.index.key_end)
         if scan.broken:
@@ -122,7 +124,7 @@ def index_shard(path: str | Path, cache: Path = DEFAULT_CACHE, rescan: bool = Fa
         kept = keep_index(scan, path, sidecars)
     except OSError as error:
         raise UserError(f"shard {path}: cannot be read: {error_text(error)}") from error
-    return Shard(path, count, scan.layout, sidecars, None if kept else scan.index)
+    return Shard(path, count, scan.layout, sidecars, None if kept else scan.index, kept)
 
 
 def _index_output(command: str, cache: Path, again: bool) -> Shard:
@@ -139,7 +141,7 @@ def _index_output(command: str, cache: Path, again: bool) -> Shard:
         copy, is_new = materialise(command, cache, _check_tar, again=True)
         shard = index_shard(copy, cache)
     made = time.strftime("%Y-%m-%d %H:%M", time.localtime(os.stat(copy).st_mtime))
-    return Shard(shard.path, shard.sample_count, shard.layout, shard.sidecars, shard.index, None if is_new else made)
+    return replace(shard, copied=None if is_new else made)
 
 
 def _check_tar(path: str) -> None:

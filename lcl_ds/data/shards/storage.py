@@ -43,6 +43,8 @@ TRIES = 4
 FIRST_PAUSE_S = 0.5
 REMOTE_BLOCK = 1 << 18
 """Bytes fetched at a time while headers are read front to back."""
+REMOTE_GAP = 1 << 14
+"""Bytes between two ranges that are fetched along rather than asked for one by one."""
 
 
 def expand_paths(paths: str | Path | Sequence[str | Path]) -> list[str]:
@@ -258,6 +260,32 @@ def read_range(location: str, start: int, end: int) -> bytes:
     return data
 
 
+def read_ranges(location: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+    """Read several ranges of one location: a file is opened once, and neighbours come with one request of a server.
+
+    Raises:
+        OSError, UserError: as :func:`read_range`.
+    """
+    if not is_remote(location):
+        with open(location, "rb", opener=_open_without_waiting) as file:
+            return [os.pread(file.fileno(), end - start, start) for start, end in ranges]
+    pieces: dict[tuple[int, int], bytes] = {}
+    near: list[tuple[int, int]] = []
+    for piece in sorted(set(ranges)):
+        if near and piece[0] - max(end for _, end in near) > REMOTE_GAP:
+            pieces |= _read_together(location, near)
+            near = []
+        near.append(piece)
+    pieces |= _read_together(location, near)
+    return [pieces[piece] for piece in ranges]
+
+
+def _read_together(location: str, ranges: Sequence[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
+    first, last = min(start for start, _ in ranges), max(end for _, end in ranges)
+    data = read_range(location, first, last)
+    return {(start, end): data[start - first : end - first] for start, end in ranges}
+
+
 def _open_without_waiting(path: str, flags: int) -> int:
     """Open a file so that a stream of that name gives an error; opened as usual it would wait for a writer."""
     return os.open(path, flags | os.O_NONBLOCK)
@@ -313,6 +341,11 @@ def cached_name(location: str, suffix: str) -> str:
     return hashlib.sha256(location.encode("utf-8", "surrogateescape")).hexdigest()[:32] + suffix
 
 
+def copy_of(command: str, cache: Path) -> Path:
+    """Name the file that keeps the output of ``pipe:COMMAND``. Raises: RuntimeError where there is no home folder."""
+    return cache.expanduser() / cached_name(command, ".tar")
+
+
 def materialise(
     command: str, cache: Path, check: Callable[[str], None] = lambda path: None, again: bool = False
 ) -> tuple[str, bool]:
@@ -329,7 +362,7 @@ def materialise(
         UserError: the command failed, or its output cannot be used or kept.
     """
     try:
-        path = cache.expanduser() / cached_name(command, ".tar")
+        path = copy_of(command, cache)
         if path.exists() and not again:
             return str(path), False
         with only_one(path):

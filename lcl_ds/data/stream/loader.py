@@ -187,16 +187,19 @@ class BatchLoader:
 
     def state(self) -> LoaderState:
         """Return the position after the last batch; its ``lanes`` are those of this rank, see :func:`merge_states`."""
-        return {
-            "next_row": self._next_row,
-            "lanes": dict(self._lane_states),
-            "lane_count": self.settings.lanes,
-            "fingerprint": self.fingerprint,
-        }
+        return {**self.position(), "fingerprint": self.fingerprint}
+
+    def position(self) -> LoaderState:
+        """Return what differs between ranks of :meth:`state`: all but the fingerprint, which names every shard."""
+        return {"next_row": self._next_row, "lanes": dict(self._lane_states), "lane_count": self.settings.lanes}
 
 
 def merge_states(states: list[LoaderState]) -> LoaderState:
-    """Merge the states of all ranks; of a lane that several ranks read, the furthest state counts."""
+    """Merge the states of all ranks; of a lane that several ranks read, the furthest state counts.
+
+    Args:
+        states: in rank order; of all but the first the position is enough.
+    """
     lanes: dict[str, LaneState] = {}
     for state in states:
         for n, lane in state["lanes"].items():

@@ -8,7 +8,14 @@ import torch
 from lcl_ds.errors import UserError
 from lcl_ds.metrics import KEYS, SourceCounts, read_metrics
 from lcl_ds.objectives import lcl
-from lcl_ds.training.distributed import gather_integers, gather_objects, on_all_ranks, sum_over_ranks
+from lcl_ds.training.distributed import (
+    from_first,
+    gather_integers,
+    gather_objects,
+    gather_to_first,
+    on_all_ranks,
+    sum_over_ranks,
+)
 from lcl_ds.training.loop import outputs_to_sum, step_seed, summed_by_source, summed_metrics
 from tests.support.small import batch_with_images, batch_without_images, lcl_objective, small_model
 
@@ -48,7 +55,8 @@ def test_named_values_come_back_under_their_names(only_rank):
     assert (totals["loss"], totals["images", "web"], totals["stop"]) == (0.5, 3.0, 1.0)
     assert totals["other_loss"] != totals["other_loss"]
     assert gather_integers([1, 2], only_rank.device) == [[1, 2]]
-    assert gather_objects("a") == ["a"]
+    assert gather_objects("a") == gather_to_first("a") == ["a"]
+    assert from_first(lambda: "b", only_rank) == "b"
 
 
 class Counting(lcl.Objective):
