@@ -93,7 +93,11 @@ class Trainer:
             metrics, received = self._step(stop.received or 0)
             monitor.step(metrics)
             self.rolled_back = self._odd_steps.judge(metrics, last_saved)
-            if self.rolled_back:
+            if self.rolled_back:  # a signal of this very step would be forgotten, and not all ranks have it
+                signals = gather_integers([received or stop.received or 0], self.rank_info.device)
+                received = max(number for (number,) in signals)
+                if received and self.rank_info.is_first:
+                    logger.info("signal %d: nothing saved; run the same command again to continue from there", received)
                 return received or None
             self._check_skipped()
             at_end = self.progress.step == self.config.train.steps
