@@ -107,6 +107,7 @@ class Trainer:
             monitor.step(metrics)
             self.rolled_back = self._odd_steps.judge(metrics, self._saved_step)
             if self.rolled_back:
+                self._stop.reached()  # a signal of this very step
                 break
             self._check_skipped()
             at_end = self.progress.step == self.config.train.steps

@@ -172,7 +172,7 @@ def fate(record: Record) -> str:
     """Say what became of a step."""
     if record.rolled_back_to is not None:
         first, end = record.rows
-        return f"going back to step {record.rolled_back_to}, from where rows {first} to {end - 1} are passed over"
+        return f"going back to step {record.rolled_back_to}; rows {first} to {end - 1} are passed over from now on"
     if record.applied:
         return "the update was made"
     return "skipped on all ranks"

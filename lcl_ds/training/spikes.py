@@ -12,7 +12,8 @@ from statistics import median
 REMEMBERED = 100
 """Applied steps that the usual values are taken from."""
 ENOUGH = 5
-"""Steps that must be remembered before anything is judged."""
+"""Steps that must be remembered before a norm is judged; a loss before that only when it is ``factor`` times as large.
+"""
 LEAST_SPREAD = 0.01
 """Of the usual loss: a loss that hardly varies is not a spike as soon as it varies a little more."""
 SPREAD_OF_MEDIAN = 1.4826
@@ -46,9 +47,9 @@ def norm_limit(recent: RecentSteps, factor: float) -> float:
 def loss_limit(recent: RecentSteps, factor: float) -> float:
     """Return the loss above which a step is a spike: ``factor`` times the usual spread above the usual loss."""
     losses = recent.get("loss", [])
-    if len(losses) < ENOUGH:
-        return math.inf
-    usual = median(losses)
+    usual = median(losses) if losses else 0.0
+    if len(losses) < ENOUGH:  # a learning rate far too high shows at once
+        return factor * usual if usual > 0 else math.inf
     spread = SPREAD_OF_MEDIAN * median(abs(loss - usual) for loss in losses)
     return usual + factor * max(spread, LEAST_SPREAD * abs(usual))
 

@@ -122,9 +122,8 @@ def compare(run: list[dict], whole: list[dict]) -> int:
     for one, other in zip(run, whole, strict=False):
         for key in ("loss", "contrastive_loss", "generation_loss"):
             worst = max(worst, abs(one[key] - other[key]) / abs(other[key]))
-        assert [one[k] for k in ("images", "documents", "tokens")] == [
-            other[k] for k in ("images", "documents", "tokens")
-        ]
+        counts = ("images", "documents", "tokens")
+        assert [one[key] for key in counts] == [other[key] for key in counts], one["step"]
     print(f"{steps} steps, each once, losses within {worst:.1e} of the run that was never killed")
     return 0 if worst <= TOLERANCE else 1
 

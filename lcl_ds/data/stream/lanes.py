@@ -56,7 +56,7 @@ LEAST_WINDOW_ROWS = 2
 LaneState = dict[str, Any]
 """JSON, as of the last time a window was packed: samples drawn (``draws``), ``cursors`` per source, ``carried``
 documents, the ``pool`` of waiting rows, ``packed`` rows and images and ``rows`` returned so far; and, since then, the
-rows returned (``emitted``)."""
+rows returned (``emitted``) and the draws that were left out of that window because they were ``excluded``."""
 
 
 def measure_sizes(sources: Sequence[Source], settings: "LaneSettings", tokenizer: TextTokenizer) -> np.ndarray:
@@ -141,8 +141,8 @@ class LaneSettings:
     max_bad_share: float = default_of("max_bad_share")
     stall_seconds: float = default_of("stall_seconds")
     excluded: frozenset[str] = frozenset()
-    """Documents to leave out, by :meth:`Source.key_in_shard`. They are packed with the others, so that the rows of a
-    run are the same whatever is excluded, and are taken out of their rows when these are made."""
+    """Documents to leave out, by :meth:`Source.key_in_shard`. One that waits for a row already when its exclusion
+    begins is taken out of the row when that is made, so that no row that is packed changes otherwise."""
 
 
 @dataclass(frozen=True)
@@ -207,16 +207,18 @@ class Lane:
         self._rows_returned: int = state["rows"]
         self._group: list[list[_Piece]] = []
         self._emitted = 0
+        self._excluded_draws: list[int] = []
+        self._last_useful_draw = self._draws
         self._window_state = state
         if state["emitted"]:
-            self._fill_window()
+            self._fill_window(state.get("excluded", []))
             for _ in range(state["emitted"]):
                 self._next_pieces()
         self._pending_skips = 0
 
     def state(self) -> LaneState:
         """Return the position after the last row returned."""
-        return {**self._window_state, "emitted": self._emitted}
+        return {**self._window_state, "emitted": self._emitted, "excluded": list(self._excluded_draws)}
 
     @property
     def rows_returned(self) -> int:
@@ -298,8 +300,12 @@ class Lane:
         changes = [change for change in self._changes if change > step]
         return changes[0] * self.settings.rows_per_step / self.settings.lanes - row if changes else math.inf
 
-    def _fill_window(self) -> None:
-        """Draw and pack a window of documents; its rows join the pool."""
+    def _fill_window(self, excluded_draws: list[int] | None = None) -> None:
+        """Draw and pack a window of documents; its rows join the pool.
+
+        Args:
+            excluded_draws: of a window that is packed again, what was excluded then; None: what is excluded now.
+        """
         self._window_state = {
             "draws": self._draws,
             "cursors": [list(cursor) for cursor in self._cursors],
@@ -310,7 +316,7 @@ class Lane:
             "emitted": 0,
         }
         self._emitted = 0
-        pieces = [*self._carried, *self._draw_window()]
+        pieces = [*self._carried, *self._draw_window(excluded_draws)]
         packed = pack(
             [len(piece.tokens.input_ids) for piece in pieces],
             [len(piece.tokens.images) for piece in pieces],
@@ -327,16 +333,20 @@ class Lane:
         self._packed[0] += len(kept)
         self._packed[1] += sum(len(pieces[i].tokens.images) for row in kept for i in row)
 
-    def _draw_window(self) -> list[_Piece]:
+    def _draw_window(self, excluded_draws: list[int] | None) -> list[_Piece]:
         """Draw the pieces of the next samples.
 
         They are ``pack_window`` samples, or fewer where the lane draws little in an epoch or where the sources'
         weights change before the rows are returned.
+
+        Raises:
+            UserError: everything is excluded.
         """
         first_row = self._rows_returned + len(self._pool)
         step, most = self._step_of(first_row), self._rows_until_change(first_row)
         enough = self._epoch_draws(step) / WINDOWS_PER_EPOCH
         rows, pieces = self._rows_filled_by(self._carried), list[_Piece]()
+        self._excluded_draws = []
         for drawn in range(self.settings.pack_window):
             if rows >= most or (drawn >= enough and rows >= LEAST_WINDOW_ROWS):
                 break
@@ -344,6 +354,10 @@ class Lane:
             sample = self._next_sample(source)
             self._draws += 1
             try:
+                if self._is_excluded(source, sample) if excluded_draws is None else draw in excluded_draws:
+                    self._excluded_draws.append(draw)
+                    self._leave_out_excluded(source, sample)
+                    continue
                 added = self._pieces(source, sample, draw)
                 self._skips.good()
             except (BadSampleError, OSError) as problem:
@@ -351,7 +365,21 @@ class Lane:
             else:
                 pieces += added
                 rows += self._rows_filled_by(added)
+                self._last_useful_draw = draw
+        everything = 4 * sum(map(len, self.sources)) / self.settings.lanes + self.settings.pack_window
+        if self.settings.excluded and self._draws - self._last_useful_draw > everything:
+            raise UserError("data.exclude: names every document that is drawn; nothing would be left to train on")
         return pieces
+
+    def _is_excluded(self, source: int, sample: int) -> bool:
+        if not self.settings.excluded:
+            return False
+        key = self.sources[source].key_in_shard(sample, self.sources[source].sample(sample).key)
+        return key in self.settings.excluded
+
+    def _leave_out_excluded(self, source: int, sample: int) -> None:
+        self._pending_skips += 1
+        self._skips.excluded(self.sources[source], sample)
 
     def _rows_filled_by(self, pieces: Sequence[_Piece]) -> float:
         """Say how many rows pieces need, without padding."""
@@ -432,8 +460,7 @@ class Lane:
         document_key = source.key_in_shard(piece.sample, piece.document.key.removeprefix(f"{source.name}/"))
         if document_key in settings.excluded:
             if piece.piece == 0:
-                self._pending_skips += 1
-                self._skips.excluded(source, piece.sample)
+                self._leave_out_excluded(piece.source, piece.sample)
             return None
         pixels, seeds, lost = [], [], []
         if self._watch:

@@ -4,7 +4,6 @@ import json
 import logging
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from lcl_ds.assembly import lane_settings
@@ -39,22 +38,31 @@ def test_every_document_of_a_run_has_a_key_of_its_own_also_where_shards_repeat_t
     assert unknown_keys(keys, sources) == []
 
 
-def test_excluded_documents_leave_their_rows_and_everything_else_stays(sources, tokenizer):
-    whole = Lane(sources, SETTINGS, 0, tokenizer)
-    before = rows_of(whole, 30)
-    excluded = {row.sequences[0].key for row in before[::3]}
-    lane = Lane(sources, replace(SETTINGS, excluded=frozenset(excluded)), 0, tokenizer)
-    after = rows_of(lane, 30)
-    assert keys_of(after) == without(keys_of(before), excluded)
-    assert lane.state() == whole.state()
-    for row, same in zip(before, after, strict=True):
-        kept = [sequence for sequence in row.sequences if sequence.key not in excluded]
-        assert all(map(np.array_equal, [s.pixels for s in kept], [s.pixels for s in same.sequences]))
+def test_excluded_documents_are_not_drawn_and_others_take_their_room(sources, tokenizer):
+    settings = replace(SETTINGS, lanes=1)
+    before = keys_of(rows_of(Lane(sources, settings, 0, tokenizer), 60))
+    every = sorted({key for row in before for key in row})
+    excluded = frozenset(every[::3])
+    lane = Lane(sources, replace(settings, excluded=excluded), 0, tokenizer)
+    after = rows_of(lane, 60)
+    assert {key for row in keys_of(after) for key in row} >= set(every) - excluded
+    assert not {key for row in keys_of(after) for key in row} & excluded
+    used = sum(len(sequence.tokens.input_ids) for row in after for sequence in row.sequences)
+    assert used > 0.95 * len(after) * settings.row_tokens
+
+
+def test_what_is_excluded_everywhere_is_said_and_is_no_endless_search(sources, tokenizer):
+    keys = {source.key_in_shard(n, source.sample(n).key) for source in sources for n in range(len(source))}
+    with pytest.raises(UserError, match="data.exclude: names every document"):
+        Lane(sources, replace(SETTINGS, excluded=frozenset(keys)), 0, tokenizer).next_row()
 
 
 def test_they_are_counted_apart_from_bad_samples_and_not_decoded(sources, tokenizer, monkeypatch):
-    excluded = {key for row in keys_of(rows_of(Lane(sources, SETTINGS, 0, tokenizer), 4)) for key in row}
-    lane = Lane(sources, replace(SETTINGS, excluded=frozenset(excluded), max_bad_share=0), 0, tokenizer)
+    lane = Lane(sources, SETTINGS, 0, tokenizer)
+    rows_of(lane, 1)
+    state = lane.state()
+    excluded = {key for row in keys_of(rows_of(lane, 4)) for key in row}
+    lane = Lane(sources, replace(SETTINGS, excluded=frozenset(excluded), max_bad_share=0), 0, tokenizer, state)
     monkeypatch.setattr("lcl_ds.data.stream.lanes.decode_image", lambda *_: pytest.fail("decoded"))
     rows = rows_of(lane, 4)
     assert keys_of(rows) == [[]] * 4
@@ -62,21 +70,39 @@ def test_they_are_counted_apart_from_bad_samples_and_not_decoded(sources, tokeni
     assert {reason for _, reason in lane._skips.counts} == {"excluded by data.exclude"}
 
 
+@pytest.mark.parametrize("options", [{}, {"group_rows": 2, "row_pool": 8}], ids=["single rows", "groups"])
 @pytest.mark.parametrize("at", [1, 7, 23])
-def test_documents_that_wait_when_the_exclusion_begins_are_left_out_as_well(sources, tokenizer, at):
-    lane = Lane(sources, SETTINGS, 0, tokenizer)
+def test_an_exclusion_begins_and_ends_at_any_position(sources, tokenizer, at, options):
+    """Rows that are packed lose what is excluded and stay otherwise; a lane continues as if it had not stopped."""
+    settings = replace(SETTINGS, pack_window=16, **options)
+    lane = Lane(sources, settings, 0, tokenizer)
     rows_of(lane, at)
-    state = json.loads(json.dumps(lane.state()))
+    state, packed = json.loads(json.dumps(lane.state())), len(lane._pool) + len(lane._group)
     rest = keys_of(rows_of(lane, 30))
-    excluded = {key for row in rest for key in row[:1]}
-    continued = Lane(sources, replace(SETTINGS, excluded=frozenset(excluded)), 0, tokenizer, state)
-    assert keys_of(rows_of(continued, 30)) == without(rest, excluded)
+    excluded = frozenset(key for row in rest for key in row[:1])
+    with_exclusion = replace(settings, excluded=excluded)
+    lane = Lane(sources, with_exclusion, 0, tokenizer, state)
+    states, rows = [], []
+    for _ in range(30):
+        states.append(json.loads(json.dumps(lane.state())))
+        rows += keys_of([lane.next_row()])
+    assert packed == 0 or rows[0] == without(rest[:1], excluded)[0]
+    if not options:
+        assert rows[:packed] == without(rest[:packed], excluded)
+    assert not excluded & {key for row in rows for key in row}
+    for cut in (1, 4, 11, 22):
+        assert keys_of(rows_of(Lane(sources, with_exclusion, 0, tokenizer, states[cut]), 30 - cut)) == rows[cut:]
+        freed = Lane(sources, settings, 0, tokenizer, states[cut])  # what was packed without them stays as it was
+        ready = len(freed._pool) if not options else 1
+        assert [without([row], excluded)[0] for row in keys_of(rows_of(freed, ready))] == rows[cut : cut + ready]
 
 
 def test_a_batch_of_which_nothing_is_left_is_one_of_padding(sources, tokenizer):
-    loader = BatchLoader(sources, SETTINGS, tokenizer, 2)
+    loader = BatchLoader(sources, SETTINGS, tokenizer, SETTINGS.lanes)
+    next(loader)
+    state = loader.state()
     excluded = frozenset(next(loader).keys)
-    batch = next(BatchLoader(sources, replace(SETTINGS, excluded=excluded), tokenizer, 2))
+    batch = next(BatchLoader(sources, replace(SETTINGS, excluded=excluded), tokenizer, SETTINGS.lanes, state=state))
     assert (batch.keys, batch.image_count, batch.token_count, len(batch.labels)) == ((), 0, 0, 0)
 
 

@@ -46,8 +46,9 @@ def test_a_loss_that_jumps_is_a_spike_where_the_norm_is_as_usual():
     assert judged(steps) == {300: "loss"}
 
 
-def test_nothing_is_judged_by_too_few_steps():
-    assert judged([(1.0, 1.0)] * (ENOUGH - 1) + [(1e6, 1e6)]) == {}
+def test_of_the_first_steps_only_a_loss_of_many_times_the_first_one_is_a_spike():
+    assert judged([(1.0, 1.0)] * (ENOUGH - 1) + [(9.0, 1e6)]) == {}
+    assert judged([(6.4, 3.0), (1e6, 1e13)]) == {1: "loss"}
     assert (norm_limit({}, 10), loss_limit({}, 10)) == (math.inf, math.inf)
 
 
