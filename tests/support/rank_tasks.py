@@ -430,10 +430,11 @@ def shared_data(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         opened = open_together([*map(str, tars)], cache, team)
         at_start = len(calls["scans"])
         source = Source("s", [shard for shard in opened.shards if shard])
+        keys = [source.sample(i).key for i in range(len(source))]  # which scans where an index is out of reach
         results[case] = {
             "scans at the start": at_start,
             "calls": {name: [Path(path).name for path in paths] for name, paths in calls.items()},
-            "keys": [source.sample(i).key for i in range(len(source))],
+            "keys": keys,
             "fingerprint": source.fingerprint(),
         }
     shard_module.scan_shard, shard_module.read_facts = counted["scans"], counted["checks"]
