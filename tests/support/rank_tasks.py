@@ -409,6 +409,7 @@ def shared_data(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         "own caches": (folder / str(rank_info.rank), False),
     }
     for case, (cache, may_write_beside) in caches.items():
+        dist.barrier()  # the others have read what they need of the case before
         if not may_write_beside and rank_info.is_first:
             for tar in tars:
                 beside = Path(f"{tar}.index")
