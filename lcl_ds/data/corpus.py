@@ -11,7 +11,7 @@ from lcl_ds.data.settings import DataSettings, SourceSettings
 from lcl_ds.data.shards.shard import Shard
 from lcl_ds.data.shards.source import Source
 from lcl_ds.data.shards.storage import expand_paths
-from lcl_ds.data.shards.team import ALONE, Team, open_together
+from lcl_ds.data.shards.team import ALONE, Team, Told, open_together
 from lcl_ds.errors import UserError
 from lcl_ds.tokens import TextTokenizer
 
@@ -53,11 +53,15 @@ def open_data(settings: DataSettings, team: Team = ALONE) -> OpenData:
         if sentences is None:
             raise
         problems += sentences
-    locations: dict[str, Locations] = team.from_first(lambda: _expand_all(settings.shards))
+    found: list[Locations] = team.from_first(lambda: [_expand(entry) for entry in settings.shards])
+    opened = open_together([shard for locations in found for shard in locations.shards], Path(settings.cache), team)
+    problems += [f"data.shards: {problem}" for problem in opened.problems]
     sources: list[Source] = []
-    for entry in settings.shards:
+    end = 0
+    for entry, locations in zip(settings.shards, found, strict=True):
+        start, end = end, end + len(locations.shards)
         try:
-            shards = _open_all(entry.name, locations[entry.name], Path(settings.cache), team)
+            shards = _usable(entry.name, locations, opened.shards[start:end], opened.told[start:end], team)
             sources.append(Source(entry.name, shards, entry.weight))
         except UserError as error:
             problems += [f"data.shards: {entry.name}: {problem}" for problem in error.problems]
@@ -70,30 +74,27 @@ def open_data(settings: DataSettings, team: Team = ALONE) -> OpenData:
     return OpenData(sources, tokenizer)
 
 
-def _expand_all(entries: Sequence[SourceSettings]) -> dict[str, Locations]:
-    """Find the shards that each source names, or what is wrong with its paths."""
-    found: dict[str, Locations] = {}
-    for entry in entries:
-        try:
-            found[entry.name] = Locations(expand_paths(entry.paths))
-        except UserError as error:
-            found[entry.name] = Locations([], error.problems)
-    return found
+def _expand(entry: SourceSettings) -> Locations:
+    """Find the shards that a source names, or what is wrong with its paths."""
+    try:
+        return Locations(expand_paths(entry.paths))
+    except UserError as error:
+        return Locations([], error.problems)
 
 
-def _open_all(name: str, locations: Locations, cache: Path, team: Team) -> list[Shard]:
-    """Open the shards of a source and return those that hold samples; the others are named in the log.
+def _usable(
+    name: str, locations: Locations, opened: Sequence[Shard | None], told: Sequence[Told], team: Team
+) -> list[Shard]:
+    """Return the shards of a source that hold samples; the others are named in the log.
 
     Raises:
         UserError: a shard is missing or cannot be read, or none holds samples.
     """
     if locations.problems:
         raise UserError(locations.problems)
-    opened = open_together(locations.shards, cache, team)
-    problems = [problem for told in opened.told if not told.is_empty for problem in told.problems]
-    empty = [problem for told in opened.told if told.is_empty for problem in told.problems]
-    problems += opened.problems
-    shards = [shard for shard in opened.shards if shard is not None]
+    problems = [problem for of_shard in told if not of_shard.is_empty for problem in of_shard.problems]
+    empty = [problem for of_shard in told if of_shard.is_empty for problem in of_shard.problems]
+    shards = [shard for shard in opened if shard is not None]
     if problems or not shards:
         raise UserError(problems or empty)
     if team.number == 0:

@@ -52,7 +52,7 @@ ENGINE_KEYS = frozenset(
 )
 """What a ds_config may set."""
 
-SHOWN_RANKS = 5
+SHOWN_RANKS = 4
 """Numbers of ranks that are proposed where the global batch does not divide."""
 
 RECIPE_KEYS = {

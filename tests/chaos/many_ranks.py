@@ -25,12 +25,14 @@ STEPS, MORE, FIRST_COUNTED = 20, 4, 5
 """Steps of each run, steps of the continued one, and the first step that is counted: earlier ones warm up."""
 ROWS = 48
 EXCHANGES = ("all_reduce", "all_gather_into_tensor", "all_gather_object", "gather_object", "broadcast_object_list")
+INSIDE = ("engine", "data", "exchange")
+"""Parts of a step that are not our own bookkeeping."""
 OUT = "MANY_RANKS_OUT"
 TIMEOUT_S = 900
 
 
 class Clock:
-    """Adds up where the time of steps goes; of nested parts the outer one counts."""
+    """Adds up where the time of steps goes; parts count within a step alone, and of nested ones the outer."""
 
     def __init__(self) -> None:
         self.wall, self.processor = Counter[str](), Counter[str]()
@@ -39,7 +41,7 @@ class Clock:
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
-            if self.part is not None and self.part != "step":
+            if self.part != ("step" if part in INSIDE else None):
                 return function(*args, **options)
             outer, self.part = self.part, part
             wall, processor = time.perf_counter(), time.thread_time()
@@ -55,13 +57,12 @@ class Clock:
 
     def summary(self) -> dict[str, float]:
         """Milliseconds of a step by part."""
-        inside = ("engine", "data", "exchange")
         counted = self.steps - FIRST_COUNTED
         own = {
-            name: values["step"] + values["monitor"] - sum(values[part] for part in inside)
+            name: values["step"] + values["monitor"] - sum(values[part] for part in INSIDE)
             for name, values in (("own", self.wall), ("own, processor", self.processor))
         }
-        parts = {part: self.wall[part] for part in inside} | own
+        parts = {part: self.wall[part] for part in INSIDE} | own
         parts["whole"] = self.wall["step"] + self.wall["monitor"]
         return {name: 1e3 * seconds / counted for name, seconds in parts.items()}
 

@@ -686,6 +686,7 @@ def shared_data(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         "own caches": (folder / str(rank_info.rank), False),
     }
     for case, (cache, may_write_beside) in caches.items():
+        dist.barrier()  # the others have read what they need of the case before
         if not may_write_beside and rank_info.is_first:
             for tar in tars:
                 beside = Path(f"{tar}.index")
@@ -707,10 +708,11 @@ def shared_data(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         opened = open_together([*map(str, tars)], cache, team)
         at_start = len(calls["scans"])
         source = Source("s", [shard for shard in opened.shards if shard])
+        keys = [source.sample(i).key for i in range(len(source))]  # which scans where an index is out of reach
         results[case] = {
             "scans at the start": at_start,
             "calls": {name: [Path(path).name for path in paths] for name, paths in calls.items()},
-            "keys": [source.sample(i).key for i in range(len(source))],
+            "keys": keys,
             "fingerprint": source.fingerprint(),
         }
     shard_module.scan_shard, shard_module.read_facts = counted["scans"], counted["checks"]

@@ -47,7 +47,7 @@ def test_a_problem_of_one_rank_is_printed_by_the_first_and_ends_both(recipe, com
     command[command.index("--ds_config") + 1] = str(ds_config)
     ranks = RanksOfTwoHosts([*command, "data.shards=mounted/*.tar"], hosts, tmp_path / "log")
     assert ranks.wait(300) == [2, 2], ranks.output()
-    message = f"error: rank 1 on {HOST}: data.shards: data: shard mounted/train-pairs-"
+    message = f"error: rank 1 on {HOST}: data.shards: shard mounted/train-pairs-"
     assert ranks.output().count("is not on this host") == 1
     assert message in ranks.logs[0].read_text()
 

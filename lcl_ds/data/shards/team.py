@@ -10,6 +10,7 @@ import os
 import socket
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -127,7 +128,10 @@ def _open(location: str, cache: Path) -> tuple[Shard | None, Told]:
 
 def _shard_of(location: str, cache: Path, told: Told) -> Shard:
     """Make the shard that another process opened; nothing is read."""
-    path = str(copy_of(location, cache)) if is_command(location) else location
+    path = location
+    if is_command(location):
+        with suppress(RuntimeError):  # there is no home folder here: found out when the command is run
+            path = str(copy_of(location, cache))
     return Shard(path, told.samples, told.layout, sidecars_of(path, cache), copied=told.copied)
 
 

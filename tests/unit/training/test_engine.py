@@ -76,6 +76,12 @@ def test_rows_that_do_not_divide_are_refused_by_their_numbers():
     assert rows_per_micro_step(config, 3) == 2
     with pytest.raises(UserError, match=r"12 is not a multiple of train.accumulation_steps x ranks \(2 x 4\)"):
         rows_per_micro_step(config, 4)
+    with pytest.raises(UserError, match="1, 2, 3, 6 ranks would do, or change these settings"):
+        rows_per_micro_step(config, 4)
+    in_groups = small_config("train.global_batch_rows=96", "data.group_rows=4")
+    assert rows_per_micro_step(in_groups, 12) == 8
+    with pytest.raises(UserError, match=r"ranks x data.group_rows \(1 x 16 x 4\); 6, 8, 12, 24 ranks would do"):
+        rows_per_micro_step(in_groups, 16)
 
 
 def test_a_start_says_what_is_trained_and_what_is_frozen(saved_run):
