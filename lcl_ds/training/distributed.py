@@ -158,8 +158,8 @@ def heard(problems: list[str], on_every_rank: bool) -> list[str]:
     if not dist.is_initialized():
         try:
             raise_for_all(problems, init_distributed(PATIENCE_S))
-        except UserError as error:  # what all ranks found; or there is no way to meet them
-            problems, on_every_rank = error.problems if dist.is_initialized() else problems, True
+        except UserError as error:  # what all ranks found; or there is no way to meet them, or they did not come
+            problems, on_every_rank = error.problems if dist.is_initialized() else problems, error.on_every_rank
         except (RuntimeError, ValueError, OSError):  # whatever the rendezvous raises when nobody comes
             on_every_rank = False
     leave_group()
