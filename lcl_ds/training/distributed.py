@@ -85,12 +85,15 @@ def init_distributed(timeout_s: float | None = None) -> RankInfo:
     else:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
-    deepspeed.init_distributed(
-        dist_backend=accelerator.communication_backend_name() if device.type != "cpu" else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        **({} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}),
-    )
+    backend = accelerator.communication_backend_name() if device.type != "cpu" else "gloo"
+    timeout: dict[str, Any] = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
+    if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        # The store that torchrun keeps still holds the addresses of the ranks before, which these would try to reach.
+        address, port, size = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))
+        kept = dist.TCPStore(address, int(port), int(size), is_master=False, **timeout)
+        store = dist.PrefixStore(f"restart {restarts}", kept)
+        dist.init_process_group(backend, store=store, rank=task_number(), world_size=int(size), **timeout)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, **timeout)
     return RankInfo(dist.get_rank(), local_rank, dist.get_world_size(), device)
 
 
