@@ -69,7 +69,6 @@ def init_distributed(timeout_s: float | None = None) -> RankInfo:
         UserError: one of several Slurm tasks that cannot know where to meet the others, or they did not come.
     """
     prepare_for_deepspeed()
-    import deepspeed
     from deepspeed.accelerator import get_accelerator
 
     fill_environment()
@@ -87,13 +86,9 @@ def init_distributed(timeout_s: float | None = None) -> RankInfo:
     else:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
+    backend = accelerator.communication_backend_name() if device.type != "cpu" else "gloo"
     try:
-        deepspeed.init_distributed(
-            dist_backend=accelerator.communication_backend_name() if device.type != "cpu" else "gloo",
-            auto_mpi_discovery=False,
-            verbose=False,
-            **({} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}),
-        )
+        _meet(backend, {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)})
     except dist.DistError as error:
         address, size = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", os.environ["WORLD_SIZE"]
         raise UserError(
@@ -102,6 +97,19 @@ def init_distributed(timeout_s: float | None = None) -> RankInfo:
             on_every_rank=False,
         ) from error
     return RankInfo(dist.get_rank(), local_rank, dist.get_world_size(), device)
+
+
+def _meet(backend: str, timeout: dict[str, Any]) -> None:
+    """Join the process group; raises what torch does when the others do not come."""
+    import deepspeed
+
+    if restarts := int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        # The store that torchrun keeps still holds the addresses of the ranks before, which these would try to reach.
+        address, port, size = (os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"))
+        kept = dist.TCPStore(address, int(port), int(size), is_master=False, **timeout)
+        store = dist.PrefixStore(f"restart {restarts}", kept)
+        dist.init_process_group(backend, store=store, rank=task_number(), world_size=int(size), **timeout)
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, **timeout)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def heard_from_any_task(action: Callable[[], int]) -> int:
         is_lost = is_lost_peer(error)
         leave_group()
         if not is_lost:
-            error.add_note(f"on {this_rank()}, {PULSE.where()}")
+            error.add_note(f"This was {this_rank()}, {PULSE.where()}.")
             raise
         print_errors([f"{this_rank()}: the connection to another rank was lost {PULSE.where()}; {_what_now()}"])
         return 128 + STOP.received if STOP.received else LOST

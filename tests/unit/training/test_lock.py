@@ -131,7 +131,13 @@ def test_where_a_file_system_has_no_locks_the_touch_decides(tmp_path, monkeypatc
 
 def test_of_two_starts_at_one_moment_without_locks_one_is_refused(tmp_path, monkeypatch):
     without_lockf(monkeypatch, lock.NO_LOCKS[0])
-    monkeypatch.setattr(lock.os, "getpid", threading.get_ident)
+    both_have_read = threading.Barrier(2)
+
+    def own_number() -> int:
+        both_have_read.wait(10)
+        return threading.get_ident()
+
+    monkeypatch.setattr(lock.os, "getpid", own_number)
     outcomes = []
 
     def take() -> None:

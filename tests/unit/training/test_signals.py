@@ -137,7 +137,9 @@ def test_a_terminal_that_closes_does_not_keep_the_run_from_saving(tmp_path):
         os.execvpe(
             sys.executable, [sys.executable, "-c", program, "training", ""], {**os.environ, "PYTHONPATH": str(ROOT)}
         )
-    assert b"ready" in os.read(terminal, 100)
+    shown = b""
+    while b"ready" not in shown:
+        shown += os.read(terminal, 100)
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 129
@@ -145,7 +147,8 @@ def test_a_terminal_that_closes_does_not_keep_the_run_from_saving(tmp_path):
 
 
 def test_a_forked_child_neither_speaks_for_its_parent_nor_outlives_a_signal():
-    child = "pid = os.fork()\n    if pid == 0: time.sleep(30); os._exit(7)\n    print('ready', flush=True)"
+    child = "pid = os.fork()\n    if pid == 0: signal.signal(signal.SIGUSR1, print); time.sleep(30); os._exit(7)\n"
+    child += "    time.sleep(0.2); print('ready', flush=True)"
     process = subprocess.Popen(
         [
             sys.executable,
@@ -160,6 +163,8 @@ def test_a_forked_child_neither_speaks_for_its_parent_nor_outlives_a_signal():
         text=True,
     )
     pid = int(process.stdout.readline())
+    os.kill(pid, signal.SIGUSR1)  # a handler of its own, as the loaders have
+    time.sleep(0.1)
     os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + 10
     while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":

@@ -109,6 +109,40 @@ def test_the_usual_time_is_of_micro_steps_and_not_of_saves_or_data():
     assert pulse.usual_s == pytest.approx(2, abs=0.1)
 
 
+ALONE = """
+import time
+from lcl_ds.training import watch
+from lcl_ds.training.pulse import PULSE
+from lcl_ds.training.watch import WATCH, Limits
+watch.POLL_S, watch.SUSPENDED_S, watch.LAST_WORDS_S = 0.05, 0.5, 0.0
+with WATCH.running():
+    WATCH.guard(Limits(60, 1), None)
+    PULSE.has_stepped = True
+    PULSE.begin("training", 3, 1)
+    print("going", flush=True)
+    time.sleep(30)
+"""
+
+
+def test_a_process_that_hangs_ends_and_the_time_in_which_it_was_stopped_does_not_count():
+    process = subprocess.Popen(
+        [sys.executable, "-c", ALONE],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "going\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)
+    continued = time.monotonic()
+    process.send_signal(signal.SIGCONT)
+    stderr = process.communicate(timeout=30)[1]
+    assert time.monotonic() - continued > 0.5
+    assert process.returncode == HUNG
+    assert f"rank 0 on {HOST}: no progress for 1 s in step 3, micro-step 1; the threads of this rank are:\n" in stderr
+
+
 HANGING = """
 import sys, time, torch
 from torch import distributed as dist
