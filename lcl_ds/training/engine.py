@@ -26,11 +26,10 @@ from lcl_ds.errors import UserError
 from lcl_ds.models.heads import ExactScalar
 from lcl_ds.objectives.base import Objective
 from lcl_ds.settings import suggest
-from lcl_ds.training.checkpoint import MOMENTS, WEIGHTS, read_state
+from lcl_ds.training.checkpoint import MOMENTS, WEIGHTS, read_manifest, read_state, slices_of
 from lcl_ds.training.distributed import RankInfo, on_all_ranks
 from lcl_ds.training.engine_state import WEIGHT, held_parts, set_optimizer_steps, spread_weights, stage_0_master
 from lcl_ds.training.optimizer import BoundedAdamW, freeze_parts, parameter_groups
-from lcl_ds.training.slices import SliceReader
 
 logger = logging.getLogger(__name__)
 
@@ -292,15 +291,18 @@ def load_engine(engine: Any, checkpoint: Path, rank_info: RankInfo) -> None:
     Every rank reads what it holds.
 
     Raises:
-        UserError: on all ranks: the checkpoint lacks a weight of this model.
+        UserError: on all ranks: the checkpoint's weights are not those of this model.
     """
     parts = held_parts(engine)
     with on_all_ranks(rank_info):
-        weights, moments = (SliceReader(checkpoint / folder) for folder in (WEIGHTS, MOMENTS))
+        manifest = read_manifest(checkpoint)
+        weights, moments = (slices_of(checkpoint, folder, manifest) for folder in (WEIGHTS, MOMENTS))
+        if unknown := sorted(weights.shapes.keys() - {name for name, _ in engine.module.named_parameters()}):
+            raise UserError(f"{checkpoint}: holds {unknown[0]}, which this model does not have")
         for part in parts:
             for kind, values in part.values.items():
                 reader, name = (weights, part.name) if kind == WEIGHT else (moments, f"{kind}.{part.name}")
-                values.copy_(reader.read(name, part.start, part.start + len(values)))
+                values.copy_(reader.read(name, part.shape, part.start, part.start + len(values)))
         set_optimizer_steps(engine, read_state(checkpoint)["optimizer_steps"])
     spread_weights(engine, parts)
     refresh_exact_scalars(engine)

@@ -68,6 +68,14 @@ def test_its_weights_are_those_of_the_last_step(saved_run):
     assert all(torch.equal(weight, after[f"model.{name}"]) for name, weight in model.named_parameters())
 
 
+def test_a_file_that_the_manifest_does_not_name_is_not_read(run_dir):
+    checkpoint = resolve_checkpoint(run_dir)
+    expected = load_model(checkpoint).state_dict()
+    other = run_dir / "checkpoints" / "step_00000003" / "weights" / PART
+    shutil.copy(other, checkpoint / "weights" / "a_copy_of_an_earlier_part.safetensors")
+    assert all(torch.equal(weight, expected[name]) for name, weight in load_model(checkpoint).state_dict().items())
+
+
 def flip_a_bit(path: Path, place: float) -> None:
     """Change one bit, so far into the file."""
     content = bytearray(path.read_bytes())
