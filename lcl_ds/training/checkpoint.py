@@ -137,10 +137,14 @@ def read_manifest(checkpoint: Path) -> dict[str, ManifestEntry]:
         raise UserError(f"{path}: is not of this version's form, or damaged") from None
     for name, entry in manifest.items():
         file = checkpoint / name
-        if not file.is_file():
+        try:
+            size = file.stat().st_size if file.is_file() else None
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {sentence_of(error) or error}") from error
+        if size is None:
             raise UserError(f"{file}: is missing")
-        if file.stat().st_size != entry.bytes:
-            raise UserError(f"{file}: has {file.stat().st_size} bytes, the manifest says {entry.bytes}")
+        if size != entry.bytes:
+            raise UserError(f"{file}: has {size} bytes, the manifest says {entry.bytes}")
     return manifest
 
 
