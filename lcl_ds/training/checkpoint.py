@@ -35,6 +35,8 @@ WEIGHTS, MOMENTS = "weights", "moments"
 LATEST = "latest"
 STEP, PARTIAL = "step_", ".partial_"
 """How the names of checkpoints begin, and of what was not finished."""
+OF_EARLIER_VERSIONS = "engine"
+"""The subfolder where those let DeepSpeed write what only the same number of ranks could read."""
 OF_MODEL = "model."
 """How the names of the network's weights begin; others are the objective's own."""
 NAMED = 5
@@ -131,10 +133,15 @@ def read_manifest(checkpoint: Path) -> dict[str, ManifestEntry]:
     tree = read_json(path)
     if not isinstance(tree, dict) or not {STATE, CONFIG} <= tree.keys():
         raise UserError(f"{path}: is no list of the checkpoint's files")
+    if any(name.startswith(f"{OF_EARLIER_VERSIONS}/") for name in tree):
+        raise UserError(
+            f"{path}: is of an earlier version of this program, which alone can continue it or convert it; "
+            "environment.json in the run's folder names its commit"
+        )
     try:
         manifest = {name: ManifestEntry.model_validate(entry) for name, entry in tree.items()}
     except ValidationError:
-        raise UserError(f"{path}: is not of this version's form, or damaged") from None
+        raise UserError(f"{path}: has entries without size and hash") from None
     for name, entry in manifest.items():
         file = checkpoint / name
         try:
@@ -185,7 +192,7 @@ def newest_checkpoint(run_dir: Path, rank_info: RankInfo, ignore_damaged: bool =
         if rank_info.is_first:
             more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
             named = "; ".join(problems[:NAMED])
-            logger.warning("checkpoint %s is damaged and is not used: %s%s", checkpoint, named, more)
+            logger.warning("checkpoint %s cannot be used: %s%s", checkpoint, named, more)
     with on_all_ranks(rank_info):
         if rank_info.is_first:
             _begin_anew(run_dir, ignore_damaged)

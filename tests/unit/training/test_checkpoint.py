@@ -104,14 +104,14 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "metrics gone": ("metrics.jsonl", lambda path: path.unlink()),
     "manifest gone": ("COMPLETE.json", lambda path: path.unlink()),
     "manifest empty": ("COMPLETE.json", lambda path: path.write_bytes(b"")),
-    "manifest of an earlier version": ("COMPLETE.json", lambda path: path.write_text(OLD_MANIFEST)),
+    "a manifest without hashes": ("COMPLETE.json", lambda path: path.write_text(SIZES_ALONE)),
     "a hash in the manifest": ("COMPLETE.json", lambda path: path.write_text(path.read_text().replace("a", "b"))),
     "a name in the manifest": ("COMPLETE.json", lambda path: path.write_text(path.read_text().replace("part", LONG))),
     "an entry of the manifest": ("COMPLETE.json", lambda path: path.write_text(path.read_text().replace("bytes", "b"))),
 }
 LONG = "a" * 300
 """No system has files of such a name, so even the question whether there is one is an error."""
-OLD_MANIFEST = '{"trainer_state.json": 12, "config.yaml": {"bytes": 3}}'
+SIZES_ALONE = '{"trainer_state.json": 12, "config.yaml": {"bytes": 3}}'
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -120,7 +120,7 @@ def test_a_damaged_checkpoint_is_named_with_its_file_and_the_one_before_is_taken
     change(run_dir / "checkpoints" / "step_00000004" / name)
     assert newest_checkpoint(run_dir, only_rank) == run_dir / "checkpoints" / "step_00000003"
     (warning,) = (record.getMessage() for record in caplog.records)
-    assert "step_00000004 is damaged and is not used: " in warning
+    assert "step_00000004 cannot be used: " in warning
     assert name in warning or LONG in warning
     newest = run_dir / "checkpoints" / "step_00000004"
     if not name.startswith(("moments", "metrics")):  # of which a release needs nothing
@@ -142,6 +142,17 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(run_dir, onl
         newest_checkpoint(run_dir, only_rank)
     with pytest.raises(UserError, match="hash differs"):
         load_model(resolve_checkpoint(run_dir))
+
+
+def test_a_run_of_an_earlier_version_says_what_can_go_on_with_it(run_dir, only_rank, caplog):
+    for manifest in run_dir.glob("checkpoints/*/COMPLETE.json"):
+        entries = json.loads(manifest.read_text()) | {"engine/engine/mp_rank_00_model_states.pt": {"bytes": 3}}
+        manifest.write_text(json.dumps(entries))
+    with pytest.raises(UserError, match=r"none of the 2 checkpoints can be used \(see above\)"):
+        newest_checkpoint(run_dir, only_rank)
+    assert caplog.text.count("is of an earlier version of this program, which alone can continue it") == 2
+    with pytest.raises(UserError, match=r"earlier version .* environment.json in the run's folder names its commit"):
+        resolve_checkpoint(run_dir)
 
 
 def test_nor_one_whose_checkpoints_are_gone(run_dir, only_rank):
