@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -58,6 +58,8 @@ logger = logging.getLogger(__name__)
 
 WRITTEN, FAILED = "ranks that have written their part", "ranks that could not write theirs"
 """Travel with what one step sums over ranks."""
+OLD = ".old"
+"""How the hidden names of checkpoints that are to be removed end."""
 PROBE_BYTES = 4 << 20
 """What is written to find out whether a disk is full."""
 GB = 1e9
@@ -290,8 +292,8 @@ def publish(partial: Path, final: Path, manifest: dict[str, ManifestEntry]) -> N
     read_manifest(partial)
     for path in (partial / MANIFEST, partial / WEIGHTS, partial / MOMENTS, partial):
         flush(path)
-    if final.exists():
-        shutil.rmtree(final)
+    if os.path.lexists(final):  # one that was damaged
+        hide(final)
     partial.rename(final)
     flush(final.parent)
     write_whole(final.parent / LATEST, final.name + "\n")
@@ -299,17 +301,42 @@ def publish(partial: Path, final: Path, manifest: dict[str, ManifestEntry]) -> N
 
 
 def remove_old(run_dir: Path, keep: int, keep_every: int | None) -> None:
-    """Remove all complete checkpoints but the newest ``keep`` and those of steps that ``keep_every`` divides."""
+    """Remove all complete checkpoints but the newest ``keep`` and those of steps that ``keep_every`` divides.
+
+    What cannot be removed is named: no reason to end a run.
+    """
     for old in complete_checkpoints(run_dir)[:-keep]:
         if keep_every is None or step_of(old) % keep_every:
-            shutil.rmtree(old)
+            _tried(hide, old)
+    for hidden in checkpoints_folder(run_dir).glob(f"{PARTIAL}*{OLD}"):
+        _tried(remove, hidden)
+
+
+def hide(checkpoint: Path) -> Path:
+    """Make a checkpoint one that is not finished, before any of its files goes."""
+    return checkpoint.rename(checkpoint.with_name(f"{PARTIAL}{checkpoint.name}{OLD}"))
+
+
+def remove(hidden: Path) -> None:
+    """Remove what is hidden; of a link, only the link."""
+    if hidden.is_symlink():
+        hidden.unlink()
+    else:
+        shutil.rmtree(hidden)
+
+
+def _tried(action: Callable[[Path], object], old: Path) -> None:
+    try:
+        action(old)
+    except OSError as error:
+        logger.warning("%s: an old checkpoint that cannot be removed: %s", old, sentence_of(error) or error)
 
 
 def remove_partial(run_dir: Path) -> None:
     """Remove what was not finished when an earlier start of this run ended."""
     for partial in checkpoints_folder(run_dir).glob(f"{PARTIAL}*"):
         logger.info("%s: was not finished when the run ended; removed", partial)
-        shutil.rmtree(partial)
+        remove(partial)
 
 
 def check_room_for_all(run_dir: Path, size: int, keep: int) -> None:

@@ -20,6 +20,7 @@ from lcl_ds.training.checkpoint import (
     read_state,
     resolve_checkpoint,
 )
+from lcl_ds.training.monitor import kept_metrics
 from lcl_ds.training.saver import check_room, publish, remove_old, remove_partial
 
 
@@ -171,6 +172,7 @@ def test_it_is_begun_again_where_the_user_says_so_and_nothing_of_it_is_thrown_aw
     assert (run_dir / "metrics.jsonl.damaged1").read_bytes() == before
     kept = {path.name for path in (run_dir / "checkpoints").iterdir()}
     assert kept == {"step_00000003.damaged1", "step_00000004.damaged1", "latest.damaged1"}
+    assert kept_metrics(run_dir) == []
 
 
 def test_what_is_kept_for_good_is_not_removed_with_the_old_ones(run_dir):
@@ -187,6 +189,31 @@ def test_what_is_kept_for_good_is_not_removed_with_the_old_ones(run_dir):
             "step_00000005",
         ),  # the second is damaged: not ours to judge
     ]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_named_and_none_that_goes_is_seen_in_part(run_dir, caplog):
+    folder = run_dir / "checkpoints"
+    elsewhere = shutil.move(folder / "step_00000003", run_dir / "elsewhere")
+    (folder / "step_00000003").symlink_to(elsewhere)
+    shutil.copytree(elsewhere, folder / "step_00000002")
+    (folder / ".partial_step_00000002.old").mkdir()
+    (folder / ".partial_step_00000002.old" / "file").touch()  # in the way
+    remove_old(run_dir, keep=1, keep_every=None)
+    assert "step_00000002: an old checkpoint that cannot be removed: " in caplog.text
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000002", "step_00000004"]
+    assert (elsewhere / "COMPLETE.json").exists()
+    remove_old(run_dir, keep=1, keep_every=None)
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000004"]
+
+
+def test_a_damaged_checkpoint_makes_way_for_the_one_of_its_step_that_is_whole(run_dir):
+    newest = run_dir / "checkpoints" / "step_00000004"
+    partial = Path(shutil.copytree(newest, newest.with_name(".partial_step_00000004")))
+    flip_a_bit(newest / "weights" / PART, 0.5)
+    publish(partial, newest, read_manifest(partial))
+    assert load_model(newest)
+    remove_old(run_dir, keep=2, keep_every=None)
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["latest", "step_00000003", "step_00000004"]
 
 
 def test_what_an_earlier_start_did_not_finish_is_removed(run_dir, caplog):
