@@ -186,6 +186,22 @@ class Saver:
         finally:
             self._in_flight = None
 
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Finish what was begun also where the block ends with a mistake that all ranks know of: it is of use.
+
+        Raises:
+            UserError: on all ranks: the block's own, and with it what kept a checkpoint from being written.
+        """
+        try:
+            yield
+        except UserError as error:
+            try:
+                self.finish()
+            except UserError as unsaved:
+                raise UserError([*error.problems, *unsaved.problems]) from error
+            raise
+
     def close(self) -> None:
         """Let the thread end; what it is writing is written but not published."""
         self._threads.shutdown(wait=True)
