@@ -21,13 +21,12 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from torch import Tensor
 
 from lcl_ds.config import Config
 from lcl_ds.data.stream.loader import LoaderState, merge_states
 from lcl_ds.errors import UserError
-from lcl_ds.files import sentence_of, write_whole, writing
+from lcl_ds.files import naming, sentence_of, write_whole
 from lcl_ds.metrics import METRICS
 from lcl_ds.training.checkpoint import (
     CONFIG,
@@ -60,8 +59,6 @@ WRITTEN, FAILED = "ranks that have written their part", "ranks that could not wr
 """Travel with what one step sums over ranks."""
 OLD = ".old"
 """How the hidden names of checkpoints that are to be removed end."""
-PROBE_BYTES = 4 << 20
-"""What is written to find out whether a disk is full."""
 GB = 1e9
 
 
@@ -396,7 +393,8 @@ def flush(path: Path) -> None:
     """Wait until a file or folder is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -410,8 +408,8 @@ def _disk_errors_named(job: _InFlight) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:  # the library's own errors do not say why
-        reason = sentence_of(error) if isinstance(error, OSError) else _what_the_disk_says(job.partial)
+    except OSError as error:
+        reason = sentence_of(error)
         if reason is None:
             raise
         raise UserError(
@@ -419,13 +417,3 @@ def _disk_errors_named(job: _InFlight) -> Iterator[None]:
             "same command again continues from the newest",
             on_every_rank=False,
         ) from error
-
-
-def _what_the_disk_says(folder: Path) -> str | None:
-    try:
-        with writing(folder / "probe") as file:
-            file.write(bytes(PROBE_BYTES))
-        (folder / "probe").unlink()
-    except OSError as error:
-        return sentence_of(error)
-    return None

@@ -51,6 +51,12 @@ def test_the_manifest_lists_every_file_with_its_size(saved_run):
     }
 
 
+def test_who_may_read_the_folder_may_read_every_file(saved_run):
+    checkpoint = resolve_checkpoint(saved_run[0])
+    for path in checkpoint.rglob("*.*"):
+        assert path.stat().st_mode & 0o666 == path.parent.stat().st_mode & 0o666, path
+
+
 def test_a_checkpoint_keeps_its_position_settings_and_the_metrics_since_the_one_before(saved_run):
     checkpoint = resolve_checkpoint(saved_run[0])
     state = read_state(checkpoint)
