@@ -19,7 +19,7 @@ from torch import distributed as dist
 from lcl_ds.config import Config, validate_config
 from lcl_ds.errors import UserError
 from lcl_ds.files import read_json, read_yaml, sentence_of
-from lcl_ds.metrics import METRICS
+from lcl_ds.metrics import METRICS, read_metrics
 from lcl_ds.models.build import build_model
 from lcl_ds.models.network import LCLModel
 from lcl_ds.training.distributed import RankInfo, gather_objects, on_all_ranks
@@ -228,7 +228,7 @@ def _begin_anew(run_dir: Path, ignore_damaged: bool) -> None:
     """
     folder = checkpoints_folder(run_dir)
     damaged = all_checkpoints(run_dir)
-    if not damaged and not (folder / LATEST).exists():
+    if not damaged and not (folder / LATEST).exists() and not _must_have_saved(run_dir):
         return
     if not ignore_damaged:
         unusable = f"none of the {len(damaged)} checkpoints can be used (see above)"
@@ -241,6 +241,18 @@ def _begin_anew(run_dir: Path, ignore_damaged: bool) -> None:
         if path.exists():
             path.rename(_aside(path))
     logger.warning("%s: nothing can be used; the run begins anew, and what was there has .damaged in its name", run_dir)
+
+
+def _must_have_saved(run_dir: Path) -> bool:
+    """Say whether figures go on beyond the second checkpoint that was due, before which the first one is published.
+
+    So a disk that is not mounted is not taken for a run that has just begun.
+    """
+    try:
+        rows, every = read_metrics(run_dir), load_config_of(run_dir).checkpoint.every
+    except UserError:  # nothing was trained, or nobody can tell
+        return False
+    return bool(rows) and rows[-1]["step"] > 2 * every
 
 
 def _aside(path: Path) -> Path:

@@ -169,6 +169,17 @@ def test_nor_one_whose_checkpoints_are_gone(run_dir, only_rank):
         newest_checkpoint(run_dir, only_rank)
 
 
+def test_nor_one_whose_folder_of_checkpoints_is_empty_like_a_disk_that_is_not_mounted(run_dir, only_rank):
+    shutil.copy(run_dir / "checkpoints" / "step_00000004" / "config.yaml", run_dir)
+    (run_dir / "checkpoints").rename(run_dir / "unmounted")
+    (run_dir / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"checkpoints: its checkpoints are gone; restore one of them"):
+        newest_checkpoint(run_dir, only_rank)
+    first_lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)[:2]
+    (run_dir / "metrics.jsonl").write_text("".join(first_lines))  # killed before its first checkpoint was whole
+    assert newest_checkpoint(run_dir, only_rank) is None
+
+
 def test_it_is_begun_again_where_the_user_says_so_and_nothing_of_it_is_thrown_away(run_dir, only_rank):
     for manifest in run_dir.glob("checkpoints/*/COMPLETE.json"):
         manifest.unlink()
