@@ -201,7 +201,11 @@ def start_engine(objective: Objective, config: Config, ds_config: dict[str, Any]
 
     Args:
         ds_config: from :func:`complete_ds_config`.
+
+    Raises:
+        ValueError: the objective has state that no checkpoint would hold.
     """
+    check_saved_whole(objective)
     freeze_parts(objective, config.train)
     bounds = 0.0, math.log(config.model.logit_scale_max)
     groups = parameter_groups(objective, config.train, bounds)
@@ -236,6 +240,15 @@ def start_engine(objective: Objective, config: Config, ds_config: dict[str, Any]
             ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
         )
     return engine
+
+
+def check_saved_whole(model: nn.Module) -> None:
+    """Refuse state beside the weights: checkpoints hold parameters alone. Raises: ValueError naming it."""
+    if lost := sorted(model.state_dict().keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)}):
+        raise ValueError(
+            f"{', '.join(lost)}: checkpoints hold parameters alone, so a continued run would lose this; make it a "
+            "parameter without gradients or, where it can be computed again, a buffer with persistent=False"
+        )
 
 
 def parameters_of_this_rank(engine: Any) -> int:

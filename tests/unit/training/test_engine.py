@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
+from lcl_ds.assembly import attach_objective
 from lcl_ds.errors import UserError
-from lcl_ds.training.engine import complete_ds_config, load_ds_config, rows_per_micro_step
-from tests.support.small import small_config
+from lcl_ds.objectives import NAMES
+from lcl_ds.training.engine import check_saved_whole, complete_ds_config, load_ds_config, rows_per_micro_step
+from tests.support.small import small_config, small_model
 
 NVME = {"device": "nvme", "nvme_path": "/tmp"}
 
@@ -123,6 +125,16 @@ def test_rows_that_do_not_divide_are_refused_by_their_numbers():
     assert rows_per_micro_step(in_groups, 12) == 8
     with pytest.raises(UserError, match=r"ranks x data.group_rows \(1 x 16 x 4\); 6, 8, 12, 24 ranks would do"):
         rows_per_micro_step(in_groups, 16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_objective_learns_anything_that_a_checkpoint_does_not_hold(name):
+    config = small_config(f"objective.name={name}")
+    objective = attach_objective(small_model(config), config)
+    check_saved_whole(objective)
+    objective.register_buffer("average", torch.zeros(3))
+    with pytest.raises(ValueError, match="average: checkpoints hold parameters alone"):
+        check_saved_whole(objective)
 
 
 def test_a_start_says_what_is_trained_and_what_is_frozen(saved_run):
