@@ -228,9 +228,19 @@ class Saver:
             return value
         kept = self._host.get(name)
         if kept is None or kept.shape != value.shape or kept.dtype != value.dtype:
-            pin = self.rank_info.device.type == "cuda"
-            kept = self._host[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=pin)
+            kept = self._host[name] = self._host_memory(name, value)
         return kept.copy_(value, non_blocking=True)
+
+    def _host_memory(self, name: str, value: Tensor) -> Tensor:
+        try:
+            return torch.empty(value.shape, dtype=value.dtype, pin_memory=self.rank_info.device.type == "cuda")
+        except RuntimeError as error:  # which is what torch raises where there is no memory
+            size = value.numel() * value.element_size() / GB
+            raise UserError(
+                f"checkpoint: the host has no memory for the copy of {name} ({size:.3g} GB) that is written while "
+                "training goes on; give the job more memory, spread it over more ranks or, where weights are on the "
+                "CPU, set checkpoint.asynchronous=false"
+            ) from error
 
     def _texts(self, progress: Progress, states: list[LoaderState], metrics: bytes) -> dict[str, bytes]:
         state = {

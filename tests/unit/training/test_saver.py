@@ -51,6 +51,11 @@ def test_a_disk_that_fills_within_a_large_file_is_named_though_small_files_find_
     saver.close()
 
 
+def test_a_host_without_memory_for_the_copy_is_a_sentence_and_no_crash_of_one_rank(saver):
+    with pytest.raises(UserError, match=r"no memory for the copy of weight \(4\.5e\+06 GB\) .*asynchronous=false"):
+        saver._kept("weight", torch.zeros(1).expand(1 << 50))
+
+
 def test_what_failed_is_said_once(saver):
     with pytest.raises(UserError) as error, saver.finishing():
         saver.finish()
