@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,21 +34,22 @@ SHOWN = 3
 
 @contextmanager
 def holding_folder(run_dir: Path, rank_info: RankInfo) -> Iterator[None]:
-    """Hold the folder of a run during the block, by the first rank; collective.
+    """Hold the folder of a run during the block, by the first rank, and one that its checkpoints are a link to: two
+    runs must not share that either; collective.
 
     Raises:
         UserError: on all ranks: the folder is in use by another start, or holds something else than a run.
     """
-    lock = None
-    with on_all_ranks(rank_info):
-        if rank_info.is_first:
-            check_own_folder(run_dir)
-            lock = RunLock.take(run_dir)
-    try:
+    checkpoints = checkpoints_folder(run_dir)
+    with ExitStack() as held:
+        with on_all_ranks(rank_info):
+            if rank_info.is_first:
+                check_own_folder(run_dir)
+                is_link = checkpoints.is_symlink() and checkpoints.is_dir()
+                for folder in (run_dir, checkpoints.resolve()) if is_link else (run_dir,):
+                    if (lock := RunLock.take(folder)) is not None:
+                        held.callback(lock.release)
         yield
-    finally:
-        if lock is not None:
-            lock.release()
 
 
 def check_own_folder(run_dir: Path) -> None:
@@ -66,6 +67,8 @@ def check_own_folder(run_dir: Path) -> None:
     except OSError as error:
         raise UserError(f"--run_dir {run_dir}: cannot be read: {error.strerror}") from error
     content = [path for path in content if not any(path.match(pattern) for pattern in NO_CONTENT)]
+    if checkpoints_folder(run_dir).is_symlink() and not any(checkpoints_folder(run_dir).glob("[!.]*")):
+        content.remove(checkpoints_folder(run_dir))  # made before the first start, for a place on another disk
     if content and not is_run(run_dir):
         raise UserError(
             f"--run_dir {run_dir}: holds {content[0].name} and is no run's folder; name a new or an empty folder"

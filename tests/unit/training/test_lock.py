@@ -17,6 +17,7 @@ import pytest
 from lcl_ds.errors import UserError
 from lcl_ds.training import lock
 from lcl_ds.training.lock import LOCK, RunLock
+from lcl_ds.training.run_folder import holding_folder
 from tests.support.ranks import ROOT
 
 HOLDER = """
@@ -185,3 +186,20 @@ def test_a_folder_that_cannot_be_written_has_no_owner(tmp_path):
     """Who has to write there finds that out, and says it; a finished run is read without a lock."""
     (tmp_path / "file").write_text("")
     assert RunLock.take(tmp_path / "file") is None
+
+
+def test_two_runs_whose_checkpoints_are_links_to_one_folder_are_kept_apart(tmp_path, only_rank):
+    for name in ("shared", "a", "b"):
+        (tmp_path / name).mkdir()
+    for name in ("a", "b"):
+        (tmp_path / name / "checkpoints").symlink_to(tmp_path / "shared")
+    with held_elsewhere(tmp_path / "shared"):  # as the start of a does
+        with pytest.raises(UserError, match="shared: is in use by process"), holding_folder(tmp_path / "b", only_rank):
+            raise AssertionError("two runs write into one folder")
+        assert not (tmp_path / "b" / LOCK).exists()
+    with holding_folder(tmp_path / "b", only_rank):
+        assert (tmp_path / "shared" / LOCK).exists()
+    assert not (tmp_path / "shared" / LOCK).exists()
+    (tmp_path / "shared").rename(tmp_path / "unmounted")
+    with holding_folder(tmp_path / "b", only_rank):
+        assert not (tmp_path / "shared").exists()

@@ -22,6 +22,19 @@ def test_a_new_or_empty_folder_is_free(tmp_path):
     check_own_folder(tmp_path)
 
 
+def test_checkpoints_may_be_a_link_to_another_disk_from_the_first_start_on(tmp_path):
+    run_dir, disk = tmp_path / "run", tmp_path / "disk"
+    run_dir.mkdir()
+    (run_dir / "checkpoints").symlink_to(disk)
+    check_own_folder(run_dir)  # what is missing is said where checkpoints are tried
+    disk.mkdir()
+    (disk / ".lock").touch()
+    check_own_folder(run_dir)
+    (disk / "model.ckpt").touch()
+    with pytest.raises(UserError, match="holds checkpoints and is no run's folder"):
+        check_own_folder(run_dir)
+
+
 @pytest.mark.parametrize(
     "files",
     [
