@@ -8,7 +8,7 @@ leaves earlier checkpoints as they were. What is read is compared with the manif
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -318,6 +318,12 @@ def slices_of(checkpoint: Path, folder: str, manifest: dict[str, ManifestEntry])
     return SliceReader(checkpoint / folder, names)
 
 
+def check_names(checkpoint: Path, saved: Iterable[str], expected: Iterable[str]) -> None:
+    """Refuse a checkpoint with weights that a model would leave behind. Raises: UserError naming one."""
+    if unknown := sorted(set(saved) - set(expected)):
+        raise UserError(f"{checkpoint}: holds {unknown[0]}, which the model that its settings describe does not have")
+
+
 def load_model(checkpoint: Path) -> LCLModel:
     """Load the trained network in fp32 on the CPU, one weight at a time; needs neither DeepSpeed nor the objective.
 
@@ -330,8 +336,7 @@ def load_model(checkpoint: Path) -> LCLModel:
     model = build_model(config.model, state["vocab_size"], config.data.longest_document, config.seed("init"))
     reader = slices_of(checkpoint, WEIGHTS, manifest)
     weights = {f"{OF_MODEL}{name}": weight for name, weight in model.named_parameters()}
-    if unknown := sorted({name for name in reader.shapes if name.startswith(OF_MODEL)} - weights.keys()):
-        raise UserError(f"{checkpoint}: holds {unknown[0]}, which its own settings do not describe")
+    check_names(checkpoint, (name for name in reader.shapes if name.startswith(OF_MODEL)), weights)
     for name, weight in weights.items():
         weight.data.copy_(reader.whole(name, tuple(weight.shape)))
     return model.eval()

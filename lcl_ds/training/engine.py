@@ -26,7 +26,7 @@ from lcl_ds.errors import UserError
 from lcl_ds.models.heads import ExactScalar
 from lcl_ds.objectives.base import Objective
 from lcl_ds.settings import suggest
-from lcl_ds.training.checkpoint import MOMENTS, WEIGHTS, read_manifest, read_state, slices_of
+from lcl_ds.training.checkpoint import MOMENTS, WEIGHTS, check_names, read_manifest, read_state, slices_of
 from lcl_ds.training.distributed import RankInfo, on_all_ranks
 from lcl_ds.training.engine_state import WEIGHT, held_parts, set_optimizer_steps, spread_weights, stage_0_master
 from lcl_ds.training.optimizer import BoundedAdamW, freeze_parts, parameter_groups
@@ -313,8 +313,7 @@ def load_engine(engine: Any, checkpoint: Path, rank_info: RankInfo) -> None:
     with on_all_ranks(rank_info):
         manifest = read_manifest(checkpoint)
         weights, moments = (slices_of(checkpoint, folder, manifest) for folder in (WEIGHTS, MOMENTS))
-        if unknown := sorted(weights.shapes.keys() - {name for name, _ in engine.module.named_parameters()}):
-            raise UserError(f"{checkpoint}: holds {unknown[0]}, which this model does not have")
+        check_names(checkpoint, weights.shapes, (name for name, _ in engine.module.named_parameters()))
         for part in parts:
             for kind, values in part.values.items():
                 reader, name = (weights, part.name) if kind == WEIGHT else (moments, f"{kind}.{part.name}")

@@ -13,6 +13,7 @@ from lcl_ds.errors import UserError
 from lcl_ds.metrics import read_metrics
 from lcl_ds.training.checkpoint import (
     complete_checkpoints,
+    hash_of,
     load_config_of,
     load_model,
     newest_checkpoint,
@@ -22,6 +23,7 @@ from lcl_ds.training.checkpoint import (
 )
 from lcl_ds.training.monitor import kept_metrics
 from lcl_ds.training.saver import check_room, publish, remove_old, remove_partial
+from lcl_ds.training.slices import Slice, write_slices
 
 
 @pytest.fixture
@@ -81,6 +83,17 @@ def test_a_file_that_the_manifest_does_not_name_is_not_read(run_dir):
     other = run_dir / "checkpoints" / "step_00000003" / "weights" / PART
     shutil.copy(other, checkpoint / "weights" / "a_copy_of_an_earlier_part.safetensors")
     assert all(torch.equal(weight, expected[name]) for name, weight in load_model(checkpoint).state_dict().items())
+
+
+def test_weights_that_the_model_would_leave_behind_are_refused(run_dir):
+    checkpoint = resolve_checkpoint(run_dir)
+    more = checkpoint / "weights" / "part_00001_of_00002.safetensors"
+    write_slices(more, [Slice("model.more", 0, (2,), torch.zeros(2))])
+    manifest = json.loads((checkpoint / "COMPLETE.json").read_text())
+    manifest[f"weights/{more.name}"] = {"bytes": more.stat().st_size, "sha256": hash_of(more)}
+    (checkpoint / "COMPLETE.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="holds model.more, which the model that its settings describe does not have"):
+        load_model(checkpoint)
 
 
 def flip_a_bit(path: Path, place: float) -> None:
