@@ -137,10 +137,14 @@ def read_manifest(checkpoint: Path) -> dict[str, ManifestEntry]:
         raise UserError(f"{path}: is not of this version's form, or damaged") from None
     for name, entry in manifest.items():
         file = checkpoint / name
-        if not file.is_file():
+        try:
+            size = file.stat().st_size if file.is_file() else None
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {sentence_of(error) or error}") from error
+        if size is None:
             raise UserError(f"{file}: is missing")
-        if file.stat().st_size != entry.bytes:
-            raise UserError(f"{file}: has {file.stat().st_size} bytes, the manifest says {entry.bytes}")
+        if size != entry.bytes:
+            raise UserError(f"{file}: has {size} bytes, the manifest says {entry.bytes}")
     return manifest
 
 
@@ -289,6 +293,12 @@ def load_config_of(checkpoint: Path) -> Config:
     return validate_config(tree, str(checkpoint / CONFIG))
 
 
+def slices_of(checkpoint: Path, folder: str, manifest: dict[str, ManifestEntry]) -> SliceReader:
+    """Open the slices in a subfolder that the manifest names: others are nobody's, and their hashes are not known."""
+    names = sorted(name.removeprefix(f"{folder}/") for name in manifest if name.startswith(f"{folder}/"))
+    return SliceReader(checkpoint / folder, names)
+
+
 def load_model(checkpoint: Path) -> LCLModel:
     """Load the trained network in fp32 on the CPU, one weight at a time; needs neither DeepSpeed nor the objective.
 
@@ -299,10 +309,10 @@ def load_model(checkpoint: Path) -> LCLModel:
     check_files(checkpoint, manifest, [name for name in manifest if name.startswith(f"{WEIGHTS}/")])
     config, state = load_config_of(checkpoint), read_state(checkpoint)
     model = build_model(config.model, state["vocab_size"], config.data.longest_document, config.seed("init"))
-    reader = SliceReader(checkpoint / WEIGHTS)
+    reader = slices_of(checkpoint, WEIGHTS, manifest)
     weights = {f"{OF_MODEL}{name}": weight for name, weight in model.named_parameters()}
     if unknown := sorted({name for name in reader.shapes if name.startswith(OF_MODEL)} - weights.keys()):
         raise UserError(f"{checkpoint}: holds {unknown[0]}, which its own settings do not describe")
     for name, weight in weights.items():
-        weight.data.copy_(reader.whole(name))
+        weight.data.copy_(reader.whole(name, tuple(weight.shape)))
     return model.eval()

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,10 @@ from lcl_ds.errors import UserError
 from lcl_ds.models.heads import ExactScalar
 from lcl_ds.objectives.base import Objective
 from lcl_ds.settings import suggest
-from lcl_ds.training.checkpoint import MOMENTS, WEIGHTS, read_state
+from lcl_ds.training.checkpoint import MOMENTS, WEIGHTS, read_manifest, read_state, slices_of
 from lcl_ds.training.distributed import RankInfo, on_all_ranks
 from lcl_ds.training.engine_state import WEIGHT, held_parts, set_optimizer_steps, spread_weights, stage_0_master
 from lcl_ds.training.optimizer import BoundedAdamW, freeze_parts, parameter_groups
-from lcl_ds.training.slices import SliceReader
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,6 @@ ENGINE_KEYS = frozenset(
         "comms_logger",
         "flops_profiler",
         "aio",
-        "checkpoint",
     }
 )
 """What a ds_config may set."""
@@ -66,6 +65,7 @@ RECIPE_KEYS = {
     "optimizer": "train.learning_rate, train.betas, train.weight_decay",
     "scheduler": "train.warmup_steps, train.learning_rate",
     "steps_per_print": "log.every",
+    "checkpoint": "checkpoint.every, checkpoint.keep, checkpoint.asynchronous",
     "activation_checkpointing": "model.vision.activation_checkpointing, model.decoder.activation_checkpointing",
 }
 """What belongs in the recipe, and under which name."""
@@ -99,7 +99,8 @@ def load_ds_config(path: Path) -> dict[str, Any]:
         problems.append(f"{path}: zero_optimization: a JSON object is expected")
     elif not problems:
         try:
-            DeepSpeedZeroConfig(**zero)
+            settings = DeepSpeedZeroConfig(**zero)
+            problems = [f"{path}: zero_optimization.{key}: {reason}" for key, reason in _refused(settings)]
         except ValidationError as error:
             for e in error.errors():
                 key = ".".join(map(str, ("zero_optimization", *e["loc"])))
@@ -108,6 +109,22 @@ def load_ds_config(path: Path) -> dict[str, Any]:
     if problems:
         raise UserError(problems)
     return values
+
+
+def _refused(zero: DeepSpeedZeroConfig) -> Iterator[tuple[str, str]]:
+    """Name the settings of ZeRO under which a run would fail, or save something else than it has learned, and why."""
+    if zero.round_robin_gradients:
+        yield "round_robin_gradients", "DeepSpeed then mistakes one weight for another, and a checkpoint would mix them up"
+    if zero.zero_quantized_nontrainable_weights:
+        yield "zero_quantized_nontrainable_weights", "a checkpoint would lack the exact values of frozen weights"
+    if zero.zenflow is not None:
+        yield "zenflow", "it replaces the optimizer, which is the recipe's"
+    optimizer, weights = zero.offload_optimizer, zero.offload_param
+    if optimizer is not None and (optimizer.ratio < 1 or optimizer.super_offload):
+        yield "offload_optimizer", "ratio and super_offload need DeepSpeed's own optimizer; leave them out"
+    for name, offload in (("offload_optimizer", optimizer), ("offload_param", weights)):
+        if offload is not None and offload.device == "nvme":
+            yield f"{name}.device", "a checkpoint cannot be taken from nvme; name cpu or none"
 
 
 def _autos(values: Any, prefix: str = "") -> list[str]:
@@ -146,8 +163,17 @@ def fits(config: Config, world_size: int) -> bool:
 
 
 def complete_ds_config(ds_config: dict[str, Any], config: Config, world_size: int) -> dict[str, Any]:
-    """Complete the DeepSpeed configuration: the user's engine settings plus what the recipe decides."""
+    """Complete the DeepSpeed configuration: the user's engine settings plus what the recipe decides.
+
+    Raises:
+        UserError: the global batch does not divide, or gradients are to be added up in a type that stage 0 has not.
+    """
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if stage == 0 and (ds_config.get("data_types") or {}).get("grad_accum_dtype", config.precision) != config.precision:
+        raise UserError(
+            "ds_config: data_types.grad_accum_dtype: at ZeRO stage 0 gradients are added up in the precision of the "
+            f"recipe, {config.precision}; leave it out or use stage 1, 2 or 3"
+        )
     return {
         **ds_config,
         "train_batch_size": config.train.global_batch_rows,
@@ -265,15 +291,18 @@ def load_engine(engine: Any, checkpoint: Path, rank_info: RankInfo) -> None:
     Every rank reads what it holds.
 
     Raises:
-        UserError: on all ranks: the checkpoint lacks a weight of this model.
+        UserError: on all ranks: the checkpoint's weights are not those of this model.
     """
     parts = held_parts(engine)
     with on_all_ranks(rank_info):
-        weights, moments = (SliceReader(checkpoint / folder) for folder in (WEIGHTS, MOMENTS))
+        manifest = read_manifest(checkpoint)
+        weights, moments = (slices_of(checkpoint, folder, manifest) for folder in (WEIGHTS, MOMENTS))
+        if unknown := sorted(weights.shapes.keys() - {name for name, _ in engine.module.named_parameters()}):
+            raise UserError(f"{checkpoint}: holds {unknown[0]}, which this model does not have")
         for part in parts:
             for kind, values in part.values.items():
                 reader, name = (weights, part.name) if kind == WEIGHT else (moments, f"{kind}.{part.name}")
-                values.copy_(reader.read(name, part.start, part.start + len(values)))
+                values.copy_(reader.read(name, part.shape, part.start, part.start + len(values)))
         set_optimizer_steps(engine, read_state(checkpoint)["optimizer_steps"])
     spread_weights(engine, parts)
     refresh_exact_scalars(engine)

@@ -110,8 +110,7 @@ class Trainer:
                 self._stop.reached()  # a signal of this very step
                 break
             self._check_skipped()
-            at_end = self.progress.step == self.config.train.steps
-            if at_end or self.progress.step - self._saved_step >= self.config.checkpoint.every:
+            if is_saved(self.progress.step, self.config):
                 self._save(monitor)
         if self._stop.signal and not self.rolled_back and self.progress.step > self._saved_step:
             self._save(monitor)
@@ -287,6 +286,14 @@ class Trainer:
             return None
         patches = images * self.loader.settings.image_tokens
         return step_flops(self._flops, patches, tokens, labels) / step_s / self.rank_info.world_size / self._peak
+
+
+def is_saved(step: int, config: Config) -> bool:
+    """Say whether a step ends with a checkpoint: the same ones, wherever a run was stopped and continued.
+
+    ``checkpoint.keep_every`` counts on it: one stop must not shift all later checkpoints past the steps it keeps.
+    """
+    return step == config.train.steps or step % config.checkpoint.every == 0
 
 
 def outputs_to_sum(objective: Objective) -> tuple[str, ...]:

@@ -76,7 +76,7 @@ class TrainSettings(Settings):
 class CheckpointSettings(Settings):
     """Saving."""
 
-    every: int = Field(500, gt=0, description="Optimizer steps between checkpoints.")
+    every: int = Field(500, gt=0, description="Save after the optimizer steps that this divides, and the last one.")
     keep: int = Field(3, gt=0, description="Newest complete checkpoints to keep.")
     keep_every: int | None = Field(
         None, gt=0, description="Keep the checkpoints of steps that this divides as well, for good; null: none."

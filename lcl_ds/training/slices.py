@@ -60,20 +60,23 @@ class _Place:
 
 
 class SliceReader:
-    """Whole tensors or parts of them from all files of a folder.
+    """Whole tensors or parts of them from the files of a folder.
+
+    Args:
+        names: of the files; what else stands in the folder is not looked at.
 
     Raises:
         UserError: a file that is none of ours, or files that do not agree.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, names: Iterable[str]):
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Of every whole tensor, by name."""
         self._places: dict[str, list[_Place]] = {}
         with plain_name(folder) as plain:
-            for path in sorted(plain.glob(f"*{SUFFIX}")):
-                self._add(path)
+            for name in names:
+                self._add(plain / name)
         for places in self._places.values():
             places.sort(key=lambda place: place.start)
 
@@ -90,13 +93,18 @@ class SliceReader:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{self.folder / path.name}: is no file of slices: {error}") from error
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+    def read(self, name: str, shape: tuple[int, ...], start: int = 0, stop: int | None = None) -> Tensor:
         """Return elements ``start .. stop`` of a flattened tensor [stop - start], in the type that was written.
 
+        Args:
+            shape: of the whole tensor.
+
         Raises:
-            UserError: the folder does not hold all of them.
+            UserError: the folder does not hold all of them, or a tensor of another shape.
         """
-        stop = math.prod(self.shapes.get(name, ())) if stop is None else stop
+        stop = math.prod(shape) if stop is None else stop
+        if self.shapes.get(name, shape) != shape:
+            raise UserError(f"{self.folder}: {name} has shape {self.shapes[name]}, {shape} is expected")
         parts, reached = [], start
         for place in self._places.get(name, []):
             first, last = max(reached, place.start), min(stop, place.stop)
@@ -107,6 +115,6 @@ class SliceReader:
             raise UserError(f"{self.folder}: does not hold elements {reached} to {stop} of {name}")
         return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
 
-    def whole(self, name: str) -> Tensor:
-        """Return a tensor in its own shape. Raises: UserError when the folder does not hold all of it."""
-        return self.read(name).view(self.shapes[name]) if name in self.shapes else self.read(name, 0, 1)
+    def whole(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return a tensor of that shape. Raises: UserError when the folder does not hold it."""
+        return self.read(name, shape).view(shape)

@@ -10,6 +10,9 @@ from lcl_ds.training.engine import complete_ds_config, load_ds_config, rows_per_
 from tests.support.small import small_config
 
 
+NVME = {"device": "nvme", "nvme_path": "/tmp"}
+
+
 @pytest.fixture
 def written(tmp_path):
     def written(values):
@@ -34,6 +37,32 @@ def written(tmp_path):
         ({"zero_optimization": 3}, ["zero_optimization: a JSON object is expected"]),
         ({"zero_optimization": {"stages": 3}}, ["zero_optimization.stages: unknown key (did you mean 'stage'?)"]),
         ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage: Input should be"]),
+        (
+            {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+            ["zero_optimization.round_robin_gradients: DeepSpeed then mistakes one weight for another"],
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": NVME, "offload_param": NVME}},
+            [f"zero_optimization.{name}.device: a checkpoint" for name in ("offload_optimizer", "offload_param")],
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            ["zero_optimization.offload_optimizer: ratio and super_offload need DeepSpeed's own optimizer"],
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+            ["zero_optimization.offload_optimizer: ratio and super_offload need DeepSpeed's own optimizer"],
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}},
+            ["zero_optimization.zero_quantized_nontrainable_weights: a checkpoint would lack"],
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "zenflow": {}}},
+            ["zero_optimization.zenflow: it replaces the optimizer"],
+        ),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, ["zero_optimization.mics_shard_size: unknown key"]),
+        ({"checkpoint": {"load_universal": True}}, ["checkpoint: belongs in the recipe, as checkpoint.every"]),
     ],
     ids=str,
 )
@@ -69,6 +98,19 @@ def test_deepspeed_clips_wherever_it_can(stage, precision, clipping):
     config = small_config(f"precision={precision}", "train.gradient_clipping=1")
     complete = complete_ds_config({"zero_optimization": {"stage": stage}}, config, world_size=1)
     assert complete["gradient_clipping"] == clipping
+
+
+def test_a_type_of_gradients_that_stage_0_does_not_have_is_refused():
+    config = small_config("precision=bf16")
+    for_fp32 = {"data_types": {"grad_accum_dtype": "fp32"}}
+    with pytest.raises(UserError, match=r"grad_accum_dtype: at ZeRO stage 0 .* of the recipe, bf16; leave it out"):
+        complete_ds_config(for_fp32, config, world_size=1)
+    for settings in (
+        {"data_types": {"grad_accum_dtype": "bf16"}},
+        {"data_types": {}},
+        {**for_fp32, "zero_optimization": {"stage": 1}},
+    ):
+        assert complete_ds_config(settings, config, world_size=1)["data_types"] == settings["data_types"]
 
 
 def test_rows_that_do_not_divide_are_refused_by_their_numbers():

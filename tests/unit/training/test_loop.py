@@ -16,8 +16,8 @@ from lcl_ds.training.distributed import (
     on_all_ranks,
     sum_over_ranks,
 )
-from lcl_ds.training.loop import outputs_to_sum, step_seed, summed_by_source, summed_metrics
-from tests.support.small import batch_with_images, batch_without_images, lcl_objective, small_model
+from lcl_ds.training.loop import is_saved, outputs_to_sum, step_seed, summed_by_source, summed_metrics
+from tests.support.small import batch_with_images, batch_without_images, lcl_objective, small_config, small_model
 
 
 def test_every_rank_step_and_seed_draws_its_own():
@@ -25,6 +25,12 @@ def test_every_rank_step_and_seed_draws_its_own():
     assert len({step_seed(*key) for key in keys}) == len(keys)
     assert all(0 <= step_seed(*key) < 2**63 for key in keys)
     assert step_seed(1, 2, 3) == step_seed(1, 2, 3)
+
+
+def test_a_run_that_was_stopped_saves_at_the_steps_of_one_that_was_not():
+    config = small_config("checkpoint.every=10", "train.steps=33")
+    assert [step for step in range(1, 34) if is_saved(step, config)] == [10, 20, 30, 33]
+    assert [step for step in range(14, 34) if is_saved(step, config)] == [20, 30, 33]  # stopped and saved at 13
 
 
 def test_what_a_rank_counts_are_the_metrics_that_are_summed_over_ranks():
