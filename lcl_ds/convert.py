@@ -8,7 +8,6 @@ checkpoint of the published code instead of a run.
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,7 +34,7 @@ from lcl_ds.data.shards.shard import index_shard
 from lcl_ds.data.shards.source import Source
 from lcl_ds.data.shards.storage import expand_paths
 from lcl_ds.errors import UserError
-from lcl_ds.files import plain_name, whole_folder
+from lcl_ds.files import plain_name, system_error, whole_folder
 from lcl_ds.models.encoders import family_of
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.vision import image_tokens, released_patch_tokens, released_weights
@@ -304,10 +303,7 @@ def release_folder(out: Path) -> Iterator[Path]:
             with plain_name(folder) as plain:
                 yield plain
         except SafetensorError as error:
-            # safetensors hides the system's error in a sentence of its own.
-            if number := re.search(r"\(os error (\d+)\)", str(error)):
-                raise OSError(int(number[1]), str(error), str(out)) from error
-            raise
+            raise system_error(error, out) or error from error
         mode = folder.stat().st_mode & 0o666
         for file in folder.iterdir():  # safetensors writes for the owner alone
             file.chmod(mode)

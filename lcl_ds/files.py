@@ -5,6 +5,7 @@ import fcntl
 import glob
 import json
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -83,6 +84,13 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def system_error(error: Exception, path: Path) -> OSError | None:
+    """Find the system's error in that of safetensors, which hides it in a sentence of its own; None: it has another
+    cause."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1])), str(path)) if number else None
 
 
 @contextmanager

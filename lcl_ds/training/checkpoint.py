@@ -19,7 +19,7 @@ from torch import distributed as dist
 from lcl_ds.config import Config, validate_config
 from lcl_ds.errors import UserError
 from lcl_ds.files import read_json, read_yaml, sentence_of
-from lcl_ds.metrics import METRICS
+from lcl_ds.metrics import METRICS, read_metrics
 from lcl_ds.models.build import build_model
 from lcl_ds.models.network import LCLModel
 from lcl_ds.training.distributed import RankInfo, gather_objects, on_all_ranks
@@ -35,6 +35,8 @@ WEIGHTS, MOMENTS = "weights", "moments"
 LATEST = "latest"
 STEP, PARTIAL = "step_", ".partial_"
 """How the names of checkpoints begin, and of what was not finished."""
+OF_EARLIER_VERSIONS = "engine"
+"""The subfolder where those let DeepSpeed write what only the same number of ranks could read."""
 OF_MODEL = "model."
 """How the names of the network's weights begin; others are the objective's own."""
 NAMED = 5
@@ -131,10 +133,15 @@ def read_manifest(checkpoint: Path) -> dict[str, ManifestEntry]:
     tree = read_json(path)
     if not isinstance(tree, dict) or not {STATE, CONFIG} <= tree.keys():
         raise UserError(f"{path}: is no list of the checkpoint's files")
+    if any(name.startswith(f"{OF_EARLIER_VERSIONS}/") for name in tree):
+        raise UserError(
+            f"{path}: is of an earlier version of this program, which alone can continue it or convert it; "
+            "environment.json in the run's folder names its commit"
+        )
     try:
         manifest = {name: ManifestEntry.model_validate(entry) for name, entry in tree.items()}
     except ValidationError:
-        raise UserError(f"{path}: is not of this version's form, or damaged") from None
+        raise UserError(f"{path}: has entries without size and hash") from None
     for name, entry in manifest.items():
         file = checkpoint / name
         try:
@@ -185,7 +192,7 @@ def newest_checkpoint(run_dir: Path, rank_info: RankInfo, ignore_damaged: bool =
         if rank_info.is_first:
             more = f" and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
             named = "; ".join(problems[:NAMED])
-            logger.warning("checkpoint %s is damaged and is not used: %s%s", checkpoint, named, more)
+            logger.warning("checkpoint %s cannot be used: %s%s", checkpoint, named, more)
     with on_all_ranks(rank_info):
         if rank_info.is_first:
             _begin_anew(run_dir, ignore_damaged)
@@ -221,7 +228,7 @@ def _begin_anew(run_dir: Path, ignore_damaged: bool) -> None:
     """
     folder = checkpoints_folder(run_dir)
     damaged = all_checkpoints(run_dir)
-    if not damaged and not (folder / LATEST).exists():
+    if not damaged and not (folder / LATEST).exists() and not _must_have_saved(run_dir):
         return
     if not ignore_damaged:
         unusable = f"none of the {len(damaged)} checkpoints can be used (see above)"
@@ -234,6 +241,18 @@ def _begin_anew(run_dir: Path, ignore_damaged: bool) -> None:
         if path.exists():
             path.rename(_aside(path))
     logger.warning("%s: nothing can be used; the run begins anew, and what was there has .damaged in its name", run_dir)
+
+
+def _must_have_saved(run_dir: Path) -> bool:
+    """Say whether figures go on beyond the second checkpoint that was due, before which the first one is published.
+
+    So a disk that is not mounted is not taken for a run that has just begun.
+    """
+    try:
+        rows, every = read_metrics(run_dir), load_config_of(run_dir).checkpoint.every
+    except UserError:  # nothing was trained, or nobody can tell
+        return False
+    return bool(rows) and rows[-1]["step"] > 2 * every
 
 
 def _aside(path: Path) -> Path:

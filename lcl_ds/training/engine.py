@@ -114,7 +114,10 @@ def load_ds_config(path: Path) -> dict[str, Any]:
 def _refused(zero: DeepSpeedZeroConfig) -> Iterator[tuple[str, str]]:
     """Name the settings of ZeRO under which a run would fail, or save something else than it has learned, and why."""
     if zero.round_robin_gradients:
-        yield "round_robin_gradients", "DeepSpeed then mistakes one weight for another, and a checkpoint would mix them up"
+        yield (
+            "round_robin_gradients",
+            "DeepSpeed then mistakes one weight for another, and a checkpoint would mix them up",
+        )
     if zero.zero_quantized_nontrainable_weights:
         yield "zero_quantized_nontrainable_weights", "a checkpoint would lack the exact values of frozen weights"
     if zero.zenflow is not None:

@@ -89,17 +89,15 @@ class Trainer:
         self._peak = peak_flops(self.rank_info.device)
         self._stop = StopAgreement(collective_timeout_s(self.config.train))
         try:
-            return self._run(monitor)
-        except UserError:  # raised on all ranks; what was begun to be saved is of use
-            self.saver.finish()
-            raise
+            with self.saver.finishing():
+                return self._run(monitor)
         finally:
             self.saver.close()
             monitor.close()
             self._stop.close()
 
     def _run(self, monitor: Monitor) -> int | None:
-        self._saved_step = self.progress.step
+        self._saved_step = PULSE.saved_step = self.progress.step
         while not self._stop.reached() and self.progress.step < self.config.train.steps:
             metrics = self._step()
             if metrics is None:

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from lcl_ds.metrics import LOSS_ENDING, METRICS, MetricsFile, StepMetrics, keep_metrics
-from lcl_ds.training.checkpoint import checkpoints_folder
+from lcl_ds.training.checkpoint import all_checkpoints
 from lcl_ds.training.trackers import Trackers
 
 
@@ -91,7 +91,7 @@ def progress_line(metrics: StepMetrics, total_steps: int, left: str) -> str:
 
 def kept_metrics(run_dir: Path) -> list[Path]:
     """List the copies of ``metrics.jsonl`` in a run's checkpoints, oldest first."""
-    return sorted(checkpoints_folder(run_dir).glob(f"step_*/{METRICS}"))
+    return [checkpoint / METRICS for checkpoint in all_checkpoints(run_dir)]
 
 
 def time_left(seconds: float) -> str:

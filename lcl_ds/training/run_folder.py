@@ -98,7 +98,10 @@ def check_run_writable(run_dir: Path) -> None:
         UserError: it cannot be done, and why.
     """
     check_writable(run_dir)
-    if os.path.lexists(checkpoints := checkpoints_folder(run_dir)):
+    checkpoints = checkpoints_folder(run_dir)
+    if checkpoints.is_symlink() and not checkpoints.exists():
+        raise UserError(f"{checkpoints}: is a link to {checkpoints.readlink()}, which is not there; mount or make it")
+    if checkpoints.exists():
         check_writable(checkpoints)
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -21,13 +21,12 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors import SafetensorError
 from torch import Tensor
 
 from lcl_ds.config import Config
 from lcl_ds.data.stream.loader import LoaderState, merge_states
 from lcl_ds.errors import UserError
-from lcl_ds.files import sentence_of, write_whole, writing
+from lcl_ds.files import naming, sentence_of, write_whole
 from lcl_ds.metrics import METRICS
 from lcl_ds.training.checkpoint import (
     CONFIG,
@@ -58,8 +57,8 @@ logger = logging.getLogger(__name__)
 
 WRITTEN, FAILED = "ranks that have written their part", "ranks that could not write theirs"
 """Travel with what one step sums over ranks."""
-PROBE_BYTES = 4 << 20
-"""What is written to find out whether a disk is full."""
+OLD = ".old"
+"""How the hidden names of checkpoints that are to be removed end."""
 GB = 1e9
 
 
@@ -184,6 +183,22 @@ class Saver:
         finally:
             self._in_flight = None
 
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Finish what was begun also where the block ends with a mistake that all ranks know of: it is of use.
+
+        Raises:
+            UserError: on all ranks: the block's own, and with it what kept a checkpoint from being written.
+        """
+        try:
+            yield
+        except UserError as error:
+            try:
+                self.finish()
+            except UserError as unsaved:
+                raise UserError([*error.problems, *unsaved.problems]) from error
+            raise
+
     def close(self) -> None:
         """Let the thread end; what it is writing is written but not published."""
         self._threads.shutdown(wait=True)
@@ -290,8 +305,8 @@ def publish(partial: Path, final: Path, manifest: dict[str, ManifestEntry]) -> N
     read_manifest(partial)
     for path in (partial / MANIFEST, partial / WEIGHTS, partial / MOMENTS, partial):
         flush(path)
-    if final.exists():
-        shutil.rmtree(final)
+    if os.path.lexists(final):  # one that was damaged
+        hide(final)
     partial.rename(final)
     flush(final.parent)
     write_whole(final.parent / LATEST, final.name + "\n")
@@ -299,17 +314,42 @@ def publish(partial: Path, final: Path, manifest: dict[str, ManifestEntry]) -> N
 
 
 def remove_old(run_dir: Path, keep: int, keep_every: int | None) -> None:
-    """Remove all complete checkpoints but the newest ``keep`` and those of steps that ``keep_every`` divides."""
+    """Remove all complete checkpoints but the newest ``keep`` and those of steps that ``keep_every`` divides.
+
+    What cannot be removed is named: no reason to end a run.
+    """
     for old in complete_checkpoints(run_dir)[:-keep]:
         if keep_every is None or step_of(old) % keep_every:
-            shutil.rmtree(old)
+            _tried(hide, old)
+    for hidden in checkpoints_folder(run_dir).glob(f"{PARTIAL}*{OLD}"):
+        _tried(remove, hidden)
+
+
+def hide(checkpoint: Path) -> Path:
+    """Make a checkpoint one that is not finished, before any of its files goes."""
+    return checkpoint.rename(checkpoint.with_name(f"{PARTIAL}{checkpoint.name}{OLD}"))
+
+
+def remove(hidden: Path) -> None:
+    """Remove what is hidden; of a link, only the link."""
+    if hidden.is_symlink():
+        hidden.unlink()
+    else:
+        shutil.rmtree(hidden)
+
+
+def _tried(action: Callable[[Path], object], old: Path) -> None:
+    try:
+        action(old)
+    except OSError as error:
+        logger.warning("%s: an old checkpoint that cannot be removed: %s", old, sentence_of(error) or error)
 
 
 def remove_partial(run_dir: Path) -> None:
     """Remove what was not finished when an earlier start of this run ended."""
     for partial in checkpoints_folder(run_dir).glob(f"{PARTIAL}*"):
         logger.info("%s: was not finished when the run ended; removed", partial)
-        shutil.rmtree(partial)
+        remove(partial)
 
 
 def check_room_for_all(run_dir: Path, size: int, keep: int) -> None:
@@ -353,7 +393,8 @@ def flush(path: Path) -> None:
     """Wait until a file or folder is on disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -367,8 +408,8 @@ def _disk_errors_named(job: _InFlight) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:  # the library's own errors do not say why
-        reason = sentence_of(error) if isinstance(error, OSError) else _what_the_disk_says(job.partial)
+    except OSError as error:
+        reason = sentence_of(error)
         if reason is None:
             raise
         raise UserError(
@@ -376,13 +417,3 @@ def _disk_errors_named(job: _InFlight) -> Iterator[None]:
             "same command again continues from the newest",
             on_every_rank=False,
         ) from error
-
-
-def _what_the_disk_says(folder: Path) -> str | None:
-    try:
-        with writing(folder / "probe") as file:
-            file.write(bytes(PROBE_BYTES))
-        (folder / "probe").unlink()
-    except OSError as error:
-        return sentence_of(error)
-    return None

@@ -8,6 +8,7 @@ so nothing in it depends on how many ranks there were. Reading needs neither Dee
 import json
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lcl_ds.errors import UserError
-from lcl_ds.files import plain_name
+from lcl_ds.files import plain_name, system_error
 
 SUFFIX = ".safetensors"
 SLICES = "slices"
@@ -41,13 +42,18 @@ def write_slices(path: Path, slices: Iterable[Slice]) -> None:
     """Write one file.
 
     Raises:
-        OSError, SafetensorError: the disk did not take it.
+        OSError: the disk did not take it.
     """
     slices = list(slices)
     where = {part.name: [part.start, list(part.shape)] for part in slices}
-    with plain_name(path.parent) as folder:
-        tensors = {part.name: part.values for part in slices}
-        save_file(tensors, folder / path.name, metadata={SLICES: json.dumps(where)})
+    tensors = {part.name: part.values for part in slices}
+    try:
+        with plain_name(path.parent) as folder:
+            save_file(tensors, folder / path.name, metadata={SLICES: json.dumps(where)})
+    except SafetensorError as error:
+        raise system_error(error, path) or error from error
+    with suppress(PermissionError):  # a disk that knows no permissions
+        path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes for the owner alone
 
 
 @dataclass(frozen=True)

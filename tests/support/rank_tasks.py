@@ -49,6 +49,7 @@ from lcl_ds.training.distributed import (
 )
 from lcl_ds.training.engine import complete_ds_config, load_engine, start_engine
 from lcl_ds.training.loop import Trainer
+from lcl_ds.training.pulse import PULSE
 from lcl_ds.training.resume import check_same_run
 from lcl_ds.training.run import prepare, train
 from lcl_ds.training.run_folder import check_same_settings, check_seen_by_all
@@ -314,7 +315,10 @@ def saved_run(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     after = full_weights(trainer)
     still = {name for name in before if torch.equal(before[name], after[name])}
     frozen = {part_of(name) for name in still}
+    PULSE.saved_step = 0  # as in a new process, which goes on at step 4
+    Trainer(trainer.engine, GivenBatches([]), config, rank_info, folder, VOCABULARY.size, Progress(step=4)).train()
     return {
+        "saved_step": PULSE.saved_step,
         "log": "\n".join(log.lines),
         "after": after,
         "frozen": sorted(frozen),

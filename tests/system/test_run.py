@@ -96,7 +96,7 @@ def test_a_run_in_a_folder_of_any_name_goes_on_from_the_checkpoint_before_a_torn
     lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run_dir / "metrics.jsonl").write_text("".join([*lines[:22], "foreign\n", *lines[23:]]))
     output = run_ranks(2, train_command(recipe, run_dir), tmp_path / "log")
-    assert "step_00000030 is damaged and is not used" in output
+    assert "step_00000030 cannot be used" in output
     assert "at step 25" in output
     assert "step 23 is taken from the checkpoint" in output
     assert without_timing(metrics_of(run_dir)) == without_timing(metrics_of(whole_run))

@@ -20,6 +20,7 @@ from lcl_ds.training.checkpoint import (
     read_state,
     resolve_checkpoint,
 )
+from lcl_ds.training.monitor import kept_metrics
 from lcl_ds.training.saver import check_room, publish, remove_old, remove_partial
 
 
@@ -48,6 +49,12 @@ def test_the_manifest_lists_every_file_with_its_size(saved_run):
     assert manifest.keys() == {
         *("config.yaml", "trainer_state.json", "metrics.jsonl", f"weights/{part}", f"moments/{part}"),
     }
+
+
+def test_who_may_read_the_folder_may_read_every_file(saved_run):
+    checkpoint = resolve_checkpoint(saved_run[0])
+    for path in checkpoint.rglob("*.*"):
+        assert path.stat().st_mode & 0o666 == path.parent.stat().st_mode & 0o666, path
 
 
 def test_a_checkpoint_keeps_its_position_settings_and_the_metrics_since_the_one_before(saved_run):
@@ -104,14 +111,14 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
     "metrics gone": ("metrics.jsonl", lambda path: path.unlink()),
     "manifest gone": ("COMPLETE.json", lambda path: path.unlink()),
     "manifest empty": ("COMPLETE.json", lambda path: path.write_bytes(b"")),
-    "manifest of an earlier version": ("COMPLETE.json", lambda path: path.write_text(OLD_MANIFEST)),
+    "a manifest without hashes": ("COMPLETE.json", lambda path: path.write_text(SIZES_ALONE)),
     "a hash in the manifest": ("COMPLETE.json", lambda path: path.write_text(path.read_text().replace("a", "b"))),
     "a name in the manifest": ("COMPLETE.json", lambda path: path.write_text(path.read_text().replace("part", LONG))),
     "an entry of the manifest": ("COMPLETE.json", lambda path: path.write_text(path.read_text().replace("bytes", "b"))),
 }
 LONG = "a" * 300
 """No system has files of such a name, so even the question whether there is one is an error."""
-OLD_MANIFEST = '{"trainer_state.json": 12, "config.yaml": {"bytes": 3}}'
+SIZES_ALONE = '{"trainer_state.json": 12, "config.yaml": {"bytes": 3}}'
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -120,7 +127,7 @@ def test_a_damaged_checkpoint_is_named_with_its_file_and_the_one_before_is_taken
     change(run_dir / "checkpoints" / "step_00000004" / name)
     assert newest_checkpoint(run_dir, only_rank) == run_dir / "checkpoints" / "step_00000003"
     (warning,) = (record.getMessage() for record in caplog.records)
-    assert "step_00000004 is damaged and is not used: " in warning
+    assert "step_00000004 cannot be used: " in warning
     assert name in warning or LONG in warning
     newest = run_dir / "checkpoints" / "step_00000004"
     if not name.startswith(("moments", "metrics")):  # of which a release needs nothing
@@ -144,11 +151,33 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_again(run_dir, onl
         load_model(resolve_checkpoint(run_dir))
 
 
+def test_a_run_of_an_earlier_version_says_what_can_go_on_with_it(run_dir, only_rank, caplog):
+    for manifest in run_dir.glob("checkpoints/*/COMPLETE.json"):
+        entries = json.loads(manifest.read_text()) | {"engine/engine/mp_rank_00_model_states.pt": {"bytes": 3}}
+        manifest.write_text(json.dumps(entries))
+    with pytest.raises(UserError, match=r"none of the 2 checkpoints can be used \(see above\)"):
+        newest_checkpoint(run_dir, only_rank)
+    assert caplog.text.count("is of an earlier version of this program, which alone can continue it") == 2
+    with pytest.raises(UserError, match=r"earlier version .* environment.json in the run's folder names its commit"):
+        resolve_checkpoint(run_dir)
+
+
 def test_nor_one_whose_checkpoints_are_gone(run_dir, only_rank):
     for checkpoint in run_dir.glob("checkpoints/step_*"):
         shutil.rmtree(checkpoint)
     with pytest.raises(UserError, match=r"checkpoints: its checkpoints are gone; restore one of them"):
         newest_checkpoint(run_dir, only_rank)
+
+
+def test_nor_one_whose_folder_of_checkpoints_is_empty_like_a_disk_that_is_not_mounted(run_dir, only_rank):
+    shutil.copy(run_dir / "checkpoints" / "step_00000004" / "config.yaml", run_dir)
+    (run_dir / "checkpoints").rename(run_dir / "unmounted")
+    (run_dir / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"checkpoints: its checkpoints are gone; restore one of them"):
+        newest_checkpoint(run_dir, only_rank)
+    first_lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)[:2]
+    (run_dir / "metrics.jsonl").write_text("".join(first_lines))  # killed before its first checkpoint was whole
+    assert newest_checkpoint(run_dir, only_rank) is None
 
 
 def test_it_is_begun_again_where_the_user_says_so_and_nothing_of_it_is_thrown_away(run_dir, only_rank):
@@ -160,6 +189,7 @@ def test_it_is_begun_again_where_the_user_says_so_and_nothing_of_it_is_thrown_aw
     assert (run_dir / "metrics.jsonl.damaged1").read_bytes() == before
     kept = {path.name for path in (run_dir / "checkpoints").iterdir()}
     assert kept == {"step_00000003.damaged1", "step_00000004.damaged1", "latest.damaged1"}
+    assert kept_metrics(run_dir) == []
 
 
 def test_what_is_kept_for_good_is_not_removed_with_the_old_ones(run_dir):
@@ -176,6 +206,31 @@ def test_what_is_kept_for_good_is_not_removed_with_the_old_ones(run_dir):
             "step_00000005",
         ),  # the second is damaged: not ours to judge
     ]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_named_and_none_that_goes_is_seen_in_part(run_dir, caplog):
+    folder = run_dir / "checkpoints"
+    elsewhere = shutil.move(folder / "step_00000003", run_dir / "elsewhere")
+    (folder / "step_00000003").symlink_to(elsewhere)
+    shutil.copytree(elsewhere, folder / "step_00000002")
+    (folder / ".partial_step_00000002.old").mkdir()
+    (folder / ".partial_step_00000002.old" / "file").touch()  # in the way
+    remove_old(run_dir, keep=1, keep_every=None)
+    assert "step_00000002: an old checkpoint that cannot be removed: " in caplog.text
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000002", "step_00000004"]
+    assert (elsewhere / "COMPLETE.json").exists()
+    remove_old(run_dir, keep=1, keep_every=None)
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000004"]
+
+
+def test_a_damaged_checkpoint_makes_way_for_the_one_of_its_step_that_is_whole(run_dir):
+    newest = run_dir / "checkpoints" / "step_00000004"
+    partial = Path(shutil.copytree(newest, newest.with_name(".partial_step_00000004")))
+    flip_a_bit(newest / "weights" / PART, 0.5)
+    publish(partial, newest, read_manifest(partial))
+    assert load_model(newest)
+    remove_old(run_dir, keep=2, keep_every=None)
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["latest", "step_00000003", "step_00000004"]
 
 
 def test_what_an_earlier_start_did_not_finish_is_removed(run_dir, caplog):

@@ -9,7 +9,6 @@ from lcl_ds.errors import UserError
 from lcl_ds.training.engine import complete_ds_config, load_ds_config, rows_per_micro_step
 from tests.support.small import small_config
 
-
 NVME = {"device": "nvme", "nvme_path": "/tmp"}
 
 

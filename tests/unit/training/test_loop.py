@@ -89,6 +89,10 @@ def test_every_step_of_a_run_is_recorded(saved_run):
         assert "mfu" not in row
 
 
+def test_a_second_signal_can_say_at_which_step_a_continued_run_goes_on(saved_run):
+    assert saved_run[1]["saved_step"] == 4
+
+
 def test_an_error_of_a_rank_becomes_that_of_all_and_a_mistake_of_ours_crashes(only_rank):
     with pytest.raises(UserError, match="data.shards: no such file"), on_all_ranks(only_rank):
         raise UserError("data.shards: no such file")

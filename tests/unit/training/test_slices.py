@@ -1,5 +1,6 @@
 """Slices of tensors: any reader takes any part, whoever wrote them."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ def folder(tmp_path) -> Path:
     """Holds a weight in parts, under a name in which a glob would see a pattern."""
     folder = tmp_path / "run [1] *"
     folder.mkdir()
-    for rank, (start, stop) in enumerate(zip(CUTS, CUTS[1:], strict=False)):
+    for rank, (start, stop) in enumerate(pairwise(CUTS)):
         part = Slice("weight", start, (2, 7), WEIGHT.flatten()[start:stop])
         write_slices(folder / f"{rank}.safetensors", [part] if stop > start else [])
     return folder
