@@ -70,19 +70,22 @@ def kill_once(rng: random.Random, recipe: Path, run_dir: Path, log: Path) -> str
     world_size, ds_config = rng.choice(WAYS)
     moment, whom = rng.choice(MOMENTS), rng.choice(("the job", "one rank"))
     done = len(metrics_of(run_dir))
-    ranks = Ranks(world_size, train_command(recipe, run_dir, ds_config=ds_config), log)
+    python, script, *rest = train_command(recipe, run_dir, ds_config=ds_config)
+    program = ["-m", "tests.chaos.slow_disk"] if moment == "saving" else [script]
+    ranks = Ranks(world_size, [python, *program, *rest], log)
     try:
         if moment == "starting":
-            time.sleep(rng.uniform(0.5, 12))
+            time.sleep(rng.uniform(0.5, 9))
         else:
             wait_until(lambda: len(metrics_of(run_dir)) > done or no_metrics_were_cut(run_dir, done), ranks)
             if moment == "saving":
                 wait_until(lambda: any(checkpoints_folder(run_dir).glob(".partial_*")), ranks)
-            time.sleep(rng.uniform(0, 0.5 if moment == "training" else 0.05))
+            time.sleep(rng.uniform(0, 0.5))
         if whom == "one rank":
             os.kill(rng.choice(ranks.processes).pid, signal.SIGKILL)
-            codes = ranks.wait(LIMIT_S)  # the others end by themselves
-            assert all(codes), f"a rank ended well without the others: {codes}"
+            if moment != "starting":  # then they wait for each other, and it is the launcher that ends them
+                codes = ranks.wait(LIMIT_S)
+                assert all(codes), f"a rank ended well without the others: {codes}"
     finally:
         ranks.kill()
     return f"{whom} while {moment}"
