@@ -193,6 +193,8 @@ class Saver:
         try:
             yield
         except UserError as error:
+            if not error.on_every_rank:  # the others are not here
+                raise
             try:
                 self.finish()
             except UserError as unsaved:

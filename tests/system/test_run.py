@@ -152,7 +152,10 @@ def test_ranks_that_the_deepspeed_launcher_started_save_and_end_when_it_alone_is
         time.sleep(0.1)
     output = log.read_text()
     assert "world size 2, ZeRO stage 2" in output
-    assert f"deepspeed.launcher.runner (process {runner.pid}) has ended: the run saves after this micro-step" in output
+    assert (
+        f"deepspeed.launcher.runner (process {runner.pid}) has ended" in output
+    )  # one rank may hear it after the save
+    assert "SIGTERM: step" in output
     assert (run_dir / "checkpoints" / "latest").read_text().strip() == f"step_{len(metrics_of(run_dir)):08d}"
     assert not (run_dir / ".lock").exists()
 
