@@ -354,14 +354,14 @@ def _tried(action: Callable[[Path], object], old: Path) -> None:
     try:
         action(old)
     except OSError as error:
-        logger.warning("%s: an old checkpoint that cannot be removed: %s", old, sentence_of(error) or error)
+        logger.warning("%s: cannot be removed: %s", old, sentence_of(error) or error)
 
 
 def remove_partial(run_dir: Path) -> None:
     """Remove what was not finished when an earlier start of this run ended."""
     for partial in checkpoints_folder(run_dir).glob(f"{PARTIAL}*"):
-        logger.info("%s: was not finished when the run ended; removed", partial)
-        remove(partial)
+        logger.info("%s: was not finished when the run ended; it is removed", partial)
+        _tried(remove, partial)
 
 
 def check_room_for_all(run_dir: Path, size: int, keep: int) -> None:

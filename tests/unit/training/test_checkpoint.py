@@ -229,7 +229,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_named_and_none_that_goes_is
     (folder / ".partial_step_00000002.old").mkdir()
     (folder / ".partial_step_00000002.old" / "file").touch()  # in the way
     remove_old(run_dir, keep=1, keep_every=None)
-    assert "step_00000002: an old checkpoint that cannot be removed: " in caplog.text
+    assert "step_00000002: cannot be removed: " in caplog.text
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000002", "step_00000004"]
     assert (elsewhere / "COMPLETE.json").exists()
     remove_old(run_dir, keep=1, keep_every=None)
@@ -249,8 +249,11 @@ def test_a_damaged_checkpoint_makes_way_for_the_one_of_its_step_that_is_whole(ru
 def test_what_an_earlier_start_did_not_finish_is_removed(run_dir, caplog):
     caplog.set_level("INFO")
     (run_dir / "checkpoints" / ".partial_step_00000007" / "weights").mkdir(parents=True)
+    stays = run_dir / "checkpoints" / ".partial_of_somebody_else"
+    stays.touch()
     remove_partial(run_dir)
-    assert not list((run_dir / "checkpoints").glob(".partial*"))
+    assert list((run_dir / "checkpoints").glob(".partial*")) == [stays]
+    assert f"{stays}: cannot be removed: " in caplog.text
     assert ".partial_step_00000007: was not finished" in caplog.text
 
 
