@@ -16,6 +16,8 @@ from tests.support.legs import corpus_settings, leg, run_legs
 
 FP32, BF16, SAME = 1e-5, 2e-2, 0.0
 """Largest relative difference of a loss."""
+OBJECTIVES = dict.fromkeys(NAMES, FP32) | {"blip2": 5e-2}
+"""BLIP-2 matches texts with other images of their own rank, so what it learns from depends a little on the ranks."""
 WHOLE = [(60, 2, "3")]
 WAYS: dict[str, tuple[str, float, list[tuple[int, int, str]]]] = {
     "2 ranks to 20, 4 to 40, 1 to 60": ("fp32", FP32, [(20, 2, "3"), (40, 4, "3"), (60, 1, "3")]),
@@ -69,11 +71,11 @@ def main() -> int:
         for name, (precision, tolerance, ways) in WAYS.items():
             run = go(runs, name, [*shared, f"precision={precision}"], ways)
             good &= compared(name, run, whole[precision], tolerance)
-        for objective in NAMES:
+        for objective, tolerance in OBJECTIVES.items():
             overrides = [*shared, f"objective.name={objective}"]
             one = go(runs, f"{objective} whole", overrides, [(9, 2, "3")])
             other = go(runs, objective, overrides, [(3, 2, "3"), (6, 4, "2"), (9, 1, "0")])
-            good &= compared(f"{objective}: 2, 4, 1 ranks, stage 3, 2, 0", other, one, FP32)
+            good &= compared(f"{objective}: 2, 4, 1 ranks, stage 3, 2, 0", other, one, tolerance)
     return 0 if good else 1
 
 
