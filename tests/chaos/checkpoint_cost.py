@@ -7,6 +7,7 @@ ranks. Needs about 16 GiB of memory and 15 GB of disk, and an otherwise idle mac
 """
 
 import argparse
+import gc
 import json
 import resource
 import subprocess
@@ -15,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lcl_ds.environment import machine, versions
 from lcl_ds.files import write_whole
-from lcl_ds.training.checkpoint import Progress, checkpoint_of
+from lcl_ds.training.checkpoint import checkpoint_of
 from lcl_ds.training.distributed import RankInfo, init_distributed
 from lcl_ds.training.engine import load_engine
 from lcl_ds.training.engine_state import HeldPart, held_parts
@@ -44,10 +46,10 @@ VISION = (
 )
 SETTINGS = (
     *(f"model.decoder={DECODER}", f"model.vision={VISION}", "train.global_batch_rows=4", "train.warmup_steps=0"),
-    *("train.steps=1000", "checkpoint.every=1000", "checkpoint.keep=9"),
+    *("train.steps=12", "checkpoint.every=4", "checkpoint.keep=9"),
 )
-BEFORE, DURING = 3, 6
-"""Steps before a save, and steps while or after it is written."""
+STEPS, EVERY = 12, 4
+"""The first save makes room in memory; the second is the one that counts."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,22 +69,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    figures: dict[str, Any] = {"save": on_ranks(2, "save", folder)[0]}
-    started = time.perf_counter()
-    command = [
-        sys.executable,
-        "-m",
-        "deepspeed.checkpoint.ds_to_universal",
-        "--input_folder",
-        str(folder / "deepspeed/x"),
-    ]
-    subprocess.run([*command, "--output_folder", str(folder / "universal")], check=True, capture_output=True)
-    seconds = time.perf_counter() - started
-    figures["save"]["universal, converting"] = {"seconds": seconds, "bytes": bytes_of(folder / "universal")}
-    figures["load"] = {}
+    figures: dict[str, Any] = {"save": on_ranks(2, "save", folder)[0], "load": {}}
     for ranks in (1, 2, 4):
         results = on_ranks(ranks, "load", folder)
         figures["load"][ranks] = {name: max(result[name] for result in results) for name in results[0]}
+    started = time.perf_counter()
+    program = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    arguments = ["--input_folder", str(folder / "deepspeed/x"), "--output_folder", str(folder / "universal")]
+    done = subprocess.run([*program, *arguments], check=False, capture_output=True, text=True)
+    seconds = time.perf_counter() - started
+    result = {"seconds": seconds, "bytes": bytes_of(folder / "universal")}
+    figures["save"]["universal, converting"] = {"failed": done.stderr[-500:]} if done.returncode else result
     return figures
 
 
@@ -104,13 +101,14 @@ def measure_saving(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for name, asynchronous in (("ours, while training goes on", True), ("ours, while training waits", False)):
         config = small_config(*SETTINGS, f"checkpoint.asynchronous={asynchronous}")
-        batches = [batch_with_images(10 * step + rank_info.rank) for step in range(3 * (BEFORE + DURING))]
+        batches = [batch_with_images(10 * step + rank_info.rank) for step in range(STEPS)]
         trainer = trainer_of(config, 3, rank_info, batches, folder / name)
         results["weights"] = sum(w.ds_numel for w in trainer.engine.module.parameters())
         results[name] = save_while_training(trainer)
-        results[name]["bytes"] = bytes_of(checkpoint_of(folder / name, trainer.progress.step - DURING))
+        results[name]["bytes"] = bytes_of(checkpoint_of(folder / name, STEPS))
         if asynchronous:
             trainer.release()
+            gc.collect()
     results["DeepSpeed"] = timed(lambda: trainer.engine.save_checkpoint(str(folder / "deepspeed"), tag="x"))
     results["DeepSpeed"]["bytes"] = bytes_of(folder / "deepspeed")
     results["torch distributed"] = timed(lambda: dcp.save(tree_of(trainer.engine), checkpoint_id=folder / "dcp"))
@@ -119,21 +117,32 @@ def measure_saving(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
 
 
 def save_while_training(trainer: Trainer) -> dict[str, float]:
-    """Take steps, save twice (the first makes room in memory), and say what a step and a save took."""
-    take = trainer._step
-    usual = [seconds_of(take) for _ in range(BEFORE)]
-    first = seconds_of(trainer.save)
-    after_first = [seconds_of(take) for _ in range(BEFORE)]
-    trainer.saver.finish()
-    second = seconds_of(trainer.save)
-    during = [seconds_of(take) for _ in range(DURING)]
-    seconds_of(trainer.saver.finish)
+    """Train with three saves, and say what a step and a save took."""
+    steps: list[float] = []
+    saves: list[float] = []
+    take, begin = trainer._step, trainer.saver.begin
+
+    def timed_step() -> Any:
+        started = time.perf_counter()
+        metrics = take()
+        steps.append(time.perf_counter() - started)
+        return metrics
+
+    def timed_begin(*arguments: Any) -> Path:
+        started = time.perf_counter()
+        final = begin(*arguments)
+        saves.append(time.perf_counter() - started)
+        return final
+
+    trainer._step, trainer.saver.begin = timed_step, timed_begin  # type: ignore[method-assign]
+    trainer.train()
+    usual = median(steps[1:EVERY])
     return {
-        "stall of the first": first,
-        "stall of the second": second,
-        "usual step": sorted(usual)[len(usual) // 2],
-        "steps during it, in all beyond usual": sum(during) - DURING * sorted(after_first)[len(after_first) // 2],
-        "seconds until published": PULSE.save_s or 0.0,
+        "stall of the first, s": saves[0],
+        "stall of the second, s": saves[1],
+        "usual step, s": usual,
+        "steps while it was written, beyond usual, s": sum(steps[2 * EVERY :]) - EVERY * usual,
+        "until published, s": PULSE.save_s or 0.0,
     }
 
 
@@ -142,7 +151,7 @@ def measure_loading(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     trainer = trainer_of(config, 3, rank_info, [batch_with_images(rank_info.rank)], folder / "none")
     name = "ours, while training goes on"
     before = peak_gib()
-    checkpoint = checkpoint_of(folder / name, 2 * BEFORE)
+    checkpoint = checkpoint_of(folder / name, STEPS)
     results = {"weights per rank": sum(w.ds_tensor.numel() for w in trainer.engine.module.parameters())}
     results["peak GiB before"] = before
     results["ours, s"] = seconds_of(lambda: load_engine(trainer.engine, checkpoint, rank_info))
@@ -153,7 +162,6 @@ def measure_loading(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         results["DeepSpeed, peak GiB"] = peak_gib()
     tree = tree_of(trainer.engine)
     results["torch distributed, s"] = seconds_of(lambda: dcp.load(tree, checkpoint_id=folder / "dcp"))
-    trainer.progress = Progress()
     return results
 
 
@@ -181,7 +189,8 @@ def seconds_of(action: Callable[[], Any]) -> float:
 
 
 def bytes_of(folder: Path) -> int:
-    dist.is_initialized() and dist.barrier()
+    if dist.is_initialized():
+        dist.barrier()
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
