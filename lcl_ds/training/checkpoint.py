@@ -32,6 +32,8 @@ STATE = "trainer_state.json"
 CONFIG = "config.yaml"
 WEIGHTS, MOMENTS = "weights", "moments"
 """Subfolders with the slices of the fp32 weights, and of AdamW's two moments."""
+WEIGHT = "weight"
+"""The kind of values that is the weight itself, beside AdamW's names for its moments."""
 LATEST = "latest"
 STEP, PARTIAL = "step_", ".partial_"
 """How the names of checkpoints begin, and of what was not finished."""
@@ -310,6 +312,11 @@ def load_config_of(checkpoint: Path) -> Config:
     if not isinstance(tree, dict):
         raise UserError(f"{checkpoint / CONFIG}: a mapping of settings is expected, found {type(tree).__name__}")
     return validate_config(tree, str(checkpoint / CONFIG))
+
+
+def slice_of(name: str, kind: str) -> tuple[str, str]:
+    """Say in which subfolder, and under which name, a checkpoint holds a weight or, by its kind, one of its moments."""
+    return (WEIGHTS, name) if kind == WEIGHT else (MOMENTS, f"{kind}.{name}")
 
 
 def slices_of(checkpoint: Path, folder: str, manifest: dict[str, ManifestEntry]) -> SliceReader:

@@ -114,7 +114,9 @@ def _meet(backend: str, timeout: dict[str, Any]) -> None:
 
 @contextmanager
 def on_all_ranks(rank_info: RankInfo) -> Iterator[None]:
-    """Do something for which no rank needs another; where it fails on one, all fail and know why.
+    """Do something that may fail on one rank: then all fail and know why.
+
+    A rank must not leave the block between two collectives in it that the others wait at.
 
     Raises:
         UserError: on every rank, the same: what went wrong, with rank and host where not all ranks found it.

@@ -26,9 +26,9 @@ from lcl_ds.errors import UserError
 from lcl_ds.models.heads import ExactScalar
 from lcl_ds.objectives.base import Objective
 from lcl_ds.settings import suggest
-from lcl_ds.training.checkpoint import MOMENTS, WEIGHTS, check_names, read_manifest, read_state, slices_of
+from lcl_ds.training.checkpoint import MOMENTS, WEIGHTS, check_names, read_manifest, read_state, slice_of, slices_of
 from lcl_ds.training.distributed import RankInfo, on_all_ranks
-from lcl_ds.training.engine_state import WEIGHT, held_parts, set_optimizer_steps, spread_weights, stage_0_master
+from lcl_ds.training.engine_state import held_parts, set_optimizer_steps, spread_weights, stage_0_master
 from lcl_ds.training.optimizer import BoundedAdamW, freeze_parts, parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -312,12 +312,12 @@ def load_engine(engine: Any, checkpoint: Path, rank_info: RankInfo) -> None:
     parts = held_parts(engine)
     with on_all_ranks(rank_info):
         manifest = read_manifest(checkpoint)
-        weights, moments = (slices_of(checkpoint, folder, manifest) for folder in (WEIGHTS, MOMENTS))
-        check_names(checkpoint, weights.shapes, (name for name, _ in engine.module.named_parameters()))
+        readers = {folder: slices_of(checkpoint, folder, manifest) for folder in (WEIGHTS, MOMENTS)}
+        check_names(checkpoint, readers[WEIGHTS].shapes, (name for name, _ in engine.module.named_parameters()))
         for part in parts:
             for kind, values in part.values.items():
-                reader, name = (weights, part.name) if kind == WEIGHT else (moments, f"{kind}.{part.name}")
-                values.copy_(reader.read(name, part.shape, part.start, part.start + len(values)))
+                folder, name = slice_of(part.name, kind)
+                values.copy_(readers[folder].read(name, part.shape, part.start, part.start + len(values)))
         set_optimizer_steps(engine, read_state(checkpoint)["optimizer_steps"])
     spread_weights(engine, parts)
     refresh_exact_scalars(engine)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-WEIGHT = "weight"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from lcl_ds.training.checkpoint import WEIGHT
+
+MOMENT_KINDS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps of each weight, by its own names."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class HeldPart:
     values: dict[str, Tensor]
     """Views [elements]: ``weight`` (fp32; of a frozen weight, in the model's precision) and, unless it is frozen,
     ``exp_avg`` and ``exp_avg_sq``."""
-    is_shared: bool
-    """Whether no other rank holds any of it; else all ranks hold the whole of it."""
+    is_split: bool
+    """Whether each rank holds another part of the weight; else all ranks hold the whole of it."""
 
 
 def held_parts(engine: Any) -> list[HeldPart]:
@@ -53,7 +55,7 @@ def held_parts(engine: Any) -> list[HeldPart]:
 
 def own_share(part: HeldPart) -> tuple[int, dict[str, Tensor]]:
     """Return start and values of what this rank writes: all it holds where others lack it, else an equal share."""
-    if part.is_shared:
+    if part.is_split:
         return part.start, part.values
     size = part.values[WEIGHT].numel()
     share = -(-size // dist.get_world_size())
@@ -69,7 +71,7 @@ def make_moments(engine: Any) -> None:
         state = optimizer.state[weight]
         if not state:
             state["step"] = torch.tensor(0.0)
-            for kind in MOMENTS:
+            for kind in MOMENT_KINDS:
                 state[kind] = torch.zeros_like(weight)
 
 
@@ -130,7 +132,7 @@ def _flat_groups(optimizer: Any) -> list[Tensor]:
 
 
 def _values(adamw: torch.optim.Optimizer, stepped: Tensor, first: int, size: int) -> dict[str, Tensor]:
-    tensors = {WEIGHT: stepped.detach()} | {kind: adamw.state[stepped][kind] for kind in MOMENTS}
+    tensors = {WEIGHT: stepped.detach()} | {kind: adamw.state[stepped][kind] for kind in MOMENT_KINDS}
     return {kind: tensor.view(-1)[first : first + size] for kind, tensor in tensors.items()}
 
 
@@ -146,7 +148,7 @@ def _part_at_stage_3(optimizer: Any, name: str, weight: Any) -> HeldPart | None:
         values = _values(optimizer.optimizer, optimizer.fp32_partitioned_groups_flat[group], first, size)
     else:
         values = {WEIGHT: weight.ds_tensor.detach().view(-1)[:size]}
-    return HeldPart(name, tuple(weight.ds_shape), start, weight, values, is_shared=True)
+    return HeldPart(name, tuple(weight.ds_shape), start, weight, values, is_split=True)
 
 
 def _part_at_stage_1_or_2(optimizer: Any, name: str, weight: Any) -> HeldPart | None:
@@ -157,7 +159,7 @@ def _part_at_stage_1_or_2(optimizer: Any, name: str, weight: Any) -> HeldPart | 
     stepped = _flat_groups(optimizer)[mapping.param_group_index]
     there = mapping.hp_fragment_address
     values = _values(optimizer.optimizer, stepped, there.start, there.numel)
-    return HeldPart(name, tuple(weight.shape), mapping.lp_fragment_address.start, weight, values, is_shared=True)
+    return HeldPart(name, tuple(weight.shape), mapping.lp_fragment_address.start, weight, values, is_split=True)
 
 
 def _whole(engine: Any, name: str, weight: nn.Parameter) -> HeldPart:
@@ -166,7 +168,7 @@ def _whole(engine: Any, name: str, weight: nn.Parameter) -> HeldPart:
     if weight.requires_grad:
         stepped = stage_0_master(engine.optimizer, weight)
         values = _values(_adamw(engine), stepped, 0, stepped.numel())
-    return HeldPart(name, tuple(weight.shape), 0, weight, values, is_shared=False)
+    return HeldPart(name, tuple(weight.shape), 0, weight, values, is_split=False)
 
 
 def stage_0_master(optimizer: Any, weight: nn.Parameter) -> Tensor:

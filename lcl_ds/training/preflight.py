@@ -40,14 +40,14 @@ from lcl_ds.training.distributed import (
     team_of,
 )
 from lcl_ds.training.engine import complete_ds_config, rows_per_micro_step
+from lcl_ds.training.optimizer import freeze_parts
 from lcl_ds.training.run_folder import check_own_folder, check_run_writable, check_same_settings, check_seen_by_all
+from lcl_ds.training.saver import bytes_to_save
 
 PATIENCE_S = 600
 """How long the ranks wait for each other; much less than a training does."""
 COMPARED = ("torch", "deepspeed", "transformers", "triton", "numpy")
 """Packages that must have one version everywhere."""
-CHECKPOINT_BYTES = 12
-"""Of one parameter in a checkpoint: its fp32 weight and two moments."""
 SMALL_FILES_BYTES = 16 << 20
 """Of a checkpoint: position in the data, settings, metrics."""
 REDUCED_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
@@ -213,8 +213,9 @@ def check_disk(job: Job) -> str:
         return "not looked at: the size of the model depends on the data's tokenizer"
     with without_memory(job.config):
         objective = attach_objective(build_network(job.config, job.data), job.config)
+    freeze_parts(objective, job.config.train)
     parameters = sum(weight.numel() for weight in objective.parameters())
-    one = CHECKPOINT_BYTES * parameters + SMALL_FILES_BYTES
+    one = bytes_to_save(objective.parameters()) + SMALL_FILES_BYTES
     count = job.config.checkpoint.keep + 1
     folder = checkpoints_folder(job.run_dir)
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

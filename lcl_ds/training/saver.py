@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -44,10 +44,11 @@ from lcl_ds.training.checkpoint import (
     complete_checkpoints,
     hash_of,
     read_manifest,
+    slice_of,
     step_of,
 )
 from lcl_ds.training.distributed import RankInfo, gather_to_first, on_all_ranks
-from lcl_ds.training.engine_state import WEIGHT, held_parts, optimizer_steps, own_share
+from lcl_ds.training.engine_state import held_parts, optimizer_steps, own_share
 from lcl_ds.training.input_folders import folder_contents
 from lcl_ds.training.pulse import PULSE
 from lcl_ds.training.slices import SUFFIX, Slice, write_slices
@@ -63,15 +64,14 @@ GB = 1e9
 
 
 @dataclass
-class Job:
+class RankFiles:
     """What one rank writes of one checkpoint."""
 
     partial: Path
-    final: Path
     rank: int
     world_size: int
-    weights: list[Slice]
-    moments: list[Slice]
+    slices: dict[str, list[Slice]]
+    """By subfolder."""
     texts: dict[str, bytes]
     """Small files of the first rank, by name."""
 
@@ -131,11 +131,10 @@ class Saver:
                 check_room(self.run_dir, self.bytes_of_checkpoint())
             for name in (WEIGHTS, MOMENTS):
                 (partial / name).mkdir(parents=True, exist_ok=True)
-            weights, moments = self._own_slices()
+            slices = self._own_slices()
             texts = self._texts(progress, states, metrics) if states is not None else {}
         rank, world_size = self.rank_info.rank, self.rank_info.world_size
-        job = Job(partial, final, rank, world_size, weights, moments, texts)
-        written = self._threads.submit(write_part, job)
+        written = self._threads.submit(write_files, RankFiles(partial, rank, world_size, slices, texts))
         self._in_flight = _InFlight(final, partial, started, time.perf_counter() - started, written)
         if not self.config.checkpoint.asynchronous:
             self.finish()
@@ -143,11 +142,11 @@ class Saver:
 
     def counts(self) -> dict[str, bool]:
         """Say how this rank's part stands, to be summed over ranks."""
-        job = self._in_flight
-        futures = [future for future in (job.written, job.published) if future] if job else []
+        save = self._in_flight
+        futures = [future for future in (save.written, save.published) if future] if save else []
         done = [future for future in futures if future.done()]
         return {
-            WRITTEN: job is not None and not job.collected and job.written.done(),
+            WRITTEN: save is not None and not save.collected and save.written.done(),
             FAILED: any(future.exception() is not None for future in done),
         }
 
@@ -168,17 +167,17 @@ class Saver:
         Raises:
             UserError: on all ranks: it could not be; the checkpoints before it are as they were.
         """
-        if (job := self._in_flight) is None:
+        if (save := self._in_flight) is None:
             return
         try:
-            if not job.collected:
+            if not save.collected:
                 self._collect()
-            with on_all_ranks(self.rank_info), _disk_errors_named(job):
-                if job.published:
-                    job.published.result()
+            with on_all_ranks(self.rank_info), _disk_errors_named(save):
+                if save.published:
+                    save.published.result()
         except UserError:
             if self.rank_info.is_first:
-                shutil.rmtree(job.partial, ignore_errors=True)
+                shutil.rmtree(save.partial, ignore_errors=True)
             raise
         finally:
             self._in_flight = None
@@ -207,22 +206,20 @@ class Saver:
 
     def bytes_of_checkpoint(self) -> int:
         """Estimate the size of a checkpoint of all ranks."""
-        weights = list(self.engine.module.parameters())
-        return sum(size_of([w]) * (12 if w.requires_grad else w.element_size()) for w in weights)
+        return bytes_to_save(self.engine.module.parameters())
 
-    def _own_slices(self) -> tuple[list[Slice], list[Slice]]:
-        """List this rank's slices of weights and of moments, in memory that training does not touch."""
-        weights: list[Slice] = []
-        moments: list[Slice] = []
+    def _own_slices(self) -> dict[str, list[Slice]]:
+        """List this rank's slices by subfolder, in memory that training does not touch."""
+        slices: dict[str, list[Slice]] = {WEIGHTS: [], MOMENTS: []}
         for part in held_parts(self.engine):
             start, values = own_share(part)
             for kind, value in values.items():
-                name, slices = (part.name, weights) if kind == WEIGHT else (f"{kind}.{part.name}", moments)
+                folder, name = slice_of(part.name, kind)
                 if value.numel():
-                    slices.append(Slice(name, start, part.shape, self._kept(name, value)))
+                    slices[folder].append(Slice(name, start, part.shape, self._kept(name, value)))
         if self.rank_info.device.type == "cuda":
             torch.cuda.synchronize()  # copies to pinned memory are not waited for one by one
-        return weights, moments
+        return slices
 
     def _kept(self, name: str, value: Tensor) -> Tensor:
         """Copy values to host memory, unless training waits for the disk and they are there already."""
@@ -260,45 +257,54 @@ class Saver:
 
     def _collect(self) -> None:
         """Let the first rank know what all have written, and publish it; collective."""
-        job = self._in_flight
-        assert job is not None
-        with on_all_ranks(self.rank_info), _disk_errors_named(job):
-            written = job.written.result()
+        save = self._in_flight
+        assert save is not None
+        with on_all_ranks(self.rank_info), _disk_errors_named(save):
+            written = save.written.result()
         reports = gather_to_first(written)
-        job.collected = True
+        save.collected = True
         if reports is not None:
             manifest = {name: entry for report in reports for name, entry in report.items()}
-            job.published = self._threads.submit(self._publish, job, manifest)
+            save.published = self._threads.submit(self._publish, save, manifest)
 
-    def _publish(self, job: _InFlight, manifest: dict[str, ManifestEntry]) -> None:
-        publish(job.partial, job.final, manifest)
-        seconds = time.perf_counter() - job.started
-        PULSE.saved(step_of(job.final), seconds)
+    def _publish(self, save: _InFlight, manifest: dict[str, ManifestEntry]) -> None:
+        publish(save.partial, save.final, manifest)
+        seconds = time.perf_counter() - save.started
+        PULSE.saved(step_of(save.final), seconds)
         size = sum(entry.bytes for entry in manifest.values())
         logger.info(
             "saved %s: %.3g GB in %.3g s, of which training waited %.2g s",
-            job.final,
+            save.final,
             size / GB,
             seconds,
-            job.stalled_s if self.config.checkpoint.asynchronous else seconds,
+            save.stalled_s if self.config.checkpoint.asynchronous else seconds,
         )
         remove_old(self.run_dir, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
 
 
-def write_part(job: Job) -> dict[str, ManifestEntry]:
-    """Write this rank's files, flush them to disk, and say what they are."""
-    part = f"part_{job.rank:05d}_of_{job.world_size:05d}{SUFFIX}"
-    files: list[str] = []
-    for folder, slices in ((WEIGHTS, job.weights), (MOMENTS, job.moments)):
+def bytes_to_save(weights: Iterable[Tensor]) -> int:
+    """Estimate the size of a checkpoint of all ranks: fp32 weights with two moments, frozen ones as the model has them.
+
+    Args:
+        weights: all of the model's, also those that ZeRO has partitioned or that take no memory.
+    """
+    return sum(size_of([weight]) * (12 if weight.requires_grad else weight.element_size()) for weight in weights)
+
+
+def write_files(files: RankFiles) -> dict[str, ManifestEntry]:
+    """Write one rank's files, flush them to disk, and say what they are."""
+    part = f"part_{files.rank:05d}_of_{files.world_size:05d}{SUFFIX}"
+    names: list[str] = []
+    for folder, slices in files.slices.items():
         if slices:
-            files.append(f"{folder}/{part}")
-            write_slices(job.partial / files[-1], slices)
-    for name, content in job.texts.items():
-        files.append(name)
-        (job.partial / name).write_bytes(content)
-    for name in files:
-        flush(job.partial / name)
-    return {name: _entry(job.partial / name) for name in files}
+            names.append(f"{folder}/{part}")
+            write_slices(files.partial / names[-1], slices)
+    for name, content in files.texts.items():
+        names.append(name)
+        (files.partial / name).write_bytes(content)
+    for name in names:
+        flush(files.partial / name)
+    return {name: _entry(files.partial / name) for name in names}
 
 
 def _entry(path: Path) -> ManifestEntry:
@@ -412,7 +418,7 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def _disk_errors_named(job: _InFlight) -> Iterator[None]:
+def _disk_errors_named(save: _InFlight) -> Iterator[None]:
     """Turn what a disk refuses into a sentence.
 
     Raises:
@@ -425,7 +431,7 @@ def _disk_errors_named(job: _InFlight) -> Iterator[None]:
         if reason is None:
             raise
         raise UserError(
-            f"checkpoint {job.final.name} could not be written: {reason}; those before it are whole, and running the "
+            f"checkpoint {save.final.name} could not be written: {reason}; those before it are whole, and running the "
             "same command again continues from the newest",
             on_every_rank=False,
         ) from error

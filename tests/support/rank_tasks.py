@@ -336,11 +336,11 @@ def saving(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     weights, published = {}, {}
     trainer = trainer_of(config, 2, rank_info, batches[:5], folder / "slow")
     third_step = threading.Event()
-    write, advance = saver.write_part, trainer._advance
+    write, advance = saver.write_files, trainer._advance
 
-    def held_up(job: saver.Job) -> dict[str, ManifestEntry]:
+    def held_up(files: saver.RankFiles) -> dict[str, ManifestEntry]:
         assert third_step.wait(60)
-        return write(job)
+        return write(files)
 
     def remembered(applied: bool) -> None:
         advance(applied)
@@ -350,11 +350,11 @@ def saving(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         if step == 3:
             third_step.set()
 
-    saver.write_part, trainer._advance = held_up, remembered  # type: ignore[method-assign]
+    saver.write_files, trainer._advance = held_up, remembered  # type: ignore[method-assign]
     try:
         trainer.train()
     finally:
-        saver.write_part = write
+        saver.write_files = write
     trainer = trainer_of(config, 2, rank_info, batches[5:], folder / "full")
     trainer.save()
     trainer.saver.finish()

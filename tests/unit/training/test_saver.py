@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lcl_ds.errors import UserError
-from lcl_ds.training.checkpoint import ManifestEntry
-from lcl_ds.training.saver import Job, Saver, _InFlight, write_part
+from lcl_ds.training.checkpoint import WEIGHTS, ManifestEntry
+from lcl_ds.training.saver import RankFiles, Saver, _InFlight, write_files
 from lcl_ds.training.slices import Slice
 from tests.support.disks import no_file_larger_than
 from tests.support.small import small_config
@@ -42,7 +42,7 @@ def test_a_disk_that_fills_within_a_large_file_is_named_though_small_files_find_
     large = Slice("weight", 0, (3_000_000,), torch.zeros(3_000_000))
     saver = Saver(None, small_config(), only_rank, tmp_path, 10)
     with no_file_larger_than(9_000_000):
-        written = saver._threads.submit(write_part, Job(partial, final, 0, 1, [large], [], {}))
+        written = saver._threads.submit(write_files, RankFiles(partial, 0, 1, {WEIGHTS: [large]}, {}))
         saver._in_flight = _InFlight(final, partial, time.perf_counter(), 0.0, written)
         with pytest.raises(
             UserError, match=r"part_00000_of_00001.safetensors: the file would be larger than the system"
