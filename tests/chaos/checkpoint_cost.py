@@ -33,7 +33,7 @@ from lcl_ds.training.engine import load_engine
 from lcl_ds.training.engine_state import HeldPart, held_parts
 from lcl_ds.training.loop import Trainer
 from lcl_ds.training.pulse import PULSE
-from tests.support.rank_tasks import trainer_of
+from tests.support.rank_tasks.given import trainer_of
 from tests.support.ranks import Ranks
 from tests.support.small import batch_with_images, small_config
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lcl_ds.metrics import read_metrics
-from tests.support.rank_tasks import SPIKE_CASES, SPIKE_STEP
+from tests.support.rank_tasks.spikes import SPIKE_CASES, SPIKE_STEP
 from tests.support.ranks import all_on_ranks
 from tests.support.runs import without_timing
 

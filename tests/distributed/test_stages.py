@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.rank_tasks import CHANGES, STAGES
+from tests.support.rank_tasks.given import STAGES
+from tests.support.rank_tasks.runs import CHANGES
 from tests.support.ranks import all_on_ranks, on_ranks
 
 BF16_LOSS, BF16_NORM = 4e-3, 3e-2

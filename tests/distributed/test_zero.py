@@ -11,7 +11,7 @@ from lcl_ds.metrics import read_metrics
 from lcl_ds.objectives import NAMES
 from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.training.checkpoint import checkpoint_of, checkpoints_folder, load_model, problem_of, resolve_checkpoint
-from tests.support.rank_tasks import STAGES, THREE_STEPS, batch_of_rank
+from tests.support.rank_tasks.given import STAGES, THREE_STEPS, batch_of_rank
 from tests.support.ranks import all_on_ranks
 from tests.support.small import lcl_objective, merged, small_config, small_model, three_documents
 

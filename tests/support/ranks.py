@@ -82,7 +82,7 @@ def run_ranks(world_size: int, command: list[str], log: Path) -> str:
 
 
 def on_ranks(world_size: int, function: str, folder: Path, timeout: float = 120) -> list[Any]:
-    """What ``tests.support.rank_tasks.<function>(folder)`` returns on each rank."""
+    """What the task of this name in ``tests.support.rank_tasks`` returns on each rank."""
     return all_on_ranks(world_size, [function], folder, timeout)[function]
 
 
