@@ -230,6 +230,15 @@ def only_one(path: Path) -> Iterator[None]:
         yield
 
 
+def one_of_many(path: Path) -> IO[str]:
+    """Hold the lock that belongs to a path together with others, until the file returned is closed or this process
+    ends; :func:`only_one` waits for all of them.
+    """
+    lock = path.with_name(f".{path.name}.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    return lock
+
+
 def read_json(path: Path) -> Any:
     """Read the value in a JSON file.
 

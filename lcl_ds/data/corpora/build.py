@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lcl_ds.data.corpora.build_folder import VERSION, WORK, attempt, claim, finished_manifest, identity
 from lcl_ds.data.corpora.build_join import join_units, skips_of
-from lcl_ds.data.corpora.build_unit import Job, build_unit, finished_unit, start_worker
+from lcl_ds.data.corpora.build_unit import Job, build_unit, count_with, finished_unit, start_worker
 from lcl_ds.data.corpora.local_images import open_images
 from lcl_ds.data.corpora.record import ReadOptions
 from lcl_ds.data.shards.storage import expand_paths, is_remote
@@ -129,13 +129,14 @@ def _run(jobs: list[Job], total: int, workers: int, console: Console | None) -> 
         task = bar.add_task("input files", total=total, completed=total - len(jobs), documents=0)
         context = get_context("spawn")
         counter = context.Value("q", 0)
-        if workers <= 1:
-            start_worker(counter, watch=False)
+        if workers <= 1 or not jobs:
+            count_with(counter)
             for job in jobs:
                 build_unit(job)
                 bar.update(task, advance=1, documents=counter.value)
             return
-        with ProcessPoolExecutor(workers, context, start_worker, (counter, True)) as pool:
+        arguments = (counter, jobs[0].work, os.getpid())
+        with ProcessPoolExecutor(workers, context, start_worker, arguments) as pool:
             futures = [pool.submit(build_unit, job) for job in jobs]
             try:
                 for future in as_completed(futures):

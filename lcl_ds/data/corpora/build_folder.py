@@ -16,11 +16,13 @@ from lcl_ds.data.documents import MAX_TEXT_BYTES
 from lcl_ds.data.shards.shard import index_shard
 from lcl_ds.data.shards.storage import is_remote
 from lcl_ds.errors import UserError
-from lcl_ds.files import PARTIAL, write_whole
+from lcl_ds.files import PARTIAL, only_one, write_whole
 
 VERSION = 2
 """Of what a build writes; a folder of another version is not continued."""
 WORK, SETTINGS = ".build", "settings.json"
+WORKERS = "workers"
+"""Whose lock in the work folder every worker process holds while it lives."""
 MANIFEST, SHARD_LIST = "manifest.json", "shards.txt"
 
 
@@ -100,9 +102,11 @@ def _difference(saved: dict[str, Any], settings: dict[str, Any]) -> str:
 def attempt(out: Path) -> Iterator[None]:
     """Build in a folder: remove what an earlier attempt left half done, and what this one leaves where it fails.
 
-    Only for the process that holds the lock. Finished input files stay for the next attempt.
+    Only for the process that holds the lock. Finished input files stay for the next attempt. Workers of a build that
+    was killed live about a second longer: what they write while it is removed would pass for finished.
     """
-    remove_leftovers(out)
+    with only_one(out / WORK / WORKERS):
+        remove_leftovers(out)
     try:
         yield
     except BaseException:

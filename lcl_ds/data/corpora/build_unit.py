@@ -20,13 +20,13 @@ import numpy as np
 from webdataset import TarWriter
 
 from lcl_ds.data.corpora import READERS
-from lcl_ds.data.corpora.build_folder import read_object
+from lcl_ds.data.corpora.build_folder import WORKERS, read_object
 from lcl_ds.data.corpora.record import RawDocument, ReadOptions
 from lcl_ds.data.corpora.samples import checked_members, content_hash, shard_writer
 from lcl_ds.data.documents import BadSampleError, text_bytes
 from lcl_ds.data.shards.tar_members import COMPRESSED
 from lcl_ds.errors import UserError
-from lcl_ds.files import naming, printable, write_whole
+from lcl_ds.files import naming, one_of_many, printable, write_whole
 
 UNIT, HASHES = "unit.json", "hashes"
 REPORT_EVERY = 64
@@ -78,25 +78,33 @@ def hashes_of(job: Job) -> np.ndarray:
 
 
 _counter: Any = None
-"""Of this process; see :func:`start_worker`."""
+_lock: Any = None
+"""Of this process; see :func:`count_with` and :func:`start_worker`."""
 
 
-def start_worker(counter: Any, watch: bool) -> None:
-    """Prepare this process to make units.
-
-    Args:
-        counter: shared by all workers, of the documents that were read.
-        watch: end this process when its parent ends.
-    """
+def count_with(counter: Any) -> None:
+    """Let this process add the documents that it reads to a counter that others share."""
     global _counter
     _counter = counter
-    if watch:
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
+def start_worker(counter: Any, work: Path, build: int) -> None:
+    """Prepare a process of its own to make units for the build that runs as process ``build``, and to end with it.
+
+    It holds the lock of workers from before it looks whether the build still runs, so the next try in this folder
+    (:func:`lcl_ds.data.corpora.build_folder.attempt`) waits until no worker of a killed one can write there.
+    """
+    global _lock
+    _lock = one_of_many(work / WORKERS)
+    count_with(counter)
+    if os.getppid() != build:
+        os._exit(1)
+    threading.Thread(target=_end_with, args=(build,), daemon=True).start()
+
+
+def _end_with(build: int) -> None:
     """End this worker when its build was killed: it would wait for work forever."""
-    while os.getppid() == parent:
+    while os.getppid() == build:
         time.sleep(1)
     os._exit(1)
 

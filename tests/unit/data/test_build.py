@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from lcl_ds.data.shards.shard import index_shard
 from lcl_ds.data.shards.source import Source
 from lcl_ds.data.shards.storage import expand_paths
 from lcl_ds.data.stream.lanes import Lane, LaneSettings
+from lcl_ds.files import one_of_many
 from lcl_ds.tokens import TextTokenizer
 from tests.support.corpora import MAKERS, PARQUET, make_img2dataset, make_mmc4, make_shards, picture
 from tests.support.disks import no_file_larger_than
@@ -176,13 +178,16 @@ def test_first_of_each_agrees_with_a_set():
     assert first_of_each(hashes).tolist() == expected
 
 
+def environment():
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])}
+
+
 def test_a_killed_build_goes_on_and_gives_the_same_bytes(tmp_path):
     sources, options = several(tmp_path, count=30)
     command = [sys.executable, "-m", "lcl_ds.data", "build", *sources]
     rest = [*options, "--deduplicate", "--workers", "2"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])}
     killed = tmp_path / "killed"
-    process = subprocess.Popen([*command, str(killed), *rest], env=environment, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, str(killed), *rest], env=environment(), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not list(killed.glob(".build/*/unit.json")) and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -194,6 +199,31 @@ def test_a_killed_build_goes_on_and_gives_the_same_bytes(tmp_path):
     assert main(["build", *sources, str(tmp_path / "whole"), *rest]) == 0
     assert contents(killed) == contents(tmp_path / "whole")
     assert not (killed / ".build").exists()
+
+
+def test_a_build_begins_when_no_worker_of_a_killed_one_can_write_any_more(tmp_path):
+    sources, options = several(tmp_path)
+    out = tmp_path / "out"
+    (out / ".build").mkdir(parents=True)
+    codes = []
+    build = threading.Thread(target=lambda: codes.append(main(["build", *sources, str(out), *options])))
+    with one_of_many(out / ".build" / "workers"):  # as a worker does while it lives
+        build.start()
+        build.join(1)
+        assert build.is_alive()
+        assert not list(out.glob(".build/0*"))
+        (out / ".build" / "000000.12345").mkdir()
+    build.join()
+    assert codes == [0]
+
+
+def test_a_worker_that_begins_after_its_build_was_killed_ends_at_once(tmp_path):
+    command = "import sys, pathlib; from lcl_ds.data.corpora.build_unit import start_worker; "
+    command += "start_worker(None, pathlib.Path(sys.argv[1]), int(sys.argv[2])); print('ready')"
+    for build, code, said in ((os.getpid(), 0, "ready\n"), (os.getppid(), 1, "")):
+        worker = [sys.executable, "-c", command, str(tmp_path), str(build)]
+        ended = subprocess.run(worker, env=environment(), stdout=subprocess.PIPE, text=True)
+        assert (ended.returncode, ended.stdout) == (code, said)
 
 
 def test_a_finished_source_is_not_read_again(tmp_path, monkeypatch):
@@ -397,7 +427,7 @@ def test_what_killed_tries_left_is_removed_at_the_next_start(tmp_path, monkeypat
     seen = []
 
     def looking(path, options):
-        seen.append(sorted(path.name for path in work.iterdir() if path.name != ".build.lock"))
+        seen.append(sorted(path.name for path in work.iterdir() if path.suffix != ".lock"))
         return real(path, options)
 
     monkeypatch.setitem(READERS, "shards", looking)
@@ -418,9 +448,8 @@ def test_a_worker_that_is_killed_is_a_sentence_and_the_next_try_goes_on(tmp_path
         for n in range(2)
     ]
     command = ["build", *sources, str(tmp_path / "out"), "--format", "img2dataset", "--workers", "2"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), *sys.path])}
     process = subprocess.Popen(
-        [sys.executable, "-m", "lcl_ds.data", *command], env=environment, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "lcl_ds.data", *command], env=environment(), stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
     while not list((tmp_path / "out").glob(".build/*.*/*.tar")) and time.monotonic() < deadline:
