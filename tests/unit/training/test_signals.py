@@ -14,6 +14,12 @@ import pytest
 from lcl_ds.training.signals import SIGNALS, STOP
 from tests.support.ranks import ROOT
 
+HEEDED = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+"""
+"""What a process does first that was started where these are ignored, as behind nohup, and is to heed them."""
 PROGRAM = """
 import hashlib, os, signal, sys, threading, time
 from lcl_ds.training import signals
@@ -43,7 +49,7 @@ sys.exit(128 + STOP.received if STOP.received else 0)
 def started(phase: str, work: str = "", before: str = "", rank: int = 0, **options) -> subprocess.Popen:
     """The program after it has said that it listens."""
     process = subprocess.Popen(
-        [sys.executable, "-c", before + PROGRAM, phase, work],
+        [sys.executable, "-c", HEEDED + before + PROGRAM, phase, work],
         env={**os.environ, "PYTHONPATH": str(ROOT), "RANK": str(rank), "WORLD_SIZE": "2"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -135,7 +141,9 @@ def test_a_terminal_that_closes_does_not_keep_the_run_from_saving(tmp_path):
     pid, terminal = pty.fork()
     if pid == 0:
         os.execvpe(
-            sys.executable, [sys.executable, "-c", program, "training", ""], {**os.environ, "PYTHONPATH": str(ROOT)}
+            sys.executable,
+            [sys.executable, "-c", HEEDED + program, "training", ""],
+            {**os.environ, "PYTHONPATH": str(ROOT)},
         )
     shown = b""
     while b"ready" not in shown:
