@@ -1,11 +1,8 @@
 """Put a run together from its settings: the one place where data, models and objectives meet."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
-
-from accelerate import init_empty_weights
 
 from lcl_ds.config import Config
 from lcl_ds.data.corpus import OpenData, open_data
@@ -14,11 +11,11 @@ from lcl_ds.data.settings import DataSettings
 from lcl_ds.data.shards.team import ALONE, Team
 from lcl_ds.data.stream.lanes import LaneSettings
 from lcl_ds.errors import UserError
-from lcl_ds.models.build import build_model, image_size, tokens_per_image
-from lcl_ds.models.decoder import TESTED_FAMILIES
+from lcl_ds.models.build import build_empty_model, image_size, tokens_per_image
+from lcl_ds.models.initial import GivenWeights
 from lcl_ds.models.network import LCLModel
-from lcl_ds.models.weights.transfer import load_parts
-from lcl_ds.objectives import build_objective, view_of
+from lcl_ds.models.weights.transfer import given_weights
+from lcl_ds.objectives import build_empty_objective, build_objective, view_of
 from lcl_ds.objectives.base import Objective, freeze_unused
 
 
@@ -89,30 +86,26 @@ def lane_settings(config: Config, *, training: bool = True) -> LaneSettings:
     )
 
 
-def without_memory(config: Config) -> AbstractContextManager[None]:
-    """Build the network inside to learn names and shapes of its weights alone: they take no memory and hold nothing.
-
-    The exception is a decoder of a family that has to be tried out when it is built, which needs real weights.
-    """
-    return init_empty_weights() if config.model.decoder.model_type in TESTED_FAMILIES else nullcontext()
+def build_empty(config: Config, data: OpenData) -> Objective:
+    """Build network and objective of the run, of which nothing takes memory: names and shapes of their weights."""
+    network = build_empty_model(config.model, data.tokenizer.vocabulary.size, config.data.longest_document)
+    return _frozen(build_empty_objective(network, config.objective))
 
 
-def build_network(config: Config, data: OpenData) -> LCLModel:
-    """Build the network of the run, in fp32 on the CPU, with the initial weights that its seed gives."""
-    return build_model(config.model, data.tokenizer.vocabulary.size, config.data.longest_document, config.seed("init"))
-
-
-def load_initial_weights(network: LCLModel, config: Config, data: OpenData) -> list[str]:
-    """Load weights into the parts for which ``config`` names a folder; returns a sentence about each folder.
+def weights_given(network: LCLModel, config: Config, data: OpenData) -> tuple[GivenWeights, list[str]]:
+    """Find the weights of the parts for which ``config`` names a folder, and say so in a sentence about each.
 
     Raises:
         UserError: names every weight that does not fit.
     """
-    return load_parts(network, config.model, data.tokenizer.vocabulary.text_size, config.seed("init"))
+    return given_weights(network, config.model, data.tokenizer.vocabulary.text_size, config.seed("init"))
 
 
 def attach_objective(network: LCLModel, config: Config) -> Objective:
-    """Wrap the network in the objective of the run, whose heads its seed draws, and freeze what that leaves unused."""
-    objective = build_objective(network, config.objective, config.seed("init"))
+    """Wrap a network in the objective of the run, whose heads its seed draws, and freeze what that leaves unused."""
+    return _frozen(build_objective(network, config.objective, config.seed("init")))
+
+
+def _frozen(objective: Objective) -> Objective:
     freeze_unused(objective)
     return objective

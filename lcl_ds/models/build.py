@@ -3,11 +3,13 @@
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 
 from lcl_ds.errors import UserError
 from lcl_ds.models.attention.masks import Mode, unavailable, unsupported
 from lcl_ds.models.counter_rng import kept_count
 from lcl_ds.models.decoder import build_decoder_config, check_isolation, check_positions
+from lcl_ds.models.initial import fill_weights
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.settings import ModelSettings
 from lcl_ds.models.vision import build_vision_config, image_tokens
@@ -37,10 +39,15 @@ def image_size(settings: ModelSettings) -> int:
 
 
 def build_model(settings: ModelSettings, vocab_size: int, document_tokens: int, seed: int) -> LCLModel:
-    """Build an fp32 model on the CPU; the same seed gives the same weights whatever the rank or ZeRO stage.
+    """Build a network with first weights, fp32 on the CPU; see :func:`build_empty_model`."""
+    model = build_empty_model(settings, vocab_size, document_tokens)
+    fill_weights(model, seed)
+    model.choose_attention()
+    return model
 
-    It is built plainly and partitioned by ``deepspeed.initialize`` afterwards: initialisation under ``zero.Init``
-    acts on empty tensors and is silently lost.
+
+def build_empty_model(settings: ModelSettings, vocab_size: int, document_tokens: int) -> LCLModel:
+    """Build a network whose weights take no memory; :func:`lcl_ds.models.initial.fill_weights` gives them values.
 
     Args:
         document_tokens: length of the longest document; a learned position table has as many rows.
@@ -52,9 +59,10 @@ def build_model(settings: ModelSettings, vocab_size: int, document_tokens: int, 
         decoder = build_decoder_config(
             settings.decoder.model_type, settings.decoder.hf_keys, vocab_size, document_tokens
         )
+        mode: Mode = "images" if settings.decoder.bidirectional_images else "causal"
+        check_isolation(decoder, settings.decoder.attention, mode)
         vision = vision_config(settings)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with init_empty_weights():
             model = LCLModel(
                 vision,
                 decoder,
@@ -67,7 +75,6 @@ def build_model(settings: ModelSettings, vocab_size: int, document_tokens: int, 
                 settings.decoder.bidirectional_images,
                 patch_dropout=settings.vision.patch_dropout,
             )
-        check_isolation(model.decoder)
         check_positions(model.decoder, document_tokens)
     except ValueError as error:
         raise UserError(f"model: {error}") from error

@@ -1,12 +1,13 @@
 """Build the causal decoder: any transformers family that keeps packed documents apart, without its head."""
 
+import copy
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from lcl_ds.models.attention.masks import LAYER_TYPES, attention_arguments
+from lcl_ds.models.attention.masks import LAYER_TYPES, Mode, attention_arguments, use_best_implementation
 
 FINAL_NORMS = ("norm", "ln_f", "decoder.final_layer_norm")
 """Where the supported families keep the norm after their last block."""
@@ -69,27 +70,31 @@ def build_decoder(config: Any) -> tuple[PreTrainedModel, nn.Module]:
 
 
 @torch.no_grad()
-def check_isolation(decoder: PreTrainedModel) -> None:
-    """Try two short documents in one row, unless the family is one of the tested ones.
+def check_isolation(config: Any, attention: str = "auto", mode: Mode = "causal") -> None:
+    """Try two short documents in one row of a decoder of this configuration, unless its family is a tested one.
+
+    Args:
+        attention, mode: see :func:`lcl_ds.models.attention.masks.use_best_implementation`.
 
     Raises:
         ValueError: the second one depends on the first, or differs from what it is alone.
     """
-    family = decoder.config.model_type
+    family = config.model_type
     if family in TESTED_FAMILIES:
         return
     others = f"use one of {', '.join(TESTED_FAMILIES)}"
-    generator = torch.Generator().manual_seed(0)
-    first, other, second = (torch.randn(1, 8, decoder.config.hidden_size, generator=generator) for _ in range(3))
-    was_training = decoder.training
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        decoder, _ = build_decoder(copy.deepcopy(config))
+        first, other, second = (torch.randn(1, 8, config.hidden_size) for _ in range(3))
     decoder.eval()
+    use_best_implementation(decoder, attention, mode)
     try:
         ours, theirs, alone = (
             _states_of_last(decoder, documents) for documents in ([first, second], [other, second], [second])
         )
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"decoder {family}: cannot read packed rows ({error}); {others}") from error
-    decoder.train(was_training)
     # Not to the last bit: experts sum in an order that depends on the tokens of the row.
     if not all(torch.allclose(ours, same, rtol=1e-4, atol=1e-5) for same in (theirs, alone)):
         raise ValueError(f"decoder {family}: packed documents would see each other; {others}")

@@ -22,8 +22,13 @@ class LMHead(nn.Module):
         super().__init__()
         self.norm = norm
         self.softcap = softcap
+        self.std = std
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
-        nn.init.normal_(self.weight, std=std)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the projection anew."""
+        nn.init.normal_(self.weight, std=self.std)
 
     def forward(self, hidden_states: Tensor, labels: Tensor, normalizer: Tensor | float) -> Tensor:
         """Sum the next-token losses of [T, H], [T] / ``normalizer``: an fp32 scalar, 0 and connected for T = 0."""
@@ -40,7 +45,11 @@ class ContextHead(nn.Module):
         super().__init__()
         self.norm = norm
         self.proj = nn.Linear(hidden_size, embed_dim, bias=False)
-        nn.init.normal_(self.proj.weight, std=hidden_size**-0.5)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the projection anew."""
+        nn.init.normal_(self.proj.weight, std=self.proj.in_features**-0.5)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Turn states [P, H] into features [P, embed_dim]."""
@@ -82,7 +91,13 @@ class LogitScale(ExactScalar):
 
     def __init__(self, init: float):
         super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor([math.log(init)]))
+        self.init = init
+        self.log_scale = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Go back to the first multiplier."""
+        nn.init.constant_(self.log_scale, math.log(self.init))
 
     def forward(self) -> Tensor:
         """Return the multiplier, fp32 [1]."""

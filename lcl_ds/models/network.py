@@ -73,7 +73,8 @@ class LCLModel(nn.Module):
         self.choose_attention()
 
     def choose_attention(self) -> None:
-        """Let the decoder use the attention implementation that suits the settings, its device and its dtype."""
+        """Let both towers use the attention implementation that suits the settings, their device and their dtype."""
+        self.vision.choose_attention()
         use_best_implementation(self.decoder, self.attention, self.attention_mode)
 
     def _apply(self, *args: Any, **options: Any) -> "LCLModel":

@@ -26,7 +26,7 @@ class AttentivePooling(nn.Module):
         if output_dim % num_heads:
             raise ValueError(f"pooling: {num_heads} heads do not divide the decoder's width {output_dim}")
         self.num_heads = num_heads
-        self.query = nn.Parameter(torch.randn(1, 1, input_dim))
+        self.query = nn.Parameter(torch.empty(1, 1, input_dim))
         self.norm_q = nn.LayerNorm(input_dim, eps=eps)
         self.norm_k = nn.LayerNorm(input_dim, eps=eps)
         self.norm_v = nn.LayerNorm(input_dim, eps=eps)
@@ -34,6 +34,11 @@ class AttentivePooling(nn.Module):
         self.k = nn.Linear(input_dim, output_dim)
         self.v = nn.Linear(input_dim, output_dim)
         self.proj = nn.Linear(output_dim, output_dim, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the query anew."""
+        nn.init.normal_(self.query)
 
     def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Pool patches [M, N, input_dim]: pooled [M, output_dim], tokens [M, N, output_dim]."""

@@ -9,9 +9,10 @@ import importlib
 import pkgutil
 from types import ModuleType
 
-import torch
+from accelerate import init_empty_weights
 
 from lcl_ds.data.sequences import View
+from lcl_ds.models.initial import fill_weights
 from lcl_ds.models.network import LCLModel
 from lcl_ds.objectives.base import Objective, ObjectiveSettings
 
@@ -34,6 +35,12 @@ def view_of(settings: ObjectiveSettings, image_first_probability: float) -> View
 
 def build_objective(model: LCLModel, settings: ObjectiveSettings, seed: int) -> Objective:
     """Build the objective that ``settings`` name around ``model``, which stays as it is; ``seed`` draws its heads."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    objective = build_empty_objective(model, settings)
+    fill_weights(objective, seed)
+    return objective
+
+
+def build_empty_objective(model: LCLModel, settings: ObjectiveSettings) -> Objective:
+    """Build the objective that ``settings`` name around ``model``; its own weights take no memory."""
+    with init_empty_weights():
         return objective_module(settings.name).Objective(model, settings)

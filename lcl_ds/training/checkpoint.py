@@ -10,9 +10,11 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import distributed as dist
 
@@ -20,7 +22,8 @@ from lcl_ds.config import Config, validate_config
 from lcl_ds.errors import UserError
 from lcl_ds.files import read_json, read_yaml, sentence_of
 from lcl_ds.metrics import METRICS, read_metrics
-from lcl_ds.models.build import build_model
+from lcl_ds.models.build import build_empty_model
+from lcl_ds.models.initial import OF_NETWORK, fill_weights
 from lcl_ds.models.network import LCLModel
 from lcl_ds.training.distributed import RankInfo, gather_objects, on_all_ranks
 from lcl_ds.training.slices import SUFFIX, SliceReader
@@ -39,8 +42,6 @@ STEP, PARTIAL = "step_", ".partial_"
 """How the names of checkpoints begin, and of what was not finished."""
 OF_EARLIER_VERSIONS = "engine"
 """The subfolder where those let DeepSpeed write what only the same number of ranks could read."""
-OF_MODEL = "model."
-"""How the names of the network's weights begin; others are the objective's own."""
 NAMED = 5
 """How many damaged files of a checkpoint are named."""
 
@@ -331,8 +332,11 @@ def check_names(checkpoint: Path, saved: Iterable[str], expected: Iterable[str])
         raise UserError(f"{checkpoint}: holds {unknown[0]}, which the model that its settings describe does not have")
 
 
-def load_model(checkpoint: Path) -> LCLModel:
-    """Load the trained network in fp32 on the CPU, one weight at a time; needs neither DeepSpeed nor the objective.
+def load_model(checkpoint: Path, device: torch.device | str = "cpu", part: Literal["vision"] | None = None) -> LCLModel:
+    """Load the trained network in fp32, one weight at a time; needs neither DeepSpeed nor the objective.
+
+    Args:
+        part: the only part to load; the others take no memory and cannot be used.
 
     Raises:
         UserError: a file of weights is not what was written.
@@ -340,10 +344,11 @@ def load_model(checkpoint: Path) -> LCLModel:
     manifest = read_manifest(checkpoint)
     check_files(checkpoint, manifest, [name for name in manifest if name.startswith(f"{WEIGHTS}/")])
     config, state = load_config_of(checkpoint), read_state(checkpoint)
-    model = build_model(config.model, state["vocab_size"], config.data.longest_document, config.seed("init"))
+    model = build_empty_model(config.model, state["vocab_size"], config.data.longest_document)
     reader = slices_of(checkpoint, WEIGHTS, manifest)
-    weights = {f"{OF_MODEL}{name}": weight for name, weight in model.named_parameters()}
-    check_names(checkpoint, (name for name in reader.shapes if name.startswith(OF_MODEL)), weights)
-    for name, weight in weights.items():
-        weight.data.copy_(reader.whole(name, tuple(weight.shape)))
+    shapes = {f"{OF_NETWORK}{name}": tuple(weight.shape) for name, weight in model.named_parameters()}
+    check_names(checkpoint, (name for name in reader.shapes if name.startswith(OF_NETWORK)), shapes)
+    given = {name.removeprefix(OF_NETWORK): partial(reader.whole, name, shape) for name, shape in shapes.items()}
+    fill_weights(model, 0, given, lambda module: module.to(device), within=part or "")
+    model.get_submodule(part or "").to(device)  # also buffers, and with attention that suits the device
     return model.eval()

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,19 @@ from deepspeed.utils import (
 )
 from pydantic import ValidationError
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from lcl_ds.config import Config
 from lcl_ds.errors import UserError
 from lcl_ds.models.heads import ExactScalar
+from lcl_ds.models.initial import GivenWeights, fill_weights
 from lcl_ds.objectives.base import Objective
 from lcl_ds.settings import suggest
 from lcl_ds.training.checkpoint import MOMENTS, WEIGHTS, check_names, read_manifest, read_state, slice_of, slices_of
 from lcl_ds.training.distributed import RankInfo, on_all_ranks
 from lcl_ds.training.engine_state import held_parts, set_optimizer_steps, spread_weights, stage_0_master
 from lcl_ds.training.optimizer import BoundedAdamW, freeze_parts, parameter_groups
+from lcl_ds.training.throughput import size_of
 
 logger = logging.getLogger(__name__)
 
@@ -196,27 +199,39 @@ def _guards_itself(stage: int, config: Config) -> bool:
     return stage == 0 and config.precision == "fp32"
 
 
-def start_engine(objective: Objective, config: Config, ds_config: dict[str, Any], rank_info: RankInfo) -> Any:
-    """Freeze the parts that do not learn, partition ``objective`` under DeepSpeed and log how.
+def start_engine(
+    objective: Objective,
+    config: Config,
+    ds_config: dict[str, Any],
+    rank_info: RankInfo,
+    given: GivenWeights | None = None,
+    *,
+    has_values: bool = True,
+) -> Any:
+    """Freeze the parts that do not learn, fill and partition ``objective`` under DeepSpeed and log how; collective.
 
     Args:
+        objective: with weights, or without memory.
         ds_config: from :func:`complete_ds_config`.
+        given: weights that are read; the others are drawn.
+        has_values: False: weights stay NaN, for a checkpoint is loaded next.
 
     Raises:
         ValueError: the objective has state that no checkpoint would hold.
+        UserError: on all ranks: a given weight cannot be read.
     """
     check_saved_whole(objective)
     freeze_parts(objective, config.train)
+    exact = place_weights(objective, config, ds_config, rank_info, given, has_values)
     bounds = 0.0, math.log(config.model.logit_scale_max)
     groups = parameter_groups(objective, config.train, bounds)
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     max_norm = config.train.gradient_clipping if _guards_itself(stage, config) else None
-    sizes = {group["name"]: sum(weight.numel() for weight in group["params"]) for group in groups}
-    total = sum(weight.numel() for weight in objective.parameters())
+    sizes = {group["name"]: size_of(group["params"]) for group in groups}
+    total = size_of(objective.parameters())
     if frozen := total - sum(sizes.values()):
         sizes["frozen"] = frozen
     optimizer = BoundedAdamW(groups, config.train, max_norm)
-    exact = {scalar: scalar.weight.detach().clone() for scalar in exact_scalars(objective)}
     optimizer.starting = True
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)
     optimizer.starting = False
@@ -240,6 +255,62 @@ def start_engine(objective: Objective, config: Config, ds_config: dict[str, Any]
             ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
         )
     return engine
+
+
+def place_weights(
+    objective: Objective,
+    config: Config,
+    ds_config: dict[str, Any],
+    rank_info: RankInfo,
+    given: GivenWeights | None = None,
+    has_values: bool = True,
+) -> dict[ExactScalar, Tensor]:
+    """Put the weights on this rank's device in the engine's precision, one unit after the other; collective.
+
+    At stage 3 each unit is cut up before the next one gets memory, so that no rank ever holds more than its share and
+    one unit. The first rank makes the values; DeepSpeed sends them to the others, whatever the stage.
+
+    Returns:
+        The fp32 values of the numbers that rounding would coarsen, on all ranks.
+
+    Raises:
+        UserError: on all ranks: a given weight cannot be read.
+    """
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    cut = _cutter(ds_config) if ds_config.get("zero_optimization", {}).get("stage", 0) == 3 else None
+    exact: dict[ExactScalar, Tensor] = {}
+
+    def place(unit: nn.Module) -> None:
+        exact.update({scalar: scalar.weight.detach().to(rank_info.device) for scalar in exact_scalars(unit)})
+        for weight in unit.parameters():
+            weight.data = weight.data.to(rank_info.device, dtype)
+        if cut is not None:
+            cut(unit)
+
+    with on_all_ranks(rank_info):
+        fill_weights(objective, config.seed("init"), given, place, has_values=has_values and rank_info.is_first)
+    for module in objective.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(rank_info.device)
+    objective.model.choose_attention()
+    for value in exact.values():
+        dist.broadcast(value, src=0)
+    return exact
+
+
+def _cutter(ds_config: dict[str, Any]) -> Callable[[nn.Module], None]:
+    """Make what cuts the weights of a module into one part for each rank, as stage 3 wants them; collective."""
+    cut_before: list[Any] = []
+
+    def cut(module: nn.Module) -> None:
+        weights = list(module.parameters())
+        if cut_before:
+            cut_before[0].convert_to_zero_parameters(weights)
+        else:
+            deepspeed.zero.Init(module=module, config_dict_or_path=ds_config)
+            cut_before.extend(weights)
+
+    return cut
 
 
 def check_saved_whole(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import distributed as dist
 
 from lcl_ds import __version__
-from lcl_ds.assembly import attach_objective, build_network, open_checked_data, without_memory
+from lcl_ds.assembly import build_empty, open_checked_data
 from lcl_ds.config import Config
 from lcl_ds.data.corpus import OpenData
 from lcl_ds.environment import git_commit, versions
@@ -211,8 +211,7 @@ def check_disk(job: Job) -> str:
         return ""
     if job.data is None:
         return "not looked at: the size of the model depends on the data's tokenizer"
-    with without_memory(job.config):
-        objective = attach_objective(build_network(job.config, job.data), job.config)
+    objective = build_empty(job.config, job.data)
     freeze_parts(objective, job.config.train)
     parameters = sum(weight.numel() for weight in objective.parameters())
     one = bytes_to_save(objective.parameters()) + SMALL_FILES_BYTES

@@ -9,14 +9,7 @@ import torch
 import yaml
 from torch import distributed as dist
 
-from lcl_ds.assembly import (
-    attach_objective,
-    build_network,
-    lane_settings,
-    load_initial_weights,
-    open_checked_data,
-    without_memory,
-)
+from lcl_ds.assembly import build_empty, lane_settings, open_checked_data, weights_given
 from lcl_ds.config import Config
 from lcl_ds.data.corpus import OpenData
 from lcl_ds.data.stream.loader import BatchLoader
@@ -163,12 +156,11 @@ def prepare(
             state["loader"] if state else None,
             pin_memory=rank_info.device.type == "cuda",
         )
-        network = build_network(config, data)
-        sentences = [] if checkpoint else load_initial_weights(network, config, data)
-        objective = attach_objective(network, config)
+        objective = build_empty(config, data)
+        given, sentences = ({}, []) if checkpoint else weights_given(objective.model, config, data)
     for sentence in sentences if rank_info.is_first else []:
         logger.info("%s", sentence)
-    engine = start_engine(objective, config, ds_config, rank_info)
+    engine = start_engine(objective, config, ds_config, rank_info, given, has_values=checkpoint is None)
     progress = Progress(**state["progress"]) if state else Progress()
     if checkpoint:
         load_engine(engine, checkpoint, rank_info)
@@ -210,10 +202,9 @@ def dry_run(config: Config, ds_config: dict[str, Any]) -> str:
     check_evaluation(config, data)
     complete = complete_ds_config(ds_config, config, 1)
     rows = rows_per_micro_step(config, 1)
-    with without_memory(config):
-        network = build_network(config, data)
-        loaded = load_initial_weights(network, config, data)
-        objective = attach_objective(network, config)
+    objective = build_empty(config, data)
+    network = objective.model
+    _, loaded = weights_given(network, config, data)
     batch = next(BatchLoader(data.sources, lane_settings(config), data.tokenizer, rows))
     return yaml.safe_dump(
         {

@@ -11,10 +11,11 @@ from lcl_ds.convert import main
 from lcl_ds.data.sequences import DocumentView
 from lcl_ds.data.stream.packing import Row, collate
 from lcl_ds.errors import UserError
-from lcl_ds.models.build import build_model
+from lcl_ds.models.build import build_empty_model
+from lcl_ds.models.initial import fill_weights
 from lcl_ds.models.vision import released_patch_tokens
 from lcl_ds.models.weights.published import load_published, read_published_config
-from lcl_ds.models.weights.transfer import load_parts
+from lcl_ds.models.weights.transfer import given_weights
 from tests.support.golden import GOLDEN, Golden, sequences_of
 from tests.support.small import small_config, small_model
 
@@ -122,8 +123,9 @@ def test_a_published_model_is_continued_with_rows_longer_than_its_position_table
         f"model.pooling.num_attention_heads={published_config.model.pooling.num_attention_heads}",
         *(f"model.init_from={tmp_path / 'out'}", f"data.row_tokens={4 * table}", f"data.document_tokens={table}"),
     )
-    model = build_model(config.model, published_config.vocab_size, config.data.longest_document, seed=1)
-    load_parts(model, config.model, published_config.vocabulary.text_size, seed=1)
+    model = build_empty_model(config.model, published_config.vocab_size, config.data.longest_document)
+    given, _ = given_weights(model, config.model, published_config.vocabulary.text_size, seed=1)
+    fill_weights(model, 1, given)
     published = load_published(golden.weights, golden.config)
     assert all(torch.equal(weight, published.state_dict()[name]) for name, weight in model.state_dict().items())
 
@@ -137,9 +139,9 @@ def test_a_published_model_is_continued_with_rows_longer_than_its_position_table
         second = model(packed)[0][lengths[0] : sum(lengths)]
         torch.testing.assert_close(second, published(alone)[0][: lengths[1]], rtol=1e-4, atol=1e-5)
 
-    longer = build_model(config.model, published_config.vocab_size, table + 1, seed=1)
+    longer = build_empty_model(config.model, published_config.vocab_size, table + 1)
     with pytest.raises(UserError, match="lower data.document_tokens"):
-        load_parts(longer, config.model, published_config.vocabulary.text_size, seed=1)
+        given_weights(longer, config.model, published_config.vocabulary.text_size, seed=1)
 
 
 def test_a_table_that_is_given_too_short_is_refused():

@@ -2,9 +2,8 @@
 
 import pytest
 
-from lcl_ds.assembly import without_memory
 from lcl_ds.config import RECIPES, load_config
-from lcl_ds.models.build import build_model, tokens_per_image
+from lcl_ds.models.build import build_empty_model, tokens_per_image
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 CLIP_TEXT, CONTROL = 49_408, 5  # entries of CLIP's tokenizer, and our control tokens
@@ -18,8 +17,7 @@ PUBLISHED = {
 
 def model_of(name):
     config = load_config(RECIPES / f"{name}.yaml")
-    with without_memory(config):
-        return config, build_model(config.model, CLIP_TEXT + CONTROL, config.data.row_tokens, seed=0)
+    return config, build_empty_model(config.model, CLIP_TEXT + CONTROL, config.data.row_tokens)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -110,10 +110,10 @@ class WeightFolder:
         with safe_open(self.file_of[name], framework="pt") as file:
             return file.get_tensor(name)
 
-    def rows(self, name: str) -> int:
-        """Return the length of a weight's first dimension, without reading it."""
+    def shape(self, name: str) -> list[int]:
+        """Return the shape of a weight, without reading it."""
         with safe_open(self.file_of[name], framework="pt") as file:
-            return file.get_slice(name).get_shape()[0]
+            return file.get_slice(name).get_shape()
 
 
 def open_weights(folder: Path) -> WeightFolder:

@@ -1,7 +1,7 @@
-"""Copy weights of a folder for parts of the network into the plainly built model before DeepSpeed partitions it.
+"""Take weights of a folder for parts of the network, one at a time, when :mod:`lcl_ds.models.initial` asks for them.
 
 Nothing stays random unnoticed: a weight that is missing, unknown to the network or of another shape ends the run,
-unless the settings allow it by name.
+unless the settings allow it by name. All of that is seen before the first weight is read.
 """
 
 import math
@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lcl_ds.errors import UserError
 from lcl_ds.models.build import vision_config
 from lcl_ds.models.decoder import DROPOUT_ENDINGS, build_decoder_config
 from lcl_ds.models.encoders import family_of
+from lcl_ds.models.initial import GivenWeights
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.settings import ModelSettings, part_of
 from lcl_ds.models.weights.hf_folder import WeightFolder, open_weights, read_architecture
@@ -40,7 +42,8 @@ RENAMED = {
 DECODER_POSITIONS = ("wpe.weight", "embed_positions.weight")
 
 Adapt = Callable[[Tensor, Tensor], Tensor]
-"""(their weight, our weight) to a weight of our shape; raises ValueError where it cannot."""
+"""(their weight, our weight) to a weight of our shape; raises ValueError where it cannot. Either may be without memory,
+to learn what would come out."""
 
 
 @dataclass
@@ -55,17 +58,30 @@ class Transfer:
     adapt: dict[str, Adapt] = field(default_factory=dict)
     note: str = ""
 
+    def read(self, name: str) -> Tensor:
+        """Read one weight, fp32 on the CPU, in our shape."""
+        return self._adapted(name, self.folder.read(self.names[name]).float())
 
-def load_parts(model: LCLModel, settings: ModelSettings, text_size: int, seed: int) -> list[str]:
-    """Load weights into the parts for which the settings name a folder.
+    def shape(self, name: str) -> torch.Size:
+        """Say what shape a weight will have, without reading it. Raises: ValueError when it cannot be adapted."""
+        return self._adapted(name, torch.empty(self.folder.shape(self.names[name]), device="meta")).shape
+
+    def _adapted(self, name: str, value: Tensor) -> Tensor:
+        return self.adapt[name](value, self.targets[name]) if name in self.adapt else value
+
+
+def given_weights(
+    model: LCLModel, settings: ModelSettings, text_size: int, seed: int
+) -> tuple[GivenWeights, list[str]]:
+    """Find the weights of the parts for which the settings name a folder.
 
     Args:
-        model: from :func:`lcl_ds.models.build.build_model`, with all its weights.
+        model: with or without memory.
         text_size: tokens of the tokenizer; the control tokens follow them.
         seed: of the rows of tokens that the folder does not know.
 
     Returns:
-        One sentence per folder.
+        What reads each weight, and one sentence per folder.
 
     Raises:
         UserError: names every weight that is missing, unexpected or of another shape.
@@ -79,27 +95,34 @@ def load_parts(model: LCLModel, settings: ModelSettings, text_size: int, seed: i
         ),
         ("model.init_from", settings.init_from, lambda path: release_transfer(model, settings, path)),
     ]
+    names = {weight: name for name, weight in model.named_parameters()}
+    given: dict[str, Callable[[], Tensor]] = {}
     sentences, problems = [], []
     for setting, path, prepare in folders:
         if path is None:
             continue
         try:
-            sentence, misfits = _carry_out(prepare(Path(path)), settings)
+            transfer = prepare(Path(path))
+            sentence, misfits = _check(transfer, settings)
         except ValueError as error:
             problems.append(f"{setting}: {error}")
             continue
         sentences.append(sentence)
         problems += misfits
+        for name in transfer.targets.keys() & transfer.names.keys():
+            target = transfer.targets[name]
+            given[names[target]] = partial(transfer.read, name)
     if problems:
         raise UserError(problems)
     if settings.decoder.pretrained:
-        model.context_head.norm.load_state_dict(model.lm_head.norm.state_dict())
-    return sentences
+        for kind, _ in model.context_head.norm.named_parameters():
+            if (same := given.get(f"lm_head.norm.{kind}")) is not None:
+                given[f"context_head.norm.{kind}"] = same
+    return given, sentences
 
 
-@torch.no_grad()
-def _carry_out(transfer: Transfer, settings: ModelSettings) -> tuple[str, list[str]]:
-    """Copy the weights; returns a sentence and all problems."""
+def _check(transfer: Transfer, settings: ModelSettings) -> tuple[str, list[str]]:
+    """Compare names and shapes of a folder with the network's; returns a sentence and all problems."""
     where = f"{transfer.setting}: {transfer.folder.path}"
     missing = transfer.targets.keys() - transfer.names.keys()
     unexpected = {name for name in transfer.names.keys() - transfer.targets.keys() if not COMPUTED.search(name)}
@@ -114,16 +137,13 @@ def _carry_out(transfer: Transfer, settings: ModelSettings) -> tuple[str, list[s
         if not _matches(name, settings.allow_unexpected)
     ]
     for name in sorted(transfer.targets.keys() & transfer.names.keys()):
-        target, value = transfer.targets[name], transfer.folder.read(transfer.names[name]).float()
         try:
-            value = transfer.adapt[name](value, target) if name in transfer.adapt else value
+            shape, expected = transfer.shape(name), transfer.targets[name].shape
         except ValueError as error:
             problems.append(f"{where}: {name}: {error}")
             continue
-        if value.shape == target.shape:
-            target.copy_(value)
-        else:
-            problems.append(f"{where}: {name} is {list(value.shape)}, the model has {list(target.shape)}")
+        if shape != expected:
+            problems.append(f"{where}: {name} is {list(shape)}, the model has {list(expected)}")
     sentence = f"{where}: {len(transfer.targets) - len(missing)} weights"
     return sentence + transfer.note + (f"; random: {', '.join(random)}" if random else ""), problems
 
@@ -178,7 +198,7 @@ def decoder_transfer(model: LCLModel, path: Path, text_size: int, seed: int) -> 
 
     adapt: dict[str, Adapt] = {name: _cut_positions for name in targets if name.endswith(DECODER_POSITIONS)}
     adapt |= {embedding: rows, "lm_head.weight": rows}
-    unknown = text_size - folder.rows(names[embedding]) if embedding in names else 0
+    unknown = text_size - folder.shape(names[embedding])[0] if embedding in names else 0
     note = f"; {unknown} tokens of the tokenizer are new to it" if unknown > 0 else ""
     return Transfer("model.decoder.pretrained", folder, targets, names, adapt, note)
 
@@ -281,5 +301,5 @@ def _cut_positions(theirs: Tensor, ours: Tensor) -> Tensor:
 def vocabulary_rows(weight: Tensor, text_size: int, rows: int, generator: torch.Generator) -> Tensor:
     """Turn [V, H] into [rows, H]: the rows of the tokenizer's tokens, then new ones with their mean and deviation."""
     known = weight[:text_size]
-    fresh = torch.randn(rows - len(known), weight.shape[1], generator=generator)
+    fresh = torch.randn(rows - len(known), weight.shape[1], generator=generator).to(weight.device)
     return torch.cat([known, known.mean(0) + known.std(0) * fresh])

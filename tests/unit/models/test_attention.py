@@ -14,7 +14,7 @@ from lcl_ds.models import decoder
 from lcl_ds.models.attention import masks as attention
 from lcl_ds.models.attention.masks import attention_arguments, choose_implementation, image_blocks
 from lcl_ds.models.build import check_attention_here
-from lcl_ds.models.decoder import TESTED_FAMILIES, build_decoder, build_decoder_config, check_isolation
+from lcl_ds.models.decoder import TESTED_FAMILIES, build_decoder_config, check_isolation
 from lcl_ds.objectives.base import local_normalizers
 from tests.support.attention_kernels import use_plain_kernels
 from tests.support.small import (
@@ -267,7 +267,7 @@ def test_attention_is_chosen_when_the_network_is_built_moved_or_cast_and_at_no_o
     monkeypatch.setattr(attention, "choose_implementation", watched)
     model = model_of("llama")
     towers = {type(model.decoder).__name__, type(model.vision.model).__name__}
-    assert {*chosen} == {(tower, "cpu", torch.float32) for tower in towers}
+    assert {*chosen} == {(tower, device, torch.float32) for tower in towers for device in ("meta", "cpu")}
     chosen.clear()
     states(model, batch_with_images())
     assert chosen == []
@@ -332,16 +332,15 @@ def test_what_this_machine_lacks_is_refused_before_training(override, precision,
 
 def test_an_unknown_family_is_tried_out(monkeypatch):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    olmo, _ = build_decoder(build_decoder_config("olmo2", sizes, 100, 64))
+    olmo = build_decoder_config("olmo2", sizes, 100, 64)
     assert "olmo2" not in TESTED_FAMILIES
     check_isolation(olmo)
-    bloom, _ = build_decoder(build_decoder_config("bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 2}, 100, 64))
+    bloom = build_decoder_config("bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 2}, 100, 64)
     with pytest.raises(ValueError, match="decoder bloom: cannot read packed rows"):
         check_isolation(bloom)
-    olmo.set_attn_implementation("sdpa")
     monkeypatch.setattr(decoder, "attention_arguments", lambda *args: {})
     with pytest.raises(ValueError, match="decoder olmo2: packed documents would see each other"):
-        check_isolation(olmo)
+        check_isolation(olmo, "sdpa")
 
 
 def test_every_family_that_is_taken_for_tested_is_tested():

@@ -14,11 +14,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPConfig
 
 from lcl_ds.convert import WeightOrigin, release_vision, write_all
 from lcl_ds.errors import UserError
-from lcl_ds.models.build import build_model
+from lcl_ds.models.build import build_empty_model, build_model
 from lcl_ds.models.encoders import IMAGE_MEAN
+from lcl_ds.models.initial import fill_weights
 from lcl_ds.models.settings import part_of
 from lcl_ds.models.vision import released_patch_tokens
-from lcl_ds.models.weights.transfer import load_parts, resize_positions, vocabulary_rows
+from lcl_ds.models.weights.transfer import given_weights, resize_positions, vocabulary_rows
 from lcl_ds.tokens import Vocabulary
 from tests.support.small import DECODERS, IMAGE_SIZE, ROW_TOKENS, VISION_TOWERS, small_config
 
@@ -29,8 +30,10 @@ VOCABULARY = Vocabulary(TEXT)
 def started(*overrides, row_tokens=ROW_TOKENS, seed=0):
     """A model with the weights that the overrides ask for, its settings and what is said about it."""
     config = small_config(*overrides)
-    model = build_model(config.model, VOCABULARY.size, row_tokens, seed=0).eval()
-    return model, config.model, load_parts(model, config.model, TEXT, seed)
+    model = build_empty_model(config.model, VOCABULARY.size, row_tokens)
+    given, said = given_weights(model, config.model, TEXT, seed)
+    fill_weights(model, 0, given)
+    return model.eval(), config.model, said
 
 
 def refused(*overrides, row_tokens=ROW_TOKENS):
@@ -319,9 +322,9 @@ def test_a_release_of_another_architecture_is_refused_even_where_shapes_agree(re
 def test_a_release_with_another_vocabulary_is_refused(release):
     _, folder = release
     config = small_config(f"model.init_from={folder}")
-    model = build_model(config.model, VOCABULARY.size + 3, ROW_TOKENS, seed=0)
+    model = build_empty_model(config.model, VOCABULARY.size + 3, ROW_TOKENS)
     with pytest.raises(UserError) as error:
-        load_parts(model, config.model, TEXT, 0)
+        given_weights(model, config.model, TEXT, 0)
     assert [p.split(f"{folder}: ")[1] for p in error.value.problems] == [
         "decoder.embed_tokens.weight is [65, 32], the model has [68, 32]",
         "lm_head.weight is [65, 32], the model has [68, 32]",
