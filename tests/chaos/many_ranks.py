@@ -79,8 +79,8 @@ def train_with_clock() -> int:
 
     clock, start_engine, step = Clock(), run.start_engine, Trainer._step
 
-    def engine_with_clock(*args: Any) -> Any:
-        engine = start_engine(*args)
+    def engine_with_clock(*args: Any, **options: Any) -> Any:
+        engine = start_engine(*args, **options)
         for name in ("forward", "backward", "step"):
             setattr(engine, name, clock.timed("engine", getattr(engine, name)))
         return engine

@@ -14,7 +14,7 @@ from tests.support.rank_tasks.given import STAGES
 from tests.support.rank_tasks.runs import CHANGES
 from tests.support.ranks import all_on_ranks, on_ranks
 
-BF16_LOSS, BF16_NORM = 4e-3, 3e-2
+BF16_LOSS, BF16_NORM = 4e-3, 5e-2
 """Relative: bf16 keeps 8 bits, so a loss of many terms is right to one part in 2^8 and a gradient's norm to a few."""
 
 
