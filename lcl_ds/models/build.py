@@ -62,7 +62,7 @@ def build_empty_model(settings: ModelSettings, vocab_size: int, document_tokens:
         mode: Mode = "images" if settings.decoder.bidirectional_images else "causal"
         check_isolation(decoder, settings.decoder.attention, mode)
         vision = vision_config(settings)
-        with init_empty_weights():
+        with torch.random.fork_rng(devices=[]), init_empty_weights():
             model = LCLModel(
                 vision,
                 decoder,

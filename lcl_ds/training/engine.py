@@ -25,12 +25,18 @@ from torch import distributed as dist
 from lcl_ds.config import Config
 from lcl_ds.errors import UserError
 from lcl_ds.models.heads import ExactScalar
-from lcl_ds.models.initial import GivenWeights, fill_weights
+from lcl_ds.models.initial import GivenWeights, fill_weights, units
 from lcl_ds.objectives.base import Objective
 from lcl_ds.settings import suggest
 from lcl_ds.training.checkpoint import MOMENTS, WEIGHTS, check_names, read_manifest, read_state, slice_of, slices_of
 from lcl_ds.training.distributed import RankInfo, on_all_ranks
-from lcl_ds.training.engine_state import held_parts, set_optimizer_steps, spread_weights, stage_0_master
+from lcl_ds.training.engine_state import (
+    held_parts,
+    set_optimizer_steps,
+    share_memory_of_masters,
+    spread_weights,
+    stage_0_master,
+)
 from lcl_ds.training.optimizer import BoundedAdamW, freeze_parts, parameter_groups
 from lcl_ds.training.throughput import size_of
 
@@ -54,6 +60,8 @@ ENGINE_KEYS = frozenset(
 )
 """What a ds_config may set."""
 
+LEAST_SUB_GROUP = 10**7
+"""Weights that the optimizer steps over at once, however small the network."""
 SHOWN_RANKS = 4
 """Numbers of ranks that are proposed where the global batch does not divide."""
 
@@ -222,6 +230,7 @@ def start_engine(
     """
     check_saved_whole(objective)
     freeze_parts(objective, config.train)
+    ds_config = sized(ds_config, objective, rank_info.world_size)
     exact = place_weights(objective, config, ds_config, rank_info, given, has_values)
     bounds = 0.0, math.log(config.model.logit_scale_max)
     groups = parameter_groups(objective, config.train, bounds)
@@ -236,6 +245,7 @@ def start_engine(
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)
     optimizer.starting = False
     optimizer.wrapper = engine.optimizer
+    share_memory_of_masters(engine)
     if engine.bfloat16_enabled():  # DeepSpeed makes its fp32 weights from those that it has just rounded
         for scalar, value in exact.items():
             set_fp32_weight(engine, scalar.weight, value)
@@ -255,6 +265,29 @@ def start_engine(
             ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
         )
     return engine
+
+
+def sized(ds_config: dict[str, Any], objective: nn.Module, world_size: int) -> dict[str, Any]:
+    """Complete the buffers of stage 3 by the size of the network where the user has not set them.
+
+    DeepSpeed's own defaults suit networks of several billion weights. Here a buffer holds the largest block; three
+    blocks are whole at a time; and the optimizer steps over an eighth of a rank's weights at once.
+    """
+    zero = ds_config.get("zero_optimization", {})
+    if zero.get("stage", 0) != 3:
+        return ds_config
+    block = max(size_of(unit.module.parameters()) for unit in units(objective))
+    share = math.ceil(size_of(objective.parameters()) / world_size)
+    sizes = {
+        "sub_group_size": max(LEAST_SUB_GROUP, math.ceil(share / 8)),
+        "reduce_bucket_size": block,
+        "prefetch_bucket_size": block,
+        "max_live_parameters": 3 * block,
+        "max_reuse_distance": 3 * block,
+    }
+    chosen = {key.removeprefix("stage3_") for key in zero}  # DeepSpeed takes either name
+    sizes = {key: size for key, size in sizes.items() if key not in chosen}
+    return {**ds_config, "zero_optimization": {**zero, **sizes}}
 
 
 def place_weights(

@@ -64,13 +64,27 @@ def own_share(part: HeldPart) -> tuple[int, dict[str, Tensor]]:
     return first, {kind: values[first:last] for kind, values in part.values.items()}
 
 
+def share_memory_of_masters(engine: Any) -> None:
+    """Keep fp32 weights and the optimizer's copy of them once at stage 3, where both lie on one device.
+
+    DeepSpeed means to, but compares a device with the name of one. Its own step then copies a tensor onto itself.
+    """
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() < 3 or optimizer.offload_optimizer or optimizer.offload_param:
+        return
+    pairs = zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True)
+    for weights, masters in pairs:
+        if (weights.dtype, weights.device) == (masters.dtype, masters.device):
+            masters.data = weights.data
+
+
 def make_moments(engine: Any) -> None:
     """Make AdamW's state where there is none yet: it makes its own in its first step."""
     optimizer = _adamw(engine)
     for weight in _stepped(engine):
         state = optimizer.state[weight]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), device=weight.device)
             for kind in MOMENT_KINDS:
                 state[kind] = torch.zeros_like(weight)
 

@@ -30,7 +30,6 @@ from tests.chaos.checkpoint_cost import SETTINGS
 from tests.support.ranks import Ranks
 from tests.support.small import ROW_TOKENS, VOCABULARY, batch_with_images, small_config
 
-RANKS = (1, 2, 4)
 STEPS = 3
 GIB = 2**30
 
@@ -38,6 +37,7 @@ GIB = 2**30
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--ds_config", type=Path, help="engine settings; default: stage 3 and nothing else")
     parser.add_argument("--rank", metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     options = ["--ds_config", str(arguments.ds_config)] if arguments.ds_config else []
     figures: dict[str, Any] = {"machine": machine(), "packages": versions(), "settings": zero, "ranks": {}}
-    for world_size in RANKS:
+    for world_size in arguments.ranks:
         with tempfile.TemporaryDirectory() as folder:
             figures["ranks"][world_size] = on_ranks(world_size, Path(folder), options)
     print_figures(figures)
@@ -114,18 +114,15 @@ def resident(kind: str) -> int:
 
 
 def print_figures(figures: dict[str, Any]) -> None:
-    print(
-        f"GiB of resident memory per rank, highest of any rank; {next(iter(figures['ranks'].values()))['weights']:,} weights"
-    )
+    print("GiB of resident memory per rank, highest of any rank")
     for ranks, values in figures["ranks"].items():
+        parts = {name: values[name] for name in ("base", "share", "module", "starting")}
+        print(f"{ranks} ranks, {values['weights']:,} weights:", ", ".join(f"{k} {v:.2f}" for k, v in parts.items()))
         for phase in ("building", "training"):
             needed = values[f"needed for {phase}"]
             print(
                 f"{ranks} ranks, {phase}: {values[phase]:.2f}, needed {needed:.2f}: {values[phase] / needed - 1:+.0%}"
             )
-        print(
-            f"   base {values['base']:.2f}, share of weights {values['share']:.2f}, largest module {values['module']:.2f}, starting {values['starting']:.2f}"
-        )
 
 
 if __name__ == "__main__":
