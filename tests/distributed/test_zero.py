@@ -8,6 +8,7 @@ import torch
 
 from lcl_ds.assembly import attach_objective
 from lcl_ds.metrics import read_metrics
+from lcl_ds.models.initial import units
 from lcl_ds.objectives import NAMES
 from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.training.checkpoint import checkpoint_of, checkpoints_folder, load_model, problem_of, resolve_checkpoint
@@ -17,6 +18,7 @@ from tests.support.small import lcl_objective, merged, small_config, small_model
 
 pytestmark = pytest.mark.timeout(600)
 TASKS = [
+    "building",
     "gradients",
     "objectives",
     "three_steps",
@@ -74,6 +76,35 @@ def test_gradients_equal_one_process_also_where_ranks_have_no_images(gradients, 
 def test_the_first_loss_is_the_same_at_every_stage(gradients):
     losses = [gradients[0][f"{stage} both"]["loss"].item() for stage in STAGES]
     assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def building(results):
+    return results["building"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_first_weights_do_not_depend_on_ranks_or_stages(building, stage):
+    expected = lcl_objective(small_model()).state_dict()
+    expected["model.decoder.layers.1.mlp.up_proj.weight"].fill_(0.5)
+    for rank in building:
+        weights = rank[str(stage)]["weights"]
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+
+
+def test_no_rank_holds_more_than_its_share_and_one_unit_while_the_network_is_built(building):
+    sizes = [sum(weight.numel() for weight in unit.module.parameters()) for unit in units(small_model())]
+    for rank in building:
+        assert rank["3"]["held"] == sizes
+
+
+def test_the_first_rank_alone_reads_given_weights_and_all_hear_of_its_problem(building):
+    for rank, results in enumerate(building):
+        assert [results[str(stage)]["readers"] for stage in STAGES] == [[0] if rank == 0 else []] * 4
+        (problem,) = results["refused"]
+        assert "weights.safetensors" in problem
+        assert "Input/output error" in problem
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,17 @@ from deepspeed.utils import safe_get_full_grad
 from torch import distributed as dist
 
 from lcl_ds.batch import Batch
+from lcl_ds.config import Config
 from lcl_ds.errors import UserError
 from lcl_ds.metrics import Combination, read_metrics
-from lcl_ds.objectives import NAMES, lcl
-from lcl_ds.objectives.base import LossNormalizers
+from lcl_ds.models.build import build_empty_model
+from lcl_ds.models.initial import fill_weights
+from lcl_ds.objectives import NAMES, build_empty_objective, lcl
+from lcl_ds.objectives.base import LossNormalizers, freeze_unused
+from lcl_ds.training import engine as training_engine
 from lcl_ds.training.checkpoint import Progress
 from lcl_ds.training.distributed import RankInfo, all_reduce_sum, raise_for_all
-from lcl_ds.training.engine import load_engine
+from lcl_ds.training.engine import complete_ds_config, fp32_weight, load_engine, start_engine
 from tests.support.rank_tasks.given import (
     STAGES,
     TEN_STEPS,
@@ -25,7 +29,7 @@ from tests.support.rank_tasks.given import (
     steps_of,
     trainer_of,
 )
-from tests.support.small import batch_with_images, small_config, small_model, three_documents
+from tests.support.small import ROW_TOKENS, VOCABULARY, batch_with_images, small_config, small_model, three_documents
 
 
 def gradients(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
@@ -45,6 +49,55 @@ def gradients(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
             trainer.engine.step()
             results[f"{stage} {case}"] = {"loss": all_reduce_sum(losses["loss"].detach().clone()), "gradients": actual}
     return results
+
+
+def building(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
+    """Engines of networks that were built without memory: their weights, what each rank held meanwhile and who read."""
+    results: dict[str, Any] = {}
+    name = "decoder.layers.1.mlp.up_proj.weight"
+    for stage in STAGES:
+        config = small_config("train.global_batch_rows=4")
+        objective, held, readers = empty_objective(config), [], []
+
+        def read(readers: list[int] = readers) -> torch.Tensor:
+            readers.append(rank_info.rank)
+            return torch.full((48, 32), 0.5)
+
+        def fill(*arguments: Any, held: list[int] = held, objective: Any = objective, **options: Any) -> None:
+            *rest, place = arguments
+
+            def noted(unit: torch.nn.Module) -> None:
+                held.append(sum(weight.numel() for weight in objective.parameters() if not weight.is_meta))
+                place(unit)
+
+            fill_weights(*rest, noted, **options)
+
+        ds_config = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+        training_engine.fill_weights = fill
+        ds_config = complete_ds_config(ds_config, config, rank_info.world_size)
+        engine = start_engine(objective, config, ds_config, rank_info, {name: read})
+        training_engine.fill_weights = fill_weights
+        weights = {n: fp32_weight(engine, weight).view(shape_of(weight)) for n, weight in objective.named_parameters()}
+        results[str(stage)] = {"weights": weights, "held": held, "readers": readers}
+
+    def broken() -> torch.Tensor:
+        raise OSError(5, "Input/output error", "weights.safetensors")
+
+    try:
+        start_engine(empty_objective(config), config, ds_config, rank_info, {name: broken})
+    except UserError as error:
+        results["refused"] = error.problems
+    return results
+
+
+def empty_objective(config: Config) -> Any:
+    objective = build_empty_objective(build_empty_model(config.model, VOCABULARY.size, ROW_TOKENS), config.objective)
+    freeze_unused(objective)
+    return objective
+
+
+def shape_of(weight: Any) -> torch.Size:
+    return getattr(weight, "ds_shape", weight.shape)
 
 
 def three_steps(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
