@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -228,8 +228,13 @@ def _noise(size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (PARITY_IMAGES, 3, size, size), dtype=np.uint8)
 
 
-def read_run(run_or_checkpoint: Path) -> tuple[LCLModel, WeightOrigin, Vocabulary]:
+def read_run(
+    run_or_checkpoint: Path, part: Literal["vision"] | None = None
+) -> tuple[LCLModel, WeightOrigin, Vocabulary]:
     """Read the newest, or the named, checkpoint of a run.
+
+    Args:
+        part: the only part to read; see :func:`lcl_ds.training.checkpoint.load_model`.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -238,7 +243,7 @@ def read_run(run_or_checkpoint: Path) -> tuple[LCLModel, WeightOrigin, Vocabular
     with _damage_named(checkpoint):
         config, state = load_config_of(checkpoint), read_state(checkpoint)
         step, vocab_size = state["progress"]["step"], state["vocab_size"]
-        model = load_model(checkpoint)
+        model = load_model(checkpoint, part=part)
     history = f"with lcl_ds {__version__}, step {step} of {config.train.steps}"
     origin = WeightOrigin(
         config.name, history, config.model_dump(mode="json"), *_pixels_of(config, model.vision.model.config.image_size)
@@ -318,7 +323,8 @@ def convert(arguments: argparse.Namespace) -> int:
         if arguments.origin == "reference":
             model, origin, vocabulary = read_published(arguments.run_or_file, arguments.config)
         else:
-            model, origin, vocabulary = read_run(arguments.run_or_file)
+            releases_all = arguments.format == "reference" or arguments.part == "full"
+            model, origin, vocabulary = read_run(arguments.run_or_file, None if releases_all else "vision")
         if arguments.format == "reference":
             write_published(model, vocabulary, folder)
         elif arguments.part == "full":

@@ -19,7 +19,8 @@ from lcl_ds.evaluation.documents import HeldOut, HeldOutReader
 from lcl_ds.evaluation.probe import ProbeImages, class_of, encoder_features, linear_probe, pixel_features
 from lcl_ds.evaluation.retrieval import LEAST_PAIRS, PairFeatures, pair_features, retrieval_scores, too_few_pairs
 from lcl_ds.files import write_whole
-from lcl_ds.models.build import build_model
+from lcl_ds.models.build import build_empty_model
+from lcl_ds.models.initial import fill_weights
 from lcl_ds.models.network import LCLModel
 from lcl_ds.report.figures import RetrievalExample, plot_retrieval
 from lcl_ds.report.page import EVALUATION, RETRIEVAL_PICTURE, caveats, is_current, write_report
@@ -150,7 +151,8 @@ def _probes(
     trained = encoder_features(model.vision, held_out.pixels)
     if not trained.isfinite().all():
         return {}, [*notes, "linear probes are left out: the trained encoder's features are not finite"]
-    untrained = build_model(config.model, vocab_size, config.data.longest_document, config.seed("init")).eval()
+    untrained = build_empty_model(config.model, vocab_size, config.data.longest_document).eval()
+    fill_weights(untrained, config.seed("init"), within="vision")
     features = {
         "trained": trained,
         "untrained": encoder_features(untrained.vision.to(next(model.parameters()).device), held_out.pixels),

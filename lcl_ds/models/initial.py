@@ -67,7 +67,7 @@ def fill_weights(
     model: nn.Module,
     seed: int,
     given: GivenWeights | None = None,
-    finish: Callable[[nn.Module], None] | None = None,
+    finish: Callable[[nn.Module], object] | None = None,
     *,
     has_values: bool = True,
     within: str = "",

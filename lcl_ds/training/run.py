@@ -188,7 +188,7 @@ def finish(config: Config, run_dir: Path, device: torch.device) -> int:
     checkpoint = resolve_checkpoint(run_dir)
     step = read_state(checkpoint)["progress"]["step"]
     keep_metrics(run_dir / METRICS, step, kept_metrics(run_dir))  # the report reads them
-    return close_run(config, run_dir, step, lambda: load_model(checkpoint).to(device))
+    return close_run(config, run_dir, step, lambda: load_model(checkpoint, device))
 
 
 def dry_run(config: Config, ds_config: dict[str, Any]) -> str:

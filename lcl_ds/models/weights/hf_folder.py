@@ -106,9 +106,12 @@ class WeightFolder:
     file_of: dict[str, Path]
 
     def read(self, name: str) -> Tensor:
-        """Read one weight, on the CPU, in the dtype of the file."""
-        with safe_open(self.file_of[name], framework="pt") as file:
-            return file.get_tensor(name)
+        """Read one weight, on the CPU, in the dtype of the file. Raises: ValueError when it cannot be read."""
+        try:
+            with safe_open(self.file_of[name], framework="pt") as file:
+                return file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.file_of[name]}: {name}: cannot be read as safetensors: {error}") from error
 
     def shape(self, name: str) -> list[int]:
         """Return the shape of a weight, without reading it."""

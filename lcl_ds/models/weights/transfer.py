@@ -95,7 +95,7 @@ def given_weights(
         ),
         ("model.init_from", settings.init_from, lambda path: release_transfer(model, settings, path)),
     ]
-    names = {weight: name for name, weight in model.named_parameters()}
+    names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
     given: dict[str, Callable[[], Tensor]] = {}
     sentences, problems = [], []
     for setting, path, prepare in folders:
