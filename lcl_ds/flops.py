@@ -1,7 +1,8 @@
 """How much arithmetic one optimizer step needs, by part: from the weights of a network and what the step reads.
 
 Counted as ``torch.utils.flop_counter`` counts: two operations for each product of a matrix multiplication, and in
-attention every pair of tokens of a document, also those that a causal mask or a window hides. Elementwise work counts nothing.
+attention every pair of tokens of a document, also those that a causal mask or a window hides.
+Elementwise work counts nothing.
 """
 
 from collections.abc import Iterable
@@ -84,7 +85,7 @@ class StepFlops:
         }
 
     def of(self, work: StepWork) -> dict[str, Flops]:
-        """Count for ``vision``, ``pooling``, ``decoder``, ``head`` (with the objective's own heads), ``contrastive``."""
+        """Count for ``vision``, ``pooling``, ``decoder``, ``head`` (own heads too) and ``contrastive``."""
         parts = {name: getattr(work, name) for name in self._per_unit}
         return {
             part: sum((self._per_unit[name][part] * amount for name, amount in parts.items()), Flops())
@@ -123,7 +124,7 @@ def size_of(weights: Iterable[Tensor]) -> int:
 
 
 def _vision(model: LCLModel, images: float, seen: int) -> Flops:
-    tower = model.vision.model
+    tower: Any = model.vision.model
     patches = images * model.vision.patch_tokens
     # Pixels need no gradient.
     embedded = _products([tower.embeddings], patches, input_learns=False, passes_through=False)

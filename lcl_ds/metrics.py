@@ -61,9 +61,7 @@ class StepMetrics:
     tokens: int = field(metadata=_of("all ranks", "Tokens that are not padding."))
     text_tokens: int = field(metadata=_of("all ranks", "Tokens that carry generation loss."))
     token_squares: int = field(
-        metadata=_of(
-            "all ranks", "Sum of the squares of the tokens of each document and padding: what attention costs."
-        )
+        metadata=_of("all ranks", "Sum over documents and paddings of the square of their tokens.")
     )
     padding_fraction: float = field(metadata=_of("first rank", "Fraction of the rows' tokens that is padding."))
     images_per_s: float = field(metadata=_of("first rank", "Images of all ranks per second."))

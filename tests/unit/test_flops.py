@@ -105,7 +105,7 @@ def test_weights_that_are_partitioned_count_whole():
 def test_a_token_meets_the_experts_that_it_is_sent_to():
     mixture = "{model_type: mixtral, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, "
     heads = "num_attention_heads: 2, num_key_value_heads: 2, num_local_experts: 4}"
-    objective, config = objective_of(f"model.decoder={mixture}{heads}")
+    objective, _ = objective_of(f"model.decoder={mixture}{heads}")
     experts = [m for m in objective.modules() if type(m).__name__.endswith("Experts")]
     everything = sum(w.numel() for module in experts for w in module.parameters())
     work = StepWork(images=0, tokens=10, squares=0, labels=0)
