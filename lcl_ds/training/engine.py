@@ -111,6 +111,11 @@ def load_ds_config(path: Path) -> dict[str, Any]:
     return values
 
 
+def zero_settings(ds_config: dict[str, Any]) -> DeepSpeedZeroConfig:
+    """Return the settings of ZeRO of a configuration from :func:`load_ds_config`, with DeepSpeed's defaults."""
+    return DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
+
+
 def _refused(zero: DeepSpeedZeroConfig) -> Iterator[tuple[str, str]]:
     """Name the settings of ZeRO under which a run would fail, or save something else than it has learned, and why."""
     if zero.round_robin_gradients:
