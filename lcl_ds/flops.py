@@ -138,7 +138,7 @@ def _tower(tower: Any, tokens: float, squares: float, learning: bool, config: An
     flops = _products([tower], tokens, learning)
     learns = learning or _learns(tower)
     blocks = [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)]
-    attention = 4 * squares * _query_width(config)
+    attention = 4 * squares * query_width(config)
     for block in blocks:
         flops += Flops(attention, 2 * attention * learns, 0.5 * attention * learns)
         if block.gradient_checkpointing and learns:
@@ -147,7 +147,8 @@ def _tower(tower: Any, tokens: float, squares: float, learning: bool, config: An
     return flops
 
 
-def _query_width(config: Any) -> int:
+def query_width(config: Any) -> int:
+    """Return the width of all heads' queries together."""
     heads = config.num_attention_heads
     return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 

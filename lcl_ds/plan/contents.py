@@ -144,8 +144,8 @@ def contents_of_run(run_dir: Path, config: Config, pairs_per_image: float) -> Ro
     """
     rows = read_metrics(run_dir)
     keys = ("images", "text_tokens", "token_squares")
-    if not rows or any(key not in rows[-1] for key in keys):
-        raise UserError(f"{run_dir}: its metrics.jsonl lacks {', '.join(keys)}; name a run of this version")
+    if lacking := [key for key in keys if not rows or key not in rows[-1]]:
+        raise UserError(f"{run_dir}: its metrics.jsonl lacks {', '.join(lacking)}; name a run of this version")
     per_row = 1 / (len(rows) * config.train.global_batch_rows)
     images, labels, squares = (per_row * math.fsum(row[key] for row in rows) for key in keys)
     return RowContents(

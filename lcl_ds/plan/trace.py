@@ -25,7 +25,11 @@ from lcl_ds.models.attention.masks import switch_implementation
 from lcl_ds.models.build import build_model, image_size
 from lcl_ds.models.settings import TowerSettings
 from lcl_ds.objectives.base import LossNormalizer, Objective
+from lcl_ds.plan.contents import RowContents
 from lcl_ds.training.optimizer import freeze_parts
+
+
+TRACED_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -93,40 +97,47 @@ class Tracer:
 
     Args:
         row: one row as it is made up, see :func:`lcl_ds.plan.contents.made_up_row`.
+        contents: what rows hold on average.
         attention: what the decoder will use; ``varlen`` for everything that is told where documents begin.
     """
 
-    def __init__(self, config: Config, vocab_size: int, row: Batch, attention: str):
-        self.config, self.vocab_size, self.row, self.attention = config, vocab_size, row, attention
+    def __init__(self, config: Config, vocab_size: int, row: Batch, contents: RowContents, attention: str):
+        self.config, self.vocab_size, self.row, self.contents = config, vocab_size, row, contents
+        self.attention = attention
         self._known: dict[tuple[Any, ...], Activations] = {}
 
     def activations(self, rows: int, vision_every: int, decoder_every: int) -> Activations:
-        """Trace a micro-step of so many rows.
+        """Say what a micro-step of so many rows takes.
 
         Args:
             vision_every, decoder_every: recompute every k-th block of that tower; 0: none.
         """
-        depths = {name: _depth(getattr(self.config.model, name)) for name in ("vision", "decoder")}
-        every = {"vision": vision_every, "decoder": decoder_every}
-        shallow = self._trace(rows, {"vision": 1, "decoder": 1}, every)
-        kept, beyond = shallow.kept, shallow.beyond
-        for name, depth in depths.items():
-            recomputed = -(-depth // every[name]) if every[name] else 0
-            for count, is_recomputed in ((recomputed, True), (depth - recomputed, False)):
-                first = is_recomputed == bool(every[name])  # which kind the one block of the shallow tower is
-                if count - first > 0:
-                    kept += (count - first) * self._block(rows, name, is_recomputed)
+        some, twice = (self._trace(count) for count in (TRACED_ROWS, 2 * TRACED_ROWS))
+        total = some + (twice + some * -1) * (rows / TRACED_ROWS - 1)  # what does not grow with rows is in both
+        kept, beyond = total.kept, total.beyond
+        for name, every in (("vision", vision_every), ("decoder", decoder_every)):
+            depth = _depth(getattr(self.config.model, name))
+            recomputed = -(-depth // every) if every else 0
+            blocks = (depth - recomputed - 1) * self._block(name, False)  # one is in the network that was traced
+            if recomputed:
+                blocks += recomputed * self._block(name, True)
+            kept += blocks * rows / TRACED_ROWS
+        if vision_every or decoder_every:
+            shallow = self._trace(TRACED_ROWS, (1, int(bool(vision_every))), (1, int(bool(decoder_every))))
+            beyond = max(beyond, shallow.beyond * rows / TRACED_ROWS)
         return Activations(kept, beyond)
 
-    def _block(self, rows: int, name: str, is_recomputed: bool) -> float:
+    def _block(self, name: str, is_recomputed: bool) -> float:
         """Return the bytes that one more block of a tower keeps."""
-        every = {"vision": 0, "decoder": 0, name: int(is_recomputed)}
-        one, two = (self._trace(rows, {"vision": 1, "decoder": 1, name: depth}, every).kept for depth in (1, 2))
-        return two - one
+        one, two = (self._trace(TRACED_ROWS, **{name: (depth, int(is_recomputed))}) for depth in (1, 2))
+        return two.kept - one.kept
 
-    def _trace(self, rows: int, depths: dict[str, int], every: dict[str, int]) -> Activations:
-        key = (rows, *depths.values(), *every.values())
+    def _trace(self, rows: int, vision: tuple[int, int] = (1, 0), decoder: tuple[int, int] = (1, 0)) -> Activations:
+        """Run towers of so many blocks, of which every k-th is recomputed; 0: none."""
+        key = rows, vision, decoder
         if key not in self._known:
+            towers = {"vision": vision, "decoder": decoder}
+            depths, every = ({name: pair[i] for name, pair in towers.items()} for i in (0, 1))
             self._known[key] = self._measure(rows, depths, every)
         return self._known[key]
 
@@ -142,7 +153,7 @@ class Tracer:
             if self.attention == varlen.NAME:
                 varlen.register()
             switch_implementation(network.decoder, self.attention)
-            batch = _batch_of(self.row, rows, image_size(config.model))
+            batch = _batch_of(self.row, self.contents, rows, image_size(config.model))
             terms = objective.count_terms(batch)
             normalizers = {name: LossNormalizer(torch.ones(()), torch.ones(())) for name in terms}
             with LiveBytes() as bytes_, _gradients_dropped(objective):
@@ -200,25 +211,28 @@ def _gradients_dropped(objective: Objective) -> Iterator[None]:
             handle.remove()
 
 
-def _batch_of(row: Batch, rows: int, side: int) -> Batch:
-    """Make a batch of so many equal rows, without values, whose images have their true size."""
+def _batch_of(row: Batch, contents: RowContents, rows: int, side: int) -> Batch:
+    """Make a batch of so many rows, without values, with images of their true size."""
+    images = max(1, round(contents.images * rows))
 
-    def many(tensor: Tensor) -> Tensor:
-        return torch.zeros(rows * tensor.shape[0], *tensor.shape[1:], dtype=tensor.dtype)
+    def zeros(length: float, like: Tensor) -> Tensor:
+        return torch.zeros(round(length), *like.shape[1:], dtype=like.dtype)
 
-    images = rows * len(row.images)
+    def for_images(tensor: Tensor) -> Tensor:
+        return zeros(images * len(tensor) / len(row.images), tensor)
+
     bounds: Any = _Bounds(rows, row.input_ids.shape[1])
     return replace(
         row,
-        input_ids=many(row.input_ids),
-        position_ids=many(row.position_ids),
+        input_ids=zeros(rows, row.input_ids),
+        position_ids=zeros(rows, row.position_ids),
         cu_seqlens=bounds,
         images=torch.zeros(images, 3, side, side, dtype=torch.uint8),
-        image_seeds=many(row.image_seeds),
-        slot_images=many(row.slot_images),
-        slot_positions=many(row.slot_positions),
-        readouts={name: Readouts(many(r.positions), many(r.images)) for name, r in row.readouts.items()},
-        label_positions=many(row.label_positions),
-        labels=many(row.labels),
+        image_seeds=for_images(row.image_seeds),
+        slot_images=for_images(row.slot_images),
+        slot_positions=for_images(row.slot_positions),
+        readouts={name: Readouts(for_images(r.positions), for_images(r.images)) for name, r in row.readouts.items()},
+        label_positions=zeros(contents.labels * rows, row.label_positions),
+        labels=zeros(contents.labels * rows, row.labels),
         image_count=images,
     )

@@ -198,7 +198,7 @@ def planned(case: str) -> Memory:
     sizes = sizes_of(objective, groups, VOCABULARY.size, objective.model.decoder.config.hidden_size)
     layout = Layout.of(zero_settings({"zero_optimization": zero}), config.precision, ranks)
     towers = config.model.vision, config.model.decoder
-    activations = Tracer(config, VOCABULARY.size, row, "varlen").activations(
+    activations = Tracer(config, VOCABULARY.size, row, contents_of(row, config), "varlen").activations(
         ROWS, *(int(tower.activation_checkpointing) for tower in towers)
     )
     losses = loss_memory(contents_of(row, config), ROWS, sizes, layout, device, ranks)
