@@ -68,7 +68,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from lcl_ds.training.preparation import prepare_for_deepspeed
 
     prepare_for_deepspeed()
-    from lcl_ds.plan import check, contents, printing, scaling, search
+    from lcl_ds.plan import check, contents, printing, search
     from lcl_ds.plan.planner import Planner
     from lcl_ds.training.engine import load_ds_config
 
@@ -95,7 +95,7 @@ def plan(arguments: argparse.Namespace) -> int:
     given = planner.plan(planner.given())
     out = printing.console()
     notes = [
-        f"rows: {holds.images:.1f} images, {holds.labels:.0f} labels of {holds.tokens:.0f} tokens, from {holds.known_from}",
+        f"rows: {holds.images:.1f} images, {holds.labels:.0f} labels, {holds.tokens:.0f} tokens: {holds.known_from}",
         f"vocabulary: {how}",
         f"attention: {planner.attention}; GPU: {gpu.source}",
     ]
@@ -107,6 +107,8 @@ def plan(arguments: argparse.Namespace) -> int:
     if not arguments.no_search:
         printing.print_search(search.search(planner), given, planner, out)
     if arguments.scaling:
+        from lcl_ds.plan import scaling
+
         points = scaling.scale(planner)
         printing.print_scaling(points, scaling.assumptions(planner), out)
         scaling.draw(points, planner, arguments.scaling)

@@ -78,9 +78,7 @@ class Exchange:
 
     def waited_s(self, forward_s: float, backward_s: float) -> float:
         """Return the seconds that are not hidden behind so much arithmetic."""
-        return (
-            max(0.0, self.forward - HIDDEN * forward_s) + max(0.0, self.backward - HIDDEN * backward_s) + self.alone
-        )
+        return max(0.0, self.forward - HIDDEN * forward_s) + max(0.0, self.backward - HIDDEN * backward_s) + self.alone
 
 
 def exchange_of(

@@ -1,6 +1,7 @@
 """Write plans as tables."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -10,9 +11,11 @@ from lcl_ds.plan.check import Compared
 from lcl_ds.plan.communication import HIDDEN, REACHED
 from lcl_ds.plan.memory import MEANINGS
 from lcl_ds.plan.planner import Plan, Planner
-from lcl_ds.plan.scaling import Point
 from lcl_ds.plan.search import Found, reasons, settings_of, what_would_fit
 from lcl_ds.plan.timing import EFFICIENCIES, efficiencies
+
+if TYPE_CHECKING:  # it imports what draws
+    from lcl_ds.plan.scaling import Point
 
 SHOWN = 5
 """Choices of a search that are shown."""
@@ -77,7 +80,9 @@ def _gib(size: float) -> str:
 
 
 def _time_table(plan: Plan, planner: Planner) -> Table:
-    table = Table("step", "TFLOP", "computed twice", "s", "assumed", title="arithmetic of a step, all GPUs, and its time")
+    table = Table(
+        "step", "TFLOP", "computed twice", "s", "assumed", title="arithmetic of a step, all GPUs, and its time"
+    )
     reached = efficiencies(planner.sizes.width, planner.towers)
     for name, some in plan.flops.items():
         source = EFFICIENCIES[name][1] if reached[name] == EFFICIENCIES[name][0] else "given" if planner.towers else ""
@@ -89,7 +94,9 @@ def _time_table(plan: Plan, planner: Planner) -> Table:
             f"{100 * reached[name]:.0f} % of the peak: {source}".removesuffix(": "),
         )
     whole = total(plan.flops)
-    waits = f"of {plan.time.exchanged:.4f} s; {100 * HIDDEN:.0f} % of a pass hides them, {100 * REACHED:.0f} % of bandwidth"
+    waits = (
+        f"of {plan.time.exchanged:.4f} s; {100 * HIDDEN:.0f} % of a pass hides them, {100 * REACHED:.0f} % of bandwidth"
+    )
     table.add_row("waiting for exchanges", "", "", f"{plan.time.waited:.4f}", waits)
     table.add_row("update", "", "", f"{plan.time.update:.4f}", "memory bandwidth")
     table.add_row("together", f"{whole.model / 1e12:,.2f}", f"{whole.recomputed / 1e12:,.2f}", f"{plan.time.total:.4f}")
@@ -108,7 +115,7 @@ def print_search(found: Found, given: Plan, planner: Planner, out: Console) -> N
         out.print(what_would_fit(planner, found))
 
 
-def print_scaling(points: list[Point], assumed: Iterable[str], out: Console) -> None:
+def print_scaling(points: "list[Point]", assumed: Iterable[str], out: Console) -> None:
     """Print the curves as a table, with what they rest on."""
     table = Table("GPUs", "weak: images/s", "waiting", "strong: images/s", "waiting", title="scaling, planned")
     for point in points:

@@ -1,8 +1,9 @@
 """Look through the ways in which a step can be cut up, and say of each whether it fits and how long it takes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from lcl_ds.gpus import GPUS
 from lcl_ds.plan.planner import Choice, Plan, Planner
 
 POLICIES = ((0, 0), (1, 0), (0, 1), (2, 2), (1, 1))
@@ -71,27 +72,22 @@ def reasons(plan: Plan, planner: Planner) -> str:
 
 
 def what_would_fit(planner: Planner, found: Found) -> str:
-    """Say what to change where nothing fits, or where the given choice does not."""
+    """Say what to change where the given choice does not fit: settings, or the card."""
     if found.fitting:
-        best = found.fitting[0]
-        return f"what would fit: {settings_of(best)}"
-    gpus = planner.gpus
-    while gpus < 65_536:
-        gpus *= 2
-        plan = planner.plan(replace(found.nearest.choice, stage=3), gpus, planner.hosts_of(gpus))
-        if plan.memory.needed <= planner.gpu.memory_gib * 2**30:
-            return f"what would fit: {gpus} GPUs, {settings_of(plan)}"
-    short = found.nearest.memory.needed / 2**30 - planner.gpu.memory_gib
-    return f"nothing would fit: {settings_of(found.nearest)} still needs {short:.1f} GiB more; take larger GPUs"
+        return f"what would fit: {settings_of(found.fitting[0])}"
+    needed = found.nearest.memory.needed / 2**30
+    cards = [name for name, gpu in GPUS.items() if gpu.memory_gib >= needed]
+    return (
+        f"nothing would fit: {settings_of(found.nearest)} still needs {needed - planner.gpu.memory_gib:.1f} GiB more; "
+        f"take {' or '.join(cards) or 'a smaller model'}"
+    )
 
 
 def settings_of(plan: Plan) -> str:
     """Write a choice as the settings that make it."""
     choice = plan.choice
     words = [f"stage {choice.stage}"]
-    offloads = [
-        name for name in ("optimizer", "weights") if getattr(choice, f"offload_{name}")
-    ]
+    offloads = [name for name in ("optimizer", "weights") if getattr(choice, f"offload_{name}")]
     if offloads:
         words.append(f"offload of {' and '.join(offloads)}")
     words.append(f"train.accumulation_steps={plan.micro_steps} ({choice.rows} rows a GPU)")

@@ -28,7 +28,6 @@ from lcl_ds.objectives.base import LossNormalizer, Objective
 from lcl_ds.plan.contents import RowContents
 from lcl_ds.training.optimizer import freeze_parts
 
-
 TRACED_ROWS = 4
 
 
@@ -129,19 +128,26 @@ class Tracer:
 
     def _block(self, name: str, is_recomputed: bool) -> float:
         """Return the bytes that one more block of a tower keeps."""
-        one, two = (self._trace(TRACED_ROWS, **{name: (depth, int(is_recomputed))}) for depth in (1, 2))
-        return two.kept - one.kept
+        shallow = {name: (1, int(is_recomputed))}
+        deep = {name: (2, int(is_recomputed))}
+        return self._trace(TRACED_ROWS, **deep, forward=True).kept - self._trace(TRACED_ROWS, **shallow).kept
 
-    def _trace(self, rows: int, vision: tuple[int, int] = (1, 0), decoder: tuple[int, int] = (1, 0)) -> Activations:
-        """Run towers of so many blocks, of which every k-th is recomputed; 0: none."""
+    def _trace(
+        self,
+        rows: int,
+        vision: tuple[int, int] = (1, 0),
+        decoder: tuple[int, int] = (1, 0),
+        forward: bool = False,
+    ) -> Activations:
+        """Run towers of so many blocks, of which every k-th is recomputed (0: none), forward alone or back as well."""
         key = rows, vision, decoder
         if key not in self._known:
             towers = {"vision": vision, "decoder": decoder}
             depths, every = ({name: pair[i] for name, pair in towers.items()} for i in (0, 1))
-            self._known[key] = self._measure(rows, depths, every)
+            self._known[key] = self._measure(rows, depths, every, forward)
         return self._known[key]
 
-    def _measure(self, rows: int, depths: dict[str, int], every: dict[str, int]) -> Activations:
+    def _measure(self, rows: int, depths: dict[str, int], every: dict[str, int], forward: bool) -> Activations:
         config = shallow_config(self.config, depths, every)
         with init_empty_weights():
             network = build_model(config.model, self.vocab_size, config.data.longest_document, 0)
@@ -159,6 +165,8 @@ class Tracer:
             with LiveBytes() as bytes_, _gradients_dropped(objective):
                 outputs = objective(batch, normalizers)
                 kept = bytes_.live
+                if forward:
+                    return Activations(kept, 0.0)
                 outputs["loss"].backward()
         return Activations(kept, max(0, bytes_.peak - kept))
 

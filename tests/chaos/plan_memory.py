@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
-
 from accelerate import init_empty_weights
+from torch.profiler import ProfilerActivity, profile
 
 from lcl_ds.assembly import attach_objective
 from lcl_ds.batch import Batch
@@ -77,7 +76,9 @@ STEPS, ROWS = 4, 4
 
 
 def config_of(case: str) -> Config:
-    return load_config(RECIPES / "demo.yaml", [*BASE, f"train.global_batch_rows={ROWS * CASES[case][0]}", *CASES[case][2]])
+    return load_config(
+        RECIPES / "demo.yaml", [*BASE, f"train.global_batch_rows={ROWS * CASES[case][0]}", *CASES[case][2]]
+    )
 
 
 def batch_of(config: Config, rows: int) -> Batch:
@@ -221,7 +222,9 @@ def main() -> int:
         plan = planned(case)
         off = plan.allocated / found - 1
         worst = max(worst, abs(off))
-        print(f"{case:45} planned {plan.allocated / 2**20:6.1f} MiB, measured {found / 2**20:6.1f} MiB, {100 * off:+.1f} %")
+        print(
+            f"{case:45} planned {plan.allocated / 2**20:6.1f} MiB, measured {found / 2**20:6.1f} MiB, {100 * off:+.1f} %"
+        )
         parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in plan.device.items())
         print(f"    at the {plan.moment}: {parts}", flush=True)
     return int(worst > 0.1)
