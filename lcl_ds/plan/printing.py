@@ -12,7 +12,7 @@ from lcl_ds.plan.communication import HIDDEN, REACHED
 from lcl_ds.plan.memory import MEANINGS
 from lcl_ds.plan.planner import Plan, Planner
 from lcl_ds.plan.search import Found, reasons, settings_of, what_would_fit
-from lcl_ds.plan.timing import EFFICIENCIES, efficiencies
+from lcl_ds.plan.timing import efficiencies, source_of
 
 if TYPE_CHECKING:  # it imports what draws
     from lcl_ds.plan.scaling import Point
@@ -85,13 +85,13 @@ def _time_table(plan: Plan, planner: Planner) -> Table:
     )
     reached = efficiencies(planner.sizes.width, planner.towers)
     for name, some in plan.flops.items():
-        source = EFFICIENCIES[name][1] if reached[name] == EFFICIENCIES[name][0] else "given" if planner.towers else ""
+        source = source_of(name, planner.sizes.width, planner.towers)
         table.add_row(
             name,
             f"{some.model / 1e12:,.2f}",
             f"{some.recomputed / 1e12:,.2f}",
             f"{plan.time.parts[name]:.4f}",
-            f"{100 * reached[name]:.0f} % of the peak: {source}".removesuffix(": "),
+            f"{100 * reached[name]:.0f} % of the peak: {source}",
         )
     whole = total(plan.flops)
     waits = (

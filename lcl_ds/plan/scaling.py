@@ -49,7 +49,7 @@ def assumptions(planner: Planner) -> list[str]:
     return [
         f"weak: {given.rows} rows a GPU and micro-step at every size, so the batch grows; negatives too",
         f"strong: {planner.config.train.global_batch_rows} rows a step at every size",
-        f"{math.ceil(planner.gpus / planner.hosts)} GPUs a host; efficiencies of the arithmetic do not change with size",
+        f"{math.ceil(planner.gpus / planner.hosts)} GPUs a host; arithmetic is as efficient at every size",
         "no rank is slower than another, and waiting for data, saving and failures take no time",
     ]
 

@@ -80,6 +80,13 @@ def efficiencies(width: int, towers: float | None) -> dict[str, float]:
     return reached
 
 
+def source_of(part: str, width: int, towers: float | None) -> str:
+    """Say where the figure of :func:`efficiencies` is from."""
+    if towers is not None and part in ("vision", "pooling", "decoder"):
+        return "as given"
+    return NARROW_HEAD[2] if part == "head" and width < NARROW_HEAD[0] else EFFICIENCIES[part][1]
+
+
 def _update_s(gpu: Gpu, layout: Layout, sizes: Sizes) -> float:
     own = sizes.trained / (layout.ranks if layout.stage else 1)
     if layout.offload_optimizer:

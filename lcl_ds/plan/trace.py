@@ -122,7 +122,9 @@ class Tracer:
                 blocks += recomputed * self._block(name, True)
             kept += blocks * rows / TRACED_ROWS
         if vision_every or decoder_every:
-            shallow = self._trace(TRACED_ROWS, (1, int(bool(vision_every))), (1, int(bool(decoder_every))))
+            shallow = self._trace(
+                TRACED_ROWS, vision=(1, int(bool(vision_every))), decoder=(1, int(bool(decoder_every)))
+            )
             beyond = max(beyond, shallow.beyond * rows / TRACED_ROWS)
         return Activations(kept, beyond)
 
@@ -130,14 +132,14 @@ class Tracer:
         """Return the bytes that one more block of a tower keeps."""
         shallow = {name: (1, int(is_recomputed))}
         deep = {name: (2, int(is_recomputed))}
-        return self._trace(TRACED_ROWS, **deep, forward=True).kept - self._trace(TRACED_ROWS, **shallow).kept
+        return self._trace(TRACED_ROWS, True, **deep).kept - self._trace(TRACED_ROWS, False, **shallow).kept
 
     def _trace(
         self,
         rows: int,
+        forward: bool = False,
         vision: tuple[int, int] = (1, 0),
         decoder: tuple[int, int] = (1, 0),
-        forward: bool = False,
     ) -> Activations:
         """Run towers of so many blocks, of which every k-th is recomputed (0: none), forward alone or back as well."""
         key = rows, vision, decoder

@@ -222,9 +222,8 @@ def main() -> int:
         plan = planned(case)
         off = plan.allocated / found - 1
         worst = max(worst, abs(off))
-        print(
-            f"{case:45} planned {plan.allocated / 2**20:6.1f} MiB, measured {found / 2**20:6.1f} MiB, {100 * off:+.1f} %"
-        )
+        figures = f"planned {plan.allocated / 2**20:6.1f} MiB, measured {found / 2**20:6.1f} MiB, {100 * off:+.1f} %"
+        print(f"{case:45} {figures}")
         parts = ", ".join(f"{name} {size / 2**20:.1f}" for name, size in plan.device.items())
         print(f"    at the {plan.moment}: {parts}", flush=True)
     return int(worst > 0.1)
