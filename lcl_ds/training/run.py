@@ -35,6 +35,7 @@ from lcl_ds.training.distributed import (
 )
 from lcl_ds.training.engine import complete_ds_config, load_engine, rows_per_micro_step, start_engine
 from lcl_ds.training.loop import Trainer
+from lcl_ds.training.many_ranks import check_ranks, spread
 from lcl_ds.training.monitor import kept_metrics
 from lcl_ds.training.peers import peers_of
 from lcl_ds.training.pulse import PULSE
@@ -199,22 +200,30 @@ def finish(config: Config, run_dir: Path, device: torch.device) -> int:
     return close_run(config, run_dir, step, lambda: load_model(checkpoint).to(device))
 
 
-def dry_run(config: Config, ds_config: dict[str, Any]) -> str:
-    """Check everything that can be checked without training, for one rank: data, model, engine settings.
+def dry_run(config: Config, ds_config: dict[str, Any], ranks: int = 1) -> str:
+    """Check everything that can be checked without training, for so many ranks: data, model, engine settings.
 
     Returns:
         YAML with sample counts, parameters by part and one batch.
+
+    Raises:
+        UserError: with what is wrong, or does not fit this number of ranks.
     """
+    check_ranks(config, ds_config, ranks)
     check_trackers(config.log.trackers)
     data = open_checked_data(config)
     check_evaluation(config, data)
-    complete = complete_ds_config(ds_config, config, 1)
-    rows = rows_per_micro_step(config, 1)
+    complete = complete_ds_config(ds_config, config, ranks)
+    rows = rows_per_micro_step(config, ranks)
     with without_memory(config):
         network = build_network(config, data)
         loaded = load_initial_weights(network, config, data)
         objective = attach_objective(network, config)
-    batch = next(BatchLoader(data.sources, lane_settings(config), data.tokenizer, rows))
+    settings, batches = lane_settings(config), {}
+    for rank in sorted({0, ranks - 1}):
+        loader = BatchLoader(data.sources, settings, data.tokenizer, rows, rank, ranks)
+        batches[rank] = next(loader)
+    batch = batches[0]
     return yaml.safe_dump(
         {
             "samples": {source.name: len(source) for source in data.sources},
@@ -229,6 +238,7 @@ def dry_run(config: Config, ds_config: dict[str, Any]) -> str:
                 **objective.count_terms(batch),
                 "padding_fraction": 1 - batch.token_count / batch.input_ids.numel(),
             },
+            **({"spread": spread(config, loader, batches, ranks)} if ranks > 1 else {}),
             "ds_config": complete,
         },
         sort_keys=False,

@@ -72,15 +72,13 @@ def main() -> int:
         measure(arguments.out)
         return 0
     times = {ranks: measured(ranks) for ranks in RANKS}
-    print(
-        f"{'ranks':>5} {'collective':10} {'bytes':>12} {'planned ms':>11} {'measured ms':>12} {'planned / measured':>19}"
-    )
+    print(f"{'ranks':>5} {'collective':10} {'bytes':>12} {'planned ms':>11} {'measured ms':>12} {'ratio':>7}")
     for ranks in RANKS:
         for name in ("sum", "gather", "scatter"):
             network = network_of(times[2], name, ranks)
             for size in SIZES:
                 ours, theirs = getattr(network, f"{name}_s")(size), times[ranks][f"{name} {size}"]
-                print(f"{ranks:5} {name:10} {size:12,} {1e3 * ours:11.3f} {1e3 * theirs:12.3f} {ours / theirs:19.2f}")
+                print(f"{ranks:5} {name:10} {size:12,} {1e3 * ours:11.3f} {1e3 * theirs:12.3f} {ours / theirs:7.2f}")
     return 0
 
 
