@@ -86,9 +86,9 @@ def lane_settings(config: Config, *, training: bool = True) -> LaneSettings:
     )
 
 
-def build_empty(config: Config, data: OpenData) -> Objective:
+def build_empty(config: Config, vocab_size: int) -> Objective:
     """Build network and objective of the run, of which nothing takes memory: names and shapes of their weights."""
-    network = build_empty_model(config.model, data.tokenizer.vocabulary.size, config.data.longest_document)
+    network = build_empty_model(config.model, vocab_size, config.data.longest_document)
     return _frozen(build_empty_objective(network, config.objective))
 
 

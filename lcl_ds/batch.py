@@ -60,6 +60,8 @@ class Batch:
     document_count: int
     token_count: int
     """Tokens that are not padding."""
+    token_squares: int
+    """Sum over documents and paddings of the square of their length: the pairs of tokens that attention looks at."""
     skipped_samples: int
     """Samples and images left out since the last batch, damaged or excluded."""
     keys: tuple[str, ...]

@@ -25,8 +25,9 @@ Row = dict[str, Any]
 """A line as it is read: values by their keys, None for what was not finite. Runs of other versions may lack keys."""
 LOSS_ENDING = "_loss"
 """How the names of an objective's losses end, and those of no other number: it tells a reader of the file."""
-Whose = Literal["all ranks", "first rank", "GPU"]
-"""Whose value a key has: the sum over all ranks; that of the first rank; the first rank's where it has a GPU."""
+Whose = Literal["all ranks", "first rank", "GPU", "one rank"]
+"""Whose value a key has: the sum over all ranks; that of the first rank; the first rank's where it has a GPU; that of
+the rank that the line names."""
 Combination = Literal["sum", "same"]
 """How a number that every rank has becomes one: their sum, or that of any of them because all have the same."""
 
@@ -59,6 +60,9 @@ class StepMetrics:
     documents: int = field(metadata=_of("all ranks", "Documents seen."))
     tokens: int = field(metadata=_of("all ranks", "Tokens that are not padding."))
     text_tokens: int = field(metadata=_of("all ranks", "Tokens that carry generation loss."))
+    token_squares: int = field(
+        metadata=_of("all ranks", "Sum over documents and paddings of the square of their tokens.")
+    )
     padding_fraction: float = field(metadata=_of("first rank", "Fraction of the rows' tokens that is padding."))
     images_per_s: float = field(metadata=_of("first rank", "Images of all ranks per second."))
     tokens_per_s: float = field(metadata=_of("first rank", "Tokens of all ranks per second."))
@@ -70,10 +74,23 @@ class StepMetrics:
     mfu: float | None = field(
         default=None, metadata=_of("GPU", "Model FLOPs utilisation: fraction of the GPU's bf16 peak.")
     )
-    memory_gb: float | None = field(default=None, metadata=_of("GPU", "Most GPU memory allocated so far, in GiB."))
+    memory_gb: float | None = field(
+        default=None,
+        metadata=_of("first rank", "Most memory so far, in GiB: allocated on the GPU, or on a CPU resident."),
+    )
+    tflop: float | None = field(
+        default=None, metadata=_of("first rank", "Operations that the step's gradient takes on all ranks, in 10^12.")
+    )
+    slowest_rank: int | None = field(
+        default=None, metadata=_of("one rank", "The rank that was busy longest by itself; only of several ranks.")
+    )
+    slowest_rank_s: float | None = field(default=None, metadata=_of("one rank", "How long it was busy, in seconds."))
+    median_rank_s: float | None = field(
+        default=None, metadata=_of("one rank", "How long the rank in the middle was busy, in seconds.")
+    )
 
     def row(self) -> Row:
-        """List values by key, in order; what only a GPU has is left out where there is none."""
+        """List values by key, in order; what is not known is left out, as what only a GPU has where there is none."""
         row: Row = {}
         for entry in fields(self):
             value = getattr(self, entry.name)

@@ -30,6 +30,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--run_dir", type=Path, help="default: runs/<recipe name>")
     parser.add_argument("--print_config", action="store_true", help="print the resolved settings and stop")
     parser.add_argument("--dry_run", action="store_true", help="check data, model and engine settings and stop")
+    parser.add_argument("--gpus", type=int, metavar="N", help="with --dry_run: whether the run fits N ranks")
     parser.add_argument(
         "--preflight", action="store_true", help="try hosts, data, disk and network on all ranks and stop"
     )
@@ -52,7 +53,10 @@ def train(arguments: argparse.Namespace) -> int:
     import yaml
 
     from lcl_ds.config import ds_config_path, load_config, recipe_path
+    from lcl_ds.errors import UserError
 
+    if arguments.gpus is not None and (not arguments.dry_run or arguments.gpus < 1):
+        raise UserError(f"--gpus {arguments.gpus}: goes with --dry_run, and is 1 or more; launchers start ranks")
     config = load_config(recipe_path(arguments.recipe), arguments.overrides)
     if arguments.print_config:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
@@ -65,7 +69,7 @@ def train(arguments: argparse.Namespace) -> int:
 
     ds_config = load_ds_config(ds_config_path(arguments.ds_config))
     if arguments.dry_run:
-        print(run.dry_run(config, ds_config), end="")
+        print(run.dry_run(config, ds_config, arguments.gpus or 1), end="")
         return 0
     run_dir = arguments.run_dir or Path("runs") / config.name
     if arguments.preflight:

@@ -79,6 +79,10 @@ class Objective(nn.Module):
         """List modules and weights of the network that no loss of this objective reaches."""
         return ()
 
+    def count_head_states(self, images: float, pairs: float) -> float:
+        """Count the states that the objective's own heads read in a step of so many images and contrastive pairs."""
+        return 0.0
+
     def generation(self, hidden_states: Tensor, batch: Batch, normalizers: LossNormalizers) -> Tensor:
         """Compute the share of the generation loss; it needs the normalizer of ``labels``."""
         states = hidden_states.index_select(0, batch.label_positions)

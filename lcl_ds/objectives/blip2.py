@@ -55,6 +55,9 @@ class Objective(base.Objective):
         # One image alone has no other to be mistaken for.
         return {"labels": len(batch.labels), "pairs": pairs, "matches": 2 * pairs if pairs > 1 else 0}
 
+    def count_head_states(self, images: float, pairs: float) -> float:
+        return 2 * pairs
+
     def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
         """Compute the shares of the losses, and the ``logit_scale`` [1] that was used."""
         pooled, tokens = self.model.encode_images(batch.images, batch.image_seeds)

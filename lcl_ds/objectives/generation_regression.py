@@ -51,6 +51,9 @@ class Objective(base.Objective):
     def count_terms(self, batch: Batch) -> dict[str, int]:
         return {"labels": len(batch.labels), "images": batch.image_count}
 
+    def count_head_states(self, images: float, pairs: float) -> float:
+        return images * self.model.kept_tokens
+
     def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
         """Compute this rank's shares; regression is the mean squared error over an image's tokens and channels."""
         _, tokens = self.model.encode_images(batch.images, batch.image_seeds)

@@ -58,6 +58,9 @@ class Objective(base.Objective):
     def count_terms(self, batch: Batch) -> dict[str, int]:
         return {"labels": len(batch.labels), "images": batch.image_count}
 
+    def count_head_states(self, images: float, pairs: float) -> float:
+        return images * self.hidden_patches
+
     def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
         """Compute the shares; that of images is the mean squared error over hidden patches and their pixels."""
         pixels = self.model.vision.normalize(batch.images)

@@ -48,7 +48,7 @@ class RetrievalExample:
 def plot_losses(runs: Runs, path: Path) -> None:
     """Plot every loss of the runs' objectives against the step, unweighted."""
     names = _names(runs, loss_names)
-    figure, axes = _figure(1, max(1, len(names)))
+    figure, axes = new_figure(1, max(1, len(names)))
     for axis, name in zip(axes, names, strict=False):
         _draw(axis, runs, name.replace("_", " ").capitalize(), name)
     _save(figure, runs, path)
@@ -58,7 +58,7 @@ def plot_schedule(runs: Runs, path: Path) -> None:
     """Plot learning rate, gradient norm and what else the objectives report against the step."""
     names = _names(runs, report_names)
     panels = 2 + len(names)
-    figure, (rate, norm, *others) = _figure(math.ceil(panels / 3), min(panels, 3))
+    figure, (rate, norm, *others) = new_figure(math.ceil(panels / 3), min(panels, 3))
     _draw(rate, runs, "Learning rate", "lr", smooth=False)
     _draw(norm, runs, "Gradient norm", "grad_norm")
     for axis, name in zip(others, names, strict=False):
@@ -78,7 +78,7 @@ def _names(runs: Runs, names_in: Callable[[Row], list[str]]) -> list[str]:
 
 def plot_throughput(runs: Runs, path: Path) -> None:
     """Plot tokens and images per second, the fraction of time spent waiting for data, and padding."""
-    figure, axes = _figure(2, 2)
+    figure, axes = new_figure(2, 2)
     _draw(axes[0], runs, "Tokens per second", "tokens_per_s")
     _draw(axes[1], runs, "Images per second", "images_per_s")
     _draw(axes[2], runs, "Time spent waiting for data", lambda rows: column(rows, "data_s") / column(rows, "step_s"))
@@ -136,7 +136,8 @@ def _page(height: float) -> Figure:
     return Figure(figsize=(11, height), dpi=DPI, layout=layout, facecolor="white")
 
 
-def _figure(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+def new_figure(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
+    """Make a page of panels in the house's style; the x axis counts steps unless it is named anew."""
     figure = _page(0.6 + 3.1 * rows)
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for i, axis in enumerate(axes):

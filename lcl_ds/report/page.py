@@ -175,7 +175,7 @@ def key_figures(rows: list[Row]) -> dict[str, str]:
     if np.isfinite(utilisation).any():
         figures["Model FLOPs utilisation"] = _percent(np.nanmean(utilisation))
     if np.isfinite(memory).any():
-        figures["Peak GPU memory"] = f"{np.nanmax(memory):.1f} GiB"
+        figures["Peak memory"] = f"{np.nanmax(memory):.1f} GiB"
     return figures
 
 

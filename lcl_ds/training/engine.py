@@ -24,6 +24,7 @@ from torch import distributed as dist
 
 from lcl_ds.config import Config
 from lcl_ds.errors import UserError
+from lcl_ds.flops import size_of
 from lcl_ds.models.heads import ExactScalar
 from lcl_ds.models.initial import GivenWeights, fill_weights, units
 from lcl_ds.objectives.base import Objective
@@ -38,7 +39,6 @@ from lcl_ds.training.engine_state import (
     stage_0_master,
 )
 from lcl_ds.training.optimizer import BoundedAdamW, freeze_parts, parameter_groups
-from lcl_ds.training.throughput import size_of
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +120,11 @@ def load_ds_config(path: Path) -> dict[str, Any]:
     if problems:
         raise UserError(problems)
     return values
+
+
+def zero_settings(ds_config: dict[str, Any]) -> DeepSpeedZeroConfig:
+    """Return the settings of ZeRO of a configuration from :func:`load_ds_config`, with DeepSpeed's defaults."""
+    return DeepSpeedZeroConfig(**ds_config.get("zero_optimization", {}))
 
 
 def _refused(zero: DeepSpeedZeroConfig) -> Iterator[tuple[str, str]]:

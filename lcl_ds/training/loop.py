@@ -16,6 +16,8 @@ from lcl_ds.batch import Batch
 from lcl_ds.config import Config
 from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.errors import UserError
+from lcl_ds.flops import StepFlops, StepWork, total
+from lcl_ds.gpus import peak_flops
 from lcl_ds.metrics import SourceCounts, StepMetrics
 from lcl_ds.objectives.base import LossNormalizer, LossNormalizers, Objective
 from lcl_ds.training.agreement import StopAgreement
@@ -32,11 +34,11 @@ from lcl_ds.training.engine import refresh_exact_scalars, release_engine
 from lcl_ds.training.first_steps import FirstSteps
 from lcl_ds.training.monitor import Monitor
 from lcl_ds.training.odd_steps import SKIPPED_STEPS, DrawnRows, OddSteps
+from lcl_ds.training.pace import Pace, peak_memory_gb
 from lcl_ds.training.pulse import PULSE
 from lcl_ds.training.saver import Saver
 from lcl_ds.training.schedule import learning_rate
 from lcl_ds.training.signals import STOP
-from lcl_ds.training.throughput import flops_per_token, gpu_memory_gb, peak_flops, step_flops
 from lcl_ds.training.trackers import open_trackers
 
 logger = logging.getLogger(__name__)
@@ -85,7 +87,8 @@ class Trainer:
         self._first_steps = FirstSteps(self.config, done, self.rank_info)
         trackers = open_trackers(self.config, self.run_dir, done) if first else None
         monitor = Monitor(self.run_dir, self.config.train.steps, done, self.config.log.every, first, trackers)
-        self._flops = flops_per_token(self.engine.module.model)
+        self._flops = StepFlops(self.objective)
+        self._pace = Pace(self.rank_info, self.objective.model.decoder)
         self._peak = peak_flops(self.rank_info.device)
         self._stop = StopAgreement(collective_timeout_s(self.config.train))
         try:
@@ -94,6 +97,7 @@ class Trainer:
         finally:
             self.saver.close()
             monitor.close()
+            self._pace.close()
             self._stop.close()
 
     def _run(self, monitor: Monitor) -> int | None:
@@ -151,9 +155,11 @@ class Trainer:
         PULSE.begin("waiting for data", number)
         with on_all_ranks(self.rank_info):
             batches = self._draw()
+            draw_s = time.perf_counter() - started
             PULSE.begin("training", number)
         torch.manual_seed(step_seed(self.config.train.seed, self.rank_info.rank, self.progress.step))
         data_s = time.perf_counter() - started
+        self._pace.drawn(draw_s)
         lr = learning_rate(self.progress.applied_steps, self.config.train)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group["learning_rate_factor"]
@@ -178,11 +184,16 @@ class Trainer:
         STOP.enter("training")  # before the ranks meet: once one of them has done a step, all save when asked to stop
         totals = sum_over_ranks(
             dict(zip(summed, sums, strict=True)),
-            {**summed_metrics(batches), **summed_by_source(batches, self.source_names), **self.saver.counts()},
+            {
+                **summed_metrics(batches),
+                **summed_by_source(batches, self.source_names),
+                **self.saver.counts(),
+                **self._pace.to_sum(),
+            },
         )
         self.saver.advance(totals)
         seconds = {"step_s": time.perf_counter() - started, "data_s": data_s}
-        metrics = self._metrics(totals, outputs, lr, applied, **seconds)
+        metrics = self._metrics(totals, outputs, normalizers_of, lr, applied, **seconds)
         self._first_steps.judge(metrics, normalizers_of, self.engine)
         return metrics
 
@@ -240,7 +251,14 @@ class Trainer:
             )
 
     def _metrics(
-        self, totals: Totals, outputs: dict[str, Tensor], lr: float, applied: bool, step_s: float, data_s: float
+        self,
+        totals: Totals,
+        outputs: dict[str, Tensor],
+        normalizers_of: list[LossNormalizers],
+        lr: float,
+        applied: bool,
+        step_s: float,
+        data_s: float,
     ) -> StepMetrics:
         """Put together what is recorded of a step.
 
@@ -250,6 +268,8 @@ class Trainer:
         """
         images, tokens, labels = (int(totals[key]) for key in ("images", "tokens", "text_tokens"))
         slots = self.config.train.global_batch_rows * self.config.data.row_tokens
+        work = StepWork(images, slots, totals["token_squares"], labels, *contrastive_work(normalizers_of))
+        flops = total(self._flops.of(work)).model
         return StepMetrics(
             step=self.progress.step,
             losses={name: totals[name] for name in ("loss", *self.objective.losses)},
@@ -263,6 +283,7 @@ class Trainer:
             documents=int(totals["documents"]),
             tokens=tokens,
             text_tokens=labels,
+            token_squares=int(totals["token_squares"]),
             padding_fraction=1 - tokens / slots,
             images_per_s=images / step_s,
             tokens_per_s=tokens / step_s,
@@ -274,16 +295,11 @@ class Trainer:
                 for name in self.source_names
             },
             applied=applied,
-            mfu=self._utilisation(images, tokens, labels, step_s),
-            memory_gb=gpu_memory_gb(self.rank_info.device),
+            mfu=flops / (step_s * self.rank_info.world_size * self._peak) if self._peak else None,
+            memory_gb=peak_memory_gb(self.rank_info.device),
+            tflop=flops / 1e12,
+            **self._pace.metrics(totals),
         )
-
-    def _utilisation(self, images: int, tokens: int, labels: int, step_s: float) -> float | None:
-        """Say what fraction of the GPUs' peak a step came to; None where the peak is not known."""
-        if self._peak is None:
-            return None
-        patches = images * self.loader.settings.image_tokens
-        return step_flops(self._flops, patches, tokens, labels) / step_s / self.rank_info.world_size / self._peak
 
 
 def is_saved(step: int, config: Config) -> bool:
@@ -310,8 +326,15 @@ def summed_metrics(batches: list[Batch]) -> dict[str, int]:
         "documents": sum(batch.document_count for batch in batches),
         "tokens": sum(batch.token_count for batch in batches),
         "text_tokens": sum(len(batch.labels) for batch in batches),
+        "token_squares": sum(batch.token_squares for batch in batches),
         "skipped_samples": sum(batch.skipped_samples for batch in batches),
     }
+
+
+def contrastive_work(normalizers_of: list[LossNormalizers]) -> tuple[int, int]:
+    """Count the contrastive pairs of all ranks in a step, and the sum over micro-steps of their squares."""
+    pairs = [sum(normalizers["pairs"].per_rank or ()) for normalizers in normalizers_of if "pairs" in normalizers]
+    return sum(pairs), sum(count**2 for count in pairs)
 
 
 def summed_by_source(batches: list[Batch], names: list[str]) -> dict[tuple[str, str], int]:

@@ -80,13 +80,20 @@ class Monitor:
 
 
 def progress_line(metrics: StepMetrics, total_steps: int, left: str) -> str:
-    """Write one step in a line: the losses without their weighted total, then the throughput."""
+    """Write one step in a line: the losses without their weighted total, throughput, memory, the slowest rank."""
     unweighted = {name: value for name, value in metrics.losses.items() if name != "loss"}
     losses = "  ".join(f"{name.removesuffix(LOSS_ENDING)} {value:.3f}" for name, value in unweighted.items())
-    return (
-        f"step {metrics.step}/{total_steps}  ETA {left}  {losses}  "
-        f"{metrics.images_per_s:.0f} images/s  {metrics.tokens_per_s:.0f} tokens/s"
-    )
+    words = [
+        f"step {metrics.step}/{total_steps}  ETA {left}  {losses}",
+        f"{metrics.images_per_s:.0f} images/s  {metrics.tokens_per_s:.0f} tokens/s",
+    ]
+    if metrics.mfu is not None:
+        words.append(f"MFU {100 * metrics.mfu:.1f} %")
+    if metrics.memory_gb is not None:
+        words.append(f"{metrics.memory_gb:.1f} GiB")
+    if metrics.slowest_rank_s is not None and metrics.median_rank_s is not None:
+        words.append(f"slowest rank {metrics.slowest_rank} +{metrics.slowest_rank_s - metrics.median_rank_s:.2f} s")
+    return "  ".join(words)
 
 
 def kept_metrics(run_dir: Path) -> list[Path]:

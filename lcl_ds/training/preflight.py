@@ -211,7 +211,7 @@ def check_disk(job: Job) -> str:
         return ""
     if job.data is None:
         return "not looked at: the size of the model depends on the data's tokenizer"
-    objective = build_empty(job.config, job.data)
+    objective = build_empty(job.config, job.data.tokenizer.vocabulary.size)
     freeze_parts(objective, job.config.train)
     parameters = sum(weight.numel() for weight in objective.parameters())
     one = bytes_to_save(objective.parameters()) + SMALL_FILES_BYTES

@@ -28,6 +28,7 @@ from lcl_ds.training.distributed import (
 )
 from lcl_ds.training.engine import complete_ds_config, load_engine, rows_per_micro_step, start_engine
 from lcl_ds.training.loop import Trainer
+from lcl_ds.training.many_ranks import check_ranks, spread
 from lcl_ds.training.monitor import kept_metrics
 from lcl_ds.training.peers import peers_of
 from lcl_ds.training.pulse import PULSE
@@ -156,7 +157,7 @@ def prepare(
             state["loader"] if state else None,
             pin_memory=rank_info.device.type == "cuda",
         )
-        objective = build_empty(config, data)
+        objective = build_empty(config, vocab_size)
         given, sentences = ({}, []) if checkpoint else weights_given(objective.model, config, data)
     for sentence in sentences if rank_info.is_first else []:
         logger.info("%s", sentence)
@@ -191,21 +192,29 @@ def finish(config: Config, run_dir: Path, device: torch.device) -> int:
     return close_run(config, run_dir, step, lambda: load_model(checkpoint, device))
 
 
-def dry_run(config: Config, ds_config: dict[str, Any]) -> str:
-    """Check everything that can be checked without training, for one rank: data, model, engine settings.
+def dry_run(config: Config, ds_config: dict[str, Any], ranks: int = 1) -> str:
+    """Check everything that can be checked without training, for so many ranks: data, model, engine settings.
 
     Returns:
         YAML with sample counts, parameters by part and one batch.
+
+    Raises:
+        UserError: with what is wrong, or does not fit this number of ranks.
     """
+    check_ranks(config, ds_config, ranks)
     check_trackers(config.log.trackers)
     data = open_checked_data(config)
     check_evaluation(config, data)
-    complete = complete_ds_config(ds_config, config, 1)
-    rows = rows_per_micro_step(config, 1)
-    objective = build_empty(config, data)
+    complete = complete_ds_config(ds_config, config, ranks)
+    rows = rows_per_micro_step(config, ranks)
+    objective = build_empty(config, data.tokenizer.vocabulary.size)
     network = objective.model
     _, loaded = weights_given(network, config, data)
-    batch = next(BatchLoader(data.sources, lane_settings(config), data.tokenizer, rows))
+    settings, batches = lane_settings(config), {}
+    for rank in sorted({0, ranks - 1}):
+        loader = BatchLoader(data.sources, settings, data.tokenizer, rows, rank, ranks)
+        batches[rank] = next(loader)
+    batch = batches[0]
     return yaml.safe_dump(
         {
             "samples": {source.name: len(source) for source in data.sources},
@@ -220,6 +229,7 @@ def dry_run(config: Config, ds_config: dict[str, Any]) -> str:
                 **objective.count_terms(batch),
                 "padding_fraction": 1 - batch.token_count / batch.input_ids.numel(),
             },
+            **({"spread": spread(config, loader, batches, ranks)} if ranks > 1 else {}),
             "ds_config": complete,
         },
         sort_keys=False,

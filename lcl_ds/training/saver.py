@@ -27,6 +27,7 @@ from lcl_ds.config import Config
 from lcl_ds.data.stream.loader import LoaderState, merge_states
 from lcl_ds.errors import UserError
 from lcl_ds.files import naming, sentence_of, write_whole
+from lcl_ds.flops import size_of
 from lcl_ds.metrics import METRICS
 from lcl_ds.training.checkpoint import (
     CONFIG,
@@ -52,7 +53,6 @@ from lcl_ds.training.engine_state import held_parts, optimizer_steps, own_share
 from lcl_ds.training.input_folders import folder_contents
 from lcl_ds.training.pulse import PULSE
 from lcl_ds.training.slices import SUFFIX, Slice, write_slices
-from lcl_ds.training.throughput import size_of
 
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from torch import distributed as dist
 
 from lcl_ds.environment import machine, versions
 from lcl_ds.files import write_whole
+from lcl_ds.flops import size_of
 from lcl_ds.models.build import build_empty_model
 from lcl_ds.models.initial import units
 from lcl_ds.objectives import build_empty_objective
@@ -25,7 +26,6 @@ from lcl_ds.objectives.base import freeze_unused, local_normalizers
 from lcl_ds.training import engine as training_engine
 from lcl_ds.training.distributed import RankInfo, init_distributed
 from lcl_ds.training.engine import complete_ds_config, start_engine
-from lcl_ds.training.throughput import size_of
 from tests.chaos.checkpoint_cost import SETTINGS
 from tests.support.ranks import Ranks
 from tests.support.small import ROW_TOKENS, VOCABULARY, batch_with_images, small_config

@@ -6,7 +6,10 @@ from typing import Any
 
 from lcl_ds.metrics import METRICS, SourceCounts, StepMetrics, read_metrics
 
-MEASURED = {"step_s", "data_s", "images_per_s", "tokens_per_s", "mfu", "memory_gb"}
+MEASURED = {
+    *("step_s", "data_s", "images_per_s", "tokens_per_s", "mfu", "memory_gb"),
+    *("slowest_rank", "slowest_rank_s", "median_rank_s"),
+}
 """Keys whose values no two runs share."""
 
 
@@ -31,6 +34,7 @@ def metrics(step: int, **changes: Any) -> dict[str, Any]:
         "documents": 40,
         "tokens": 3000,
         "text_tokens": 2000,
+        "token_squares": 300_000,
         "padding_fraction": 0.25,
         "images_per_s": 200.0,
         "tokens_per_s": 6000.0,
@@ -46,7 +50,15 @@ def step_metrics(step: int, **changes: Any) -> StepMetrics:
     values: dict[str, Any] = {
         "losses": {"loss": 2.1, "contrastive_loss": 1.0, "generation_loss": 2.0},
         "reports": {"logit_scale": 14.0},
-        **{"grad_norm": 1.0, "lr": 1e-3, "images": 8, "documents": 4, "tokens": 90, "text_tokens": 60},
+        **{
+            "grad_norm": 1.0,
+            "lr": 1e-3,
+            "images": 8,
+            "documents": 4,
+            "tokens": 90,
+            "text_tokens": 60,
+            "token_squares": 900,
+        },
         **{"padding_fraction": 0.1, "images_per_s": 16.4, "tokens_per_s": 180.6, "step_s": 10.0, "data_s": 0.1},
         **{"skipped_samples": 0, "sources": {"web": SourceCounts(4, 8)}, "applied": True},
     }

@@ -156,6 +156,7 @@ def merged(*batches: Batch) -> Batch:
         image_count=image_offset,
         document_count=sum(b.document_count for b in batches),
         token_count=sum(b.token_count for b in batches),
+        token_squares=sum(b.token_squares for b in batches),
         skipped_samples=0,
         keys=tuple(key for b in batches for key in b.keys),
         sources=batches[0].sources,

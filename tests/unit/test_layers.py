@@ -12,17 +12,17 @@ import pytest
 from tests.support.ranks import ROOT
 
 LAYERS = [
-    {"errors", "settings", "tokens", "batch", "files", "cli", "metrics", "environment", "tasks"},
+    {"errors", "settings", "tokens", "batch", "files", "cli", "metrics", "environment", "tasks", "gpus"},
     {"data"},
     {"models"},
-    {"objectives"},
+    {"objectives", "flops"},
     {"training.settings", "evaluation.settings"},
     {"config"},
     {"assembly"},
     {"report"},
     {"evaluation"},
     {"training"},
-    {"bench", "convert", "train"},
+    {"bench", "convert", "train", "plan"},
 ]
 """From the bottom; a module may import from its own layer and from those below it."""
 APART = [("models", "data")]

@@ -164,7 +164,15 @@ def step_metrics(**changes):
         "step": 3,
         "losses": {"loss": 1.5, "other_loss": 0.5},
         "reports": {"logit_scale": 14.0, "matches": 7.0},
-        **{"grad_norm": 1.0, "lr": 1e-3, "images": 8, "documents": 4, "tokens": 90, "text_tokens": 60},
+        **{
+            "grad_norm": 1.0,
+            "lr": 1e-3,
+            "images": 8,
+            "documents": 4,
+            "tokens": 90,
+            "text_tokens": 60,
+            "token_squares": 900,
+        },
         **{"padding_fraction": 0.1, "images_per_s": 16.0, "tokens_per_s": 180.0, "step_s": 0.5, "data_s": 0.1},
         **{"skipped_samples": 0, "sources": {"web": SourceCounts(4, 8)}, "applied": True},
     }
@@ -178,18 +186,20 @@ def test_a_step_is_written_and_read_by_name_in_the_order_of_its_description(path
     (row,) = read_metrics(path.parent)
     assert [*row] == [
         *("step", "loss", "other_loss", "logit_scale", "matches", "grad_norm", "lr", "images", "documents", "tokens"),
-        *("text_tokens", "padding_fraction", "images_per_s", "tokens_per_s", "step_s", "data_s", "skipped_samples"),
-        *("sources", "applied"),
+        *("text_tokens", "token_squares", "padding_fraction", "images_per_s", "tokens_per_s", "step_s", "data_s"),
+        *("skipped_samples", "sources", "applied"),
     ]
     assert row["sources"] == {"web": {"documents": 4, "images": 8}}
     assert loss_names(row) == ["other_loss"]
     assert report_names(row) == ["logit_scale", "matches"]
 
 
-def test_what_only_a_gpu_has_comes_last_and_only_where_it_is_known():
+def test_what_is_not_always_known_comes_last_and_only_where_it_is_known():
     assert [*step_metrics(memory_gb=30.0).row()][-2:] == ["applied", "memory_gb"]
     assert [*step_metrics(memory_gb=30.0, mfu=0.4).row()][-3:] == ["applied", "mfu", "memory_gb"]
-    assert {key for key, whose in KEYS.items() if whose == "GPU"} == {"mfu", "memory_gb"}
+    assert {key for key, whose in KEYS.items() if whose == "GPU"} == {"mfu"}
+    named = {"slowest_rank": 3, "slowest_rank_s": 1.5, "median_rank_s": 1.0}
+    assert [*step_metrics(**named).row()][-3:] == [*named]
 
 
 def test_a_number_of_the_objective_that_is_not_finite_is_null_and_keeps_its_name():

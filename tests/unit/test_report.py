@@ -74,13 +74,13 @@ def test_key_figures_sum_over_steps(run):
     assert figures["Samples skipped"] == "4"
     assert figures["Steps not applied"] == "1"
     assert figures["Generation loss, mean of last 4 steps"] == "2.000"
-    assert "Peak GPU memory" not in figures
+    assert "Peak memory" not in figures
 
 
 def test_key_figures_of_a_gpu_run():
     figures = key_figures([metrics(1, mfu=0.4, memory_gb=30.0), metrics(2, mfu=0.5, memory_gb=31.0)])
     assert figures["Model FLOPs utilisation"] == "45.0 %"
-    assert figures["Peak GPU memory"] == "31.0 GiB"
+    assert figures["Peak memory"] == "31.0 GiB"
 
 
 def test_one_run(run, capsys):

@@ -123,6 +123,33 @@ def test_print_config_shows_the_resolved_settings_and_dry_run_one_batch(tmp_path
     assert shown["first_micro_batch_of_one_rank"]["padding_fraction"] < 0.05
 
 
+def test_a_dry_run_says_how_a_run_spreads_over_ranks_that_are_not_there(demo_folder, capsys):
+    data = [f"data.shards={demo_folder}/train-documents-*.tar", f"data.tokenizer={demo_folder}/tokenizer"]
+    command = ["--dry_run", "data.demo=null", "evaluation.shards=null", *data, "train.global_batch_rows=128"]
+    assert main([*command, "--gpus", "64", "data.lanes=8", "data.workers=2"]) == 0
+    shown = capsys.readouterr().out
+    shown = yaml.safe_load(shown[shown.index("samples:") :])
+    spread = shown["spread"]
+    assert (spread["ranks"], spread["rows_of_a_rank_and_micro_step"], spread["loader_processes"]) == (64, 2, 128)
+    assert [*spread["images_of_first_micro_batch"]] == ["rank 0", "rank 63"]
+    assert shown["ds_config"]["train_micro_batch_size_per_gpu"] == 2
+    (note,) = spread["notes"]
+    assert note.startswith("data.lanes: 128 loader processes take rows from 8 lanes, so 16 of them read and pack every")
+
+
+def test_a_dry_run_names_everything_that_does_not_fit_the_ranks(demo_folder, tmp_path, capsys):
+    engine = tmp_path / "hpz.json"
+    engine.write_text('{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}}')
+    command = ["--dry_run", "--ds_config", str(engine), "train.global_batch_rows=96", "data.group_rows=4"]
+    assert main([*command, "--gpus", "20"]) == 2
+    err = capsys.readouterr().err
+    assert "error: train.global_batch_rows: 96 is not a multiple of train.accumulation_steps x ranks" in err
+    assert "12, 24 ranks would do" in err
+    assert "zero_optimization.zero_hpz_partition_size: 8 does not divide 20 ranks" in err
+    assert main(["--gpus", "64"]) == 2
+    assert "--gpus 64: goes with --dry_run" in capsys.readouterr().err
+
+
 def test_a_dry_run_of_a_large_model_needs_no_memory_for_its_weights(demo_folder, capsys):
     data = [f"data.shards={demo_folder}/train-documents-*.tar", f"data.tokenizer={demo_folder}/tokenizer"]
     sizes = "hidden_size: 4096, intermediate_size: 11008, num_hidden_layers: 32, num_attention_heads: 32"

@@ -149,6 +149,7 @@ def collate(
         image_count=image_count,
         document_count=len(sequences),
         token_count=sum(len(sequence.tokens.input_ids) for sequence in sequences),
+        token_squares=int(np.square(np.diff(bounds).astype(np.int64)).sum()),
         skipped_samples=sum(row.skipped_samples for row in rows),
         keys=tuple(sequence.key for sequence in sequences),
         sources=_sources(sequences),

@@ -35,6 +35,13 @@ def test_a_line_shows_each_loss_by_its_name_and_not_their_total():
     assert "contrastive nan" in progress_line(step_metrics(3, losses={"contrastive_loss": float("nan")}), 10, "?")
 
 
+def test_a_line_shows_utilisation_memory_and_the_slowest_rank_where_they_are_known():
+    alone = progress_line(step_metrics(3, mfu=0.416, memory_gb=68.83), 10, "?")
+    assert alone.endswith("tokens/s  MFU 41.6 %  68.8 GiB")
+    several = progress_line(step_metrics(3, slowest_rank=5, slowest_rank_s=1.75, median_rank_s=1.5), 10, "?")
+    assert several.endswith("tokens/s  slowest rank 5 +0.25 s")
+
+
 def test_without_a_terminal_every_nth_line_and_the_last_are_printed_and_every_step_is_kept(tmp_path, capsys):
     monitor = Monitor(tmp_path, total_steps=5, first_step=0, print_every=2, enabled=True)
     for step in range(1, 6):
