@@ -19,6 +19,7 @@ from lcl_ds.errors import UserError
 from lcl_ds.metrics import SourceCounts, StepMetrics
 from lcl_ds.objectives.base import LossNormalizer, LossNormalizers, Objective
 from lcl_ds.training.agreement import StopAgreement
+from lcl_ds.training.averaging import EncoderAverage
 from lcl_ds.training.checkpoint import Progress
 from lcl_ds.training.distributed import (
     RankInfo,
@@ -53,11 +54,12 @@ class Trainer:
     run_dir: Path
     vocab_size: int
     progress: Progress
+    average: EncoderAverage | None = None
     rolled_back: bool = field(default=False, init=False)
     """Whether the training ended because a step is to be taken back: the run goes on from the newest checkpoint."""
 
     def __post_init__(self) -> None:
-        self.saver = Saver(self.engine, self.config, self.rank_info, self.run_dir, self.vocab_size)
+        self.saver = Saver(self.engine, self.config, self.rank_info, self.run_dir, self.vocab_size, self.average)
         self._position = self.loader.state()
         """Of the data after the last step that is done: a step that is given up has taken more."""
 
@@ -139,7 +141,7 @@ class Trainer:
     def release(self) -> None:
         """Give back the memory of weights, optimizer and batches; the trainer cannot be used afterwards."""
         release_engine(self.engine)
-        del self.engine, self.loader, self.saver
+        del self.engine, self.loader, self.saver, self.average
         gc.collect()
         if self.rank_info.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -174,6 +176,8 @@ class Trainer:
         applied = self.engine.was_step_applied() and not self.engine.basic_optimizer.left_out
         if applied:
             refresh_exact_scalars(self.engine)
+            if self.average is not None:
+                self.average.update()
         self._advance(applied)
         STOP.enter("training")  # before the ranks meet: once one of them has done a step, all save when asked to stop
         totals = sum_over_ranks(

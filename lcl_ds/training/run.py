@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,18 @@ from lcl_ds.evaluation.check import check_held_out
 from lcl_ds.evaluation.final import close_run
 from lcl_ds.metrics import METRICS, keep_metrics
 from lcl_ds.models.build import check_attention_here
-from lcl_ds.training.checkpoint import Progress, load_model, newest_checkpoint, read_state, resolve_checkpoint
+from lcl_ds.models.network import LCLModel
+from lcl_ds.training.averaging import start_average
+from lcl_ds.training.checkpoint import (
+    EMA,
+    Progress,
+    holds,
+    load_model,
+    newest_checkpoint,
+    read_manifest,
+    read_state,
+    resolve_checkpoint,
+)
 from lcl_ds.training.distributed import (
     RankInfo,
     collective_timeout_s,
@@ -174,7 +186,8 @@ def prepare(
         load_engine(engine, checkpoint, rank_info)
         if rank_info.is_first:
             logger.info("continuing %s at step %d", checkpoint, progress.step)
-    return Trainer(engine, loader, config, rank_info, run_dir, vocab_size, progress)
+    average = start_average(engine, config.train.ema_decay, checkpoint, rank_info)
+    return Trainer(engine, loader, config, rank_info, run_dir, vocab_size, progress, average)
 
 
 def check_evaluation(config: Config, data: OpenData) -> None:
@@ -196,7 +209,12 @@ def finish(config: Config, run_dir: Path, device: torch.device) -> int:
     checkpoint = resolve_checkpoint(run_dir)
     step = read_state(checkpoint)["progress"]["step"]
     keep_metrics(run_dir / METRICS, step, kept_metrics(run_dir))  # the report reads them
-    return close_run(config, run_dir, step, lambda: load_model(checkpoint).to(device))
+
+    def load(ema: bool = False) -> LCLModel:
+        return load_model(checkpoint, ema).to(device)
+
+    has_average = holds(read_manifest(checkpoint), EMA)
+    return close_run(config, run_dir, step, load, partial(load, ema=True) if has_average else None)
 
 
 def dry_run(config: Config, ds_config: dict[str, Any]) -> str:

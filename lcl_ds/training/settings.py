@@ -37,6 +37,13 @@ class TrainSettings(Settings):
     weight_decay: float = Field(0.2, ge=0, description="Decay of matrices; none on norms, biases, positions, scale.")
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW betas.")
     eps: float = Field(1e-6, gt=0, description="AdamW epsilon.")
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay, per applied step, of an exponential moving average of the vision tower, which is evaluated "
+        "beside it and which convert --ema releases (4 bytes per weight, spread over the ranks); null: none.",
+    )
     gradient_clipping: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 switches clipping off.")
     max_skipped_steps: int = Field(10, gt=0, description="Skipped steps in a row after which the run stops.")
     spike_factor: float = Field(
@@ -68,6 +75,8 @@ class TrainSettings(Settings):
             raise ValueError("learning_rate_factors must not be negative")
         if len(self.learning_rate_factors) == 4 and not any(self.learning_rate_factors.values()):
             raise ValueError("learning_rate_factors are all 0: nothing would train")
+        if self.ema_decay is not None and self.learning_rate_factors.get("vision") == 0:
+            raise ValueError("ema_decay: the vision tower is frozen by learning_rate_factors, so there is no average")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError("min_learning_rate is larger than learning_rate")
         return self

@@ -165,8 +165,9 @@ def changed_settings(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
 def legs(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     """Train runs a few steps further, on as many ranks as there are, each as ``legs.json`` beside ``folder`` says.
 
-    A leg names its ``run``, the ZeRO settings, overrides and the step to stop after; runs begin where the last leg left
-    them. Returns metrics, what every step of the leg saw, and what was said about changed settings, by leg.
+    A leg names its ``run``, the ZeRO settings, overrides, the step to stop after and one that is to be skipped; runs
+    begin where the last leg left them. Returns metrics, what every step of the leg saw, and what was said about changed
+    settings, by leg.
     """
     plan = json.loads((folder.parent / "legs.json").read_text())
     results: dict[str, Any] = {}
@@ -180,6 +181,8 @@ def legs(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         trainer = prepare(config, ds_config, run_dir, rank_info, open_checked_data(config), checkpoint)
         seen = Seen(trainer)
         stop_after(trainer, leg.get("stop"))
+        if "skip" in leg:
+            skip_step(trainer, leg["skip"])
         with suppress(Stopped):
             trainer.train()
         trainer.release()
@@ -204,6 +207,19 @@ def stop_after(trainer: Trainer, step: int | None) -> None:
             raise Stopped
 
     trainer._check_skipped = checked  # type: ignore[method-assign]
+
+
+def skip_step(trainer: Trainer, step: int) -> None:
+    """Let the optimizer leave out a step, as one whose gradients are a spike."""
+    draw = trainer._draw
+
+    def limited() -> list[Batch]:
+        batches = draw()
+        if trainer.progress.step + 1 == step:
+            trainer.engine.basic_optimizer.limit_norm(0.0)
+        return batches
+
+    trainer._draw = limited  # type: ignore[method-assign]
 
 
 class Seen:

@@ -1,0 +1,89 @@
+"""The moving average of the encoder is that of the fp32 weights, whatever ranks and ZeRO stages a run goes through."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lcl_ds.convert import main as convert
+from lcl_ds.errors import UserError
+from lcl_ds.metrics import read_metrics
+from lcl_ds.training.checkpoint import EMA, WEIGHTS, checkpoint_of, load_model, read_manifest, slices_of
+from tests.support.legs import corpus_settings, leg, run_legs
+
+pytestmark = pytest.mark.timeout(600)
+
+DECAY = 0.7
+SKIPPED, STEPS = 3, 8
+WAYS = [
+    (2, "3 offload", "fp32", 2),
+    (2, "2", "bf16", 4),
+    (2, "0", "fp32", 5),
+    (1, "3", "bf16", 6),
+    (1, "0", "bf16", 7),
+    (1, "1", "fp32", 8),
+]
+"""Ranks, ZeRO settings, precision and the step to stop after. The average is switched on after the first leg."""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, demo_folder) -> Path:
+    """A run with a checkpoint of every step."""
+    folder = tmp_path_factory.mktemp("averaging")
+    shared = [*corpus_settings(demo_folder), f"train.steps={STEPS}", "checkpoint.every=1", "checkpoint.keep=99"]
+    shared += ["train.warmup_steps=0", "train.learning_rate=0.01"]
+    for ranks in (2, 1):
+        legs: dict[str, dict[str, Any]] = {}
+        for number, (_, zero, precision, stop) in [(n, way) for n, way in enumerate(WAYS) if way[0] == ranks]:
+            decay = [f"train.ema_decay={DECAY}"] if number else []
+            legs[str(number)] = leg("run", zero, [*shared, f"precision={precision}", *decay], stop) | {"skip": SKIPPED}
+        run_legs(folder, ranks, legs)
+    return folder / "runs" / "run"
+
+
+def saved(run, step, folder) -> dict[str, Tensor]:
+    """The vision tower of a checkpoint in float64."""
+    checkpoint = checkpoint_of(run, step)
+    reader = slices_of(checkpoint, folder, read_manifest(checkpoint))
+    names = [name for name in reader.shapes if name.startswith("model.vision.")]
+    return {name: reader.whole(name, reader.shapes[name]).double() for name in names}
+
+
+def test_it_is_the_average_of_the_weights_after_every_applied_step_since_it_was_switched_on(run):
+    average = saved(run, 2, WEIGHTS)
+    assert [row["applied"] for row in read_metrics(run)] == [step != SKIPPED for step in range(1, STEPS + 1)]
+    for step in range(3, STEPS + 1):
+        weights, actual = saved(run, step, WEIGHTS), saved(run, step, EMA)
+        if step != SKIPPED:
+            average = {name: DECAY * average[name] + (1 - DECAY) * weights[name] for name in weights}
+        assert actual.keys() == average.keys()
+        for name, expected in average.items():
+            torch.testing.assert_close(actual[name], expected, rtol=1e-6, atol=1e-8)
+    assert max(float((average[name] - weights[name]).abs().max()) for name in weights) > 1e-3
+
+
+def test_a_model_is_loaded_with_either_tower(run):
+    checkpoint = checkpoint_of(run, STEPS)
+    for ema, folder in ((False, WEIGHTS), (True, EMA)):
+        weights = dict(load_model(checkpoint, ema).named_parameters())
+        for name, expected in saved(run, STEPS, folder).items():
+            assert torch.equal(weights[name.removeprefix("model.")].double(), expected)
+        assert torch.equal(weights["lm_head.weight"], dict(load_model(checkpoint).named_parameters())["lm_head.weight"])
+
+
+def test_either_tower_is_released_and_the_card_says_which(run, tmp_path):
+    for option, folder in ([], WEIGHTS), (["--ema"], EMA):
+        out = tmp_path / folder
+        assert convert([str(run), str(out), *option]) == 0
+        released = dict(load_file(out / "model.safetensors"))
+        expected = saved(run, STEPS, folder)["model.vision.model.post_layernorm.weight"]
+        assert torch.equal(released["vision_model.post_layernorm.weight"].double(), expected)
+        assert (f"moving average of its weights (decay {DECAY})" in (out / "README.md").read_text()) == bool(option)
+
+
+def test_a_checkpoint_without_an_average_says_so(run):
+    with pytest.raises(UserError, match="has no moving average of the encoder; train.ema_decay was not set"):
+        load_model(checkpoint_of(run, 2), ema=True)
