@@ -29,6 +29,7 @@ from lcl_ds.settings import suggest
 from lcl_ds.training.checkpoint import MOMENTS, WEIGHTS, check_names, read_manifest, read_state, slice_of, slices_of
 from lcl_ds.training.distributed import RankInfo, on_all_ranks
 from lcl_ds.training.engine_state import held_parts, set_optimizer_steps, spread_weights, stage_0_master
+from lcl_ds.training.muon import Muon
 from lcl_ds.training.optimizer import BoundedAdamW, freeze_parts, parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ RECIPE_KEYS = {
     "bf16": "precision",
     "bfloat16": "precision",
     "fp16": "precision",
-    "optimizer": "train.learning_rate, train.betas, train.weight_decay",
+    "optimizer": "train.optimizer, train.learning_rate, train.betas, train.weight_decay",
     "scheduler": "train.warmup_steps, train.learning_rate",
     "steps_per_print": "log.every",
     "checkpoint": "checkpoint.every, checkpoint.keep, checkpoint.asynchronous",
@@ -215,12 +216,14 @@ def start_engine(objective: Objective, config: Config, ds_config: dict[str, Any]
     total = sum(weight.numel() for weight in objective.parameters())
     if frozen := total - sum(sizes.values()):
         sizes["frozen"] = frozen
-    optimizer = BoundedAdamW(groups, config.train, max_norm)
+    optimizer = make_optimizer(groups, config, rank_info, max_norm)
     exact = {scalar: scalar.weight.detach().clone() for scalar in exact_scalars(objective)}
     optimizer.starting = True
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)
     optimizer.starting = False
     optimizer.wrapper = engine.optimizer
+    if isinstance(optimizer, Muon):
+        optimizer.share_out(engine)
     if engine.bfloat16_enabled():  # DeepSpeed makes its fp32 weights from those that it has just rounded
         for scalar, value in exact.items():
             set_fp32_weight(engine, scalar.weight, value)
@@ -240,6 +243,16 @@ def start_engine(objective: Objective, config: Config, ds_config: dict[str, Any]
             ", ".join(f"{name} {size:,}" for name, size in sizes.items()),
         )
     return engine
+
+
+def make_optimizer(
+    groups: list[dict[str, Any]], config: Config, rank_info: RankInfo, max_norm: float | None
+) -> BoundedAdamW:
+    """Make the optimizer that ``train.optimizer`` names."""
+    if config.train.optimizer == "adamw":
+        return BoundedAdamW(groups, config.train, max_norm)
+    is_bf16 = config.precision == "bf16" and rank_info.device.type == "cuda"
+    return Muon(groups, config.train, max_norm, torch.bfloat16 if is_bf16 else torch.float32)
 
 
 def check_saved_whole(model: nn.Module) -> None:

@@ -57,6 +57,8 @@ DECISIONS: dict[str, Decision] = {
     "train.min_learning_rate": "applied",
     "train.warmup_steps": "applied",
     "train.learning_rate_factors": "applied",  # where they freeze the same parts
+    "train.optimizer": "refused",  # they keep different moments
+    "train.muon_momentum": "applied",
     "train.weight_decay": "applied",
     "train.betas": "applied",
     "train.eps": "applied",

@@ -291,7 +291,8 @@ class Saver:
 
 
 def bytes_to_save(named: Iterable[tuple[str, Tensor]], ema: bool) -> int:
-    """Estimate the size of a checkpoint of all ranks: fp32 weights with two moments, frozen ones as the model has them.
+    """Estimate the size of a checkpoint of all ranks: fp32 weights with two moments (a matrix under Muon has only one),
+    frozen ones as the model has them.
 
     Args:
         named: all weights of the model, also those that ZeRO has partitioned or that take no memory.

@@ -34,6 +34,12 @@ class TrainSettings(Settings):
     learning_rate_factors: dict[Part, float] = Field(
         default_factory=dict, description="By part, what its learning rate is multiplied with; 0 freezes the part."
     )
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="adamw; or muon for the matrices of the towers' blocks and of the pooling, with the same learning "
+        "rate and decay, and adamw for all else.",
+    )
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Decay of Muon's momentum.")
     weight_decay: float = Field(0.2, ge=0, description="Decay of matrices; none on norms, biases, positions, scale.")
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW betas.")
     eps: float = Field(1e-6, gt=0, description="AdamW epsilon.")

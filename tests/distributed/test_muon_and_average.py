@@ -1,4 +1,5 @@
-"""The moving average of the encoder is that of the fp32 weights, whatever ranks and ZeRO stages a run goes through."""
+"""Muon's updates and the encoder's moving average are those of one process in float64, whatever ranks, ZeRO stages and
+precisions a run goes through."""
 
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,22 @@ from torch import Tensor
 from lcl_ds.convert import main as convert
 from lcl_ds.errors import UserError
 from lcl_ds.metrics import read_metrics
-from lcl_ds.training.checkpoint import EMA, WEIGHTS, checkpoint_of, load_model, read_manifest, slices_of
+from lcl_ds.training.checkpoint import EMA, MOMENTS, WEIGHTS, checkpoint_of, load_model, read_manifest, slices_of
 from tests.support.legs import corpus_settings, leg, run_legs
 
 pytestmark = pytest.mark.timeout(600)
 
 DECAY = 0.7
-SKIPPED, STEPS = 3, 8
+MOMENTUM, LEARNING_RATE, WEIGHT_DECAY = 0.5, 0.01, 0.1
+SKIPPED, STEPS = 4, 9
 WAYS = [
     (2, "3 offload", "fp32", 2),
     (2, "2", "bf16", 4),
-    (2, "0", "fp32", 5),
-    (1, "3", "bf16", 6),
-    (1, "0", "bf16", 7),
-    (1, "1", "fp32", 8),
+    (2, "3 small groups", "fp32", 5),
+    (2, "0", "fp32", 6),
+    (1, "3", "bf16", 7),
+    (1, "0", "bf16", 8),
+    (1, "1", "fp32", 9),
 ]
 """Ranks, ZeRO settings, precision and the step to stop after. The average is switched on after the first leg."""
 
@@ -32,9 +35,13 @@ WAYS = [
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, demo_folder) -> Path:
     """A run with a checkpoint of every step."""
-    folder = tmp_path_factory.mktemp("averaging")
-    shared = [*corpus_settings(demo_folder), f"train.steps={STEPS}", "checkpoint.every=1", "checkpoint.keep=99"]
-    shared += ["train.warmup_steps=0", "train.learning_rate=0.01"]
+    folder = tmp_path_factory.mktemp("muon")
+    shared = [
+        *(*corpus_settings(demo_folder), f"train.steps={STEPS}", "checkpoint.every=1", "checkpoint.keep=99"),
+        *("train.warmup_steps=0", "train.optimizer=muon", f"train.muon_momentum={MOMENTUM}"),
+        *(f"train.learning_rate={LEARNING_RATE}", f"train.min_learning_rate={LEARNING_RATE}"),
+        f"train.weight_decay={WEIGHT_DECAY}",
+    ]
     for ranks in (2, 1):
         legs: dict[str, dict[str, Any]] = {}
         for number, (_, zero, precision, stop) in [(n, way) for n, way in enumerate(WAYS) if way[0] == ranks]:
@@ -44,12 +51,47 @@ def run(tmp_path_factory, demo_folder) -> Path:
     return folder / "runs" / "run"
 
 
-def saved(run, step, folder) -> dict[str, Tensor]:
-    """The vision tower of a checkpoint in float64."""
+def saved(run, step, folder, start="model.vision.") -> dict[str, Tensor]:
+    """The tensors of a checkpoint whose names begin so, in float64, by the rest of their names."""
     checkpoint = checkpoint_of(run, step)
     reader = slices_of(checkpoint, folder, read_manifest(checkpoint))
-    names = [name for name in reader.shapes if name.startswith("model.vision.")]
-    return {name: reader.whole(name, reader.shapes[name]).double() for name in names}
+    names = [name for name in reader.shapes if name.startswith(start)]
+    return {name.removeprefix("momentum."): reader.whole(name, reader.shapes[name]).double() for name in names}
+
+
+def update_of(momentum: Tensor) -> Tensor:
+    """What five steps of the iteration make of the singular values, scaled."""
+    u, s, v = torch.linalg.svd(momentum, full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return 0.2 * max(momentum.shape) ** 0.5 * u @ torch.diag(s) @ v
+
+
+def test_every_applied_step_moves_each_matrix_by_its_orthogonal_momentum(run):
+    """The gradient follows from the momentum before, as it was saved, and after."""
+    names = saved(run, 1, MOMENTS, "momentum.").keys()
+    assert len([name for name in names if ".layers." in name]) == 2 * (6 + 7)
+    for step in range(2, STEPS + 1):
+        before, after = (saved(run, n, WEIGHTS, "model.") for n in (step - 1, step))
+        old, new = (saved(run, n, MOMENTS, "momentum.") for n in (step - 1, step))
+        for name in names:
+            if step == SKIPPED:
+                assert torch.equal(before[name], after[name])
+                assert torch.equal(old[name], new[name])
+                continue
+            gradient = (new[name] - MOMENTUM * old[name]) / (1 - MOMENTUM)
+            update = update_of(MOMENTUM * new[name] + (1 - MOMENTUM) * gradient)
+            expected = (1 - LEARNING_RATE * WEIGHT_DECAY) * before[name] - LEARNING_RATE * update
+            error = float((after[name] - expected).norm() / (LEARNING_RATE * update).norm())
+            assert error < 2e-3, (step, name, error)
+
+
+def test_all_other_weights_have_the_moments_of_adamw(run):
+    muon, adamw = (saved(run, STEPS, MOMENTS, kind).keys() for kind in ("momentum.", "exp_avg."))
+    adamw = {name.removeprefix("exp_avg.") for name in adamw}
+    assert not muon & adamw
+    assert muon | adamw == saved(run, STEPS, WEIGHTS, "model.").keys()
 
 
 def test_it_is_the_average_of_the_weights_after_every_applied_step_since_it_was_switched_on(run):
