@@ -33,6 +33,7 @@ from lcl_ds.training.engine import refresh_exact_scalars, release_engine
 from lcl_ds.training.first_steps import FirstSteps
 from lcl_ds.training.monitor import Monitor
 from lcl_ds.training.odd_steps import SKIPPED_STEPS, DrawnRows, OddSteps
+from lcl_ds.training.profiling import StepProfiler
 from lcl_ds.training.pulse import PULSE
 from lcl_ds.training.saver import Saver
 from lcl_ds.training.schedule import learning_rate
@@ -85,6 +86,7 @@ class Trainer:
         first, done = self.rank_info.is_first, self.progress.step
         self._odd_steps = OddSteps(self.run_dir, self.config.train, self.progress, self.rank_info)
         self._first_steps = FirstSteps(self.config, done, self.rank_info)
+        self._profiler = StepProfiler(self.run_dir, self.config.log, self.rank_info)
         trackers = open_trackers(self.config, self.run_dir, done) if first else None
         monitor = Monitor(self.run_dir, self.config.train.steps, done, self.config.log.every, first, trackers)
         self._flops = flops_per_token(self.engine.module.model)
@@ -94,6 +96,7 @@ class Trainer:
             with self.saver.finishing():
                 return self._run(monitor)
         finally:
+            self._profiler.close(self.progress.step)
             self.saver.close()
             monitor.close()
             self._stop.close()
@@ -150,17 +153,22 @@ class Trainer:
         """Take one optimizer step; None where the ranks agreed to stop within it, which gives it up."""
         started = time.perf_counter()
         number = self.progress.step + 1
+        self._profiler.begin(number, self.objective.model)
+        self._profiler.enter("data")
         PULSE.begin("waiting for data", number)
         with on_all_ranks(self.rank_info):
             batches = self._draw()
             PULSE.begin("training", number)
         torch.manual_seed(step_seed(self.config.train.seed, self.rank_info.rank, self.progress.step))
         data_s = time.perf_counter() - started
+        self._profiler.enter("bookkeeping")
         lr = learning_rate(self.progress.applied_steps, self.config.train)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group["learning_rate_factor"]
         batches = [batch.to(self.rank_info.device) for batch in batches]
+        self._profiler.enter("communication")
         normalizers_of = self._loss_normalizers(batches)
+        self._profiler.enter("bookkeeping")
         self._first_steps.begin(self.progress.step + 1, self.objective.model)
         summed = outputs_to_sum(self.objective)
         sums = torch.zeros(len(summed), dtype=torch.float64, device=self.rank_info.device)
@@ -168,26 +176,32 @@ class Trainer:
             if self._stop.reached():
                 return None
             PULSE.begin("training", number, micro_step)
+            self._profiler.enter("losses")
             outputs = self.engine(batch, normalizers)
+            self._profiler.enter("backward")
             # DeepSpeed averages gradients over ranks; the losses are shares of a sum over ranks.
             self.engine.backward(outputs["loss"] * self.rank_info.world_size, scale_wrt_gas=False)
             sums += torch.stack([outputs[name].detach().reshape(()) for name in summed])
+            self._profiler.enter("optimizer")
             self.engine.step()
         applied = self.engine.was_step_applied() and not self.engine.basic_optimizer.left_out
         if applied:
             refresh_exact_scalars(self.engine)
             if self.average is not None:
                 self.average.update()
+        self._profiler.enter("communication")
         self._advance(applied)
         STOP.enter("training")  # before the ranks meet: once one of them has done a step, all save when asked to stop
         totals = sum_over_ranks(
             dict(zip(summed, sums, strict=True)),
             {**summed_metrics(batches), **summed_by_source(batches, self.source_names), **self.saver.counts()},
         )
+        self._profiler.enter("bookkeeping")
         self.saver.advance(totals)
         seconds = {"step_s": time.perf_counter() - started, "data_s": data_s}
         metrics = self._metrics(totals, outputs, lr, applied, **seconds)
         self._first_steps.judge(metrics, normalizers_of, self.engine)
+        self._profiler.end(number)
         return metrics
 
     def _loss_normalizers(self, batches: list[Batch]) -> list[LossNormalizers]:

@@ -77,6 +77,8 @@ DECISIONS: dict[str, Decision] = {
     "checkpoint.ignore_damaged": "free",
     "log.every": "free",
     "log.trackers": "free",
+    "log.profile_steps": "free",
+    "log.profile_ranks": "free",
     "evaluation": "applied",
 }
 """By setting or, where nothing longer fits, by the group it is in. Refused: the run ends with a sentence. Applied: it

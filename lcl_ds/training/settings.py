@@ -111,11 +111,24 @@ class LogSettings(Settings):
     """What is shown; metrics.jsonl always has every step."""
 
     every: int = Field(10, gt=0, description="Steps between printed lines where there is no terminal.")
+    profile_steps: tuple[int, int] | None = Field(
+        None,
+        description="First and last step of which torch's profiler makes a trace, in the run's folder profile/, and a "
+        "table of costs by part of a step; null: none.",
+    )
+    profile_ranks: Literal["first", "all"] = Field("first", description="Which ranks write a trace of these steps.")
     trackers: list[Tracker] = Field(
         default_factory=list,
         description="Experiment trackers that get every metric as well: tensorboard (into the run folder), wandb, "
         "trackio, ... . One that fails is left out; metrics.jsonl has everything.",
     )
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _in_order(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and not 1 <= steps[0] <= steps[1]:
+            raise ValueError("the first step is 1, and the last one is not before the first")
+        return steps
 
     @field_validator("trackers")
     @classmethod

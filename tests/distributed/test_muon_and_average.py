@@ -1,8 +1,10 @@
 """Muon's updates and the encoder's moving average are those of one process in float64, whatever ranks, ZeRO stages and
 precisions a run goes through."""
 
+import gzip
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from lcl_ds.convert import main as convert
 from lcl_ds.errors import UserError
 from lcl_ds.metrics import read_metrics
 from lcl_ds.training.checkpoint import EMA, MOMENTS, WEIGHTS, checkpoint_of, load_model, read_manifest, slices_of
+from lcl_ds.training.profiling import StepPart
 from tests.support.legs import corpus_settings, leg, run_legs
 
 pytestmark = pytest.mark.timeout(600)
@@ -40,7 +43,7 @@ def run(tmp_path_factory, demo_folder) -> Path:
         *(*corpus_settings(demo_folder), f"train.steps={STEPS}", "checkpoint.every=1", "checkpoint.keep=99"),
         *("train.warmup_steps=0", "train.optimizer=muon", f"train.muon_momentum={MOMENTUM}"),
         *(f"train.learning_rate={LEARNING_RATE}", f"train.min_learning_rate={LEARNING_RATE}"),
-        f"train.weight_decay={WEIGHT_DECAY}",
+        *(f"train.weight_decay={WEIGHT_DECAY}", "log.profile_steps=[5, 5]", "log.profile_ranks=all"),
     ]
     for ranks in (2, 1):
         legs: dict[str, dict[str, Any]] = {}
@@ -105,6 +108,13 @@ def test_it_is_the_average_of_the_weights_after_every_applied_step_since_it_was_
         for name, expected in average.items():
             torch.testing.assert_close(actual[name], expected, rtol=1e-6, atol=1e-8)
     assert max(float((average[name] - weights[name]).abs().max()) for name in weights) > 1e-3
+
+
+def test_a_step_is_profiled_on_every_rank(run):
+    for rank in range(2):
+        trace = json.loads(gzip.decompress((run / "profile" / f"steps_5_to_5_rank_{rank}.json.gz").read_bytes()))
+        names = {event["name"] for event in trace["traceEvents"]}
+        assert {f"lcl_ds.{part}" for part in get_args(StepPart)} <= names
 
 
 def test_a_model_is_loaded_with_either_tower(run):
