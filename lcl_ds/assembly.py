@@ -20,6 +20,7 @@ from lcl_ds.models.network import LCLModel
 from lcl_ds.models.weights.transfer import load_parts
 from lcl_ds.objectives import build_objective, view_of
 from lcl_ds.objectives.base import Objective, freeze_unused
+from lcl_ds.phases import check_image_sizes
 
 
 def open_checked_data(config: Config, team: Team = ALONE) -> OpenData:
@@ -31,6 +32,7 @@ def open_checked_data(config: Config, team: Team = ALONE) -> OpenData:
     Raises:
         UserError: names the key and the file.
     """
+    check_image_sizes(config)
     data = open_data(config.data, team)
     check_vocabulary(config, data)
     return data

@@ -16,6 +16,7 @@ from lcl_ds.models.settings import part_of
 from lcl_ds.training.checkpoint import EMA, WEIGHT, holds, read_manifest, slices_of
 from lcl_ds.training.distributed import RankInfo, on_all_ranks
 from lcl_ds.training.engine_state import held_parts, own_share
+from lcl_ds.training.resizing import ResizingReader, tower_of
 from lcl_ds.training.slices import Slice
 
 
@@ -26,6 +27,7 @@ class EncoderAverage:
     """
 
     def __init__(self, engine: Any, decay: float):
+        self._tower = tower_of(engine.module)
         self.slices: list[Slice] = []
         """This rank's, in memory that :meth:`update` changes."""
         self._weights: list[Tensor] = []
@@ -59,7 +61,7 @@ class EncoderAverage:
             manifest = read_manifest(checkpoint)
             if not holds(manifest, EMA):
                 return False
-            reader = slices_of(checkpoint, EMA, manifest)
+            reader = ResizingReader(slices_of(checkpoint, EMA, manifest), self._tower)
             for part in self.slices:
                 stop = part.start + len(part.values)
                 part.values.copy_(reader.read(part.name, part.shape, part.start, stop))

@@ -22,6 +22,7 @@ from lcl_ds.files import read_json, read_yaml, sentence_of
 from lcl_ds.metrics import METRICS, read_metrics
 from lcl_ds.models.build import build_model
 from lcl_ds.models.network import LCLModel
+from lcl_ds.phases import config_of_step
 from lcl_ds.training.distributed import RankInfo, gather_objects, on_all_ranks
 from lcl_ds.training.slices import SUFFIX, SliceReader
 
@@ -353,6 +354,7 @@ def load_model(checkpoint: Path, ema: bool = False) -> LCLModel:
     folders = (WEIGHTS, EMA) if ema else (WEIGHTS,)
     check_files(checkpoint, manifest, [name for name in manifest if name.split("/")[0] in folders])
     config, state = load_config_of(checkpoint), read_state(checkpoint)
+    config = config_of_step(config, state["progress"]["step"])
     model = build_model(config.model, state["vocab_size"], config.data.longest_document, config.seed("init"))
     reader = slices_of(checkpoint, WEIGHTS, manifest)
     averages = slices_of(checkpoint, EMA if ema else WEIGHTS, manifest)

@@ -31,6 +31,7 @@ from lcl_ds.training.distributed import RankInfo, on_all_ranks
 from lcl_ds.training.engine_state import held_parts, set_optimizer_steps, spread_weights, stage_0_master
 from lcl_ds.training.muon import Muon
 from lcl_ds.training.optimizer import BoundedAdamW, freeze_parts, parameter_groups
+from lcl_ds.training.resizing import ResizingReader, tower_of
 
 logger = logging.getLogger(__name__)
 
@@ -325,8 +326,9 @@ def load_engine(engine: Any, checkpoint: Path, rank_info: RankInfo) -> None:
     parts = held_parts(engine)
     with on_all_ranks(rank_info):
         manifest = read_manifest(checkpoint)
-        readers = {folder: slices_of(checkpoint, folder, manifest) for folder in (WEIGHTS, MOMENTS)}
-        check_names(checkpoint, readers[WEIGHTS].shapes, (name for name, _ in engine.module.named_parameters()))
+        slices = {folder: slices_of(checkpoint, folder, manifest) for folder in (WEIGHTS, MOMENTS)}
+        readers = {folder: ResizingReader(reader, tower_of(engine.module)) for folder, reader in slices.items()}
+        check_names(checkpoint, slices[WEIGHTS].shapes, (name for name, _ in engine.module.named_parameters()))
         for part in parts:
             for kind, values in part.values.items():
                 folder, name = slice_of(part.name, kind)

@@ -18,6 +18,7 @@ from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.errors import UserError
 from lcl_ds.metrics import SourceCounts, StepMetrics
 from lcl_ds.objectives.base import LossNormalizer, LossNormalizers, Objective
+from lcl_ds.phases import last_step_of_phase
 from lcl_ds.training.agreement import StopAgreement
 from lcl_ds.training.averaging import EncoderAverage
 from lcl_ds.training.checkpoint import Progress
@@ -65,6 +66,11 @@ class Trainer:
         """Of the data after the last step that is done: a step that is given up has taken more."""
 
     @property
+    def is_finished(self) -> bool:
+        """Say whether the run is at its end, and not to go on from the newest checkpoint."""
+        return not self.rolled_back and self.progress.step >= self.config.train.steps
+
+    @property
     def objective(self) -> Objective:
         return self.engine.module
 
@@ -73,10 +79,10 @@ class Trainer:
         return [source.name for source in self.config.data.shards]
 
     def train(self) -> int | None:
-        """Run to the last step.
+        """Run to the last step, or to the last one with images of this size.
 
         Returns:
-            None at the end, or where the run is ``rolled_back``; the signal's number, on all ranks, if one of them was
+            None there, or where the run is ``rolled_back``; the signal's number, on all ranks, if one of them was
             asked to stop, after a checkpoint was saved.
 
         Raises:
@@ -103,7 +109,8 @@ class Trainer:
 
     def _run(self, monitor: Monitor) -> int | None:
         self._saved_step = PULSE.saved_step = self.progress.step
-        while not self._stop.reached() and self.progress.step < self.config.train.steps:
+        last_step = last_step_of_phase(self.config, self.progress.step + 1)
+        while not self._stop.reached() and self.progress.step < last_step:
             metrics = self._step()
             if metrics is None:
                 break
@@ -309,7 +316,7 @@ def is_saved(step: int, config: Config) -> bool:
 
     ``checkpoint.keep_every`` counts on it: one stop must not shift all later checkpoints past the steps it keeps.
     """
-    return step == config.train.steps or step % config.checkpoint.every == 0
+    return step == last_step_of_phase(config, step) or step % config.checkpoint.every == 0
 
 
 def outputs_to_sum(objective: Objective) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ DECISIONS: dict[str, Decision] = {
     "model.allow_unexpected": "free",
     "objective": "refused",
     "train.steps": "applied",
+    "train.image_sizes": "refused",
     "train.seed": "applied",  # of dropout; the seeds below are compared by the values that result
     "train.init_seed": "refused",
     "train.data_seed": "refused",

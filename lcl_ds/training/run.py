@@ -24,8 +24,9 @@ from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.evaluation.check import check_held_out
 from lcl_ds.evaluation.final import close_run
 from lcl_ds.metrics import METRICS, keep_metrics
-from lcl_ds.models.build import check_attention_here
+from lcl_ds.models.build import check_attention_here, image_size
 from lcl_ds.models.network import LCLModel
+from lcl_ds.phases import config_of_step, last_step_of_phase
 from lcl_ds.training.averaging import start_average
 from lcl_ds.training.checkpoint import (
     EMA,
@@ -135,7 +136,7 @@ def _run(config: Config, ds_config: dict[str, Any], run_dir: Path, rank_info: Ra
 
 
 def train(trainer: Trainer, prepare_again: Callable[[], Trainer]) -> int | None:
-    """Train to the end, whatever is rolled back on the way, and give back the memory for the evaluation.
+    """Train all phases to the end, whatever is rolled back on the way, and give back the memory for the evaluation.
 
     Args:
         prepare_again: makes a trainer that goes on from the newest checkpoint.
@@ -144,7 +145,7 @@ def train(trainer: Trainer, prepare_again: Callable[[], Trainer]) -> int | None:
         The number of a signal that asked to stop; None at the end.
     """
     received = trainer.train()
-    while trainer.rolled_back and received is None:
+    while received is None and not trainer.is_finished:
         trainer.release()
         trainer = prepare_again()
         received = trainer.train()
@@ -162,11 +163,13 @@ def prepare(
 ) -> Trainer:
     """Make loader, model and engine of this rank, at the start or where ``checkpoint`` stands."""
     state = read_state(checkpoint) if checkpoint else None
+    progress = Progress(**state["progress"]) if state else Progress()
+    phase = config_of_step(config, progress.step + 1)
     vocab_size = data.tokenizer.vocabulary.size
     with on_all_ranks(rank_info):
         loader = BatchLoader(
             data.sources,
-            lane_settings(config),
+            lane_settings(phase),
             data.tokenizer,
             rows_per_micro_step(config, rank_info.world_size),
             rank_info.rank,
@@ -175,17 +178,19 @@ def prepare(
             state["loader"] if state else None,
             pin_memory=rank_info.device.type == "cuda",
         )
-        network = build_network(config, data)
-        sentences = [] if checkpoint else load_initial_weights(network, config, data)
+        network = build_network(phase, data)
+        sentences = [] if checkpoint else load_initial_weights(network, phase, data)
         objective = attach_objective(network, config)
     for sentence in sentences if rank_info.is_first else []:
         logger.info("%s", sentence)
     engine = start_engine(objective, config, ds_config, rank_info)
-    progress = Progress(**state["progress"]) if state else Progress()
     if checkpoint:
         load_engine(engine, checkpoint, rank_info)
         if rank_info.is_first:
             logger.info("continuing %s at step %d", checkpoint, progress.step)
+    if config.train.image_sizes and rank_info.is_first:
+        last, size = last_step_of_phase(config, progress.step + 1), image_size(phase.model)
+        logger.info("images of %d x %d pixels until step %d", size, size, last)
     average = start_average(engine, config.train.ema_decay, checkpoint, rank_info)
     return Trainer(engine, loader, config, rank_info, run_dir, vocab_size, progress, average)
 

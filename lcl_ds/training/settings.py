@@ -17,6 +17,11 @@ class TrainSettings(Settings):
     """Optimisation."""
 
     steps: int = Field(gt=0, description="Optimizer steps of the whole run.")
+    image_sizes: dict[int, int] | None = Field(
+        None,
+        description="Side of the images in pixels by the step from which on it holds, as in {0: 112, 9000: 224}; the "
+        "last one is model.vision.image_size. Positions are resized in between. null: one size.",
+    )
     seed: int = Field(0, ge=0, description="Seed of everything that has no seed of its own.")
     init_seed: int | None = Field(None, ge=0, description="Seed of the initial weights.")
     data_seed: int | None = Field(None, ge=0, description="Seed of document order and packing.")
@@ -83,6 +88,9 @@ class TrainSettings(Settings):
             raise ValueError("learning_rate_factors are all 0: nothing would train")
         if self.ema_decay is not None and self.learning_rate_factors.get("vision") == 0:
             raise ValueError("ema_decay: the vision tower is frozen by learning_rate_factors, so there is no average")
+        sizes = self.image_sizes
+        if sizes is not None and (min(sizes, default=1) != 0 or max(sizes) >= self.steps or min(sizes.values()) < 1):
+            raise ValueError("image_sizes: sizes by step, of which the first step is 0 and all are before train.steps")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError("min_learning_rate is larger than learning_rate")
         return self

@@ -6,7 +6,7 @@ import logging
 import shutil
 import signal
 import threading
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lcl_ds.training.engine import complete_ds_config
 from lcl_ds.training.loop import Trainer
 from lcl_ds.training.pulse import PULSE
 from lcl_ds.training.resume import check_same_run
-from lcl_ds.training.run import prepare
+from lcl_ds.training.run import prepare, train
 from lcl_ds.training.signals import STOP
 from tests.support.disks import no_file_larger_than
 from tests.support.rank_tasks.given import TEN_STEPS, GivenBatches, ListHandler, full_weights, trainer_of
@@ -178,14 +178,26 @@ def legs(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         ds_config = complete_ds_config({"zero_optimization": leg["zero"]}, config, rank_info.world_size)
         checkpoint = newest_checkpoint(run_dir, rank_info)
         sentences = check_same_run(checkpoint, config) if checkpoint else []
-        trainer = prepare(config, ds_config, run_dir, rank_info, open_checked_data(config), checkpoint)
-        seen = Seen(trainer)
-        stop_after(trainer, leg.get("stop"))
-        if "skip" in leg:
-            skip_step(trainer, leg["skip"])
-        with suppress(Stopped):
-            trainer.train()
-        trainer.release()
+        data, seen, trainers = open_checked_data(config), Seen(), list[Trainer]()
+
+        def start(
+            checkpoint: Path | None,
+            leg: dict[str, Any] = leg,
+            run: tuple[Any, ...] = (config, ds_config, run_dir, rank_info, data),
+            watched: tuple[Seen, list[Trainer]] = (seen, trainers),
+        ) -> Trainer:
+            trainer = prepare(*run, checkpoint)
+            watched[0].watch(trainer)
+            watched[1][:] = [trainer]
+            stop_after(trainer, leg.get("stop"))
+            if "skip" in leg:
+                skip_step(trainer, leg["skip"])
+            return trainer
+
+        try:
+            train(start(checkpoint), lambda start=start, folder=run_dir: start(newest_checkpoint(folder, rank_info)))
+        except Stopped:
+            trainers[-1].release()
         dist.barrier()  # the first rank writes the metrics
         results[name] = {"metrics": read_metrics(run_dir), "seen": seen.by_step, "sentences": sentences}
     return results
@@ -223,10 +235,13 @@ def skip_step(trainer: Trainer, step: int) -> None:
 
 
 class Seen:
-    """Remembers what every step of a trainer saw, over all ranks: a hash of each row's tokens and images."""
+    """Remembers what every step of trainers saw, over all ranks: a hash of each row's tokens and images."""
 
-    def __init__(self, trainer: Trainer):
+    def __init__(self) -> None:
         self.by_step: dict[int, list[str]] = {}
+
+    def watch(self, trainer: Trainer) -> None:
+        """Remember what a trainer is to see."""
         draw = trainer._draw
 
         def remembered() -> list[Batch]:
