@@ -1,5 +1,6 @@
 """Put a run together from its settings: the one place where data, models and objectives meet."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -17,7 +18,7 @@ from lcl_ds.errors import UserError
 from lcl_ds.models.build import build_model, image_size, tokens_per_image
 from lcl_ds.models.decoder import TESTED_FAMILIES
 from lcl_ds.models.network import LCLModel
-from lcl_ds.models.weights.transfer import load_parts
+from lcl_ds.models.weights.transfer import Release, load_parts, open_release
 from lcl_ds.objectives import build_objective, view_of
 from lcl_ds.objectives.base import Objective, freeze_unused
 from lcl_ds.phases import check_image_sizes
@@ -104,13 +105,18 @@ def build_network(config: Config, data: OpenData) -> LCLModel:
     return build_model(config.model, data.tokenizer.vocabulary.size, config.data.longest_document, config.seed("init"))
 
 
-def load_initial_weights(network: LCLModel, config: Config, data: OpenData) -> list[str]:
+def load_initial_weights(
+    network: LCLModel, config: Config, data: OpenData, open_start: Callable[[Path], Release] = open_release
+) -> list[str]:
     """Load weights into the parts for which ``config`` names a folder; returns a sentence about each folder.
+
+    Args:
+        open_start: opens what ``model.init_from`` names.
 
     Raises:
         UserError: names every weight that does not fit.
     """
-    return load_parts(network, config.model, data.tokenizer.vocabulary.text_size, config.seed("init"))
+    return load_parts(network, config.model, data.tokenizer.vocabulary.text_size, config.seed("init"), open_start)
 
 
 def attach_objective(network: LCLModel, config: Config) -> Objective:

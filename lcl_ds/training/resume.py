@@ -43,6 +43,7 @@ DECISIONS: dict[str, Decision] = {
     "model.vision.activation_checkpointing": "applied",
     "model.decoder.activation_checkpointing": "applied",
     "model.logit_scale_max": "applied",
+    "model.init_ema": "free",
     "model.allow_missing": "free",
     "model.allow_unexpected": "free",
     "objective": "refused",

@@ -62,6 +62,7 @@ from lcl_ds.training.run_folder import (
 from lcl_ds.training.saver import check_room_for_all, remove_partial
 from lcl_ds.training.signals import STOP
 from lcl_ds.training.trackers import check_trackers
+from lcl_ds.training.warm_start import agree_on_start, find_start, open_start
 from lcl_ds.training.watch import WATCH, Limits
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,7 @@ def prepare(
     progress = Progress(**state["progress"]) if state else Progress()
     phase = config_of_step(config, progress.step + 1)
     vocab_size = data.tokenizer.vocabulary.size
+    start = None if checkpoint else agree_on_start(config.model, rank_info)
     with on_all_ranks(rank_info):
         loader = BatchLoader(
             data.sources,
@@ -179,7 +181,8 @@ def prepare(
             pin_memory=rank_info.device.type == "cuda",
         )
         network = build_network(phase, data)
-        sentences = [] if checkpoint else load_initial_weights(network, phase, data)
+        open_weights = partial(open_start, phase.model, start)
+        sentences = [] if checkpoint else load_initial_weights(network, phase, data, open_weights)
         objective = attach_objective(network, config)
     for sentence in sentences if rank_info.is_first else []:
         logger.info("%s", sentence)
@@ -235,7 +238,8 @@ def dry_run(config: Config, ds_config: dict[str, Any]) -> str:
     rows = rows_per_micro_step(config, 1)
     with without_memory(config):
         network = build_network(config, data)
-        loaded = load_initial_weights(network, config, data)
+        open_weights = partial(open_start, config.model, find_start(config.model))
+        loaded = load_initial_weights(network, config, data, open_weights)
         objective = attach_objective(network, config)
     batch = next(BatchLoader(data.sources, lane_settings(config), data.tokenizer, rows))
     return yaml.safe_dump(

@@ -50,6 +50,10 @@ def run(tmp_path_factory, demo_folder) -> Path:
         for number, (_, zero, precision, stop) in [(n, way) for n, way in enumerate(WAYS) if way[0] == ranks]:
             decay = [f"train.ema_decay={DECAY}"] if number else []
             legs[str(number)] = leg("run", zero, [*shared, f"precision={precision}", *decay], stop) | {"skip": SKIPPED}
+        if ranks == 1:
+            still = ["train.learning_rate=1e-30", "train.min_learning_rate=0", f"model.init_from={folder}/runs/run"]
+            started = [*shared, *still, "model.init_parts=[vision, pooling]", "model.init_ema=true"]
+            legs["second"] = leg("second", "3", started, 1)
         run_legs(folder, ranks, legs)
     return folder / "runs" / "run"
 
@@ -115,6 +119,17 @@ def test_a_step_is_profiled_on_every_rank(run):
         trace = json.loads(gzip.decompress((run / "profile" / f"steps_5_to_5_rank_{rank}.json.gz").read_bytes()))
         names = {event["name"] for event in trace["traceEvents"]}
         assert {f"lcl_ds.{part}" for part in get_args(StepPart)} <= names
+
+
+def test_a_second_run_starts_its_parts_from_the_newest_checkpoint_and_the_tower_from_its_average(run):
+    averages, weights, untrained = saved(run, STEPS, EMA), saved(run, STEPS, WEIGHTS, ""), saved(run, 1, WEIGHTS, "")
+    for name, actual in saved(run.with_name("second"), 1, WEIGHTS, "").items():
+        if name.startswith("model.vision."):
+            assert torch.equal(actual, averages[name])
+        elif name.startswith("model.pooling."):
+            assert torch.equal(actual, weights[name])
+        elif actual.dim() == 2:
+            assert float((actual - weights[name]).abs().max()) > float((actual - untrained[name]).abs().max()) > 0
 
 
 def test_a_model_is_loaded_with_either_tower(run):
