@@ -10,6 +10,7 @@ Each number travels twice, and no rank holds more than its pieces and the matric
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, groupby
@@ -46,11 +47,11 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements ``start .. start + length`` of a flattened matrix, as one rank holds them."""
+    """Elements ``start .. stop`` of a flattened matrix, as one rank holds them."""
 
     rank: int
     start: int
-    length: int
+    stop: int
 
 
 @dataclass
@@ -77,6 +78,38 @@ class Matrix:
     @property
     def cost(self) -> int:
         return math.prod(self.shape) * min(self.shape)
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one rank does with matrices that are computed side by side; lists are in the order of what is exchanged."""
+
+    own: list[Matrix]
+    """Those that this rank computes."""
+    held: list[Matrix]
+    """Those that this rank holds a piece of, by owner."""
+    given: list[Matrix]
+    """Those of ``held`` whose piece this rank sends."""
+    arriving: list[tuple[int, Piece]]
+    """Pieces that come, by the rank that sends them: which of ``own`` and what of it."""
+    leaving: list[tuple[int, Piece]]
+    """Pieces of updates that go, by the rank that holds them."""
+
+
+def round_of(matrices: list[Matrix], rank: int) -> Round:
+    """Work out what a rank does with the matrices of a round."""
+    by_owner = sorted(matrices, key=lambda matrix: matrix.owner)
+    own = [matrix for matrix in by_owner if matrix.owner == rank]
+    held = [matrix for matrix in by_owner if any(piece.rank == rank for piece in matrix.pieces)]
+    arriving = [(index, piece) for index, matrix in enumerate(own) for piece in matrix.given]
+    leaving = [(index, piece) for index, matrix in enumerate(own) for piece in matrix.pieces]
+    return Round(
+        own,
+        held,
+        [matrix for matrix in held if any(piece.rank == rank for piece in matrix.given)],
+        sorted(arriving, key=lambda entry: entry[1].rank),
+        sorted(leaving, key=lambda entry: entry[1].rank),
+    )
 
 
 @dataclass(frozen=True)
@@ -116,7 +149,7 @@ class Muon(BoundedAdamW):
     ):
         super().__init__(groups, settings, max_norm)
         self.momentum, self.dtype = settings.muon_momentum, dtype
-        self._rounds: dict[int, list[list[Matrix]]] = {}
+        self._rounds: dict[int, list[Round]] = {}
         """By the first of the tensors that are stepped together."""
         self._own: dict[int, Own] = {}
         """By the number of the matrix."""
@@ -127,22 +160,21 @@ class Muon(BoundedAdamW):
         numbers = {name: number for number, (name, _) in enumerate(engine.module.named_parameters())}
         shapes = [tuple(getattr(weight, "ds_shape", weight.shape)) for weight in engine.module.parameters()]
         turns = {id(weight): n for n, together in enumerate(stepped_together(engine)) for weight in together}
-        firsts = [id(together[0]) for together in stepped_together(engine)]
-        own = []
+        held = []
         for part in held_parts(engine):
             if part.stepped is None or MOMENTUM not in part.values:
                 continue
-            length = part.values[MOMENTUM].numel()
-            self._own[numbers[part.name]] = Own(part.stepped, part.first, length)
-            own.append((turns[id(part.stepped)], numbers[part.name], part.start, length, part.is_split))
-        held = [(*entry, rank) for rank, of_rank in enumerate(gather_objects(own)) for entry in of_rank]
-        for turn, of_turn in groupby(sorted(held), key=lambda entry: entry[0]):
-            matrices = []
-            for number, of_matrix in groupby(of_turn, key=lambda entry: entry[1]):
-                entries = list(of_matrix)
-                pieces = [Piece(rank, start, length) for _, _, start, length, _, rank in entries]
-                matrices.append(Matrix(number, shapes[number], pieces, entries[0][4]))
-            self._rounds[firsts[turn]] = list(rounds_of(matrices, dist.get_world_size()))
+            number, length = numbers[part.name], part.values[MOMENTUM].numel()
+            self._own[number] = Own(part.stepped, part.first, length)
+            held.append((turns[id(part.stepped)], number, part.start, part.start + length, part.is_split))
+        everywhere = [(*entry, rank) for rank, of_rank in enumerate(gather_objects(held)) for entry in of_rank]
+        matrices: dict[int, dict[int, Matrix]] = defaultdict(dict)
+        for turn, number, start, stop, is_split, rank in sorted(everywhere):
+            matrix = matrices[turn].setdefault(number, Matrix(number, shapes[number], [], is_split))
+            matrix.pieces.append(Piece(rank, start, stop))
+        for turn, together in enumerate(stepped_together(engine)):
+            rounds = rounds_of(list(matrices[turn].values()), dist.get_world_size())
+            self._rounds[id(together[0])] = [round_of(of_round, dist.get_rank()) for of_round in rounds]
 
     def _update(self, closure: Any) -> None:
         groups = self.param_groups
@@ -161,51 +193,44 @@ class Muon(BoundedAdamW):
             momentum.lerp_(weight.grad, 1 - self.momentum)
             weight.grad.lerp_(momentum, self.momentum)  # Nesterov's, in the place of the gradient, which is done with
             weight.mul_(1 - group["lr"] * group["weight_decay"])
-        for matrices in self._rounds.get(id(group["params"][0]), []):
-            for matrix, update in self._orthogonal_pieces(matrices):
+        for work in self._rounds[id(group["params"][0])]:
+            for matrix, update in zip(work.held, self._orthogonal_pieces(work), strict=True):
                 values = self._own[matrix.number].values
                 values.add_(update.to(values.device, values.dtype), alpha=-group["lr"] * matrix.scale)
 
-    def _orthogonal_pieces(self, matrices: list[Matrix]) -> Iterator[tuple[Matrix, Tensor]]:
-        """Give this rank's piece of the update of every matrix of a round that it holds some of; collective."""
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        by_owner = [[matrix for matrix in matrices if matrix.owner == owner] for owner in range(world_size)]
-        to_owners = [
-            [self._own[m.number].gradient for m in owned for p in m.given if p.rank == rank] for owned in by_owner
-        ]
-        own = by_owner[rank]
-        sizes = [[p.length for m in own for p in m.given if p.rank == source] for source in range(world_size)]
-        received = self._exchange(to_owners, sizes)
-        wholes = [torch.empty(math.prod(matrix.shape), dtype=self.dtype, device=self._device) for matrix in own]
-        for source in range(world_size):
-            pieces = iter(received[source])
-            for matrix, whole in zip(own, wholes, strict=True):
-                for piece in matrix.given:
-                    if piece.rank == source:
-                        whole[piece.start : piece.start + piece.length] = next(pieces)
-        updates = [orthogonalize(w.view(m.shape)).reshape(-1) for m, w in zip(own, wholes, strict=True)]
-        to_holders = [
-            [
-                update[piece.start : piece.start + piece.length]
-                for matrix, update in zip(own, updates, strict=True)
-                for piece in matrix.pieces
-                if piece.rank == holder
-            ]
-            for holder in range(world_size)
-        ]
-        held = [[m for m in owned if any(p.rank == rank for p in m.pieces)] for owned in by_owner]
-        sizes = [[self._own[matrix.number].length for matrix in of_owner] for of_owner in held]
-        for of_owner, pieces_of_owner in zip(held, self._exchange(to_holders, sizes), strict=True):
-            yield from zip(of_owner, pieces_of_owner, strict=True)
+    def _orthogonal_pieces(self, work: Round) -> list[Tensor]:
+        """Compute this rank's pieces of the updates of what it holds; collective."""
+        owners = [(matrix.owner, self._own[matrix.number]) for matrix in work.given]
+        arrived = self._exchange(
+            [(owner, own.gradient) for owner, own in owners],
+            [(piece.rank, piece.stop - piece.start) for _, piece in work.arriving],
+        )
+        wholes = [torch.empty(math.prod(matrix.shape), dtype=self.dtype, device=self._device) for matrix in work.own]
+        for (index, piece), values in zip(work.arriving, arrived, strict=True):
+            wholes[index][piece.start : piece.stop] = values
+        updates = [orthogonalize(w.view(m.shape)).reshape(-1) for m, w in zip(work.own, wholes, strict=True)]
+        return self._exchange(
+            [(piece.rank, updates[index][piece.start : piece.stop]) for index, piece in work.leaving],
+            [(matrix.owner, self._own[matrix.number].length) for matrix in work.held],
+        )
 
-    def _exchange(self, sent: list[list[Tensor]], sizes: list[list[int]]) -> list[list[Tensor]]:
-        """Send tensors to each rank and receive some of these ``sizes`` from each; collective."""
-        flat = [tensor.to(self._device, self.dtype) for of_rank in sent for tensor in of_rank]
+    def _exchange(self, sent: list[tuple[int, Tensor]], received: list[tuple[int, int]]) -> list[Tensor]:
+        """Send tensors to ranks and receive some from them; collective.
+
+        Args:
+            sent: with the rank it goes to, in the order of ranks.
+            received: the rank it comes from and its length, in the order of ranks.
+        """
+        flat = [tensor.to(self._device, self.dtype) for _, tensor in sent]
         outgoing = torch.cat(flat) if flat else torch.empty(0, dtype=self.dtype, device=self._device)
-        counts = [sum(of_rank) for of_rank in sizes]
-        incoming = torch.empty(sum(counts), dtype=self.dtype, device=self._device)
-        dist.all_to_all_single(incoming, outgoing, counts, [sum(map(len, of_rank)) for of_rank in sent])
-        return [list(part.split(of_rank)) for part, of_rank in zip(incoming.split(counts), sizes, strict=True)]
+        incoming = torch.empty(sum(length for _, length in received), dtype=self.dtype, device=self._device)
+        coming, going = ([0] * dist.get_world_size() for _ in range(2))
+        for rank, length in received:
+            coming[rank] += length
+        for rank, tensor in sent:
+            going[rank] += len(tensor)
+        dist.all_to_all_single(incoming, outgoing, coming, going)
+        return list(incoming.split([length for _, length in received]))
 
 
 def rounds_of(matrices: list[Matrix], world_size: int) -> Iterator[list[Matrix]]:
