@@ -25,6 +25,7 @@ def runs(tmp_path_factory, demo_folder) -> dict[str, Any]:
     shared = [
         *(*corpus_settings(demo_folder), f"model.vision={LARGE}", f"train.steps={STEPS}", "checkpoint.keep=9"),
         *("checkpoint.every=1", f"train.image_sizes={{0: 16, {CHANGE}: 32}}", "train.ema_decay=0.5"),
+        "train.optimizer=muon",
     ]
     legs = {"whole": leg("whole", "3", shared)}
     for stop in (CHANGE - 1, CHANGE, CHANGE + 1):
