@@ -1,5 +1,6 @@
 """Put a run together from its settings: the one place where data, models and objectives meet."""
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from lcl_ds.errors import UserError
 from lcl_ds.models.build import build_empty_model, image_size, tokens_per_image
 from lcl_ds.models.initial import GivenWeights
 from lcl_ds.models.network import LCLModel
-from lcl_ds.models.weights.transfer import given_weights
+from lcl_ds.models.weights.transfer import Release, given_weights, open_release
 from lcl_ds.objectives import build_empty_objective, build_objective, view_of
 from lcl_ds.objectives.base import Objective, freeze_unused
+from lcl_ds.phases import check_image_sizes
 
 
 def open_checked_data(config: Config, team: Team = ALONE) -> OpenData:
@@ -28,6 +30,7 @@ def open_checked_data(config: Config, team: Team = ALONE) -> OpenData:
     Raises:
         UserError: names the key and the file.
     """
+    check_image_sizes(config)
     data = open_data(config.data, team)
     check_vocabulary(config, data)
     return data
@@ -92,13 +95,19 @@ def build_empty(config: Config, vocab_size: int) -> Objective:
     return _frozen(build_empty_objective(network, config.objective))
 
 
-def weights_given(network: LCLModel, config: Config, data: OpenData) -> tuple[GivenWeights, list[str]]:
+def weights_given(
+    network: LCLModel, config: Config, data: OpenData, open_start: Callable[[Path], Release] = open_release
+) -> tuple[GivenWeights, list[str]]:
     """Find the weights of the parts for which ``config`` names a folder, and say so in a sentence about each.
+
+    Args:
+        open_start: opens what ``model.init_from`` names.
 
     Raises:
         UserError: names every weight that does not fit.
     """
-    return given_weights(network, config.model, data.tokenizer.vocabulary.text_size, config.seed("init"))
+    text_size, seed = data.tokenizer.vocabulary.text_size, config.seed("init")
+    return given_weights(network, config.model, text_size, seed, open_start)
 
 
 def attach_objective(network: LCLModel, config: Config) -> Objective:

@@ -1,4 +1,4 @@
-"""Release a trained encoder: ``python -m lcl_ds.convert RUN|CHECKPOINT OUT [--part vision|full]``.
+"""Release a trained encoder: ``python -m lcl_ds.convert RUN|CHECKPOINT OUT [--part vision|full] [--ema]``.
 
 ``vision`` (default) writes a folder that ``transformers`` loads by itself: config.json, model.safetensors,
 preprocessor_config.json and a model card. ``full`` writes all weights of the training model as one safetensors file;
@@ -229,22 +229,25 @@ def _noise(size: int) -> np.ndarray:
 
 
 def read_run(
-    run_or_checkpoint: Path, part: Literal["vision"] | None = None
+    run_or_checkpoint: Path, part: Literal["vision"] | None = None, ema: bool = False
 ) -> tuple[LCLModel, WeightOrigin, Vocabulary]:
     """Read the newest, or the named, checkpoint of a run.
 
     Args:
         part: the only part to read; see :func:`lcl_ds.training.checkpoint.load_model`.
+        ema: take the vision tower from its moving average.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, or it is damaged, or it has no moving average.
     """
     checkpoint = resolve_checkpoint(run_or_checkpoint)
     with _damage_named(checkpoint):
         config, state = load_config_of(checkpoint), read_state(checkpoint)
         step, vocab_size = state["progress"]["step"], state["vocab_size"]
-        model = load_model(checkpoint, part=part)
+        model = load_model(checkpoint, part=part, ema=ema)
     history = f"with lcl_ds {__version__}, step {step} of {config.train.steps}"
+    if ema:
+        history += f", moving average of its weights (decay {config.train.ema_decay})"
     origin = WeightOrigin(
         config.name, history, config.model_dump(mode="json"), *_pixels_of(config, model.vision.model.config.image_size)
     )
@@ -318,13 +321,16 @@ def convert(arguments: argparse.Namespace) -> int:
     """Read, write and compare, as the command line asks."""
     if arguments.format == "reference" and arguments.part == "vision":
         raise UserError("--format reference: the published layout holds the whole model; leave out --part vision")
+    if arguments.ema and arguments.origin == "reference":
+        raise UserError("--ema: a file of the published code holds no moving average; leave it out")
     sentences = []
     with release_folder(arguments.out) as folder:
         if arguments.origin == "reference":
             model, origin, vocabulary = read_published(arguments.run_or_file, arguments.config)
         else:
             releases_all = arguments.format == "reference" or arguments.part == "full"
-            model, origin, vocabulary = read_run(arguments.run_or_file, None if releases_all else "vision")
+            part: Literal["vision"] | None = None if releases_all else "vision"
+            model, origin, vocabulary = read_run(arguments.run_or_file, part, arguments.ema)
         if arguments.format == "reference":
             write_published(model, vocabulary, folder)
         elif arguments.part == "full":
@@ -349,6 +355,9 @@ def main(argv: list[str] | None = None) -> int:
         help="what is read: a run or checkpoint, or a file of the published code",
     )
     parser.add_argument("--config", type=Path, metavar="JSON", help="model configuration of --from reference")
+    parser.add_argument(
+        "--ema", action="store_true", help="take the vision tower from its moving average (train.ema_decay)"
+    )
     arguments = parser.parse_args(argv)
     return run_command(lambda: convert(arguments))
 

@@ -22,8 +22,9 @@ from lcl_ds.files import write_whole
 from lcl_ds.models.build import build_empty_model
 from lcl_ds.models.initial import fill_weights
 from lcl_ds.models.network import LCLModel
+from lcl_ds.models.vision import VisionEncoder
 from lcl_ds.report.figures import RetrievalExample, plot_retrieval
-from lcl_ds.report.page import EVALUATION, RETRIEVAL_PICTURE, caveats, is_current, write_report
+from lcl_ds.report.page import EVALUATION, RETRIEVAL_PICTURE, caveats, is_current, probe_kinds, write_report
 from lcl_ds.tokens import TextTokenizer
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,13 @@ EXAMPLES = 5
 """Retrieved documents in the picture."""
 
 
-def close_run(config: Config, run_dir: Path, step: int, load_model: Callable[[], LCLModel]) -> int:
+def close_run(
+    config: Config,
+    run_dir: Path,
+    step: int,
+    load_model: Callable[[], LCLModel],
+    load_average: Callable[[], LCLModel] | None = None,
+) -> int:
     """Evaluate the run's last checkpoint and write the report, as far as either is older than the checkpoint.
 
     The report is written also when the evaluation fails, and says why.
@@ -40,13 +47,14 @@ def close_run(config: Config, run_dir: Path, step: int, load_model: Callable[[],
     Args:
         step: of the last checkpoint.
         load_model: the network of that checkpoint, on the device to evaluate on.
+        load_average: the same with the moving average of the vision tower, if the run keeps one.
 
     Returns:
         Exit code: 0, or another one when the evaluation failed.
     """
     code = 0
     if config.evaluation.shards is not None and not _is_evaluated(config, run_dir, step):
-        code = _evaluate(config, run_dir, step, load_model)
+        code = _evaluate(config, run_dir, step, load_model, load_average)
     if not is_current(run_dir):
         logger.info("report: %s", write_report([run_dir]))
     return code
@@ -62,7 +70,13 @@ def _is_evaluated(config: Config, run_dir: Path, step: int) -> bool:
     return isinstance(results, dict) and "failed" not in results and all(results.get(key) == done[key] for key in done)
 
 
-def _evaluate(config: Config, run_dir: Path, step: int, load_model: Callable[[], LCLModel]) -> int:
+def _evaluate(
+    config: Config,
+    run_dir: Path,
+    step: int,
+    load_model: Callable[[], LCLModel],
+    load_average: Callable[[], LCLModel] | None,
+) -> int:
     """Write ``evaluation.json`` with figures, or with the reason why there are none; returns an exit code."""
     code = 0
     picture = run_dir / RETRIEVAL_PICTURE
@@ -70,7 +84,8 @@ def _evaluate(config: Config, run_dir: Path, step: int, load_model: Callable[[],
     try:
         picture.parent.mkdir(exist_ok=True)
         picture.unlink(missing_ok=True)  # of an earlier step
-        results |= evaluate_model(load_model(), config, picture)
+        average = load_average().vision if load_average else None
+        results |= evaluate_model(load_model(), config, picture, average)
     except Exception as error:  # whatever it is, the run keeps its report
         problems = problems_of(error)
         logger.error(
@@ -89,18 +104,21 @@ def _evaluate(config: Config, run_dir: Path, step: int, load_model: Callable[[],
     return code
 
 
-def evaluate_model(model: LCLModel, config: Config, picture: Path | None = None) -> dict[str, Any]:
+def evaluate_model(
+    model: LCLModel, config: Config, picture: Path | None = None, average: VisionEncoder | None = None
+) -> dict[str, Any]:
     """Compute probe and retrieval figures of a trained model.
 
     Args:
         model: in evaluation mode, on any device.
         config: of its run; ``evaluation.shards`` must be set.
         picture: where to draw retrieved images, if anywhere.
+        average: the moving average of the model's vision tower, to be probed as well.
 
     Returns:
         ``documents`` and ``images`` that were used, ``left_out`` (what was not, by reason), ``notes`` (a sentence about
         each figure that is missing), ``probe`` per label (accuracy ``trained``, ``untrained``, ``raw_pixels``,
-        ``chance``) and, where the objective has contrastive pairs, ``retrieval`` (see
+        ``chance``, with an average also ``ema``) and, where the objective has contrastive pairs, ``retrieval`` (see
         :func:`lcl_ds.evaluation.retrieval.retrieval_scores`).
 
     Raises:
@@ -109,7 +127,7 @@ def evaluate_model(model: LCLModel, config: Config, picture: Path | None = None)
     tokenizer = TextTokenizer(config.data.tokenizer)
     reader = HeldOutReader(config, tokenizer)
     held_out = reader.read_all()
-    probes, notes = _probes(model, config, held_out, tokenizer.vocabulary.size)
+    probes, notes = _probes(model, config, held_out, tokenizer.vocabulary.size, average)
     results: dict[str, Any] = {
         "documents": held_out.document_count,
         "images": len(held_out.pixels),
@@ -132,7 +150,7 @@ def evaluate_model(model: LCLModel, config: Config, picture: Path | None = None)
 
 
 def _probes(
-    model: LCLModel, config: Config, held_out: HeldOut, vocab_size: int
+    model: LCLModel, config: Config, held_out: HeldOut, vocab_size: int, average: VisionEncoder | None
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
     """Compute accuracies by label, and a sentence about each label that has none."""
     classes: dict[str, list[str | None]] = {}
@@ -158,6 +176,12 @@ def _probes(
         "untrained": encoder_features(untrained.vision.to(next(model.parameters()).device), held_out.pixels),
         "raw_pixels": pixel_features(held_out.pixels),
     }
+    if average is not None:
+        averaged = encoder_features(average, held_out.pixels)
+        if averaged.isfinite().all():
+            features["ema"] = averaged
+        else:
+            notes.append("the moving average is left out: its features are not finite")
     tests = torch.tensor(held_out.is_test)
     return {name: _probe(features, values, tests) for name, values in classes.items()}, notes
 
@@ -194,17 +218,16 @@ def _readable(context: str, characters: int = 160) -> str:
 def final_table(results: dict[str, Any]) -> Table:
     """Make a table of the figures for the terminal."""
     table = Table(title=f"Held-out: {results['documents']} documents, {results['images']} images")
-    for column in ("", "trained", "untrained", "raw pixels", "chance"):
+    kinds = probe_kinds(results)
+    for column in ("", *kinds.values()):
         table.add_column(column, justify="left" if not column else "right")
     for label, scores in results["probe"].items():
-        cells = [f"{scores[kind]:.1%}" for kind in ("trained", "untrained", "raw_pixels", "chance")]
+        cells = [f"{scores[kind]:.1%}" for kind in kinds]
         table.add_row(Text(f"linear probe: {label}"), *cells)
     if retrieval := results.get("retrieval"):
+        values = {"trained": f"{retrieval['recall_at_1']:.1%}", "chance": f"{retrieval['chance']:.2%}"}
         table.add_row(
             f"image-to-context R@1 of {retrieval['pairs']}",
-            f"{retrieval['recall_at_1']:.1%}",
-            "",
-            "",
-            f"{retrieval['chance']:.2%}",
+            *(values.get(kind, "") for kind in kinds),
         )
     return table

@@ -131,7 +131,12 @@ class ModelSettings(Settings):
     logit_scale_init: float = Field(1 / 0.07, gt=1, description="First temperature multiplier of the contrastive loss.")
     logit_scale_max: float = Field(100.0, gt=1, description="Upper bound of the multiplier after each applied step.")
     init_from: str | None = Field(
-        None, description="Folder that `python -m lcl_ds.convert --part full` wrote, to start parts from."
+        None,
+        description="What parts start from: a run folder (its newest checkpoint), one of its checkpoints, or a folder "
+        "that `python -m lcl_ds.convert --part full` wrote.",
+    )
+    init_ema: bool = Field(
+        False, description="Take the vision tower of init_from, a run, from its moving average (train.ema_decay there)."
     )
     init_parts: list[Part] = Field(
         ["vision", "pooling", "decoder", "heads"], description="Parts that init_from gives the weights of."
@@ -145,6 +150,8 @@ class ModelSettings(Settings):
 
     @model_validator(mode="after")
     def _one_source_per_part(self) -> "ModelSettings":
+        if self.init_ema and not (self.init_from and "vision" in self.init_parts):
+            raise ValueError("init_ema: nothing starts from a moving average; init_from is to name a run, for vision")
         taken = {"vision"} if self.vision.pretrained else set()
         taken |= {"decoder", "heads"} if self.decoder.pretrained else set()
         if twice := sorted(taken & set(self.init_parts if self.init_from else [])):

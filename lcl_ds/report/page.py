@@ -32,7 +32,14 @@ RETRIEVAL_CAPTION = (
     "Contexts and the images they rank first among all held-out images. Green frame: the image that follows the "
     "context; a row without one ranks it lower."
 )
-PROBE_KINDS = {"trained": "trained", "untrained": "untrained", "raw_pixels": "raw pixels", "chance": "chance"}
+PROBE_KINDS = {
+    "trained": "trained",
+    "ema": "EMA",
+    "untrained": "untrained",
+    "raw_pixels": "raw pixels",
+    "chance": "chance",
+}
+"""Columns of the linear probes, as ``evaluation.json`` and as people name them."""
 LAST_STEPS = 20
 """Steps that the final losses are averaged over."""
 ABSENT = "-"
@@ -277,16 +284,21 @@ def _final_evaluation(results: dict[str, Any], last_step: int) -> str:
     if facts:
         blocks.append(f'<p class="note">Held out: {escape(", ".join(facts))}</p>')
     if probe := results.get("probe"):
-        rows = [
-            [f"Linear probe: {label}", *(_percent(s.get(kind)) for kind in PROBE_KINDS)] for label, s in probe.items()
-        ]
-        blocks.append(_table(["Accuracy", *PROBE_KINDS.values()], rows))
+        kinds = probe_kinds(results)
+        rows = [[f"Linear probe: {label}", *(_percent(s.get(kind)) for kind in kinds)] for label, s in probe.items()]
+        blocks.append(_table(["Accuracy", *kinds.values()], rows))
     if retrieval := results.get("retrieval"):
         head = ["Retrieval", "recall at 1", "recall at 5", "median rank", "chance (recall at 1)"]
         cells = _retrieval_cells(retrieval)
         blocks.append(_table(head, [[f"Image to context, {retrieval.get('pairs', 0):,} pairs", *cells]]))
     blocks += [f'<p class="note">{escape(sentence[:1].upper() + sentence[1:])}</p>' for sentence in caveats(results)]
     return "\n".join(blocks)
+
+
+def probe_kinds(results: dict[str, Any]) -> dict[str, str]:
+    """Name the columns of the linear probes of an evaluation: that of the moving average only where there is one."""
+    scores = list((results.get("probe") or {}).values())
+    return {kind: shown for kind, shown in PROBE_KINDS.items() if kind != "ema" or any(kind in s for s in scores)}
 
 
 def _retrieval_cells(retrieval: dict[str, Any]) -> list[str]:
@@ -306,7 +318,7 @@ def _flat_evaluation(results: dict[str, Any]) -> dict[str, str]:
     flat = {
         f"Linear probe: {label}, {shown}": _percent(scores.get(kind))
         for label, scores in (results.get("probe") or {}).items()
-        for kind, shown in PROBE_KINDS.items()
+        for kind, shown in probe_kinds(results).items()
     }
     if retrieval := results.get("retrieval"):
         names = ("recall at 1", "recall at 5", "median rank", "chance")

@@ -1,9 +1,9 @@
 """Checkpoints that are complete or do not exist, and that any number of ranks can read.
 
-A checkpoint is a folder ``step_NNNNNNNN``: settings, position and metrics as text, fp32 weights and AdamW's moments as
-slices (:mod:`lcl_ds.training.slices`), and a manifest with size and hash of every file. It is written by
-:mod:`lcl_ds.training.saver` under a hidden name and renamed when all of it is on disk, so a run killed at any moment
-leaves earlier checkpoints as they were. What is read is compared with the manifest first.
+A checkpoint is a folder ``step_NNNNNNNN``: settings, position and metrics as text; fp32 weights, the optimizer's
+moments and the encoder's moving average as slices (:mod:`lcl_ds.training.slices`); and a manifest with size and hash of
+every file. It is written by :mod:`lcl_ds.training.saver` under a hidden name and renamed when all of it is on disk, so
+a run killed at any moment leaves earlier checkpoints as they were. What is read is compared with the manifest first.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from lcl_ds.metrics import METRICS, read_metrics
 from lcl_ds.models.build import build_empty_model
 from lcl_ds.models.initial import OF_NETWORK, fill_weights
 from lcl_ds.models.network import LCLModel
+from lcl_ds.phases import config_of_step
 from lcl_ds.training.distributed import RankInfo, gather_objects, on_all_ranks
 from lcl_ds.training.slices import SUFFIX, SliceReader
 
@@ -35,6 +36,8 @@ STATE = "trainer_state.json"
 CONFIG = "config.yaml"
 WEIGHTS, MOMENTS = "weights", "moments"
 """Subfolders with the slices of the fp32 weights, and of AdamW's two moments."""
+EMA = "ema"
+"""The subfolder with the slices of the vision tower's moving average, where the run keeps one."""
 WEIGHT = "weight"
 """The kind of values that is the weight itself, beside AdamW's names for its moments."""
 LATEST = "latest"
@@ -320,6 +323,11 @@ def slice_of(name: str, kind: str) -> tuple[str, str]:
     return (WEIGHTS, name) if kind == WEIGHT else (MOMENTS, f"{kind}.{name}")
 
 
+def holds(manifest: dict[str, ManifestEntry], folder: str) -> bool:
+    """Say whether a checkpoint has a subfolder."""
+    return any(name.startswith(f"{folder}/") for name in manifest)
+
+
 def slices_of(checkpoint: Path, folder: str, manifest: dict[str, ManifestEntry]) -> SliceReader:
     """Open the slices in a subfolder that the manifest names: others are nobody's, and their hashes are not known."""
     names = sorted(name.removeprefix(f"{folder}/") for name in manifest if name.startswith(f"{folder}/"))
@@ -332,23 +340,34 @@ def check_names(checkpoint: Path, saved: Iterable[str], expected: Iterable[str])
         raise UserError(f"{checkpoint}: holds {unknown[0]}, which the model that its settings describe does not have")
 
 
-def load_model(checkpoint: Path, device: torch.device | str = "cpu", part: Literal["vision"] | None = None) -> LCLModel:
+def load_model(
+    checkpoint: Path, device: torch.device | str = "cpu", part: Literal["vision"] | None = None, ema: bool = False
+) -> LCLModel:
     """Load the trained network in fp32, one weight at a time; needs neither DeepSpeed nor the objective.
 
     Args:
         part: the only part to load; the others take no memory and cannot be used.
+        ema: take the vision tower from its moving average.
 
     Raises:
-        UserError: a file of weights is not what was written.
+        UserError: a file of weights is not what was written, or there is no moving average.
     """
     manifest = read_manifest(checkpoint)
-    check_files(checkpoint, manifest, [name for name in manifest if name.startswith(f"{WEIGHTS}/")])
+    if ema and not holds(manifest, EMA):
+        raise UserError(f"{checkpoint}: has no moving average of the encoder; train.ema_decay was not set in its run")
+    folders = (WEIGHTS, EMA) if ema else (WEIGHTS,)
+    check_files(checkpoint, manifest, [name for name in manifest if name.split("/")[0] in folders])
     config, state = load_config_of(checkpoint), read_state(checkpoint)
+    config = config_of_step(config, state["progress"]["step"])
     model = build_empty_model(config.model, state["vocab_size"], config.data.longest_document)
     reader = slices_of(checkpoint, WEIGHTS, manifest)
+    averages = slices_of(checkpoint, EMA if ema else WEIGHTS, manifest)
     shapes = {f"{OF_NETWORK}{name}": tuple(weight.shape) for name, weight in model.named_parameters()}
     check_names(checkpoint, (name for name in reader.shapes if name.startswith(OF_NETWORK)), shapes)
-    given = {name.removeprefix(OF_NETWORK): partial(reader.whole, name, shape) for name, shape in shapes.items()}
+    given = {
+        name.removeprefix(OF_NETWORK): partial((averages if name in averages.shapes else reader).whole, name, shape)
+        for name, shape in shapes.items()
+    }
     fill_weights(model, 0, given, lambda module: module.to(device), within=part or "")
     model.get_submodule(part or "").to(device)  # also buffers, and with attention that suits the device
     return model.eval()

@@ -38,7 +38,9 @@ from lcl_ds.training.engine_state import (
     spread_weights,
     stage_0_master,
 )
+from lcl_ds.training.muon import Muon
 from lcl_ds.training.optimizer import BoundedAdamW, freeze_parts, parameter_groups
+from lcl_ds.training.resizing import ResizingReader, tower_of
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +75,7 @@ RECIPE_KEYS = {
     "bf16": "precision",
     "bfloat16": "precision",
     "fp16": "precision",
-    "optimizer": "train.learning_rate, train.betas, train.weight_decay",
+    "optimizer": "train.optimizer, train.learning_rate, train.betas, train.weight_decay",
     "scheduler": "train.warmup_steps, train.learning_rate",
     "steps_per_print": "log.every",
     "checkpoint": "checkpoint.every, checkpoint.keep, checkpoint.asynchronous",
@@ -245,12 +247,14 @@ def start_engine(
     total = size_of(objective.parameters())
     if frozen := total - sum(sizes.values()):
         sizes["frozen"] = frozen
-    optimizer = BoundedAdamW(groups, config.train, max_norm)
+    optimizer = make_optimizer(groups, config, rank_info, max_norm)
     optimizer.starting = True
     engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=ds_config)
     optimizer.starting = False
     optimizer.wrapper = engine.optimizer
     share_memory_of_masters(engine)
+    if isinstance(optimizer, Muon):
+        optimizer.share_out(engine)
     if engine.bfloat16_enabled():  # DeepSpeed makes its fp32 weights from those that it has just rounded
         for scalar, value in exact.items():
             set_fp32_weight(engine, scalar.weight, value)
@@ -351,6 +355,16 @@ def _cutter(ds_config: dict[str, Any]) -> Callable[[nn.Module], None]:
     return cut
 
 
+def make_optimizer(
+    groups: list[dict[str, Any]], config: Config, rank_info: RankInfo, max_norm: float | None
+) -> BoundedAdamW:
+    """Make the optimizer that ``train.optimizer`` names."""
+    if config.train.optimizer == "adamw":
+        return BoundedAdamW(groups, config.train, max_norm)
+    is_bf16 = config.precision == "bf16" and rank_info.device.type == "cuda"
+    return Muon(groups, config.train, max_norm, torch.bfloat16 if is_bf16 else torch.float32)
+
+
 def check_saved_whole(model: nn.Module) -> None:
     """Refuse state beside the weights: checkpoints hold parameters alone. Raises: ValueError naming it."""
     if lost := sorted(model.state_dict().keys() - {name for name, _ in model.named_parameters(remove_duplicate=False)}):
@@ -421,8 +435,9 @@ def load_engine(engine: Any, checkpoint: Path, rank_info: RankInfo) -> None:
     parts = held_parts(engine)
     with on_all_ranks(rank_info):
         manifest = read_manifest(checkpoint)
-        readers = {folder: slices_of(checkpoint, folder, manifest) for folder in (WEIGHTS, MOMENTS)}
-        check_names(checkpoint, readers[WEIGHTS].shapes, (name for name, _ in engine.module.named_parameters()))
+        slices = {folder: slices_of(checkpoint, folder, manifest) for folder in (WEIGHTS, MOMENTS)}
+        readers = {folder: ResizingReader(reader, tower_of(engine.module)) for folder, reader in slices.items()}
+        check_names(checkpoint, slices[WEIGHTS].shapes, (name for name, _ in engine.module.named_parameters()))
         for part in parts:
             for kind, values in part.values.items():
                 folder, name = slice_of(part.name, kind)

@@ -1,4 +1,4 @@
-"""What a run has learned, as this rank holds it under DeepSpeed: fp32 weights and AdamW's moments, at every ZeRO stage.
+"""What a run has learned, as this rank holds it under DeepSpeed: fp32 weights and their moments, at every ZeRO stage.
 
 DeepSpeed keeps them in tensors of its own making, cut up in another way at each stage. Here they are seen as slices of
 the model's flattened weights, as views: writing to one changes what is trained. ``tests/distributed/test_elastic.py``
@@ -17,6 +17,8 @@ from lcl_ds.training.checkpoint import WEIGHT
 
 MOMENT_KINDS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each weight, by its own names."""
+MOMENTUM = "momentum"
+"""What Muon keeps of each matrix."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,13 @@ class HeldPart:
     """The model's own."""
     values: dict[str, Tensor]
     """Views [elements]: ``weight`` (fp32; of a frozen weight, in the model's precision) and, unless it is frozen,
-    ``exp_avg`` and ``exp_avg_sq``."""
+    ``exp_avg`` and ``exp_avg_sq`` or, of a matrix under Muon, ``momentum``."""
     is_split: bool
     """Whether each rank holds another part of the weight; else all ranks hold the whole of it."""
+    stepped: Tensor | None = None
+    """The optimizer's tensor that the values are views of or lie beside, from element ``first`` on; None of a frozen
+    weight."""
+    first: int = 0
 
 
 def held_parts(engine: Any) -> list[HeldPart]:
@@ -79,11 +85,15 @@ def share_memory_of_masters(engine: Any) -> None:
 
 
 def make_moments(engine: Any) -> None:
-    """Make AdamW's state where there is none yet: it makes its own in its first step."""
+    """Make the optimizer's state where there is none yet: AdamW makes its own in its first step."""
     optimizer = _adamw(engine)
-    for weight in _stepped(engine):
+    for group, weight in _stepped(engine):
         state = optimizer.state[weight]
-        if not state:
+        if state:
+            continue
+        if group["is_matrices"]:
+            state[MOMENTUM] = torch.zeros_like(weight)
+        else:
             state["step"] = torch.zeros((), device=weight.device)
             for kind in MOMENT_KINDS:
                 state[kind] = torch.zeros_like(weight)
@@ -92,14 +102,15 @@ def make_moments(engine: Any) -> None:
 def optimizer_steps(engine: Any) -> int:
     """Return how often AdamW has stepped, which its correction of young moments depends on."""
     optimizer = _adamw(engine)
-    return max((int(optimizer.state[weight].get("step", 0)) for weight in _stepped(engine)), default=0)
+    return max((int(optimizer.state[weight].get("step", 0)) for _, weight in _stepped(engine)), default=0)
 
 
 def set_optimizer_steps(engine: Any, steps: int) -> None:
     """Let AdamW continue after so many steps."""
     optimizer = _adamw(engine)
-    for weight in _stepped(engine):
-        optimizer.state[weight]["step"].fill_(steps)
+    for group, weight in _stepped(engine):
+        if not group["is_matrices"]:
+            optimizer.state[weight]["step"].fill_(steps)
 
 
 @torch.no_grad()
@@ -126,16 +137,27 @@ def _adamw(engine: Any) -> torch.optim.Optimizer:
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
-def _stepped(engine: Any) -> Iterator[Tensor]:
-    """List the tensors that AdamW changes: whole weights at stage 0, else long ones that hold parts of many weights."""
+def _stepped(engine: Any) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """List the tensors that the optimizer changes, each with its group: whole weights at stage 0, else long ones that
+    hold parts of many weights."""
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
+    groups = optimizer.param_groups
     if stage == 3:
-        yield from optimizer.fp32_partitioned_groups_flat
+        for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+            yield groups[optimizer.sub_group_to_group_id[number]], flat
     elif stage > 0:
-        yield from _flat_groups(optimizer)
+        yield from zip(groups, _flat_groups(optimizer), strict=True)
     else:
-        for group in optimizer.param_groups:
-            yield from group["params"]
+        for group in groups:
+            yield from ((group, weight) for weight in group["params"])
+
+
+def stepped_together(engine: Any) -> list[list[Tensor]]:
+    """List the tensors that the optimizer is given in one of its calls or groups, in the order of the calls; the same
+    number of lists on every rank."""
+    if engine.zero_optimization_stage() > 0:
+        return [[flat] for _, flat in _stepped(engine)]
+    return [list(group["params"]) for group in engine.optimizer.param_groups if group["params"]]
 
 
 def _flat_groups(optimizer: Any) -> list[Tensor]:
@@ -146,7 +168,8 @@ def _flat_groups(optimizer: Any) -> list[Tensor]:
 
 
 def _values(adamw: torch.optim.Optimizer, stepped: Tensor, first: int, size: int) -> dict[str, Tensor]:
-    tensors = {WEIGHT: stepped.detach()} | {kind: adamw.state[stepped][kind] for kind in MOMENT_KINDS}
+    state = adamw.state[stepped]
+    tensors = {WEIGHT: stepped.detach()} | {kind: state[kind] for kind in (*MOMENT_KINDS, MOMENTUM) if kind in state}
     return {kind: tensor.view(-1)[first : first + size] for kind, tensor in tensors.items()}
 
 
@@ -157,12 +180,14 @@ def _part_at_stage_3(optimizer: Any, name: str, weight: Any) -> HeldPart | None:
     size = min(size, weight.ds_numel - start)
     if size <= 0:
         return None
-    if weight.requires_grad:
-        group, first, _ = optimizer.grad_position[optimizer.get_param_id(weight)]
-        values = _values(optimizer.optimizer, optimizer.fp32_partitioned_groups_flat[group], first, size)
-    else:
+    shape = tuple(weight.ds_shape)
+    if not weight.requires_grad:
         values = {WEIGHT: weight.ds_tensor.detach().view(-1)[:size]}
-    return HeldPart(name, tuple(weight.ds_shape), start, weight, values, is_split=True)
+        return HeldPart(name, shape, start, weight, values, is_split=True)
+    group, first, _ = optimizer.grad_position[optimizer.get_param_id(weight)]
+    stepped = optimizer.fp32_partitioned_groups_flat[group]
+    values = _values(optimizer.optimizer, stepped, first, size)
+    return HeldPart(name, shape, start, weight, values, True, stepped, first)
 
 
 def _part_at_stage_1_or_2(optimizer: Any, name: str, weight: Any) -> HeldPart | None:
@@ -173,16 +198,18 @@ def _part_at_stage_1_or_2(optimizer: Any, name: str, weight: Any) -> HeldPart | 
     stepped = _flat_groups(optimizer)[mapping.param_group_index]
     there = mapping.hp_fragment_address
     values = _values(optimizer.optimizer, stepped, there.start, there.numel)
-    return HeldPart(name, tuple(weight.shape), mapping.lp_fragment_address.start, weight, values, is_split=True)
+    start = mapping.lp_fragment_address.start
+    return HeldPart(name, tuple(weight.shape), start, weight, values, True, stepped, there.start)
 
 
 def _whole(engine: Any, name: str, weight: nn.Parameter) -> HeldPart:
     """Every rank holds all of a weight that is frozen or not partitioned."""
-    values = {WEIGHT: weight.detach().view(-1)}
-    if weight.requires_grad:
-        stepped = stage_0_master(engine.optimizer, weight)
-        values = _values(_adamw(engine), stepped, 0, stepped.numel())
-    return HeldPart(name, tuple(weight.shape), 0, weight, values, is_split=False)
+    shape = tuple(weight.shape)
+    if not weight.requires_grad:
+        return HeldPart(name, shape, 0, weight, {WEIGHT: weight.detach().view(-1)}, is_split=False)
+    stepped = stage_0_master(engine.optimizer, weight)
+    values = _values(_adamw(engine), stepped, 0, stepped.numel())
+    return HeldPart(name, shape, 0, weight, values, False, stepped)
 
 
 def stage_0_master(optimizer: Any, weight: nn.Parameter) -> Tensor:

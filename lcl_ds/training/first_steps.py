@@ -15,6 +15,7 @@ from lcl_ds.config import Config
 from lcl_ds.metrics import StepMetrics
 from lcl_ds.models.network import LCLModel
 from lcl_ds.objectives.base import LossNormalizers
+from lcl_ds.training.checkpoint import WEIGHT
 from lcl_ds.training.distributed import RankInfo, all_reduce_sum, gather_objects
 from lcl_ds.training.engine_state import held_parts
 
@@ -116,8 +117,12 @@ class FirstSteps:
     def _about_weights(self, engine: Any) -> list[str]:
         """Name the weights that no gradient has reached; collective."""
         named = [name for name, weight in engine.module.named_parameters() if weight.requires_grad]
-        moments = {part.name: part.values["exp_avg_sq"] for part in held_parts(engine) if part.weight.requires_grad}
-        reached = [bool(moments[name].any()) if name in moments else False for name in named]
+        moved = {
+            part.name
+            for part in held_parts(engine)
+            if any(bool(moment.any()) for kind, moment in part.values.items() if kind != WEIGHT)
+        }
+        reached = [name in moved for name in named]
         on_ranks = all_reduce_sum(torch.tensor(reached, dtype=torch.float32, device=self.rank_info.device)).tolist()
         still = [name for name, ranks in zip(named, on_ranks, strict=True) if not ranks]
         if not still:

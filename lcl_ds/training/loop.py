@@ -20,7 +20,9 @@ from lcl_ds.flops import StepFlops, StepWork, total
 from lcl_ds.gpus import peak_flops
 from lcl_ds.metrics import SourceCounts, StepMetrics
 from lcl_ds.objectives.base import LossNormalizer, LossNormalizers, Objective
+from lcl_ds.phases import last_step_of_phase
 from lcl_ds.training.agreement import StopAgreement
+from lcl_ds.training.averaging import EncoderAverage
 from lcl_ds.training.checkpoint import Progress
 from lcl_ds.training.distributed import (
     RankInfo,
@@ -35,6 +37,7 @@ from lcl_ds.training.first_steps import FirstSteps
 from lcl_ds.training.monitor import Monitor
 from lcl_ds.training.odd_steps import SKIPPED_STEPS, DrawnRows, OddSteps
 from lcl_ds.training.pace import Pace, peak_memory_gb
+from lcl_ds.training.profiling import StepProfiler
 from lcl_ds.training.pulse import PULSE
 from lcl_ds.training.saver import Saver
 from lcl_ds.training.schedule import learning_rate
@@ -55,13 +58,19 @@ class Trainer:
     run_dir: Path
     vocab_size: int
     progress: Progress
+    average: EncoderAverage | None = None
     rolled_back: bool = field(default=False, init=False)
     """Whether the training ended because a step is to be taken back: the run goes on from the newest checkpoint."""
 
     def __post_init__(self) -> None:
-        self.saver = Saver(self.engine, self.config, self.rank_info, self.run_dir, self.vocab_size)
+        self.saver = Saver(self.engine, self.config, self.rank_info, self.run_dir, self.vocab_size, self.average)
         self._position = self.loader.state()
         """Of the data after the last step that is done: a step that is given up has taken more."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Say whether the run is at its end, and not to go on from the newest checkpoint."""
+        return not self.rolled_back and self.progress.step >= self.config.train.steps
 
     @property
     def objective(self) -> Objective:
@@ -72,10 +81,10 @@ class Trainer:
         return [source.name for source in self.config.data.shards]
 
     def train(self) -> int | None:
-        """Run to the last step.
+        """Run to the last step, or to the last one with images of this size.
 
         Returns:
-            None at the end, or where the run is ``rolled_back``; the signal's number, on all ranks, if one of them was
+            None there, or where the run is ``rolled_back``; the signal's number, on all ranks, if one of them was
             asked to stop, after a checkpoint was saved.
 
         Raises:
@@ -85,6 +94,7 @@ class Trainer:
         first, done = self.rank_info.is_first, self.progress.step
         self._odd_steps = OddSteps(self.run_dir, self.config.train, self.progress, self.rank_info)
         self._first_steps = FirstSteps(self.config, done, self.rank_info)
+        self._profiler = StepProfiler(self.run_dir, self.config.log, self.rank_info)
         trackers = open_trackers(self.config, self.run_dir, done) if first else None
         monitor = Monitor(self.run_dir, self.config.train.steps, done, self.config.log.every, first, trackers)
         self._flops = StepFlops(self.objective)
@@ -95,6 +105,7 @@ class Trainer:
             with self.saver.finishing():
                 return self._run(monitor)
         finally:
+            self._profiler.close(self.progress.step)
             self.saver.close()
             monitor.close()
             self._pace.close()
@@ -102,7 +113,8 @@ class Trainer:
 
     def _run(self, monitor: Monitor) -> int | None:
         self._saved_step = PULSE.saved_step = self.progress.step
-        while not self._stop.reached() and self.progress.step < self.config.train.steps:
+        last_step = last_step_of_phase(self.config, self.progress.step + 1)
+        while not self._stop.reached() and self.progress.step < last_step:
             metrics = self._step()
             if metrics is None:
                 break
@@ -143,7 +155,7 @@ class Trainer:
     def release(self) -> None:
         """Give back the memory of weights, optimizer and batches; the trainer cannot be used afterwards."""
         release_engine(self.engine)
-        del self.engine, self.loader, self.saver
+        del self.engine, self.loader, self.saver, self.average
         gc.collect()
         if self.rank_info.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -152,6 +164,8 @@ class Trainer:
         """Take one optimizer step; None where the ranks agreed to stop within it, which gives it up."""
         started = time.perf_counter()
         number = self.progress.step + 1
+        self._profiler.begin(number, self.objective.model)
+        self._profiler.enter("data")
         PULSE.begin("waiting for data", number)
         with on_all_ranks(self.rank_info):
             batches = self._draw()
@@ -160,11 +174,14 @@ class Trainer:
         torch.manual_seed(step_seed(self.config.train.seed, self.rank_info.rank, self.progress.step))
         data_s = time.perf_counter() - started
         self._pace.drawn(draw_s)
+        self._profiler.enter("bookkeeping")
         lr = learning_rate(self.progress.applied_steps, self.config.train)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr * group["learning_rate_factor"]
         batches = [batch.to(self.rank_info.device) for batch in batches]
+        self._profiler.enter("communication")
         normalizers_of = self._loss_normalizers(batches)
+        self._profiler.enter("bookkeeping")
         self._first_steps.begin(self.progress.step + 1, self.objective.model)
         summed = outputs_to_sum(self.objective)
         sums = torch.zeros(len(summed), dtype=torch.float64, device=self.rank_info.device)
@@ -172,14 +189,20 @@ class Trainer:
             if self._stop.reached():
                 return None
             PULSE.begin("training", number, micro_step)
+            self._profiler.enter("losses")
             outputs = self.engine(batch, normalizers)
+            self._profiler.enter("backward")
             # DeepSpeed averages gradients over ranks; the losses are shares of a sum over ranks.
             self.engine.backward(outputs["loss"] * self.rank_info.world_size, scale_wrt_gas=False)
             sums += torch.stack([outputs[name].detach().reshape(()) for name in summed])
+            self._profiler.enter("optimizer")
             self.engine.step()
         applied = self.engine.was_step_applied() and not self.engine.basic_optimizer.left_out
         if applied:
             refresh_exact_scalars(self.engine)
+            if self.average is not None:
+                self.average.update()
+        self._profiler.enter("communication")
         self._advance(applied)
         STOP.enter("training")  # before the ranks meet: once one of them has done a step, all save when asked to stop
         totals = sum_over_ranks(
@@ -191,10 +214,12 @@ class Trainer:
                 **self._pace.to_sum(),
             },
         )
+        self._profiler.enter("bookkeeping")
         self.saver.advance(totals)
         seconds = {"step_s": time.perf_counter() - started, "data_s": data_s}
         metrics = self._metrics(totals, outputs, normalizers_of, lr, applied, **seconds)
         self._first_steps.judge(metrics, normalizers_of, self.engine)
+        self._profiler.end(number)
         return metrics
 
     def _loss_normalizers(self, batches: list[Batch]) -> list[LossNormalizers]:
@@ -307,7 +332,7 @@ def is_saved(step: int, config: Config) -> bool:
 
     ``checkpoint.keep_every`` counts on it: one stop must not shift all later checkpoints past the steps it keeps.
     """
-    return step == config.train.steps or step % config.checkpoint.every == 0
+    return step == last_step_of_phase(config, step) or step % config.checkpoint.every == 0
 
 
 def outputs_to_sum(objective: Objective) -> tuple[str, ...]:

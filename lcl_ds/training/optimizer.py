@@ -1,4 +1,4 @@
-"""AdamW, and the groups of weights that it treats in the same way."""
+"""AdamW, and the groups of weights that an optimizer treats in the same way."""
 
 import math
 from typing import Any, get_args
@@ -50,11 +50,14 @@ class BoundedAdamW(torch.optim.AdamW):
             return
         if self._is_above_limit():
             return
-        super().step(closure)
+        self._update(closure)
         for group in self.param_groups:
             if group["bounds"] is not None:
                 for weight in group["params"]:
                     weight.clamp_(*group["bounds"])
+
+    def _update(self, closure: Any) -> None:
+        super().step(closure)
 
     def limit_norm(self, limit: float) -> None:
         """Leave out the next step if the global norm of its gradients is above ``limit``: nothing changes by it.
@@ -88,7 +91,8 @@ def parameter_groups(model: nn.Module, settings: TrainSettings, log_scale_bounds
     """Group weights by module type, name and learning-rate factor, made before ZeRO flattens shapes.
 
     Decay acts on matrices and token embeddings; not on norms, biases, position and class embeddings, the pooling
-    query and the temperature. Frozen weights stay out.
+    query and the temperature. Frozen weights stay out. Under Muon the matrices of the towers' blocks and of the pooling
+    are a group of their own; see :func:`is_hidden_matrix`.
 
     Raises:
         AssertionError: no weight of a kind was found, which means that names no longer match.
@@ -106,6 +110,8 @@ def parameter_groups(model: nn.Module, settings: TrainSettings, log_scale_bounds
                 kinds.setdefault(("logit_scale", factor), []).append((name, weight))
             elif _is_norm(module) or name.endswith("bias") or _is_position_or_class(name):
                 kinds.setdefault(("no_decay", factor), []).append((name, weight))
+            elif settings.optimizer == "muon" and is_hidden_matrix(name, module, weight):
+                kinds.setdefault(("matrices", factor), []).append((name, weight))
             else:
                 kinds.setdefault(("decay", factor), []).append((name, weight))
     in_use = {kind for (kind, _), weights in kinds.items() if weights}
@@ -115,7 +121,7 @@ def parameter_groups(model: nn.Module, settings: TrainSettings, log_scale_bounds
             kind,
             factor,
             weights,
-            settings.weight_decay if kind == "decay" else 0.0,
+            settings.weight_decay if kind in ("decay", "matrices") else 0.0,
             log_scale_bounds if kind == "logit_scale" else None,
         )
         for (kind, factor), weights in kinds.items()
@@ -148,7 +154,19 @@ def _group(
         "weight_decay": weight_decay,
         "learning_rate_factor": factor,
         "bounds": bounds,
+        "is_matrices": kind == "matrices",
     }
+
+
+def is_hidden_matrix(name: str, module: nn.Module, weight: Tensor) -> bool:
+    """Say whether a weight turns hidden states into hidden states, which is what Muon is made for.
+
+    All else stays with AdamW, as is usual: embeddings of tokens, positions and patches, whose rows or filters have
+    gradients of their own; heads, which end in logits and features; and all that is no matrix.
+    """
+    shape = getattr(weight, "ds_shape", weight.shape)
+    is_embedding = isinstance(module, nn.Embedding) or "embeddings" in name.split(".")
+    return len(shape) == 2 and not is_embedding and part_of(name) != "heads"
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -214,7 +214,7 @@ def check_disk(job: Job) -> str:
     objective = build_empty(job.config, job.data.tokenizer.vocabulary.size)
     freeze_parts(objective, job.config.train)
     parameters = sum(weight.numel() for weight in objective.parameters())
-    one = bytes_to_save(objective.parameters()) + SMALL_FILES_BYTES
+    one = bytes_to_save(objective.named_parameters(), job.config.train.ema_decay is not None) + SMALL_FILES_BYTES
     count = job.config.checkpoint.keep + 1
     folder = checkpoints_folder(job.run_dir)
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -43,10 +43,12 @@ DECISIONS: dict[str, Decision] = {
     "model.vision.activation_checkpointing": "applied",
     "model.decoder.activation_checkpointing": "applied",
     "model.logit_scale_max": "applied",
+    "model.init_ema": "free",
     "model.allow_missing": "free",
     "model.allow_unexpected": "free",
     "objective": "refused",
     "train.steps": "applied",
+    "train.image_sizes": "refused",
     "train.seed": "applied",  # of dropout; the seeds below are compared by the values that result
     "train.init_seed": "refused",
     "train.data_seed": "refused",
@@ -57,9 +59,12 @@ DECISIONS: dict[str, Decision] = {
     "train.min_learning_rate": "applied",
     "train.warmup_steps": "applied",
     "train.learning_rate_factors": "applied",  # where they freeze the same parts
+    "train.optimizer": "refused",  # they keep different moments
+    "train.muon_momentum": "applied",
     "train.weight_decay": "applied",
     "train.betas": "applied",
     "train.eps": "applied",
+    "train.ema_decay": "applied",  # one that is switched on begins with the weights of that moment
     "train.gradient_clipping": "applied",
     "train.max_skipped_steps": "applied",
     "train.spike_factor": "applied",
@@ -74,6 +79,8 @@ DECISIONS: dict[str, Decision] = {
     "checkpoint.ignore_damaged": "free",
     "log.every": "free",
     "log.trackers": "free",
+    "log.profile_steps": "free",
+    "log.profile_ranks": "free",
     "evaluation": "applied",
 }
 """By setting or, where nothing longer fits, by the group it is in. Refused: the run ends with a sentence. Applied: it

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,20 @@ from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.evaluation.check import check_held_out
 from lcl_ds.evaluation.final import close_run
 from lcl_ds.metrics import METRICS, keep_metrics
-from lcl_ds.models.build import check_attention_here
-from lcl_ds.training.checkpoint import Progress, load_model, newest_checkpoint, read_state, resolve_checkpoint
+from lcl_ds.models.build import check_attention_here, image_size
+from lcl_ds.models.network import LCLModel
+from lcl_ds.phases import config_of_step, last_step_of_phase
+from lcl_ds.training.averaging import start_average
+from lcl_ds.training.checkpoint import (
+    EMA,
+    Progress,
+    holds,
+    load_model,
+    newest_checkpoint,
+    read_manifest,
+    read_state,
+    resolve_checkpoint,
+)
 from lcl_ds.training.distributed import (
     RankInfo,
     collective_timeout_s,
@@ -43,6 +56,7 @@ from lcl_ds.training.run_folder import (
 from lcl_ds.training.saver import check_room_for_all, remove_partial
 from lcl_ds.training.signals import STOP
 from lcl_ds.training.trackers import check_trackers
+from lcl_ds.training.warm_start import agree_on_start, find_start, open_start
 from lcl_ds.training.watch import WATCH, Limits
 
 logger = logging.getLogger(__name__)
@@ -117,7 +131,7 @@ def _run(config: Config, ds_config: dict[str, Any], run_dir: Path, rank_info: Ra
 
 
 def train(trainer: Trainer, prepare_again: Callable[[], Trainer]) -> int | None:
-    """Train to the end, whatever is rolled back on the way, and give back the memory for the evaluation.
+    """Train all phases to the end, whatever is rolled back on the way, and give back the memory for the evaluation.
 
     Args:
         prepare_again: makes a trainer that goes on from the newest checkpoint.
@@ -126,7 +140,7 @@ def train(trainer: Trainer, prepare_again: Callable[[], Trainer]) -> int | None:
         The number of a signal that asked to stop; None at the end.
     """
     received = trainer.train()
-    while trainer.rolled_back and received is None:
+    while received is None and not trainer.is_finished:
         trainer.release()
         trainer = prepare_again()
         received = trainer.train()
@@ -144,11 +158,14 @@ def prepare(
 ) -> Trainer:
     """Make loader, model and engine of this rank, at the start or where ``checkpoint`` stands."""
     state = read_state(checkpoint) if checkpoint else None
+    progress = Progress(**state["progress"]) if state else Progress()
+    phase = config_of_step(config, progress.step + 1)
     vocab_size = data.tokenizer.vocabulary.size
+    start = None if checkpoint else agree_on_start(config.model, rank_info)
     with on_all_ranks(rank_info):
         loader = BatchLoader(
             data.sources,
-            lane_settings(config),
+            lane_settings(phase),
             data.tokenizer,
             rows_per_micro_step(config, rank_info.world_size),
             rank_info.rank,
@@ -157,17 +174,21 @@ def prepare(
             state["loader"] if state else None,
             pin_memory=rank_info.device.type == "cuda",
         )
-        objective = build_empty(config, vocab_size)
-        given, sentences = ({}, []) if checkpoint else weights_given(objective.model, config, data)
+        objective = build_empty(phase, vocab_size)
+        open_weights = partial(open_start, phase.model, start)
+        given, sentences = ({}, []) if checkpoint else weights_given(objective.model, phase, data, open_weights)
     for sentence in sentences if rank_info.is_first else []:
         logger.info("%s", sentence)
     engine = start_engine(objective, config, ds_config, rank_info, given, has_values=checkpoint is None)
-    progress = Progress(**state["progress"]) if state else Progress()
     if checkpoint:
         load_engine(engine, checkpoint, rank_info)
         if rank_info.is_first:
             logger.info("continuing %s at step %d", checkpoint, progress.step)
-    return Trainer(engine, loader, config, rank_info, run_dir, vocab_size, progress)
+    if config.train.image_sizes and rank_info.is_first:
+        last, size = last_step_of_phase(config, progress.step + 1), image_size(phase.model)
+        logger.info("images of %d x %d pixels until step %d", size, size, last)
+    average = start_average(engine, config.train.ema_decay, checkpoint, rank_info)
+    return Trainer(engine, loader, config, rank_info, run_dir, vocab_size, progress, average)
 
 
 def check_evaluation(config: Config, data: OpenData) -> None:
@@ -189,7 +210,12 @@ def finish(config: Config, run_dir: Path, device: torch.device) -> int:
     checkpoint = resolve_checkpoint(run_dir)
     step = read_state(checkpoint)["progress"]["step"]
     keep_metrics(run_dir / METRICS, step, kept_metrics(run_dir))  # the report reads them
-    return close_run(config, run_dir, step, lambda: load_model(checkpoint, device))
+
+    def load(ema: bool = False) -> LCLModel:
+        return load_model(checkpoint, device, ema=ema)
+
+    has_average = holds(read_manifest(checkpoint), EMA)
+    return close_run(config, run_dir, step, load, partial(load, ema=True) if has_average else None)
 
 
 def dry_run(config: Config, ds_config: dict[str, Any], ranks: int = 1) -> str:
@@ -209,7 +235,7 @@ def dry_run(config: Config, ds_config: dict[str, Any], ranks: int = 1) -> str:
     rows = rows_per_micro_step(config, ranks)
     objective = build_empty(config, data.tokenizer.vocabulary.size)
     network = objective.model
-    _, loaded = weights_given(network, config, data)
+    _, loaded = weights_given(network, config, data, partial(open_start, config.model, find_start(config.model)))
     settings, batches = lane_settings(config), {}
     for rank in sorted({0, ranks - 1}):
         loader = BatchLoader(data.sources, settings, data.tokenizer, rows, rank, ranks)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,11 @@ from lcl_ds.errors import UserError
 from lcl_ds.files import naming, sentence_of, write_whole
 from lcl_ds.flops import size_of
 from lcl_ds.metrics import METRICS
+from lcl_ds.models.settings import part_of
+from lcl_ds.training.averaging import EncoderAverage
 from lcl_ds.training.checkpoint import (
     CONFIG,
+    EMA,
     LATEST,
     MANIFEST,
     MOMENTS,
@@ -99,6 +102,7 @@ class Saver:
     rank_info: RankInfo
     run_dir: Path
     vocab_size: int
+    average: EncoderAverage | None = None
     _in_flight: _InFlight | None = None
     _host: dict[str, Tensor] = field(default_factory=dict)
     """Host memory that a copy is made to, kept from one save to the next."""
@@ -129,9 +133,9 @@ class Saver:
         with on_all_ranks(self.rank_info):
             if self.rank_info.is_first:
                 check_room(self.run_dir, self.bytes_of_checkpoint())
-            for name in (WEIGHTS, MOMENTS):
-                (partial / name).mkdir(parents=True, exist_ok=True)
             slices = self._own_slices()
+            for name in slices:
+                (partial / name).mkdir(parents=True, exist_ok=True)
             texts = self._texts(progress, states, metrics) if states is not None else {}
         rank, world_size = self.rank_info.rank, self.rank_info.world_size
         written = self._threads.submit(write_files, RankFiles(partial, rank, world_size, slices, texts))
@@ -206,7 +210,7 @@ class Saver:
 
     def bytes_of_checkpoint(self) -> int:
         """Estimate the size of a checkpoint of all ranks."""
-        return bytes_to_save(self.engine.module.parameters())
+        return bytes_to_save(self.engine.module.named_parameters(), self.average is not None)
 
     def _own_slices(self) -> dict[str, list[Slice]]:
         """List this rank's slices by subfolder, in memory that training does not touch."""
@@ -217,6 +221,10 @@ class Saver:
                 folder, name = slice_of(part.name, kind)
                 if value.numel():
                     slices[folder].append(Slice(name, start, part.shape, self._kept(name, value)))
+        if self.average is not None:
+            slices[EMA] = [
+                replace(part, values=self._kept(f"{EMA}.{part.name}", part.values)) for part in self.average.slices
+            ]
         if self.rank_info.device.type == "cuda":
             torch.cuda.synchronize()  # copies to pinned memory are not waited for one by one
         return slices
@@ -282,13 +290,21 @@ class Saver:
         remove_old(self.run_dir, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
 
 
-def bytes_to_save(weights: Iterable[Tensor]) -> int:
-    """Estimate the size of a checkpoint of all ranks: fp32 weights with two moments, frozen ones as the model has them.
+def bytes_to_save(named: Iterable[tuple[str, Tensor]], ema: bool) -> int:
+    """Estimate the size of a checkpoint of all ranks: fp32 weights with two moments (a matrix under Muon has only one),
+    frozen ones as the model has them.
 
     Args:
-        weights: all of the model's, also those that ZeRO has partitioned or that take no memory.
+        named: all weights of the model, also those that ZeRO has partitioned or that take no memory.
+        ema: whether a moving average of the vision tower is saved as well.
     """
-    return sum(size_of([weight]) * (12 if weight.requires_grad else weight.element_size()) for weight in weights)
+
+    def bytes_per_element(name: str, weight: Tensor) -> int:
+        if not weight.requires_grad:
+            return weight.element_size()
+        return 16 if ema and part_of(name) == "vision" else 12
+
+    return sum(size_of([weight]) * bytes_per_element(name, weight) for name, weight in named)
 
 
 def write_files(files: RankFiles) -> dict[str, ManifestEntry]:
@@ -321,7 +337,8 @@ def publish(partial: Path, final: Path, manifest: dict[str, ManifestEntry]) -> N
     entries = {name: entry.model_dump() for name, entry in manifest.items()}
     (partial / MANIFEST).write_text(json.dumps(entries, indent=1))
     read_manifest(partial)
-    for path in (partial / MANIFEST, partial / WEIGHTS, partial / MOMENTS, partial):
+    folders = {partial / Path(name).parent for name in manifest}
+    for path in (partial / MANIFEST, *(folders - {partial}), partial):
         flush(path)
     if os.path.lexists(final):  # one that was damaged
         hide(final)

@@ -17,6 +17,11 @@ class TrainSettings(Settings):
     """Optimisation."""
 
     steps: int = Field(gt=0, description="Optimizer steps of the whole run.")
+    image_sizes: dict[int, int] | None = Field(
+        None,
+        description="Side of the images in pixels by the step from which on it holds, as in {0: 112, 9000: 224}; the "
+        "last one is model.vision.image_size. Positions are resized in between. null: one size.",
+    )
     seed: int = Field(0, ge=0, description="Seed of everything that has no seed of its own.")
     init_seed: int | None = Field(None, ge=0, description="Seed of the initial weights.")
     data_seed: int | None = Field(None, ge=0, description="Seed of document order and packing.")
@@ -34,9 +39,22 @@ class TrainSettings(Settings):
     learning_rate_factors: dict[Part, float] = Field(
         default_factory=dict, description="By part, what its learning rate is multiplied with; 0 freezes the part."
     )
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="adamw; or muon for the matrices of the towers' blocks and of the pooling, with the same learning "
+        "rate and decay, and adamw for all else.",
+    )
+    muon_momentum: float = Field(0.95, ge=0, lt=1, description="Decay of Muon's momentum.")
     weight_decay: float = Field(0.2, ge=0, description="Decay of matrices; none on norms, biases, positions, scale.")
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW betas.")
     eps: float = Field(1e-6, gt=0, description="AdamW epsilon.")
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay, per applied step, of an exponential moving average of the vision tower, which is evaluated "
+        "beside it and which convert --ema releases (4 bytes per weight, spread over the ranks); null: none.",
+    )
     gradient_clipping: float = Field(1.0, ge=0, description="Largest global gradient norm; 0 switches clipping off.")
     max_skipped_steps: int = Field(10, gt=0, description="Skipped steps in a row after which the run stops.")
     spike_factor: float = Field(
@@ -68,6 +86,11 @@ class TrainSettings(Settings):
             raise ValueError("learning_rate_factors must not be negative")
         if len(self.learning_rate_factors) == 4 and not any(self.learning_rate_factors.values()):
             raise ValueError("learning_rate_factors are all 0: nothing would train")
+        if self.ema_decay is not None and self.learning_rate_factors.get("vision") == 0:
+            raise ValueError("ema_decay: the vision tower is frozen by learning_rate_factors, so there is no average")
+        sizes = self.image_sizes
+        if sizes is not None and (min(sizes, default=1) != 0 or max(sizes) >= self.steps or min(sizes.values()) < 1):
+            raise ValueError("image_sizes: sizes by step, of which the first step is 0 and all are before train.steps")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError("min_learning_rate is larger than learning_rate")
         return self
@@ -96,11 +119,24 @@ class LogSettings(Settings):
     """What is shown; metrics.jsonl always has every step."""
 
     every: int = Field(10, gt=0, description="Steps between printed lines where there is no terminal.")
+    profile_steps: tuple[int, int] | None = Field(
+        None,
+        description="First and last step of which torch's profiler makes a trace, in the run's folder profile/, and a "
+        "table of costs by part of a step; null: none.",
+    )
+    profile_ranks: Literal["first", "all"] = Field("first", description="Which ranks write a trace of these steps.")
     trackers: list[Tracker] = Field(
         default_factory=list,
         description="Experiment trackers that get every metric as well: tensorboard (into the run folder), wandb, "
         "trackio, ... . One that fails is left out; metrics.jsonl has everything.",
     )
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _in_order(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and not 1 <= steps[0] <= steps[1]:
+            raise ValueError("the first step is 1, and the last one is not before the first")
+        return steps
 
     @field_validator("trackers")
     @classmethod

@@ -17,7 +17,7 @@ LAYERS = [
     {"models"},
     {"objectives", "flops"},
     {"training.settings", "evaluation.settings"},
-    {"config"},
+    {"config", "phases"},
     {"assembly"},
     {"report"},
     {"evaluation"},

@@ -56,7 +56,8 @@ LEAST_WINDOW_ROWS = 2
 LaneState = dict[str, Any]
 """JSON, as of the last time a window was packed: samples drawn (``draws``), ``cursors`` per source, ``carried``
 documents, the ``pool`` of waiting rows, ``packed`` rows and images and ``rows`` returned so far; and, since then, the
-rows returned (``emitted``) and the draws that were left out of that window because they were ``excluded``."""
+rows returned (``emitted``) and the draws that were left out of that window because they were ``excluded``. What waits
+was made for images of ``image_tokens``."""
 
 
 def measure_sizes(sources: Sequence[Source], settings: "LaneSettings", tokenizer: TextTokenizer) -> np.ndarray:
@@ -199,6 +200,8 @@ class Lane:
         self._windows: dict[int, tuple[int, np.ndarray]] = {}
         new = {"draws": 0, "cursors": [[0, 0] for _ in sources], "carried": [], "pool": [], "packed": [0, 0], "rows": 0}
         state = state or {**new, "emitted": 0}
+        if state.get("image_tokens", settings.image_tokens) != settings.image_tokens:
+            state = {**new, **self._next_documents(state, tokenizer), "emitted": 0}
         self._draws: int = state["draws"]
         self._cursors: list[list[int]] = [list(cursor) for cursor in state["cursors"]]
         self._carried = [self._piece_at(*address) for address in state["carried"]]
@@ -215,6 +218,16 @@ class Lane:
             for _ in range(state["emitted"]):
                 self._next_pieces()
         self._pending_skips = 0
+
+    def _next_documents(self, state: LaneState, tokenizer: TextTokenizer) -> LaneState:
+        """Say where a lane goes on when images have another number of tokens than in ``state``.
+
+        Rows that wait were made for the old one, and their pieces are no pieces of the new sequences, so the lane goes
+        on with the next samples: at most a window and a pool of them are passed over.
+        """
+        settings = replace(self.settings, image_tokens=state["image_tokens"])
+        before = Lane(self.sources, settings, self.number, tokenizer, state)
+        return {"draws": before._draws, "cursors": before._cursors, "rows": before._rows_returned}
 
     def state(self) -> LaneState:
         """Return the position after the last row returned."""
@@ -314,6 +327,7 @@ class Lane:
             "packed": list(self._packed),
             "rows": self._rows_returned,
             "emitted": 0,
+            "image_tokens": self.settings.image_tokens,
         }
         self._emitted = 0
         pieces = [*self._carried, *self._draw_window(excluded_draws)]

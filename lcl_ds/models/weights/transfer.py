@@ -70,8 +70,30 @@ class Transfer:
         return self.adapt[name](value, self.targets[name]) if name in self.adapt else value
 
 
+@dataclass(frozen=True)
+class Release:
+    """All weights of a network, and its settings."""
+
+    folder: WeightFolder
+    settings: ModelSettings
+    note: str = ""
+
+
+def open_release(path: Path) -> Release:
+    """Open what ``lcl_ds.convert --part full`` wrote.
+
+    Raises:
+        ValueError: it is no such folder, or of another version.
+    """
+    return Release(open_weights(path), release_settings(path))
+
+
 def given_weights(
-    model: LCLModel, settings: ModelSettings, text_size: int, seed: int
+    model: LCLModel,
+    settings: ModelSettings,
+    text_size: int,
+    seed: int,
+    open_start: Callable[[Path], Release] = open_release,
 ) -> tuple[GivenWeights, list[str]]:
     """Find the weights of the parts for which the settings name a folder.
 
@@ -79,6 +101,7 @@ def given_weights(
         model: with or without memory.
         text_size: tokens of the tokenizer; the control tokens follow them.
         seed: of the rows of tokens that the folder does not know.
+        open_start: opens what ``model.init_from`` names.
 
     Returns:
         What reads each weight, and one sentence per folder.
@@ -93,7 +116,7 @@ def given_weights(
             settings.decoder.pretrained,
             lambda path: decoder_transfer(model, path, text_size, seed),
         ),
-        ("model.init_from", settings.init_from, lambda path: release_transfer(model, settings, path)),
+        ("model.init_from", settings.init_from, lambda path: release_transfer(model, settings, open_start(path))),
     ]
     names: dict[Tensor, str] = {weight: name for name, weight in model.named_parameters()}
     given: dict[str, Callable[[], Tensor]] = {}
@@ -203,19 +226,20 @@ def decoder_transfer(model: LCLModel, path: Path, text_size: int, seed: int) -> 
     return Transfer("model.decoder.pretrained", folder, targets, names, adapt, note)
 
 
-def release_transfer(model: LCLModel, settings: ModelSettings, path: Path) -> Transfer:
-    """Prepare what ``lcl_ds.convert --part full`` wrote, for the chosen parts.
+def release_transfer(model: LCLModel, settings: ModelSettings, release: Release) -> Transfer:
+    """Prepare all weights of a network, for the chosen parts.
 
     Raises:
         ValueError: the parts have another architecture there; names the keys with both values.
     """
-    folder = open_weights(path)
-    differences = _differences(settings, release_settings(path))
+    folder, path = release.folder, release.folder.path
+    differences = _differences(settings, release.settings)
     if differences:
         raise ValueError("; ".join(f"{key}: here {ours!r}, {path} {theirs!r}" for key, ours, theirs in differences))
     targets: dict[str, Tensor] = {n: w for n, w in model.named_parameters() if part_of(n) in settings.init_parts}
     names = {name: name for name in folder.file_of if part_of(name) in settings.init_parts}
-    return Transfer("model.init_from", folder, targets, names, _adapt_positions(model, settings, targets))
+    adapt = _adapt_positions(model, settings, targets)
+    return Transfer("model.init_from", folder, targets, names, adapt, release.note)
 
 
 def release_settings(path: Path) -> ModelSettings:

@@ -6,7 +6,7 @@ import logging
 import shutil
 import signal
 import threading
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from lcl_ds.training.engine import complete_ds_config
 from lcl_ds.training.loop import Trainer
 from lcl_ds.training.pulse import PULSE
 from lcl_ds.training.resume import check_same_run
-from lcl_ds.training.run import prepare
+from lcl_ds.training.run import prepare, train
 from lcl_ds.training.signals import STOP
 from tests.support.disks import no_file_larger_than
 from tests.support.rank_tasks.given import TEN_STEPS, GivenBatches, ListHandler, full_weights, trainer_of
@@ -165,8 +165,9 @@ def changed_settings(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
 def legs(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     """Train runs a few steps further, on as many ranks as there are, each as ``legs.json`` beside ``folder`` says.
 
-    A leg names its ``run``, the ZeRO settings, overrides and the step to stop after; runs begin where the last leg left
-    them. Returns metrics, what every step of the leg saw, and what was said about changed settings, by leg.
+    A leg names its ``run``, the ZeRO settings, overrides, the step to stop after and one that is to be skipped; runs
+    begin where the last leg left them. Returns metrics, what every step of the leg saw, and what was said about changed
+    settings, by leg.
     """
     plan = json.loads((folder.parent / "legs.json").read_text())
     results: dict[str, Any] = {}
@@ -177,12 +178,26 @@ def legs(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         ds_config = complete_ds_config({"zero_optimization": leg["zero"]}, config, rank_info.world_size)
         checkpoint = newest_checkpoint(run_dir, rank_info)
         sentences = check_same_run(checkpoint, config) if checkpoint else []
-        trainer = prepare(config, ds_config, run_dir, rank_info, open_checked_data(config), checkpoint)
-        seen = Seen(trainer)
-        stop_after(trainer, leg.get("stop"))
-        with suppress(Stopped):
-            trainer.train()
-        trainer.release()
+        data, seen, trainers = open_checked_data(config), Seen(), list[Trainer]()
+
+        def start(
+            checkpoint: Path | None,
+            leg: dict[str, Any] = leg,
+            run: tuple[Any, ...] = (config, ds_config, run_dir, rank_info, data),
+            watched: tuple[Seen, list[Trainer]] = (seen, trainers),
+        ) -> Trainer:
+            trainer = prepare(*run, checkpoint)
+            watched[0].watch(trainer)
+            watched[1][:] = [trainer]
+            stop_after(trainer, leg.get("stop"))
+            if "skip" in leg:
+                skip_step(trainer, leg["skip"])
+            return trainer
+
+        try:
+            train(start(checkpoint), lambda start=start, folder=run_dir: start(newest_checkpoint(folder, rank_info)))
+        except Stopped:
+            trainers[-1].release()
         dist.barrier()  # the first rank writes the metrics
         results[name] = {"metrics": read_metrics(run_dir), "seen": seen.by_step, "sentences": sentences}
     return results
@@ -206,11 +221,27 @@ def stop_after(trainer: Trainer, step: int | None) -> None:
     trainer._check_skipped = checked  # type: ignore[method-assign]
 
 
-class Seen:
-    """Remembers what every step of a trainer saw, over all ranks: a hash of each row's tokens and images."""
+def skip_step(trainer: Trainer, step: int) -> None:
+    """Let the optimizer leave out a step, as one whose gradients are a spike."""
+    draw = trainer._draw
 
-    def __init__(self, trainer: Trainer):
+    def limited() -> list[Batch]:
+        batches = draw()
+        if trainer.progress.step + 1 == step:
+            trainer.engine.basic_optimizer.limit_norm(0.0)
+        return batches
+
+    trainer._draw = limited  # type: ignore[method-assign]
+
+
+class Seen:
+    """Remembers what every step of trainers saw, over all ranks: a hash of each row's tokens and images."""
+
+    def __init__(self) -> None:
         self.by_step: dict[int, list[str]] = {}
+
+    def watch(self, trainer: Trainer) -> None:
+        """Remember what a trainer is to see."""
         draw = trainer._draw
 
         def remembered() -> list[Batch]:

@@ -31,6 +31,8 @@ SPIKE_CASES = {
     **{f"{stage} {precision}": ({"stage": stage}, precision) for stage, precision in THREE_STEPS},
     "2 offloaded": ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "bf16"),
     "3 offloaded": ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, "fp32"),
+    "0 muon": ({"stage": 0}, "fp32"),
+    "3 muon": ({"stage": 3, "sub_group_size": 3000}, "bf16"),
 }
 
 
@@ -78,6 +80,7 @@ def skipped_spikes(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         config = small_config(
             *("train.global_batch_rows=8", "train.accumulation_steps=2", "train.warmup_steps=0"),
             *(f"train.steps={SPIKE_STEP + 1}", f"precision={precision}", "train.on_spike=skip"),
+            f"train.optimizer={'muon' if 'muon' in name else 'adamw'}",
         )
         batches = [batch_with_images(100 * number + 10 * rank_info.rank) for number in range(2 * SPIKE_STEP + 2)]
         trainer = trainer_of(config, zero, rank_info, batches, folder / name)

@@ -31,6 +31,20 @@ def test_a_lane_continues_exactly_from_any_row(sources, tokenizer):
     assert len(json.dumps(states[-1])) < 4000
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_a_lane_goes_on_with_the_next_samples_when_images_get_another_number_of_tokens(sources, tokenizer, rows):
+    before = Lane(sources, replace(SETTINGS, image_tokens=4, image_size=16), 0, tokenizer)
+    draws = [piece.draw for _ in range(rows) for piece in before._next_pieces()]
+    state = json.loads(json.dumps(before.state()))
+    lane = Lane(sources, SETTINGS, 0, tokenizer, state)
+    assert (lane.rows_returned, lane.state()["draws"]) == (rows, before._draws)
+    first = lane._next_pieces()
+    assert min(piece.draw for piece in first) > max(draws)
+    resumed = Lane(sources, SETTINGS, 0, tokenizer, json.loads(json.dumps(lane.state())))
+    expected, actual = ([piece.address() for _ in range(9) for piece in x._next_pieces()] for x in (lane, resumed))
+    assert actual == expected
+
+
 def test_padding_is_at_most_two_percent(sources, tokenizer):
     lane = Lane(sources, replace(SETTINGS, lanes=1), 0, tokenizer)
     used = sum(len(piece.tokens.input_ids) for _ in range(200) for piece in lane._next_pieces())

@@ -15,10 +15,11 @@ from lcl_ds.data.shards.source import Source
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation import final
 from lcl_ds.evaluation.check import check_held_out
-from lcl_ds.evaluation.final import evaluate_model
+from lcl_ds.evaluation.final import evaluate_model, final_table
 from lcl_ds.models.build import build_model
 from lcl_ds.objectives import NAMES
 from lcl_ds.report import figures
+from lcl_ds.report.page import _final_evaluation, probe_kinds
 from lcl_ds.tokens import TextTokenizer
 from tests.support.corpora import picture
 from tests.support.small import small_config
@@ -288,3 +289,18 @@ def test_a_document_loses_its_damaged_image_and_no_other(tmp_path, tokenizer):
     config = configured(tokenizer, write(tmp_path / "held.tar", [sample, document("1")]))
     results = evaluate_model(model_of(config), config)
     assert (results["images"], results["retrieval"]["pairs"]) == (2, 2)
+
+
+def test_the_moving_average_of_the_encoder_is_probed_and_shown_beside_it(tmp_path, tokenizer):
+    config = configured(tokenizer, write(tmp_path / "held.tar", labelled()), "objective.name=generation")
+    model = model_of(config)
+    assert "EMA" not in probe_kinds(evaluate_model(model, config)).values()
+    average = model_of(config).vision
+    average.model.post_layernorm.bias.data.fill_(torch.inf)
+    results = evaluate_model(model, config, average=average)
+    assert results["notes"] == ["the moving average is left out: its features are not finite"]
+    results = evaluate_model(model, config, average=model_of(config).vision)
+    (scores,) = results["probe"].values()
+    assert scores["ema"] == scores["trained"]
+    assert [column.header for column in final_table(results).columns][1:3] == ["trained", "EMA"]
+    assert ">EMA</th>" in _final_evaluation(results, 1)
