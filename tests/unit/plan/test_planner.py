@@ -27,12 +27,12 @@ from tests.support.small import VOCABULARY, batch_with_images, lcl_objective, sm
 RECORDED = json.loads((ROOT / "bench_results" / "gpu_training_h100.json").read_text())["training"]
 
 
-def planner_of(config, gpu="h100", gpus=8, hosts=1, stage="zero3", contents=None, **options):
+def planner_of(config, gpu="h100", gpus=8, hosts=1, stage="zero3", contents=None, text_tokens=6, **options):
     vocabulary, _ = vocabulary_of(config, 60 if config.name == "demo" else None)
-    row = made_up_row(config, vocabulary, text_tokens=6)
+    row = made_up_row(config, vocabulary, text_tokens)
     gpu = gpu if isinstance(gpu, Gpu) else GPUS[gpu]
     ds_config = load_ds_config(ds_config_path(stage))
-    contents = contents or contents_of(row, config, 6)
+    contents = contents or contents_of(row, config, text_tokens)
     return Planner(config, ds_config, vocabulary.size, row, contents, gpu, gpus, hosts, **options)
 
 
