@@ -120,6 +120,20 @@ def test_other_decoders_can_be_planned(decoder):
     assert planner.plan(planner.given()).memory.needed > 0
 
 
+def test_images_that_see_all_of_themselves_can_be_planned():
+    planner = planner_of(small_config("model.decoder.bidirectional_images=true"))
+    assert planner.attention == "flex_attention"
+    assert planner.plan(planner.given()).memory.needed > 0
+
+
+def test_a_decoder_that_has_to_be_tried_out_is_refused():
+    mixture = (
+        "{model_type: mixtral, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2}"
+    )
+    with pytest.raises(UserError, match="mixtral cannot be planned, because it has to be tried out"):
+        planner_of(small_config(f"model.decoder={mixture}"))
+
+
 def test_masks_of_whole_rows_cost_memory_and_time():
     """Gemma 2 caps its logits, which only masked attention does."""
     planner = planner_of(small_config(decoder="gemma2"))
