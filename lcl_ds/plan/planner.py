@@ -11,10 +11,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lcl_ds.assembly import build_empty
 from lcl_ds.batch import Batch
 from lcl_ds.config import Config
+from lcl_ds.errors import UserError
 from lcl_ds.flops import Flops, StepFlops, StepWork, query_width
 from lcl_ds.gpus import Gpu
 from lcl_ds.models.attention.masks import choose_implementation
 from lcl_ds.models.attention.varlen import NAME as VARLEN
+from lcl_ds.models.decoder import TESTED_FAMILIES
 from lcl_ds.objectives.base import Objective
 from lcl_ds.plan.communication import Exchange, Network, exchange_of
 from lcl_ds.plan.contents import RowContents
@@ -67,6 +69,9 @@ class Planner:
         row: a made-up row, for the shapes of activations.
         contents: what rows hold on average.
         towers: fraction of the peak that the towers reach; None: see :mod:`lcl_ds.plan.timing`.
+
+    Raises:
+        UserError: a decoder of a family that cannot be built without memory.
     """
 
     def __init__(
@@ -86,6 +91,12 @@ class Planner:
         self.row, self.contents, self.gpu = row, contents, gpu
         self.gpus, self.hosts, self.price, self.towers = gpus, hosts, price, towers
         self._flops: dict[tuple[int, int], StepFlops] = {}
+        family = config.model.decoder.model_type
+        if family not in TESTED_FAMILIES:
+            raise UserError(
+                f"model.decoder.model_type: {family} cannot be planned, because it has to be tried out with real "
+                f"weights; plan with one of {', '.join(TESTED_FAMILIES)} of the same size"
+            )
 
     @cached_property
     def objective(self) -> Objective:

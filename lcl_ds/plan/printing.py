@@ -57,7 +57,7 @@ def cost_figures(plan: Plan) -> dict[str, str]:
     """Write speed and cost of the whole run."""
     cost = plan.cost
     figures = {
-        "step": f"{plan.time.total:.3f} s, MFU {100 * plan.mfu:.1f} %, {plan.images_per_s:,.0f} images/s",
+        "step": f"{plan.time.total:.3g} s, MFU {100 * plan.mfu:.1f} %, {plan.images_per_s:,.0f} images/s",
         "whole run": f"{cost.days:.1f} days, {cost.gpu_hours:,.0f} GPU-hours",
     }
     if cost.dollars is not None:
@@ -107,7 +107,7 @@ def print_search(found: Found, given: Plan, planner: Planner, out: Console) -> N
     """Print the fastest choices that fit."""
     table = Table("s a step", "MFU", "GiB", "settings", "", title=f"the fastest of {found.looked_at} choices that fit")
     for plan in found.fitting[:SHOWN]:
-        row = f"{plan.time.total:.3f}", f"{100 * plan.mfu:.1f} %", f"{plan.memory.needed / 2**30:.1f}"
+        row = f"{plan.time.total:.3g}", f"{100 * plan.mfu:.1f} %", f"{plan.memory.needed / 2**30:.1f}"
         table.add_row(*row, settings_of(plan), reasons(plan, planner))
     if found.fitting:
         out.print(table)

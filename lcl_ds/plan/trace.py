@@ -182,6 +182,8 @@ def shallow_config(config: Config, depths: dict[str, int], every: dict[str, int]
             keys["layer_types"] = keys["layer_types"][:depth]
         own = {n: getattr(settings, n) for n in type(settings).model_fields if n not in ("shape", "pretrained")}
         own["activation_checkpointing"] = every[name] or False
+        if "bidirectional_images" in own:  # what tokens see changes no memory where attention needs no mask
+            own["bidirectional_images"] = False
         towers[name] = type(settings).model_validate({**own, **keys})
     return config.model_copy(update={"model": config.model.model_copy(update=towers)})
 

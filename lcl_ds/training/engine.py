@@ -138,6 +138,8 @@ def _refused(zero: DeepSpeedZeroConfig) -> Iterator[tuple[str, str]]:
         )
     if zero.zero_quantized_nontrainable_weights:
         yield "zero_quantized_nontrainable_weights", "a checkpoint would lack the exact values of frozen weights"
+    if zero.zero_quantized_weights and not torch.cuda.is_available():
+        yield "zero_quantized_weights", "DeepSpeed has its kernel for GPUs alone; leave it out here"
     if zero.zenflow is not None:
         yield "zenflow", "it replaces the optimizer, which is the recipe's"
     optimizer, weights = zero.offload_optimizer, zero.offload_param
@@ -187,8 +189,10 @@ def complete_ds_config(ds_config: dict[str, Any], config: Config, world_size: in
     """Complete the DeepSpeed configuration: the user's engine settings plus what the recipe decides.
 
     Raises:
-        UserError: the global batch does not divide, or gradients are to be added up in a type that stage 0 has not.
+        UserError: the global batch or the ranks do not divide, or gradients are to be added up in a type that stage 0
+            has not.
     """
+    check_ranks(ds_config, config, world_size)
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     if stage == 0 and (ds_config.get("data_types") or {}).get("grad_accum_dtype", config.precision) != config.precision:
         raise UserError(
@@ -207,6 +211,23 @@ def complete_ds_config(ds_config: dict[str, Any], config: Config, world_size: in
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+
+
+def check_ranks(ds_config: dict[str, Any], config: Config, world_size: int) -> None:
+    """Refuse a number of ranks that batch or engine settings do not divide by. Raises: UserError with all of them."""
+    problems = []
+    try:
+        rows_per_micro_step(config, world_size)
+    except UserError as error:
+        problems += error.problems
+    near = zero_settings(ds_config).zero_hpz_partition_size
+    if world_size % near:
+        problems.append(
+            f"ds_config: zero_optimization.zero_hpz_partition_size: {near} does not divide {world_size} ranks; name "
+            "the number of GPUs of a host"
+        )
+    if problems:
+        raise UserError(problems)
 
 
 def _guards_itself(stage: int, config: Config) -> bool:

@@ -1,4 +1,4 @@
-"""Say whether a run would fit a number of ranks, without starting them: ``launch/train.py --dry_run --gpus 64``."""
+"""Describe how a run spreads over ranks that are not there: ``launch/train.py --dry_run --gpus 64``."""
 
 import math
 from collections.abc import Iterator
@@ -7,32 +7,7 @@ from typing import Any
 from lcl_ds.batch import Batch
 from lcl_ds.config import Config
 from lcl_ds.data.stream.loader import BatchLoader
-from lcl_ds.errors import UserError
-from lcl_ds.training.engine import rows_per_micro_step, zero_settings
-
-
-def check_ranks(config: Config, ds_config: dict[str, Any], ranks: int) -> None:
-    """Refuse what cannot be spread over so many ranks.
-
-    Args:
-        ds_config: from :func:`lcl_ds.training.engine.load_ds_config`.
-
-    Raises:
-        UserError: with everything that does not fit, each with what would.
-    """
-    problems: list[str] = []
-    try:
-        rows_per_micro_step(config, ranks)
-    except UserError as error:
-        problems += error.problems
-    zero = zero_settings(ds_config)
-    if ranks % zero.zero_hpz_partition_size:
-        problems.append(
-            f"ds_config: zero_optimization.zero_hpz_partition_size: {zero.zero_hpz_partition_size} does not divide "
-            f"{ranks} ranks; it is best the number of GPUs of a host"
-        )
-    if problems:
-        raise UserError(problems)
+from lcl_ds.training.engine import rows_per_micro_step
 
 
 def spread(config: Config, loader: BatchLoader, batches: dict[int, Batch], ranks: int) -> dict[str, Any]:

@@ -41,7 +41,7 @@ from lcl_ds.training.distributed import (
 )
 from lcl_ds.training.engine import complete_ds_config, load_engine, rows_per_micro_step, start_engine
 from lcl_ds.training.loop import Trainer
-from lcl_ds.training.many_ranks import check_ranks, spread
+from lcl_ds.training.many_ranks import spread
 from lcl_ds.training.monitor import kept_metrics
 from lcl_ds.training.peers import peers_of
 from lcl_ds.training.pulse import PULSE
@@ -227,11 +227,10 @@ def dry_run(config: Config, ds_config: dict[str, Any], ranks: int = 1) -> str:
     Raises:
         UserError: with what is wrong, or does not fit this number of ranks.
     """
-    check_ranks(config, ds_config, ranks)
+    complete = complete_ds_config(ds_config, config, ranks)
     check_trackers(config.log.trackers)
     data = open_checked_data(config)
     check_evaluation(config, data)
-    complete = complete_ds_config(ds_config, config, ranks)
     rows = rows_per_micro_step(config, ranks)
     objective = build_empty(config, data.tokenizer.vocabulary.size)
     network = objective.model

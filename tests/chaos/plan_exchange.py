@@ -64,10 +64,10 @@ def network_of(times: dict[str, float], name: str, ranks: int) -> Network:
     return Network(ranks, ranks, 2 / ranks / per_byte, 1.0, link_latency_s=latency)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.out:
         measure(arguments.out)
         return 0

@@ -203,12 +203,12 @@ def planned(case: str) -> Memory:
     return memory_of(layout, sizes, activations, losses, 1, device)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("cases", nargs="*")
     parser.add_argument("--case")
     parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.case:
         measure(arguments.case, arguments.out)
         return 0

@@ -77,6 +77,8 @@ def test_a_spike_is_taken_back_and_its_rows_are_passed_over(results, documents, 
     rows = read_metrics(folder / "rolled_back" / "rollback")
     assert [row["step"] for row in rows] == list(range(1, 11))
     assert all(row["applied"] and row["loss"] < 20 for row in rows)
+    assert {row["slowest_rank"] for row in rows} <= {0, 1}
+    assert all(row["slowest_rank_s"] >= row["median_rank_s"] > 0 for row in rows)
     (record,) = records(folder / "rolled_back" / "rollback")
     assert (record["step"], record["rolled_back_to"], record["rows"]) == (7, 4, [48, 56])
     assert record["documents"] == plain[6]

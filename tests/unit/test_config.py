@@ -81,5 +81,5 @@ def test_a_file_that_is_not_yaml_is_named(tmp_path):
 def test_every_shipped_ds_config_is_valid(path):
     from lcl_ds.training.engine import load_ds_config
 
-    expected = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3}[path.stem]
+    expected = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3, "zero3_large": 3, "zero3_hosts": 3}[path.stem]
     assert load_ds_config(path)["zero_optimization"]["stage"] == expected

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lcl_kernels import contrastive_loss
 
 from lcl_ds.assembly import attach_objective
 from lcl_ds.flops import StepFlops, StepWork, size_of, total
@@ -73,6 +74,17 @@ def test_every_configuration_needs_what_torch_counts(name):
     batch = three_documents(config)
     ours = total(StepFlops(objective).of(work_of(objective, batch))).computed
     assert ours == pytest.approx(counted(objective, batch), rel=0.01)
+
+
+def test_similarities_are_computed_twice():
+    """They are too few in a small batch to be seen in a whole step."""
+    pairs, width = 64, 32
+    x, y = (torch.nn.functional.normalize(torch.randn(pairs, width), dim=1).requires_grad_() for _ in range(2))
+    with flop_counter() as counter:
+        contrastive_loss(x, y, torch.tensor(14.0)).backward()
+    work = StepWork(images=0, tokens=0, squares=0, labels=0, pair_products=pairs**2)
+    similarities = StepFlops(objective_of()[0]).of(work)["contrastive"]
+    assert similarities.computed == counter.get_total_flops() == 8 * pairs**2 * width
 
 
 def test_a_step_is_the_sum_of_what_it_reads():

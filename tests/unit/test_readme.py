@@ -121,6 +121,9 @@ def test_commands_are_valid(page, words, parse):
         if rest[1] == "lcl_ds.bench" and arguments.job in bench.METHODS:
             assert bench.choose_cases(arguments, "cpu")
             assert bench.choose_cases(arguments, "cuda")
+        if rest[1] == "lcl_ds.plan":
+            load_config(recipe_path(arguments.recipe), arguments.overrides)
+            assert (ROOT / ds_config_path(arguments.ds_config)).is_file()
     else:
         check_installation(first, rest)
 

@@ -25,12 +25,12 @@ from tests.support.small import VOCABULARY, batch_with_images, lcl_objective, sm
 RECORDED = json.loads((ROOT / "bench_results" / "gpu_training_h100.json").read_text())["training"]
 
 
-def planner_of(config, gpu="h100", gpus=8, hosts=1, stage="zero3", contents=None, **options):
+def planner_of(config, gpu="h100", gpus=8, hosts=1, stage="zero3", contents=None, text_tokens=6, **options):
     vocabulary, _ = vocabulary_of(config, 60 if config.name == "demo" else None)
-    row = made_up_row(config, vocabulary, text_tokens=6)
+    row = made_up_row(config, vocabulary, text_tokens)
     gpu = gpu if isinstance(gpu, Gpu) else GPUS[gpu]
     ds_config = load_ds_config(ds_config_path(stage))
-    contents = contents or contents_of(row, config, 6)
+    contents = contents or contents_of(row, config, text_tokens)
     return Planner(config, ds_config, vocabulary.size, row, contents, gpu, gpus, hosts, **options)
 
 
@@ -114,6 +114,20 @@ def test_every_objective_can_be_planned(name):
 def test_other_decoders_can_be_planned(decoder):
     planner = planner_of(small_config(decoder=decoder))
     assert planner.plan(planner.given()).memory.needed > 0
+
+
+def test_images_that_see_all_of_themselves_can_be_planned():
+    planner = planner_of(small_config("model.decoder.bidirectional_images=true"))
+    assert planner.attention == "flex_attention"
+    assert planner.plan(planner.given()).memory.needed > 0
+
+
+def test_a_decoder_that_has_to_be_tried_out_is_refused():
+    mixture = (
+        "{model_type: mixtral, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 2, num_attention_heads: 2}"
+    )
+    with pytest.raises(UserError, match="mixtral cannot be planned, because it has to be tried out"):
+        planner_of(small_config(f"model.decoder={mixture}"))
 
 
 def test_masks_of_whole_rows_cost_memory_and_time():
