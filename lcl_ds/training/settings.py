@@ -47,8 +47,8 @@ class TrainSettings(Settings):
     muon_rms: float = Field(
         0.2,
         gt=0,
-        description="Root mean square of a matrix's update under Muon, before the learning rate; that of AdamW is 0.2 to "
-        "0.4 in long runs and nearer to 1 in short ones.",
+        description="Root mean square of a matrix's update under Muon, before the learning rate; AdamW's is 0.2 to 0.4 "
+        "in long runs and nearer to 1 in short ones.",
     )
     muon_momentum: float = Field(0.95, ge=0, lt=1, description="Decay of Muon's momentum.")
     weight_decay: float = Field(0.2, ge=0, description="Decay of matrices; none on norms, biases, positions, scale.")
