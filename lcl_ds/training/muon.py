@@ -28,8 +28,6 @@ from lcl_ds.training.settings import TrainSettings
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 """Of the iteration, by Jordan et al.: steepest at 0, and singular values end between about 0.7 and 1.2."""
 ITERATIONS = 5
-RMS = 0.2
-"""Root mean square of AdamW's usual update, which a matrix's update is scaled to."""
 ROUND_ELEMENTS = 2**25
 """Elements for each rank that one round exchanges, unless a single matrix has more."""
 
@@ -70,10 +68,6 @@ class Matrix:
     def given(self) -> list[Piece]:
         """Pieces that the owner makes the whole of."""
         return self.pieces if self.is_split else [piece for piece in self.pieces if piece.rank == self.owner]
-
-    @property
-    def scale(self) -> float:
-        return RMS * math.sqrt(max(self.shape))
 
     @property
     def cost(self) -> int:
@@ -148,7 +142,7 @@ class Muon(BoundedAdamW):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__(groups, settings, max_norm)
-        self.momentum, self.dtype = settings.muon_momentum, dtype
+        self.rms, self.momentum, self.dtype = settings.muon_rms, settings.muon_momentum, dtype
         self._rounds: dict[int, list[Round]] = {}
         """By the first of the tensors that are stepped together."""
         self._own: dict[int, Own] = {}
@@ -196,7 +190,8 @@ class Muon(BoundedAdamW):
         for work in self._rounds[id(group["params"][0])]:
             for matrix, update in zip(work.held, self._orthogonal_pieces(work), strict=True):
                 values = self._own[matrix.number].values
-                values.add_(update.to(values.device, values.dtype), alpha=-group["lr"] * matrix.scale)
+                scale = self.rms * math.sqrt(max(matrix.shape))
+                values.add_(update.to(values.device, values.dtype), alpha=-group["lr"] * scale)
 
     def _orthogonal_pieces(self, work: Round) -> list[Tensor]:
         """Compute this rank's pieces of the updates of what it holds; collective."""

@@ -60,6 +60,7 @@ DECISIONS: dict[str, Decision] = {
     "train.warmup_steps": "applied",
     "train.learning_rate_factors": "applied",  # where they freeze the same parts
     "train.optimizer": "refused",  # they keep different moments
+    "train.muon_rms": "applied",
     "train.muon_momentum": "applied",
     "train.weight_decay": "applied",
     "train.betas": "applied",

@@ -44,6 +44,12 @@ class TrainSettings(Settings):
         description="adamw; or muon for the matrices of the towers' blocks and of the pooling, with the same learning "
         "rate and decay, and adamw for all else.",
     )
+    muon_rms: float = Field(
+        0.2,
+        gt=0,
+        description="Root mean square of a matrix's update under Muon, before the learning rate; AdamW's is 0.2 to 0.4 "
+        "in long runs and nearer to 1 in short ones.",
+    )
     muon_momentum: float = Field(0.95, ge=0, lt=1, description="Decay of Muon's momentum.")
     weight_decay: float = Field(0.2, ge=0, description="Decay of matrices; none on norms, biases, positions, scale.")
     betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW betas.")
