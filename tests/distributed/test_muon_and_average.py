@@ -135,7 +135,7 @@ def test_a_second_run_starts_its_parts_from_the_newest_checkpoint_and_the_tower_
 def test_a_model_is_loaded_with_either_tower(run):
     checkpoint = checkpoint_of(run, STEPS)
     for ema, folder in ((False, WEIGHTS), (True, EMA)):
-        weights = dict(load_model(checkpoint, ema).named_parameters())
+        weights = dict(load_model(checkpoint, ema=ema).named_parameters())
         for name, expected in saved(run, STEPS, folder).items():
             assert torch.equal(weights[name.removeprefix("model.")].double(), expected)
         assert torch.equal(weights["lm_head.weight"], dict(load_model(checkpoint).named_parameters())["lm_head.weight"])
