@@ -18,7 +18,7 @@ from lcl_ds.models.network import LCLModel
 from lcl_ds.models.weights.transfer import Release, given_weights, open_release
 from lcl_ds.objectives import build_empty_objective, build_objective, view_of
 from lcl_ds.objectives.base import Objective, freeze_unused
-from lcl_ds.phases import check_image_sizes
+from lcl_ds.phases import check_image_sizes, with_image_size
 
 
 def open_checked_data(config: Config, team: Team = ALONE) -> OpenData:
@@ -31,6 +31,8 @@ def open_checked_data(config: Config, team: Team = ALONE) -> OpenData:
         UserError: names the key and the file.
     """
     check_image_sizes(config)
+    for size in (config.train.image_sizes or {}).values():
+        _image_tokens_that_fit(with_image_size(config, size), training=True)
     data = open_data(config.data, team)
     check_vocabulary(config, data)
     return data
@@ -69,10 +71,7 @@ def lane_settings(config: Config, *, training: bool = True) -> LaneSettings:
         UserError: a row cannot hold one image, or a file of ``data.exclude`` cannot be read.
     """
     data = config.data
-    image_tokens = tokens_per_image(config.model, training=training)
-    if image_tokens + 4 > data.longest_document:
-        name = "row_tokens" if data.document_tokens is None else "document_tokens"
-        raise UserError(f"data.{name}: {data.longest_document} cannot hold one image of {image_tokens} tokens plus 4")
+    image_tokens = _image_tokens_that_fit(config, training)
     same = {field.name for field in fields(LaneSettings)} & DataSettings.model_fields.keys()
     values: dict[str, Any] = {name: getattr(data, name) for name in same}
     values["lanes"] = data.lanes or 0
@@ -87,6 +86,15 @@ def lane_settings(config: Config, *, training: bool = True) -> LaneSettings:
         view=view_of(config.objective, data.image_first_probability if training else 0.0),
         excluded=read_excluded(data.exclude) if training else frozenset(),
     )
+
+
+def _image_tokens_that_fit(config: Config, training: bool) -> int:
+    """Count the tokens of an image. Raises: UserError when a row cannot hold one."""
+    data, image_tokens = config.data, tokens_per_image(config.model, training=training)
+    if image_tokens + 4 > data.longest_document:
+        name = "row_tokens" if data.document_tokens is None else "document_tokens"
+        raise UserError(f"data.{name}: {data.longest_document} cannot hold one image of {image_tokens} tokens plus 4")
+    return image_tokens
 
 
 def build_empty(config: Config, vocab_size: int) -> Objective:

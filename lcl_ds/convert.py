@@ -45,6 +45,7 @@ from lcl_ds.models.weights.published import (
     to_published,
     write_published_config,
 )
+from lcl_ds.phases import config_of_step
 from lcl_ds.tokens import CONTROL_TOKENS, Vocabulary
 from lcl_ds.training.checkpoint import load_config_of, load_model, read_state, resolve_checkpoint
 
@@ -242,8 +243,9 @@ def read_run(
     """
     checkpoint = resolve_checkpoint(run_or_checkpoint)
     with _damage_named(checkpoint):
-        config, state = load_config_of(checkpoint), read_state(checkpoint)
+        state = read_state(checkpoint)
         step, vocab_size = state["progress"]["step"], state["vocab_size"]
+        config = config_of_step(load_config_of(checkpoint), step)
         model = load_model(checkpoint, part=part, ema=ema)
     history = f"with lcl_ds {__version__}, step {step} of {config.train.steps}"
     if ema:

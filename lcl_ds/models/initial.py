@@ -88,6 +88,7 @@ def fill_weights(
     """
     towers = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     problems: list[str] = []
+    mistake: Exception | None = None
     with torch.random.fork_rng(devices=[]):
         for unit in units(model):
             if not f"{network_name(unit.name)}.".startswith(f"{within}." if within else ""):
@@ -98,8 +99,12 @@ def fill_weights(
                     _give_values(unit, new, seed, given or {}, towers)
                 except (UserError, OSError, ValueError) as error:
                     problems.append(str(error))
+                except Exception as error:  # ours or a family's: told once the ranks have done with each other
+                    mistake = mistake or error
             if finish is not None:
                 finish(unit.module)
+    if mistake is not None:
+        raise mistake
     if problems:
         raise UserError(problems)
 

@@ -123,6 +123,9 @@ def spread_weights(engine: Any, parts: list[HeldPart]) -> None:
             weight: Any = part.weight
             if weight.requires_grad:
                 weight.ds_tensor.view(-1)[: part.values[WEIGHT].numel()].copy_(part.values[WEIGHT])
+        for weight in engine.module.parameters():
+            if getattr(weight, "ds_secondary_tensor", None) is not None:
+                weight.ds_secondary_tensor = None  # hpZ's second copy, which of frozen weights is never made anew
         optimizer.checkpoint_event_epilogue()  # small ones are gathered again
     elif stage > 0:
         optimizer.update_lp_params()

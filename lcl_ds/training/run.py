@@ -160,6 +160,8 @@ def prepare(
     state = read_state(checkpoint) if checkpoint else None
     progress = Progress(**state["progress"]) if state else Progress()
     phase = config_of_step(config, progress.step + 1)
+    if phase != config_of_step(config, progress.step):
+        progress.recent.clear()  # what was usual with images of another size says nothing of these
     vocab_size = data.tokenizer.vocabulary.size
     start = None if checkpoint else agree_on_start(config.model, rank_info)
     with on_all_ranks(rank_info):
@@ -232,10 +234,11 @@ def dry_run(config: Config, ds_config: dict[str, Any], ranks: int = 1) -> str:
     data = open_checked_data(config)
     check_evaluation(config, data)
     rows = rows_per_micro_step(config, ranks)
-    objective = build_empty(config, data.tokenizer.vocabulary.size)
+    phase = config_of_step(config, 1)
+    objective = build_empty(phase, data.tokenizer.vocabulary.size)
     network = objective.model
-    _, loaded = weights_given(network, config, data, partial(open_start, config.model, find_start(config.model)))
-    settings, batches = lane_settings(config), {}
+    _, loaded = weights_given(network, phase, data, partial(open_start, phase.model, find_start(phase.model)))
+    settings, batches = lane_settings(phase), {}
     for rank in sorted({0, ranks - 1}):
         loader = BatchLoader(data.sources, settings, data.tokenizer, rows, rank, ranks)
         batches[rank] = next(loader)

@@ -34,7 +34,8 @@ def test_the_run_folder_holds_what_the_contract_names(whole_run):
     assert set(first) == {
         *("step", "loss", "contrastive_loss", "generation_loss", "logit_scale", "grad_norm", "lr", "images"),
         *("documents", "tokens", "text_tokens", "padding_fraction", "images_per_s", "tokens_per_s", "step_s"),
-        *("data_s", "skipped_samples", "sources", "applied"),
+        *("data_s", "skipped_samples", "sources", "applied", "token_squares", "tflop", "memory_gb"),
+        *("slowest_rank", "slowest_rank_s", "median_rank_s"),
     }
     assert first["loss"] == pytest.approx(first["generation_loss"] + 0.1 * first["contrastive_loss"], rel=1e-6)
     for name in ("config.yaml", "ds_config.json", "environment.json", "report.html", "plots/losses.png"):

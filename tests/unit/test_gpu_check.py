@@ -28,6 +28,8 @@ from lcl_ds.tokens import TextTokenizer
 from tests.support.ranks import ROOT
 
 BEFORE = ["wheels", "environment"]
+extended = pytest.mark.skipif("EXTENDED_TESTS" not in os.environ, reason="takes a minute: set EXTENDED_TESTS=1")
+"""What only a change to the GPU check itself can break."""
 STEPS = {
     "first_light": [*BEFORE, "first_light", "sanitizer", "suite"],
     "tune": [*BEFORE, "ceilings", "profiles", "tune"],
@@ -69,6 +71,7 @@ def check_result(command: str, out: Path, done: subprocess.CompletedProcess, fai
     return result
 
 
+@extended
 @pytest.mark.timeout(900)
 def test_first_light_goes_on_after_a_step_that_fails(tmp_path):
     broken = tmp_path / "wheels" / "part1" / "broken-1.0-py3-none-any.whl"
@@ -104,6 +107,7 @@ def test_tune_writes_every_candidate_and_the_winners(tmp_path):
         assert record["time_ms"] < record["default_ms"]
 
 
+@extended
 @pytest.mark.timeout(900)
 def test_figures_compares_and_trains(tmp_path):
     (tmp_path / "gpu_losses.json").write_text('{"rows": [{"an older": "run"}]}')

@@ -2,6 +2,7 @@
 
 import pytest
 
+from lcl_ds.assembly import open_checked_data
 from lcl_ds.errors import UserError
 from lcl_ds.models.build import image_size, tokens_per_image
 from lcl_ds.phases import check_image_sizes, config_of_step, last_step_of_phase
@@ -44,3 +45,9 @@ def test_sizes_that_leave_a_step_without_one_are_refused(sizes):
 def test_sizes_that_do_not_fit_the_tower_are_refused(sizes, sentence):
     with pytest.raises(UserError, match=sentence):
         check_image_sizes(small_config(STEPS, f"train.image_sizes={sizes}"))
+
+
+def test_every_size_is_looked_at_before_the_first_step():
+    config = small_config("train.image_sizes={0: 16, 1: 64, 2: 16}", "train.steps=3")
+    with pytest.raises(UserError, match="cannot hold one image of 64 tokens"):
+        open_checked_data(config)
