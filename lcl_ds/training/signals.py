@@ -82,6 +82,8 @@ class StopRequest:
         with self._lock:
             if self.received:
                 return
+            if number == signal.SIGHUP:  # before the main thread can learn of it and print
+                self._let_go_of_terminal()
             self.received, self._since, phase = number, time.monotonic(), self._phase
         self._obey(number, reason, phase)
 
@@ -117,8 +119,6 @@ class StopRequest:
             f"{reason}: the run saves after this micro-step and ends with code {128 + number}, {self._estimate()}; a "
             f"second signal, {PATIENCE_S:.0f} s after this one or later, ends at once and saves nothing"
         )
-        if number == signal.SIGHUP:
-            self._let_go_of_terminal()
 
     def _estimate(self) -> str:
         step_s, save_s = self._pulse.usual_s, self._pulse.save_s
