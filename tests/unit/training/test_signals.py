@@ -18,8 +18,9 @@ HEEDED = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
 """
-"""What a process does first that was started where these are ignored, as behind nohup, and is to heed them."""
+"""What a process does first that was started where these are ignored or wait, as behind nohup, and is to heed them."""
 PROGRAM = """
 import hashlib, os, signal, sys, threading, time
 from lcl_ds.training import signals
