@@ -223,19 +223,27 @@ def check_output(option: str, path: Path | None, folder: bool = False) -> None:
 
 @contextmanager
 def only_one(path: Path) -> Iterator[None]:
-    """Hold the lock that belongs to a path; other processes wait."""
+    """Hold the lock that belongs to a path; other processes wait. Raises: OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(path, fcntl.LOCK_EX):
         yield
 
 
 def one_of_many(path: Path) -> IO[str]:
-    """Hold the lock that belongs to a path together with others, until the file returned is closed or this process
-    ends; :func:`only_one` waits for all of them.
+    """Hold the lock that belongs to a path together with others; :func:`only_one` waits for all of them.
+
+    Returns:
+        A file; the lock is held until it is closed or this process ends.
+
+    Raises:
+        OSError: the folder is not there, or its disk knows no locks.
     """
+    return _locked(path, fcntl.LOCK_SH)
+
+
+def _locked(path: Path, kind: int) -> IO[str]:
     lock = path.with_name(f".{path.name}.lock").open("w")
-    fcntl.flock(lock, fcntl.LOCK_SH)
+    fcntl.flock(lock, kind)
     return lock
 
 

@@ -78,8 +78,9 @@ def hashes_of(job: Job) -> np.ndarray:
 
 
 _counter: Any = None
+"""Of this process; see :func:`count_with`."""
 _lock: Any = None
-"""Of this process; see :func:`count_with` and :func:`start_worker`."""
+"""Of this process where it is a worker; see :func:`start_worker`."""
 
 
 def count_with(counter: Any) -> None:
@@ -93,6 +94,10 @@ def start_worker(counter: Any, work: Path, build: int) -> None:
 
     It holds the lock of workers from before it looks whether the build still runs, so the next try in this folder
     (:func:`lcl_ds.data.corpora.build_folder.attempt`) waits until no worker of a killed one can write there.
+
+    Args:
+        counter: of documents, see :func:`count_with`.
+        work: the build's work folder.
     """
     global _lock
     _lock = one_of_many(work / WORKERS)

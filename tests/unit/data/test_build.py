@@ -1,6 +1,7 @@
 """``python -m lcl_ds.data build`` and ``check``: every format to shards that training reads."""
 
 import bz2
+import fcntl
 import gzip
 import json
 import lzma
@@ -206,7 +207,8 @@ def test_a_build_begins_when_no_worker_of_a_killed_one_can_write_any_more(tmp_pa
     out = tmp_path / "out"
     (out / ".build").mkdir(parents=True)
     codes = []
-    build = threading.Thread(target=lambda: codes.append(main(["build", *sources, str(out), *options])))
+    command = ["build", *sources, str(out), *options, "--workers", "1"]  # which takes a tenth of a second
+    build = threading.Thread(target=lambda: codes.append(main(command)))
     with one_of_many(out / ".build" / "workers"):  # as a worker does while it lives
         build.start()
         build.join(1)
@@ -217,13 +219,30 @@ def test_a_build_begins_when_no_worker_of_a_killed_one_can_write_any_more(tmp_pa
     assert codes == [0]
 
 
+def started_worker(work, build):
+    """A process that prepares to work for the build with that process number, and waits once it has."""
+    command = "import sys, pathlib; from lcl_ds.data.corpora import build_unit; "
+    command += "build_unit._end_with = lambda build: None; "  # its thread, which ends it soon, but not at once
+    command += "build_unit.start_worker(None, pathlib.Path(sys.argv[1]), int(sys.argv[2])); input('ready\\n')"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", command, str(work), str(build)], env=environment(), **pipes)
+
+
+def test_a_worker_holds_the_lock_of_workers_while_it_lives(tmp_path):
+    worker = started_worker(tmp_path, os.getpid())
+    assert worker.stdout.readline() == "ready\n"
+    with (tmp_path / ".workers.lock").open("w") as lock:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        worker.communicate("\n")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def test_a_worker_that_begins_after_its_build_was_killed_ends_at_once(tmp_path):
-    command = "import sys, pathlib; from lcl_ds.data.corpora.build_unit import start_worker; "
-    command += "start_worker(None, pathlib.Path(sys.argv[1]), int(sys.argv[2])); print('ready')"
-    for build, code, said in ((os.getpid(), 0, "ready\n"), (os.getppid(), 1, "")):
-        worker = [sys.executable, "-c", command, str(tmp_path), str(build)]
-        ended = subprocess.run(worker, env=environment(), stdout=subprocess.PIPE, text=True)
-        assert (ended.returncode, ended.stdout) == (code, said)
+    """It must not touch a folder that the next try has begun to clear."""
+    worker = started_worker(tmp_path, os.getppid())
+    assert worker.communicate("\n")[0] == ""
+    assert worker.returncode == 1
 
 
 def test_a_finished_source_is_not_read_again(tmp_path, monkeypatch):
