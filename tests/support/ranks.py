@@ -1,15 +1,20 @@
 """Start real ranks as processes of their own and collect what they return."""
 
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+
+from tests.support.rank_tasks.run import run_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,7 +75,11 @@ class Ranks:
                 process.wait()
 
     def output(self) -> str:
-        return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in self.logs)
+        return output_of(self.logs)
+
+
+def output_of(logs: list[Path]) -> str:
+    return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs if log.exists())
 
 
 def run_ranks(world_size: int, command: list[str], log: Path) -> str:
@@ -89,14 +98,32 @@ def on_ranks(world_size: int, function: str, folder: Path, timeout: float = 120)
 def all_on_ranks(world_size: int, functions: list[str], folder: Path, timeout: float = 120) -> dict[str, list[Any]]:
     """The same for several functions, one after the other: a start costs more than most of them."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "tests.support.rank_tasks", str(folder), *functions]
-    ranks = Ranks(world_size, command, folder / "log")
-    codes = ranks.wait(timeout)
-    assert codes == [0] * world_size, ranks.output()
+    logs = [folder / f"log.rank{rank}" for rank in range(world_size)]
+    forked = forked_ranks(functions, folder, logs)
+    deadline = time.monotonic() + timeout
+    for process in forked:
+        process.join(max(0.1, deadline - time.monotonic()))
+    for process in forked:
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
+    assert all(process.exitcode == 0 for process in forked), output_of(logs)
     return {
         name: [torch.load(folder / f"{name}.{rank}.pt", weights_only=True) for rank in range(world_size)]
         for name in functions
     }
+
+
+def forked_ranks(functions: list[str], folder: Path, logs: list[Path]) -> list[BaseProcess]:
+    """Fork a rank for each log from a process that has imported everything, which takes longer than most tasks."""
+    server, port = multiprocessing.get_context("forkserver"), free_port()
+    server.set_forkserver_preload([run_tasks.__module__])
+    forked: list[BaseProcess] = []
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):  # the server reads it once, when it imports torch
+        for rank, log in enumerate(logs):
+            environment = rank_environment(rank, len(logs), port)
+            forked.append(server.Process(target=run_tasks, args=(environment, log, folder, functions)))
+            forked[-1].start()
+    return forked
 
 
 def train_command(recipe: Path, run_dir: Path, *overrides: str, ds_config: str = "zero3") -> list[str]:
