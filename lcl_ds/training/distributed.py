@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -121,15 +121,22 @@ def on_all_ranks(rank_info: RankInfo) -> Iterator[None]:
     Raises:
         UserError: on every rank, the same: what went wrong, with rank and host where not all ranks found it.
     """
+    with noted_problems() as problems:
+        yield
+    raise_for_all(problems, rank_info)
+
+
+@contextmanager
+def noted_problems() -> Iterator[list[str]]:
+    """Note what goes wrong instead of raising it, where a sentence says it; the list is empty otherwise."""
     problems: list[str] = []
     try:
-        yield
+        yield problems
     except Exception as error:
         sentences = problems_of(error)
         if sentences is None:
             raise
-        problems = sentences
-    raise_for_all(problems, rank_info)
+        problems += sentences
 
 
 def raise_for_all(problems: list[str], rank_info: RankInfo) -> None:
@@ -203,27 +210,6 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
     return values
-
-
-def sum_over_ranks(tensors: Mapping[Any, Tensor], numbers: Mapping[Any, float]) -> Totals:
-    """Sum named values over ranks by one collective; every rank gives the same names in the same order.
-
-    Args:
-        tensors: scalars on the device of the collective, float64; at least one.
-        numbers: what the host knows, under other names.
-    """
-    on_device = torch.stack([*tensors.values()])
-    on_host = on_device.new_tensor([float(number) for number in numbers.values()])
-    totals = all_reduce_sum(torch.cat([on_device, on_host])).tolist()
-    return dict(zip([*tensors, *numbers], totals, strict=True))
-
-
-def gather_integers(values: list[int], device: torch.device) -> list[list[int]]:
-    """Gather ``values`` of every rank, as many on each, on the host of every rank, in rank order."""
-    mine = torch.tensor(values, dtype=torch.int64, device=device)
-    table = mine.new_empty(dist.get_world_size() * len(values))
-    dist.all_gather_into_tensor(table, mine)
-    return table.view(-1, len(values)).tolist()  # one copy from the device, however many ranks there are
 
 
 def from_first(make: Callable[[], T], rank_info: RankInfo) -> T:

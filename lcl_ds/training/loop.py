@@ -19,20 +19,15 @@ from lcl_ds.errors import UserError
 from lcl_ds.flops import StepFlops, StepWork, total
 from lcl_ds.gpus import peak_flops
 from lcl_ds.metrics import SourceCounts, StepMetrics
-from lcl_ds.objectives.base import LossNormalizer, LossNormalizers, Objective
+from lcl_ds.objectives.base import LossNormalizers, Objective
 from lcl_ds.phases import last_step_of_phase
 from lcl_ds.training.agreement import StopAgreement
 from lcl_ds.training.averaging import EncoderAverage
 from lcl_ds.training.checkpoint import Progress
-from lcl_ds.training.distributed import (
-    RankInfo,
-    Totals,
-    collective_timeout_s,
-    gather_integers,
-    on_all_ranks,
-    sum_over_ranks,
-)
+from lcl_ds.training.distributed import RankInfo, Totals, collective_timeout_s, noted_problems, raise_for_all
+from lcl_ds.training.drawing import DrawnStep, flat, loss_normalizers
 from lcl_ds.training.engine import refresh_exact_scalars, release_engine
+from lcl_ds.training.exchange import Exchange
 from lcl_ds.training.first_steps import FirstSteps
 from lcl_ds.training.monitor import Monitor
 from lcl_ds.training.odd_steps import SKIPPED_STEPS, DrawnRows, OddSteps
@@ -101,6 +96,13 @@ class Trainer:
         self._pace = Pace(self.rank_info, self.objective.model.decoder)
         self._peak = peak_flops(self.rank_info.device)
         self._stop = StopAgreement(collective_timeout_s(self.config.train))
+        self._last_step = last_step_of_phase(self.config, done + 1)
+        self._drawn: DrawnStep | None = None
+        """What the next step takes, if it was drawn already."""
+        self._rows: list[list[float]] = []
+        """What each rank told last, see :meth:`_row`."""
+        self._names: list[str] = []
+        """Of what the losses are averaged over."""
         try:
             with self.saver.finishing():
                 return self._run(monitor)
@@ -113,8 +115,7 @@ class Trainer:
 
     def _run(self, monitor: Monitor) -> int | None:
         self._saved_step = PULSE.saved_step = self.progress.step
-        last_step = last_step_of_phase(self.config, self.progress.step + 1)
-        while not self._stop.reached() and self.progress.step < last_step:
+        while not self._stop.reached() and self.progress.step < self._last_step:
             metrics = self._step()
             if metrics is None:
                 break
@@ -161,32 +162,22 @@ class Trainer:
             torch.cuda.empty_cache()
 
     def _step(self) -> StepMetrics | None:
-        """Take one optimizer step; None where the ranks agreed to stop within it, which gives it up."""
+        """Take one optimizer step; None where the ranks agreed to stop within it, which gives it up.
+
+        The host waits for the device once: when the engine looks at the norm of the gradients. Before that it has drawn
+        the next step, and told the others what they need of both.
+        """
         started = time.perf_counter()
         number = self.progress.step + 1
         self._profiler.begin(number, self.objective.model)
-        self._profiler.enter("data")
-        PULSE.begin("waiting for data", number)
-        with on_all_ranks(self.rank_info):
-            batches = self._draw()
-            draw_s = time.perf_counter() - started
-            PULSE.begin("training", number)
-        torch.manual_seed(step_seed(self.config.train.seed, self.rank_info.rank, self.progress.step))
-        data_s = time.perf_counter() - started
-        self._pace.drawn(draw_s)
-        self._profiler.enter("bookkeeping")
-        lr = learning_rate(self.progress.applied_steps, self.config.train)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr * group["learning_rate_factor"]
-        batches = [batch.to(self.rank_info.device) for batch in batches]
-        self._profiler.enter("communication")
-        normalizers_of = self._loss_normalizers(batches)
-        self._profiler.enter("bookkeeping")
-        self._first_steps.begin(self.progress.step + 1, self.objective.model)
+        self._pace.begin()
+        drawn, normalizers_of = self._begin(number)
+        lr = self._set_learning_rate()
+        self._first_steps.begin(number, self.objective.model)
         summed = outputs_to_sum(self.objective)
         sums = torch.zeros(len(summed), dtype=torch.float64, device=self.rank_info.device)
-        for micro_step, (batch, normalizers) in enumerate(zip(batches, normalizers_of, strict=True), 1):
-            if self._stop.reached():
+        for micro_step, (batch, normalizers) in enumerate(zip(drawn.batches, normalizers_of, strict=True), 1):
+            if micro_step > 1 and self._stop.reached():
                 return None
             PULSE.begin("training", number, micro_step)
             self._profiler.enter("losses")
@@ -195,6 +186,8 @@ class Trainer:
             # DeepSpeed averages gradients over ranks; the losses are shares of a sum over ranks.
             self.engine.backward(outputs["loss"] * self.rank_info.world_size, scale_wrt_gas=False)
             sums += torch.stack([outputs[name].detach().reshape(()) for name in summed])
+            if micro_step == len(drawn.batches):
+                exchange = self._tell(number, drawn, dict(zip(summed, sums, strict=True)), outputs)
             self._profiler.enter("optimizer")
             self.engine.step()
         applied = self.engine.was_step_applied() and not self.engine.basic_optimizer.left_out
@@ -202,64 +195,90 @@ class Trainer:
             refresh_exact_scalars(self.engine)
             if self.average is not None:
                 self.average.update()
-        self._profiler.enter("communication")
-        self._advance(applied)
-        STOP.enter("training")  # before the ranks meet: once one of them has done a step, all save when asked to stop
-        totals = sum_over_ranks(
-            dict(zip(summed, sums, strict=True)),
-            {
-                **summed_metrics(batches),
-                **summed_by_source(batches, self.source_names),
-                **self.saver.counts(),
-                **self._pace.to_sum(),
-            },
-        )
         self._profiler.enter("bookkeeping")
+        self._advance(applied, drawn)
+        totals, self._rows = exchange.read()
         self.saver.advance(totals)
-        seconds = {"step_s": time.perf_counter() - started, "data_s": data_s}
-        metrics = self._metrics(totals, outputs, normalizers_of, lr, applied, **seconds)
+        metrics = self._metrics(totals, normalizers_of, lr, applied, time.perf_counter() - started)
         self._first_steps.judge(metrics, normalizers_of, self.engine)
         self._profiler.end(number)
         return metrics
 
-    def _loss_normalizers(self, batches: list[Batch]) -> list[LossNormalizers]:
-        """Make what each micro-step's losses are divided by.
+    def _begin(self, number: int) -> tuple[DrawnStep, list[LossNormalizers]]:
+        """Take what was drawn for this step, and make what its losses are divided by.
 
-        The ranks tell each other before the step, when nothing runs yet, so that no loss has to wait for the device.
+        Raises:
+            UserError: on all ranks: what a rank finds wrong with its data.
         """
-        own = [self.objective.count_terms(batch) for batch in batches]
-        names = list(own[0])
-        flat = gather_integers([terms[name] for terms in own for name in names], self.rank_info.device)
-        table = torch.tensor(flat).view(self.rank_info.world_size, len(batches), len(names))
+        drawn = self._drawn
+        if drawn is None:  # the first step of this start
+            drawn = self._draw()
+            raise_for_all(drawn.problems, self.rank_info)
+            self._profiler.enter("communication")
+            _, self._rows = Exchange(self.rank_info, row=self._row(drawn)).read()
+        elif any(problems for problems, *_ in self._rows):
+            raise_for_all(drawn.problems, self.rank_info)
+        self._profiler.enter("bookkeeping")
+        PULSE.begin("training", number)
+        self.engine.basic_optimizer.limit_norm(self._odd_steps.begin(drawn.rows))
+        torch.manual_seed(step_seed(self.config.train.seed, self.rank_info.rank, self.progress.step))
         as_published = self.config.objective.normalization == "reference"
-        passes = self.rank_info.world_size * len(batches)
+        counts = [counts for _, _, *counts in self._rows]
+        return drawn, loss_normalizers(self._names, counts, self.rank_info, as_published)
 
-        def normalizer(step: int, number: int) -> LossNormalizer:
-            everywhere = max(1, int(table[:, :, number].sum()))
-            per_rank = table[:, step, number].tolist()
-            if as_published:  # every rank's own mean, averaged over ranks and micro-steps
-                divisor, share = max(1, per_rank[self.rank_info.rank]) * passes, 1 / passes
-            else:
-                divisor, share = everywhere, sum(per_rank) / everywhere
-            both = torch.tensor([divisor, share], dtype=torch.float32).to(self.rank_info.device, non_blocking=True)
-            return LossNormalizer(both[0], both[1], per_rank)
+    def _set_learning_rate(self) -> float:
+        lr = learning_rate(self.progress.applied_steps, self.config.train)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr * group["learning_rate_factor"]
+        return lr
 
-        return [{name: normalizer(step, n) for n, name in enumerate(names)} for step in range(len(batches))]
+    def _tell(self, number: int, drawn: DrawnStep, sums: dict[str, Tensor], outputs: dict[str, Tensor]) -> Exchange:
+        """Draw the next step, and tell the others about both; collective.
 
-    def _draw(self) -> list[Batch]:
+        Args:
+            sums: of this rank's outputs.
+            outputs: of the last micro-step.
+        """
+        self._drawn = self._draw() if number < self._last_step else None
+        self._profiler.enter("communication")
+        STOP.enter("training")  # before the ranks meet: once one of them has done a step, all save when asked to stop
+        numbers: dict[Any, float] = {
+            **summed_metrics(drawn.batches),
+            **summed_by_source(drawn.batches, self.source_names),
+            **self.saver.counts(),
+        }
+        same = {name: outputs[name] for name, combination in self.objective.reports.items() if combination == "same"}
+        return Exchange(self.rank_info, sums, numbers, self._row(self._drawn), same)
+
+    def _row(self, drawn: DrawnStep | None) -> list[float]:
+        """List what every rank is to know of this one: number of problems, seconds it was busy, counts of ``drawn``."""
+        if drawn is None:
+            return [0, self._pace.busy_s()]
+        return [len(drawn.problems), self._pace.busy_s(), *flat(drawn.terms)]
+
+    def _draw(self) -> DrawnStep:
         """Draw the rows of a step; those that are to be passed over are drawn and dropped."""
-        while True:
-            first = self.loader.next_row
-            batches = [next(self.loader) for _ in range(self.config.train.accumulation_steps)]
-            end = self.loader.next_row
-            if not self._odd_steps.passes_over(first, end):
-                documents = tuple(key for batch in batches for key in batch.keys)
-                self.engine.basic_optimizer.limit_norm(self._odd_steps.begin(DrawnRows(first, end, documents)))
-                return batches
+        self._profiler.enter("data")
+        batches: list[Batch] = []
+        steps = self.config.train.accumulation_steps
+        with PULSE.waiting_for_data(), self._pace.drawing(), noted_problems() as problems:
+            passed_over = True
+            while passed_over:
+                first = self.loader.next_row
+                batches = [next(self.loader) for _ in range(steps)]
+                passed_over = self._odd_steps.passes_over(first, self.loader.next_row)
+        if problems:
+            nothing = [dict.fromkeys(self._names, 0)] * steps
+            return DrawnStep([], nothing, DrawnRows(0, 0), {}, problems)
+        rows = DrawnRows(first, self.loader.next_row, tuple(key for batch in batches for key in batch.keys))
+        terms = [self.objective.count_terms(batch) for batch in batches]
+        self._names = [*terms[0]]
+        on_device = [batch.to(self.rank_info.device) for batch in batches]
+        return DrawnStep(on_device, terms, rows, self.loader.state(), [])
 
-    def _advance(self, applied: bool) -> None:
+    def _advance(self, applied: bool, drawn: DrawnStep) -> None:
         self.progress.step += 1
-        self._position = self.loader.state()
+        self._position = drawn.position
         PULSE.has_stepped = True
         if applied:
             self.progress.applied_steps += 1
@@ -276,21 +295,14 @@ class Trainer:
             )
 
     def _metrics(
-        self,
-        totals: Totals,
-        outputs: dict[str, Tensor],
-        normalizers_of: list[LossNormalizers],
-        lr: float,
-        applied: bool,
-        step_s: float,
-        data_s: float,
+        self, totals: Totals, normalizers_of: list[LossNormalizers], lr: float, applied: bool, step_s: float
     ) -> StepMetrics:
         """Put together what is recorded of a step.
 
         Args:
-            totals: sums over ranks.
-            outputs: of the last micro-step on this rank.
+            totals: sums over ranks, and what is the same on all.
         """
+        norm = self.engine.basic_optimizer.norm
         images, tokens, labels = (int(totals[key]) for key in ("images", "tokens", "text_tokens"))
         slots = self.config.train.global_batch_rows * self.config.data.row_tokens
         work = StepWork(images, slots, totals["token_squares"], labels, *contrastive_work(normalizers_of))
@@ -298,11 +310,8 @@ class Trainer:
         return StepMetrics(
             step=self.progress.step,
             losses={name: totals[name] for name in ("loss", *self.objective.losses)},
-            reports={
-                name: totals[name] if combination == "sum" else float(outputs[name])
-                for name, combination in self.objective.reports.items()
-            },
-            grad_norm=float(self.engine.get_global_grad_norm() or 0.0),
+            reports={name: totals[name] for name in self.objective.reports},
+            grad_norm=float(self.engine.get_global_grad_norm() or 0.0) if norm is None else norm,
             lr=lr,
             images=images,
             documents=int(totals["documents"]),
@@ -313,7 +322,7 @@ class Trainer:
             images_per_s=images / step_s,
             tokens_per_s=tokens / step_s,
             step_s=step_s,
-            data_s=data_s,
+            data_s=self._pace.draw_s,
             skipped_samples=int(totals["skipped_samples"]),
             sources={
                 name: SourceCounts(int(totals["documents", name]), int(totals["images", name]))
@@ -323,7 +332,7 @@ class Trainer:
             mfu=flops / (step_s * self.rank_info.world_size * self._peak) if self._peak else None,
             memory_gb=peak_memory_gb(self.rank_info.device),
             tflop=flops / 1e12,
-            **self._pace.metrics(totals),
+            **self._pace.metrics([busy_s for _, busy_s, *_ in self._rows]),
         )
 
 

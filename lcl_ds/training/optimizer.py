@@ -33,14 +33,14 @@ class BoundedAdamW(torch.optim.AdamW):
         super().__init__(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True)
         self.max_norm = max_norm
         self.norm_limit, self.left_out = math.inf, False
+        self.norm: float | None = None
+        """Global norm of the gradients of the last step; None where it got no further than its norm."""
         self.wrapper: Any = self
         """What knows the global norm of the gradients when it calls :meth:`step`: DeepSpeed's optimizer around this one
         or, where it puts none around it, this one."""
         self.starting = False
         """While DeepSpeed starts it takes steps with gradients of 0, to make room; they do not train anything."""
-        if max_norm is not None:
-            self.overflow = False
-            self._global_grad_norm = 0.0
+        self.overflow, self._global_grad_norm = False, 0.0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -64,11 +64,12 @@ class BoundedAdamW(torch.optim.AdamW):
 
         Afterwards ``left_out`` says whether it was. The norm is the same on all ranks, and so is the decision.
         """
-        self.norm_limit, self.left_out = limit, False
+        self.norm_limit, self.left_out, self.norm = limit, False, None
 
     def _is_above_limit(self) -> bool:
-        if self.norm_limit < math.inf:  # without one no number has to come from the device
-            self.left_out = float(self.wrapper._global_grad_norm or 0.0) > self.norm_limit
+        if self.norm is None:  # read now: DeepSpeed has just waited for it, and nothing else is queued yet
+            self.norm = float(self.wrapper._global_grad_norm or 0.0)
+            self.left_out = self.norm > self.norm_limit
         return self.left_out
 
     def _gradients_are_finite(self) -> bool:

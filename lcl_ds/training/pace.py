@@ -3,12 +3,14 @@
 import resource
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from lcl_ds.training.distributed import RankInfo, Totals
+from lcl_ds.training.distributed import RankInfo
 
 
 class Pace:
@@ -25,20 +27,34 @@ class Pace:
 
     def __init__(self, rank_info: RankInfo, decoder: nn.Module):
         self._rank_info = rank_info
-        self._draw_s = self._device_s = self._cpu_at = 0.0
+        self._draw_s = self._draw_cpu_s = self._device_s = self._cpu_at = 0.0
         self._events: list[Any] = []
         self._hook: Any = None
         if rank_info.device.type == "cuda":
             self._hook = decoder.register_forward_hook(lambda *_: self._mark(2))
 
-    def drawn(self, seconds: float) -> None:
-        """Note how long this rank took to draw its rows; what follows is the step itself."""
-        self._draw_s, self._cpu_at = seconds, time.thread_time()
+    def begin(self) -> None:
+        """Note that a step begins."""
+        self._draw_s = self._draw_cpu_s = 0.0
+        self._cpu_at = time.thread_time()
         if self._hook is not None:
             if len(self._events) == 2 and self._events[1].query():
                 self._device_s = self._events[0].elapsed_time(self._events[1]) / 1e3
             self._events = []
             self._mark(1)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Count what is done meanwhile as drawing rows."""
+        began, cpu_at = time.perf_counter(), time.thread_time()
+        yield
+        self._draw_s += time.perf_counter() - began
+        self._draw_cpu_s += time.thread_time() - cpu_at
+
+    @property
+    def draw_s(self) -> float:
+        """Return how long this rank took in this step to draw rows."""
+        return self._draw_s
 
     def _mark(self, most: int) -> None:
         """Record the device's time, unless the step has that many marks."""
@@ -47,20 +63,21 @@ class Pace:
             event.record()
             self._events.append(event)
 
-    def to_sum(self) -> dict[Any, float]:
-        """List the seconds of all ranks, those of others as 0: summed over ranks, every rank's are there."""
-        own = self._draw_s
-        own += self._device_s if self._hook is not None else time.thread_time() - self._cpu_at
-        ranks = range(self._rank_info.world_size if self._rank_info.world_size > 1 else 0)
-        return {("busy", rank): own if rank == self._rank_info.rank else 0.0 for rank in ranks}
+    def busy_s(self) -> float:
+        """Return how long this rank has been busy since the step began."""
+        computing = time.thread_time() - self._cpu_at - self._draw_cpu_s
+        return self._draw_s + (self._device_s if self._hook is not None else computing)
 
-    def metrics(self, totals: Totals) -> dict[str, Any]:
-        """Name the rank that was busy longest, by the keys of the metrics; empty where there is one rank alone."""
-        busy = [totals["busy", rank] for rank in range(self._rank_info.world_size) if ("busy", rank) in totals]
-        if not busy:
+    def metrics(self, busy_s: list[float]) -> dict[str, Any]:
+        """Name the rank that was busy longest, by the keys of the metrics; empty where there is one rank alone.
+
+        Args:
+            busy_s: of each rank.
+        """
+        if len(busy_s) == 1:
             return {}
-        slowest = max(range(len(busy)), key=busy.__getitem__)
-        return {"slowest_rank": slowest, "slowest_rank_s": busy[slowest], "median_rank_s": statistics.median(busy)}
+        slowest = max(range(len(busy_s)), key=busy_s.__getitem__)
+        return {"slowest_rank": slowest, "slowest_rank_s": busy_s[slowest], "median_rank_s": statistics.median(busy_s)}
 
     def close(self) -> None:
         """Leave the decoder as it was."""

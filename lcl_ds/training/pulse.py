@@ -5,6 +5,8 @@ Imports nothing heavy, since the threads run before torch is loaded.
 
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from statistics import median
 from typing import Literal
 
@@ -42,6 +44,16 @@ class Pulse:
         if self.doing == "training" and self.micro_step:
             self._seconds.append(now - self.since)
         self.step, self.micro_step, self.since, self.doing = step, micro_step, now, doing
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Note that data is waited for, within a micro-step or not, which then goes on: the time counts for nothing."""
+        doing, began = self.doing, time.monotonic()
+        since, self.since, self.doing = self.since, began, "waiting for data"
+        try:
+            yield
+        finally:
+            self.since, self.doing = since + time.monotonic() - began, doing
 
     def saved(self, step: int, seconds: float) -> None:
         """Note that everything up to ``step`` is in a checkpoint, and how long saving it took."""

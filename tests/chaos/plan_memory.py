@@ -107,7 +107,7 @@ def batch_of(config: Config, rows: int) -> Batch:
 def measure(case: str, out: Path) -> None:
     """One rank: train, and write what was allocated at most, and between what marks."""
     from lcl_ds.objectives.base import LossNormalizer
-    from lcl_ds.training.distributed import gather_integers, init_distributed
+    from lcl_ds.training.distributed import gather_objects, init_distributed
     from lcl_ds.training.engine import complete_ds_config, start_engine
 
     rank_info = init_distributed()
@@ -134,7 +134,7 @@ def measure(case: str, out: Path) -> None:
         mark("started")
         for _ in range(STEPS):
             terms = objective.count_terms(batch)
-            table = gather_integers(list(terms.values()), rank_info.device)
+            table = gather_objects(list(terms.values()))
             normalizers = {
                 name: LossNormalizer(torch.tensor(100.0), torch.tensor(0.5), [row[i] for row in table])
                 for i, name in enumerate(terms)

@@ -18,9 +18,11 @@ from lcl_ds.batch import Batch
 from lcl_ds.errors import UserError
 from lcl_ds.metrics import read_metrics
 from lcl_ds.models.settings import part_of
+from lcl_ds.objectives.base import LossNormalizers
 from lcl_ds.training import saver
 from lcl_ds.training.checkpoint import ManifestEntry, Progress, all_checkpoints, newest_checkpoint
 from lcl_ds.training.distributed import RankInfo, gather_objects
+from lcl_ds.training.drawing import DrawnStep
 from lcl_ds.training.engine import complete_ds_config
 from lcl_ds.training.loop import Trainer
 from lcl_ds.training.pulse import PULSE
@@ -104,8 +106,8 @@ def saving(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         assert third_step.wait(60)
         return write(files)
 
-    def remembered(applied: bool) -> None:
-        advance(applied)
+    def remembered(applied: bool, drawn: DrawnStep) -> None:
+        advance(applied, drawn)
         step = trainer.progress.step
         weights[step] = full_weights(trainer)
         published[step] = [path.name for path in all_checkpoints(folder / "slow")]
@@ -223,15 +225,15 @@ def stop_after(trainer: Trainer, step: int | None) -> None:
 
 def skip_step(trainer: Trainer, step: int) -> None:
     """Let the optimizer leave out a step, as one whose gradients are a spike."""
-    draw = trainer._draw
+    begin = trainer._begin
 
-    def limited() -> list[Batch]:
-        batches = draw()
-        if trainer.progress.step + 1 == step:
+    def limited(number: int) -> tuple[DrawnStep, list[LossNormalizers]]:
+        begun = begin(number)
+        if number == step:
             trainer.engine.basic_optimizer.limit_norm(0.0)
-        return batches
+        return begun
 
-    trainer._draw = limited  # type: ignore[method-assign]
+    trainer._begin = limited  # type: ignore[method-assign]
 
 
 class Seen:
@@ -242,16 +244,15 @@ class Seen:
 
     def watch(self, trainer: Trainer) -> None:
         """Remember what a trainer is to see."""
-        draw = trainer._draw
+        begin = trainer._begin
 
-        def remembered() -> list[Batch]:
-            batches = draw()
-            own = [row_hash(batch, row) for batch in batches for row in range(len(batch.input_ids))]
-            rows = sorted(row for rank in gather_objects(own) for row in rank)
-            self.by_step[trainer.progress.step + 1] = rows
-            return batches
+        def remembered(number: int) -> tuple[DrawnStep, list[LossNormalizers]]:
+            drawn, normalizers = begin(number)
+            own = [row_hash(batch, row) for batch in drawn.batches for row in range(len(batch.input_ids))]
+            self.by_step[number] = sorted(row for rank in gather_objects(own) for row in rank)
+            return drawn, normalizers
 
-        trainer._draw = remembered  # type: ignore[method-assign]
+        trainer._begin = remembered  # type: ignore[method-assign]
 
 
 def row_hash(batch: Batch, row: int) -> str:

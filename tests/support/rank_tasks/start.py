@@ -12,7 +12,8 @@ from lcl_ds.data.shards import shard as shard_module
 from lcl_ds.data.shards.source import Source
 from lcl_ds.data.shards.team import open_together
 from lcl_ds.errors import UserError
-from lcl_ds.training.distributed import RankInfo, gather_integers, gather_to_first, on_all_ranks, team_of
+from lcl_ds.training.distributed import RankInfo, gather_to_first, on_all_ranks, team_of
+from lcl_ds.training.exchange import Exchange
 from lcl_ds.training.run_folder import check_same_settings, check_seen_by_all
 from tests.support.small import small_config
 from tests.support.tars import write_tar
@@ -116,6 +117,6 @@ def checks_at_the_start(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
             told[name] = []
         except UserError as error:
             told[name] = error.problems
-    told["gathered"] = [gather_to_first(rank_info.rank), gather_integers([rank_info.rank, 7], rank_info.device)]
+    told["gathered"] = [gather_to_first(rank_info.rank), Exchange(rank_info, row=[rank_info.rank, 7]).read()[1]]
     told["left"] = [path.name for path in common.iterdir() if "seen_by_all" in path.name]
     return told

@@ -26,6 +26,7 @@ from tests.support.rank_tasks.given import (
     THREE_STEPS,
     batch_of_rank,
     full_weights,
+    normalizers_of,
     steps_of,
     trainer_of,
 )
@@ -40,8 +41,7 @@ def gradients(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         trainer = trainer_of(config, stage, rank_info, [], folder)
         for case in ("both", "first", "none"):
             batch = batch_of_rank(case, rank_info.rank)
-            (normalizers,) = trainer._loss_normalizers([batch])
-            losses = trainer.engine(batch, normalizers)
+            losses = trainer.engine(batch, normalizers_of(trainer, batch))
             trainer.engine.backward(losses["loss"] * rank_info.world_size, scale_wrt_gas=False)
             actual = {
                 name: safe_get_full_grad(weight).clone() for name, weight in trainer.engine.module.named_parameters()
@@ -165,7 +165,7 @@ def objectives(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         batches = [three_documents(config, seed=10 * step + rank_info.rank) for step in range(3)]
         trainer = trainer_of(config, 3, rank_info, batches, folder / name)
         first = three_documents(config, seed=rank_info.rank)
-        losses = trainer.engine(first, *trainer._loss_normalizers([first]))
+        losses = trainer.engine(first, normalizers_of(trainer, first))
         trainer.engine.backward(losses["loss"] * rank_info.world_size, scale_wrt_gas=False)
         learning = {n: w for n, w in trainer.engine.module.named_parameters() if w.requires_grad}
         gradients = {n: safe_get_full_grad(weight).clone() for n, weight in learning.items()}
@@ -188,7 +188,7 @@ def non_finite(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
         config = small_config(
             "train.global_batch_rows=4", "train.steps=9", "train.max_skipped_steps=3", f"precision={precision}"
         )
-        batches = [batch_with_images(100 * step + 10 * rank_info.rank) for step in range(6)]
+        batches = [batch_with_images(100 * step + 10 * rank_info.rank) for step in range(7)]
         for step in (1, 3, 4, 5):
             if rank_info.rank == 1:
                 spoiled = batches[step].images.float() / 255

@@ -8,14 +8,8 @@ import torch
 from lcl_ds.errors import UserError
 from lcl_ds.metrics import KEYS, SourceCounts, read_metrics
 from lcl_ds.objectives import lcl
-from lcl_ds.training.distributed import (
-    from_first,
-    gather_integers,
-    gather_objects,
-    gather_to_first,
-    on_all_ranks,
-    sum_over_ranks,
-)
+from lcl_ds.training.distributed import from_first, gather_objects, gather_to_first, on_all_ranks
+from lcl_ds.training.exchange import Exchange
 from lcl_ds.training.loop import is_saved, outputs_to_sum, step_seed, summed_by_source, summed_metrics
 from tests.support.small import batch_with_images, batch_without_images, lcl_objective, small_config, small_model
 
@@ -56,11 +50,15 @@ def test_sources_are_counted_by_their_names_also_those_that_gave_nothing():
 
 def test_named_values_come_back_under_their_names(only_rank):
     shares = torch.tensor([0.5, float("nan")], dtype=torch.float64)
-    totals = sum_over_ranks({"loss": shares[0], "other_loss": shares[1]}, {("images", "web"): 3, "stop": True})
-    assert [*totals] == ["loss", "other_loss", ("images", "web"), "stop"]
+    sums = {"loss": shares[0], "other_loss": shares[1]}
+    numbers = {("images", "web"): 3, "stop": True}
+    totals, rows = Exchange(only_rank, sums, numbers, [1, 2], {"logit_scale": torch.tensor([14.25])}).read()
+    assert [*totals] == ["loss", "other_loss", ("images", "web"), "stop", "logit_scale"]
+    assert totals["logit_scale"] == 14.25
+    assert rows == [[1.0, 2.0]]
     assert (totals["loss"], totals["images", "web"], totals["stop"]) == (0.5, 3.0, 1.0)
     assert totals["other_loss"] != totals["other_loss"]
-    assert gather_integers([1, 2], only_rank.device) == [[1, 2]]
+    assert Exchange(only_rank, row=[]).read() == ({}, [[]])
     assert gather_objects("a") == gather_to_first("a") == ["a"]
     assert from_first(lambda: "b", only_rank) == "b"
 
