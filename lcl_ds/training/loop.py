@@ -29,6 +29,7 @@ from lcl_ds.training.drawing import DrawnStep, flat, loss_normalizers
 from lcl_ds.training.engine import refresh_exact_scalars, release_engine
 from lcl_ds.training.exchange import Exchange
 from lcl_ds.training.first_steps import FirstSteps
+from lcl_ds.training.garbage import collect_garbage, garbage_between_steps
 from lcl_ds.training.monitor import Monitor
 from lcl_ds.training.odd_steps import SKIPPED_STEPS, DrawnRows, OddSteps
 from lcl_ds.training.pace import Pace, peak_memory_gb
@@ -104,7 +105,7 @@ class Trainer:
         self._names: list[str] = []
         """Of what the losses are averaged over."""
         try:
-            with self.saver.finishing():
+            with self.saver.finishing(), garbage_between_steps():
                 return self._run(monitor)
         finally:
             self._profiler.close(self.progress.step)
@@ -201,6 +202,7 @@ class Trainer:
         self.saver.advance(totals)
         metrics = self._metrics(totals, normalizers_of, lr, applied, time.perf_counter() - started)
         self._first_steps.judge(metrics, normalizers_of, self.engine)
+        collect_garbage(number)
         self._profiler.end(number)
         return metrics
 
