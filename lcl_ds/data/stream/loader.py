@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from multiprocessing.synchronize import Event
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
@@ -28,6 +28,7 @@ from lcl_ds.tokens import TextTokenizer
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 LoaderState = dict[str, Any]
 """JSON: ``next_row`` of the global stream, ``lanes`` by number, ``lane_count``, ``fingerprint`` of the shards."""
 SHOWN_DIFFERENCES = 10
@@ -147,6 +148,7 @@ class BatchLoader:
             DataLoader(
                 stream,
                 batch_size=None,
+                collate_fn=_as_it_is,
                 num_workers=workers,
                 worker_init_fn=partial(_leave_signals_to_the_trainer, self._ending_event(workers)),
                 persistent_workers=workers > 0,
@@ -192,6 +194,11 @@ class BatchLoader:
     def position(self) -> LoaderState:
         """Return what differs between ranks of :meth:`state`: all but the fingerprint, which names every shard."""
         return {"next_row": self._next_row, "lanes": dict(self._lane_states), "lane_count": self.settings.lanes}
+
+
+def _as_it_is(item: T) -> T:
+    """Hand on rows as they are: torch would look through every document for arrays to convert."""
+    return item
 
 
 def merge_states(states: list[LoaderState]) -> LoaderState:
