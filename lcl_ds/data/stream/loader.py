@@ -144,12 +144,15 @@ class BatchLoader:
         stream = GroupStream(sources, settings, tokenizer, rank, world_size, first_group, state["lanes"])
         shared = math.gcd(world_size, settings.lanes)
         self._lane_states.update({n: s for n, s in state["lanes"].items() if int(n) % shared == rank % shared})
+        # Two micro-steps are made ahead: torch's default is two items, which are rows here.
+        ahead = math.ceil(2 * rows_per_batch / settings.group_rows / workers) if workers else 0
         self._groups = iter(
             DataLoader(
                 stream,
                 batch_size=None,
                 collate_fn=_as_it_is,
                 num_workers=workers,
+                prefetch_factor=max(2, ahead) if workers else None,
                 worker_init_fn=partial(_leave_signals_to_the_trainer, self._ending_event(workers)),
                 persistent_workers=workers > 0,
             )

@@ -159,3 +159,13 @@ def test_batches_can_move_to_pinned_memory_and_devices(sources, tokenizer):
     moved = batch.to(torch.device("meta"))
     assert moved.images.device.type == "meta"
     assert moved.keys == batch.keys
+
+
+@pytest.mark.parametrize(("workers", "group_rows"), [(1, 1), (3, 1), (1, 4)])
+def test_loader_processes_are_two_micro_steps_ahead(sources, tokenizer, workers, group_rows):
+    settings = replace(SETTINGS, group_rows=group_rows)
+    loader = BatchLoader(sources, settings, tokenizer, rows_per_batch=8, workers=workers)
+    next(loader)
+    groups = loader._groups
+    asked_for = (groups._send_idx - groups._rcvd_idx) * group_rows  # type: ignore[attr-defined]
+    assert 16 <= asked_for <= 16 + workers * group_rows
