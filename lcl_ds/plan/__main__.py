@@ -9,6 +9,8 @@ from lcl_ds.cli import program_name, run_command
 from lcl_ds.errors import UserError
 
 GPUS_PER_HOST = 8
+DRAWINGS = (".svg", ".png", ".pdf")
+"""How the names of files end that scaling can be drawn to."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -40,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(lambda: plan(arguments))
 
 
-def check_numbers(arguments: argparse.Namespace) -> None:
-    """Refuse numbers that mean nothing. Raises: UserError naming each."""
+def check_values(arguments: argparse.Namespace) -> None:
+    """Refuse values that mean nothing. Raises: UserError naming each."""
     problems = []
     for name in ("gpus", "nodes", "text_per_image", "images_per_document", "text_vocabulary"):
         value = getattr(arguments, name)
@@ -53,13 +55,15 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         problems.append(f"--price {arguments.price}: must not be negative")
     if arguments.efficiency is not None and not 0 < arguments.efficiency <= 1:
         problems.append(f"--efficiency {arguments.efficiency}: must be above 0 and at most 1")
+    if arguments.scaling is not None and arguments.scaling.suffix not in DRAWINGS:
+        problems.append(f"--scaling {arguments.scaling}: name a file that ends in {', '.join(DRAWINGS)}")
     if problems:
         raise UserError(problems)
 
 
 def plan(arguments: argparse.Namespace) -> int:
     """Do what the arguments ask for; returns the exit code. Imports what takes seconds, once arguments are right."""
-    check_numbers(arguments)
+    check_values(arguments)
     from lcl_ds.config import ds_config_path, load_config, recipe_path
     from lcl_ds.gpus import gpu_of
 

@@ -12,6 +12,7 @@ from lcl_kernels._common import WORKSPACE_MB, largest_chunk
 from torch import Tensor, nn
 
 from lcl_ds.flops import size_of
+from lcl_ds.models.settings import part_of
 from lcl_ds.plan.contents import RowContents
 from lcl_ds.plan.trace import Activations
 
@@ -22,13 +23,16 @@ CONTEXT_GIB = 1.5
 """What a GPU holds beside tensors: the context, workspaces of cuBLAS, buffers of NCCL. An assumption."""
 FRAGMENTED = 0.05
 """Fraction of the tensors' bytes that the allocator loses between them. An assumption."""
+ORTHOGONAL_COPIES = 5
+"""Matrices of the size of the largest one that Muon works with at a time: what it gathers, and what it computes."""
 TILE_COLUMNS = 128
 """Columns of a tile of the loss kernels; each tile keeps two numbers a row."""
 MEANINGS = {
     "weights": "as the model computes with them",
     "gathered weights": "of other ranks, while modules use them (stage 3)",
     "gradients": "as they are added up",
-    "masters and moments": "fp32 weights and AdamW's two moments",
+    "masters and moments": "fp32 weights, and the optimizer's two moments of them, of a matrix under Muon one",
+    "average": "fp32 weights of the vision tower (train.ema_decay)",
     "communication buffers": "in which gradients are collected",
     "activations": "kept for the backward pass",
     "backward": "one block that is recomputed, gradients on their way",
@@ -53,10 +57,19 @@ class Sizes:
     """Of the decoder."""
     small: tuple[int, ...] = ()
     """Sizes of all weights, the smallest first: stage 3 keeps the small ones gathered."""
+    matrices: tuple[tuple[int, int], ...] = ()
+    """Shapes of those that Muon updates, which have one moment, not two."""
+    averaged: int = 0
+    """Of which an average is kept, see ``train.ema_decay``."""
 
     @property
     def all(self) -> int:
         return self.trained + self.frozen
+
+    @property
+    def moments(self) -> int:
+        """Of the optimizer."""
+        return 2 * self.trained - sum(a * b for a, b in self.matrices)
 
 
 @dataclass(frozen=True)
@@ -116,14 +129,20 @@ class Layout:
         )
 
 
-def sizes_of(model: nn.Module, groups: Iterable[dict[str, Any]], vocabulary: int, width: int) -> Sizes:
+def sizes_of(
+    model: nn.Module, groups: Iterable[dict[str, Any]], vocabulary: int, width: int, is_averaged: bool = False
+) -> Sizes:
     """Read the sizes of a model whose weights may take no memory.
 
     Args:
         groups: of the optimizer.
+        is_averaged: whether an average of the vision tower is kept.
     """
     weights = list(model.parameters())
     trained = [weight for weight in weights if weight.requires_grad]
+    tower = [w for name, w in model.named_parameters() if part_of(name) == "vision" and w.requires_grad]
+    groups = list(groups)
+    matrices = [weight for group in groups if group["is_matrices"] for weight in group["params"]]
     return Sizes(
         trained=size_of(trained),
         frozen=size_of(weights) - size_of(trained),
@@ -132,6 +151,8 @@ def sizes_of(model: nn.Module, groups: Iterable[dict[str, Any]], vocabulary: int
         vocabulary=vocabulary,
         width=width,
         small=tuple(sorted(_numbers(weights))),
+        matrices=tuple((matrix.shape[0], matrix.shape[1]) for matrix in matrices),
+        averaged=size_of(tower) if is_averaged else 0,
     )
 
 
@@ -180,9 +201,10 @@ def _held(layout: Layout, sizes: Sizes, device: Device) -> tuple[Bytes, Bytes]:
     """Say what a rank holds all the time, on its device and, of what is offloaded, on its host."""
     share = 1 if layout.stage == 0 else layout.ranks
     masters = 4 if layout.has_masters else 0
-    optimizer = (masters + 8) * sizes.trained / share
+    optimizer = (masters * sizes.trained + 4 * sizes.moments) / share
     weights = layout.weight_bytes * sizes.all / (layout.ranks if layout.stage == 3 else 1)
-    held: Bytes = {"weights": weights, "masters and moments": optimizer}
+    average = 4 * sizes.averaged / layout.ranks  # at stage 0 as well, since each rank keeps what it would save
+    held: Bytes = {"weights": weights, "masters and moments": optimizer, "average": average}
     host: Bytes = {}
     if layout.stage == 3:
         held["gradients"] = layout.gradient_bytes * sizes.trained / layout.ranks
@@ -193,7 +215,7 @@ def _held(layout: Layout, sizes: Sizes, device: Device) -> tuple[Bytes, Bytes]:
     if device == "cpu":
         return held, host
     if layout.offload_optimizer:
-        host["masters and moments"] = held.pop("masters and moments")
+        host |= {name: held.pop(name) for name in ("masters and moments", "average")}
         host["gradients"] = (4 + layout.gradient_bytes) * sizes.trained / layout.ranks
         held.pop("gradients", None)
         if layout.stage < 3:
@@ -234,6 +256,8 @@ def _moments(
         update = (4.0 + (b if b < 4 else 0)) * updated / layout.ranks
     if is_offloaded:
         update = 0.0
+    if sizes.matrices:  # a whole matrix is gathered and made orthogonal
+        update = max(update, b * ORTHOGONAL_COPIES * max(rows * columns for rows, columns in sizes.matrices))
     return {
         "losses": _sum(gathered, kept, before, losses),
         "backward pass": _sum(gathered, kept, before or flat, buffers, {"backward": activations.beyond}),

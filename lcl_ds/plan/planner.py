@@ -108,7 +108,8 @@ class Planner:
     @cached_property
     def sizes(self) -> Sizes:
         groups = parameter_groups(self.objective, self.config.train, (0.0, 1.0))
-        return sizes_of(self.objective, groups, self.vocab_size, self.objective.model.decoder.config.hidden_size)
+        width = self.objective.model.decoder.config.hidden_size
+        return sizes_of(self.objective, groups, self.vocab_size, width, self.config.train.ema_decay is not None)
 
     @cached_property
     def attention(self) -> str:

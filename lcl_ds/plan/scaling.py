@@ -8,12 +8,10 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from lcl_ds.errors import UserError
 from lcl_ds.plan.planner import Plan, Planner
 from lcl_ds.report.figures import COLOURS, INK, MUTED, new_figure
 
 MOST_GPUS = 4096
-FORMATS = (".svg", ".png", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -55,13 +53,7 @@ def assumptions(planner: Planner) -> list[str]:
 
 
 def draw(points: list[Point], planner: Planner, path: Path) -> None:
-    """Draw both curves against a line of the speed of one GPU times their number.
-
-    Raises:
-        UserError: the name ends in no known format.
-    """
-    if path.suffix not in FORMATS:
-        raise UserError(f"--scaling {path}: name a file that ends in {', '.join(FORMATS)}")
+    """Draw both curves against a line of the speed of one GPU times their number."""
     figure, (speed, efficiency) = new_figure(1, 2)
     gpus = [point.gpus for point in points]
     one = points[0].weak.images_per_s

@@ -6,6 +6,7 @@ from lcl_ds.flops import Flops, StepWork, total
 from lcl_ds.gpus import Gpu
 from lcl_ds.plan.communication import Exchange
 from lcl_ds.plan.memory import Layout, Sizes
+from lcl_ds.training.muon import ITERATIONS
 
 EFFICIENCIES: dict[str, tuple[float, str]] = {
     "vision": (0.29, "NeMo's ViT-g/14 on 8 H100, published 28.9 %"),
@@ -20,6 +21,8 @@ NARROW_HEAD = (1024, 0.22, "bench_results/losses_h100.json: 221 TFLOPS at width 
 """Below this width of the decoder the head reaches that fraction."""
 UPDATE_BYTES = 34
 """Read and written by the optimizer for each weight: gradient, master, two moments, the weight itself."""
+ORTHOGONAL_EFFICIENCY = 0.4
+"""Fraction of the bf16 peak that Muon's products reach. An assumption."""
 HOST_BYTES_PER_S = 25e9
 """Between a GPU and its host, PCIe 5 shared by what else goes there. An assumption."""
 HOST_UPDATE_BYTES_PER_S = 25e9
@@ -88,6 +91,18 @@ def source_of(part: str, width: int, towers: float | None) -> str:
 
 
 def _update_s(gpu: Gpu, layout: Layout, sizes: Sizes) -> float:
+    """Compute the seconds of the optimizer's update; what ranks exchange under Muon is not counted."""
+    orthogonal = orthogonal_flops(sizes.matrices) / (1e12 * gpu.peak_tflops * ORTHOGONAL_EFFICIENCY * layout.ranks)
+    return orthogonal + _elementwise_s(gpu, layout, sizes)
+
+
+def orthogonal_flops(matrices: tuple[tuple[int, int], ...]) -> float:
+    """Count the operations that make matrices orthogonal: three products in each of Newton and Schulz's steps."""
+    ordered = [(min(shape), max(shape)) for shape in matrices]
+    return float(ITERATIONS * sum(4 * short**2 * long + 2 * short**3 for short, long in ordered))
+
+
+def _elementwise_s(gpu: Gpu, layout: Layout, sizes: Sizes) -> float:
     own = sizes.trained / (layout.ranks if layout.stage else 1)
     if layout.offload_optimizer:
         copied = (layout.gradient_bytes + layout.weight_bytes) * own / HOST_BYTES_PER_S

@@ -69,6 +69,12 @@ CASES: dict[str, tuple[int, dict[str, Any], list[str]]] = {
             "train.learning_rate_factors={vision: 0}",
         ],
     ),
+    "stage 2, bf16, average": (2, {"stage": 2, **SMALL_BUCKETS}, ["precision=bf16", "train.ema_decay=0.99"]),
+    "stage 3, fp32, Muon, average": (
+        2,
+        {"stage": 3, **SMALL_BUCKETS, **SMALL_LIMITS},
+        ["precision=fp32", "train.optimizer=muon", "train.ema_decay=0.99"],
+    ),
     "stage 2, bf16, clip": (2, {"stage": 2, **SMALL_BUCKETS}, ["precision=bf16", "objective.name=clip"]),
 }
 STEPS, ROWS = 4, 4
@@ -107,6 +113,7 @@ def batch_of(config: Config, rows: int) -> Batch:
 def measure(case: str, out: Path) -> None:
     """One rank: train, and write what was allocated at most, and between what marks."""
     from lcl_ds.objectives.base import LossNormalizer
+    from lcl_ds.training.averaging import EncoderAverage
     from lcl_ds.training.distributed import gather_objects, init_distributed
     from lcl_ds.training.engine import complete_ds_config, start_engine
 
@@ -131,6 +138,8 @@ def measure(case: str, out: Path) -> None:
         for group in engine.basic_optimizer.param_groups:  # as the engine runs it: without temporaries
             group["fused"], group["foreach"] = True, False
         batch = batch_of(config, ROWS)
+        decay = config.train.ema_decay
+        average = None if decay is None else EncoderAverage(engine, decay)
         mark("started")
         for _ in range(STEPS):
             terms = objective.count_terms(batch)
@@ -144,6 +153,8 @@ def measure(case: str, out: Path) -> None:
             engine.backward(outputs["loss"] * rank_info.world_size, scale_wrt_gas=False)
             mark("backward")
             engine.step()
+            if average is not None:
+                average.update()
             mark("step")
             del outputs
             started_with.append(bytes_in_sight())
@@ -193,7 +204,8 @@ def planned(case: str) -> Memory:
     objective = build_empty(config, VOCABULARY.size)
     freeze_parts(objective, config.train)
     groups = parameter_groups(objective, config.train, (0.0, 1.0))
-    sizes = sizes_of(objective, groups, VOCABULARY.size, objective.model.decoder.config.hidden_size)
+    width, is_averaged = objective.model.decoder.config.hidden_size, config.train.ema_decay is not None
+    sizes = sizes_of(objective, groups, VOCABULARY.size, width, is_averaged)
     layout = Layout.of(zero_settings(sized({"zero_optimization": zero}, objective, ranks)), config.precision, ranks)
     towers = config.model.vision, config.model.decoder
     activations = Tracer(config, VOCABULARY.size, row, contents_of(row, config), "varlen").activations(

@@ -180,6 +180,19 @@ def test_stages_and_offload_spread_what_they_say(large):
     assert off.host["weights"] == weights / 8
 
 
+def test_muon_keeps_one_moment_of_a_matrix_and_an_average_keeps_the_tower():
+    config = load_config(recipe_path("demo"), ["train.optimizer=muon", "train.ema_decay=0.99"])
+    planner = planner_of(config, stage="zero2")
+    model = planner.objective.model
+    hidden = [w for tower in (model.vision, model.decoder, model.pooling) for w in tower.parameters() if w.dim() == 2]
+    embedded = [w for n, w in model.named_parameters() if w.dim() == 2 and "embed" in n]
+    expected = sum(w.numel() for w in hidden) - sum(w.numel() for w in embedded)
+    assert sum(a * b for a, b in planner.sizes.matrices) == expected
+    device = planner.plan(planner.given()).memory.device
+    assert device["masters and moments"] == (12 * planner.sizes.trained - 4 * expected) / 8
+    assert device["average"] == 4 * sum(w.numel() for w in model.vision.parameters()) / 8
+
+
 def test_the_fastest_that_fits_comes_first_and_needs_no_more_than_there_is(on_a_card_of):
     found = search(on_a_card_of(16))
     times = [round(plan.time.total, 4) for plan in found.fitting]
