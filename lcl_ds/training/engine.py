@@ -30,6 +30,7 @@ from lcl_ds.models.initial import GivenWeights, fill_weights, units
 from lcl_ds.objectives.base import Objective
 from lcl_ds.settings import suggest
 from lcl_ds.training.checkpoint import MOMENTS, WEIGHTS, check_names, read_manifest, read_state, slice_of, slices_of
+from lcl_ds.training.compiling import check_compiler, compile_blocks
 from lcl_ds.training.distributed import RankInfo, on_all_ranks
 from lcl_ds.training.engine_state import (
     held_parts,
@@ -259,10 +260,14 @@ def start_engine(
     check_saved_whole(objective)
     freeze_parts(objective, config.train)
     ds_config = sized(ds_config, objective, rank_info.world_size)
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if config.train.compile:
+        with on_all_ranks(rank_info):
+            check_compiler()
+        compile_blocks(objective, stage)
     exact = place_weights(objective, config, ds_config, rank_info, given, has_values)
     bounds = 0.0, math.log(config.model.logit_scale_max)
     groups = parameter_groups(objective, config.train, bounds)
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     max_norm = config.train.gradient_clipping if _guards_itself(stage, config) else None
     sizes = {group["name"]: size_of(group["params"]) for group in groups}
     total = size_of(objective.parameters())

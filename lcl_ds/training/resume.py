@@ -66,6 +66,7 @@ DECISIONS: dict[str, Decision] = {
     "train.betas": "applied",
     "train.eps": "applied",
     "train.ema_decay": "applied",  # one that is switched on begins with the weights of that moment
+    "train.compile": "applied",
     "train.gradient_clipping": "applied",
     "train.max_skipped_steps": "applied",
     "train.spike_factor": "applied",
