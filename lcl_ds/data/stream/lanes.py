@@ -12,9 +12,9 @@ corpus, so that this stays below one epoch.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,18 @@ def measure_sizes(sources: Sequence[Source], settings: "LaneSettings", tokenizer
             total += sum((np.array([len(s.input_ids), len(s.images)]) for s in sequences), np.zeros(2))
         sizes.append(total / len(numbers))
     return np.stack(sizes) + np.array([1e-9, 0.0])  # a source of nothing but bad samples: no division by 0
+
+
+def sizes_by_image_tokens(
+    sources: Sequence[Source], settings: "LaneSettings", tokenizer: TextTokenizer
+) -> Callable[[int], np.ndarray]:
+    """Let lanes share what :func:`measure_sizes` finds where an image has so many tokens; it is measured once."""
+
+    @cache
+    def sizes(image_tokens: int) -> np.ndarray:
+        return measure_sizes(sources, replace(settings, image_tokens=image_tokens), tokenizer)
+
+    return sizes
 
 
 def draws_per_epoch(sources: Sequence[Source], mixture: Mixture, step: int) -> float:
@@ -183,13 +195,14 @@ class Lane:
         tokenizer: TextTokenizer,
         state: LaneState | None = None,
         skips: Skips | None = None,
-        sizes: np.ndarray | None = None,
+        sizes: Callable[[int], np.ndarray] | None = None,
         watch: StallWatch | None = None,
     ):
         self._watch = watch
-        if settings.group_rows > 1 and sizes is None:
-            sizes = measure_sizes(sources, settings, tokenizer)
-        self._sizes = sizes
+        self._sizes: np.ndarray | None = None
+        if settings.group_rows > 1:
+            sizes = sizes or sizes_by_image_tokens(sources, settings, tokenizer)
+            self._sizes = sizes(settings.image_tokens)
         self._skips = skips or Skips(settings.max_bad_share)
         self._pending_skips = 0
         self.sources, self.settings, self.number = sources, settings, number
@@ -201,7 +214,7 @@ class Lane:
         new = {"draws": 0, "cursors": [[0, 0] for _ in sources], "carried": [], "pool": [], "packed": [0, 0], "rows": 0}
         state = state or {**new, "emitted": 0}
         if state.get("image_tokens", settings.image_tokens) != settings.image_tokens:
-            state = {**new, **self._next_documents(state, tokenizer), "emitted": 0}
+            state = {**new, **self._next_documents(state, tokenizer, sizes), "emitted": 0}
         self._draws: int = state["draws"]
         self._cursors: list[list[int]] = [list(cursor) for cursor in state["cursors"]]
         self._carried = [self._piece_at(*address) for address in state["carried"]]
@@ -219,14 +232,16 @@ class Lane:
                 self._next_pieces()
         self._pending_skips = 0
 
-    def _next_documents(self, state: LaneState, tokenizer: TextTokenizer) -> LaneState:
+    def _next_documents(
+        self, state: LaneState, tokenizer: TextTokenizer, sizes: Callable[[int], np.ndarray] | None
+    ) -> LaneState:
         """Say where a lane goes on when images have another number of tokens than in ``state``.
 
         Rows that wait were made for the old one, and their pieces are no pieces of the new sequences, so the lane goes
         on with the next samples: at most a window and a pool of them are passed over.
         """
         settings = replace(self.settings, image_tokens=state["image_tokens"])
-        before = Lane(self.sources, settings, self.number, tokenizer, state)
+        before = Lane(self.sources, settings, self.number, tokenizer, state, sizes=sizes)
         return {"draws": before._draws, "cursors": before._cursors, "rows": before._rows_returned}
 
     def state(self) -> LaneState:

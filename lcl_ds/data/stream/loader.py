@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from lcl_ds.batch import Batch
 from lcl_ds.data.exclusion import unknown_keys
 from lcl_ds.data.shards.source import Source
-from lcl_ds.data.stream.lanes import Lane, LaneSettings, LaneState, choose_lanes, measure_sizes
+from lcl_ds.data.stream.lanes import Lane, LaneSettings, LaneState, choose_lanes, sizes_by_image_tokens
 from lcl_ds.data.stream.packing import Row, collate
 from lcl_ds.data.stream.skips import Skips
 from lcl_ds.data.stream.stalls import StallWatch
@@ -62,9 +62,7 @@ class GroupStream(IterableDataset[tuple[int, list[Row] | UserError, LaneState]])
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         lanes: dict[int, Lane] = {}
         skips, watch = Skips(self.settings.max_bad_share), StallWatch(self.settings.stall_seconds)
-        # Once for all lanes of the process.
-        grouped = self.settings.group_rows > 1
-        sizes = measure_sizes(self.sources, self.settings, self.tokenizer) if grouped else None
+        sizes = sizes_by_image_tokens(self.sources, self.settings, self.tokenizer)  # one for all lanes of the process
         group = self.first_group + self.rank + number * self.world_size
         while True:
             n = group % self.settings.lanes

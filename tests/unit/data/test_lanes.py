@@ -10,8 +10,9 @@ import torch
 from lcl_ds.data.sequences import without_images
 from lcl_ds.data.shards.shard import index_shard
 from lcl_ds.data.shards.source import Source
+from lcl_ds.data.stream import lanes
 from lcl_ds.data.stream.lanes import Lane
-from lcl_ds.data.stream.loader import BatchLoader
+from lcl_ds.data.stream.loader import BatchLoader, GroupStream
 from lcl_ds.errors import UserError
 from lcl_ds.tokens import Vocabulary, encode_sequence
 from tests.support.lanes import SETTINGS, batches_of, rows_of, same
@@ -169,3 +170,20 @@ def test_loader_processes_are_two_micro_steps_ahead(sources, tokenizer, workers,
     groups = loader._groups
     asked_for = (groups._send_idx - groups._rcvd_idx) * group_rows  # type: ignore[attr-defined]
     assert 16 <= asked_for <= 16 + workers * group_rows
+
+
+def test_samples_are_measured_once_for_all_lanes_also_where_images_had_another_size(sources, tokenizer, monkeypatch):
+    settings = replace(SETTINGS, group_rows=2)
+    smaller = replace(settings, image_tokens=4, image_size=16)
+    lane_states = {}
+    for n in range(settings.lanes):
+        lane = Lane(sources, smaller, n, tokenizer)
+        rows_of(lane, 2)
+        lane_states[str(n)] = lane.state()
+    measured = []
+    measure = lanes.measure_sizes
+    monkeypatch.setattr(lanes, "measure_sizes", lambda *args: measured.append(args[1].image_tokens) or measure(*args))
+    groups = iter(GroupStream(sources, settings, tokenizer, 0, 1, settings.lanes, lane_states))
+    for _ in range(settings.lanes):
+        next(groups)
+    assert sorted(measured) == [4, 16]
