@@ -14,6 +14,8 @@ FINAL_NORMS = ("norm", "ln_f", "decoder.final_layer_norm")
 
 TESTED_FAMILIES = ("llama", "gpt2", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "opt")
 """Families that the tests hold to keeping packed documents apart; any other is tried out when it is built."""
+TRIED_LAYERS = 8
+"""Of a decoder that is tried out: enough for the kinds of layers that families take turns with."""
 POSITION_TABLES = ("wpe", "embed_positions")
 """What the supported families call a learned position table."""
 DROPOUT_ENDINGS = ("dropout", "pdrop", "layerdrop", "dropout_prob", "drop_path_rate")
@@ -73,6 +75,8 @@ def build_decoder(config: Any) -> tuple[PreTrainedModel, nn.Module]:
 def check_isolation(config: Any, attention: str = "auto", mode: Mode = "causal") -> None:
     """Try two short documents in one row of a decoder of this configuration, unless its family is a tested one.
 
+    Its first layers are tried, without the vocabulary, so that the memory for it does not grow with depth.
+
     Args:
         attention, mode: see :func:`lcl_ds.models.attention.masks.use_best_implementation`.
 
@@ -85,7 +89,7 @@ def check_isolation(config: Any, attention: str = "auto", mode: Mode = "causal")
     others = f"use one of {', '.join(TESTED_FAMILIES)}"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        decoder, _ = build_decoder(copy.deepcopy(config))
+        decoder, _ = build_decoder(_shallow(config))
         first, other, second = (torch.randn(1, 8, config.hidden_size) for _ in range(3))
     decoder.eval()
     use_best_implementation(decoder, attention, mode)
@@ -109,6 +113,16 @@ def check_positions(decoder: PreTrainedModel, document_tokens: int) -> None:
             f"decoder: its position table has {rows} rows, documents may have {document_tokens} tokens; "
             f"set data.document_tokens={rows} or leave the table's length out"
         )
+
+
+def _shallow(config: Any) -> Any:
+    """Copy a configuration with its first layers alone, and hardly a vocabulary."""
+    shallow = copy.deepcopy(config)
+    shallow.num_hidden_layers = min(shallow.num_hidden_layers, TRIED_LAYERS)
+    if isinstance(getattr(shallow, "layer_types", None), list):
+        shallow.layer_types = shallow.layer_types[:TRIED_LAYERS]
+    shallow.vocab_size, shallow.pad_token_id = 1, None
+    return shallow
 
 
 def _states_of_last(decoder: PreTrainedModel, documents: list[torch.Tensor]) -> torch.Tensor:

@@ -5,6 +5,7 @@ Flash and flex run as transformers calls them, but for their kernels: see tests/
 
 import itertools
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -338,6 +339,13 @@ def test_an_unknown_family_is_tried_out(monkeypatch):
     bloom = build_decoder_config("bloom", {"hidden_size": 32, "n_layer": 1, "n_head": 2}, 100, 64)
     with pytest.raises(ValueError, match="decoder bloom: cannot read packed rows"):
         check_isolation(bloom)
+    deep = build_decoder_config("olmo3", sizes | {"num_hidden_layers": 40}, 100_000, 64)
+    built: list[Any] = []
+    build = decoder.build_decoder
+    monkeypatch.setattr(decoder, "build_decoder", lambda config: built.append(config) or build(config))
+    check_isolation(deep)
+    assert (built[0].num_hidden_layers, built[0].vocab_size, len(built[0].layer_types)) == (8, 1, 8)
+    assert (deep.num_hidden_layers, deep.vocab_size, len(deep.layer_types)) == (40, 100_000, 40)
     monkeypatch.setattr(decoder, "attention_arguments", lambda *args: {})
     with pytest.raises(ValueError, match="decoder olmo2: packed documents would see each other"):
         check_isolation(olmo, "sdpa")
