@@ -14,8 +14,11 @@ from rich.text import Text
 
 from lcl_ds.cli import program_name, run_command
 from lcl_ds.data.corpora import READERS
-from lcl_ds.data.corpora.build import build, local_files
+from lcl_ds.data.corpora.build import build
+from lcl_ds.data.corpora.build_folder import HELD_OUT
+from lcl_ds.data.corpora.build_unit import EXAMPLES
 from lcl_ds.data.corpora.check import check_shards, show, total_of
+from lcl_ds.data.corpora.inputs import local_files
 from lcl_ds.data.corpora.record import ReadOptions
 from lcl_ds.data.documents import MAX_TEXT_BYTES
 from lcl_ds.data.shards.storage import expand_paths
@@ -32,11 +35,19 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     defaults = ReadOptions()
 
-    make = commands.add_parser("build", help="files of a published corpus to shards with an index")
-    make.add_argument("files", nargs="+", metavar="FILE", help="input files; globs and braces in quotes work too")
+    make = commands.add_parser("build", help="your own images or files of a published corpus to shards with an index")
+    make.add_argument(
+        "files", nargs="+", metavar="FILE", help="input files, or a folder of images; globs and braces in quotes work"
+    )
     make.add_argument("out", type=Path, metavar="OUT", help="new folder, or one with an unfinished build to go on with")
     make.add_argument("--format", required=True, choices=sorted(READERS))
     make.add_argument("--images", nargs="+", type=Path, default=[], metavar="PATH", help="folders or tars of images")
+    make.add_argument(
+        "--holdout", type=_fraction, default=0.0, metavar="F", help="fraction of documents for OUT/heldout, as in 0.01"
+    )
+    make.add_argument("--image-column", nargs="+", default=[], metavar="NAME", help="tables: columns of images")
+    make.add_argument("--text-column", nargs="+", default=[], metavar="NAME", help="tables: columns of texts")
+    make.add_argument("--caption", metavar="TEXT", help="imagefolder: caption, as in 'a photo of a {label}'")
     make.add_argument("--workers", type=_positive, default=CPUS, help=f"processes (default {CPUS})")
     make.add_argument("--shard-samples", type=_positive, default=1000, help="samples of a shard (default 1000)")
     make.add_argument("--deduplicate", action="store_true", help="keep the first of documents with equal content")
@@ -79,10 +90,23 @@ def _positive(text: str) -> int:
     return number
 
 
+def _fraction(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a fraction: name one from 0 on and below 1")
+    return number
+
+
 def run_build(arguments: argparse.Namespace, console: Console) -> int:
-    files = local_files(arguments.files)
+    files = local_files(arguments.files, arguments.format)
     names = ("min_similarity", "images_per_sentence", "max_images", "min_images", "max_text_bytes", "max_image_pixels")
-    options = ReadOptions(seed=arguments.seed, **{name: getattr(arguments, name) for name in names})
+    options = ReadOptions(
+        image_columns=tuple(arguments.image_column),
+        text_columns=tuple(arguments.text_column),
+        caption=arguments.caption,
+        seed=arguments.seed,
+        **{name: getattr(arguments, name) for name in names},
+    )
     built = build(
         files,
         arguments.out,
@@ -92,6 +116,7 @@ def run_build(arguments: argparse.Namespace, console: Console) -> int:
         workers=arguments.workers,
         shard_samples=arguments.shard_samples,
         deduplicate=arguments.deduplicate,
+        holdout=arguments.holdout,
         skip_unreadable=arguments.skip_unreadable,
         console=console,
     )
@@ -105,8 +130,10 @@ def _show_manifest(manifest: dict[str, Any], out: Path, console: Console) -> Non
     units = manifest["sources"]
     table = Table("left out", "times", "in")
     for reason, count in sorted(manifest["skips"].items(), key=lambda item: -item[1]):
-        example = next(unit["examples"][reason][0] for unit in units if reason in unit["examples"])
-        table.add_row(Text(reason), str(count), Text(example if count == 1 else f"{example}, ..."))
+        examples = [key for unit in units for key in unit["examples"].get(reason, ())][:EXAMPLES]
+        table.add_row(
+            Text(reason), str(count), Text(", ".join([*examples, *(["..."] if count > len(examples) else [])]))
+        )
     if manifest["skips"]:
         console.print(table)
     names = ("documents", "pairs", "images", "records", "incomplete")
@@ -120,7 +147,16 @@ def _show_manifest(manifest: dict[str, Any], out: Path, console: Console) -> Non
         _say(console, f"the longest document has {longest} bytes of text: train with data.max_text_bytes={longest}")
     for problem in [*manifest["image_problems"], *(unit["problem"] for unit in units if unit["problem"])]:
         _say(console, f"not read: {problem}")
-    _say(console, f"{out}: {len(manifest['shards'])} shards of {contents}{duplicates}")
+    _say(console, f"{out}: {contents}{duplicates}; {_shards_of(manifest['shards'])} to train on")
+    if manifest["heldout"]:
+        _say(console, f"{out / HELD_OUT}: {_shards_of(manifest['heldout'])} held out")
+    elif manifest["settings"]["holdout"]:
+        _say(console, f"--holdout {manifest['settings']['holdout']} is so small a fraction that nothing is held out")
+
+
+def _shards_of(shards: dict[str, Any]) -> str:
+    samples = sum(facts["samples"] for facts in shards.values())
+    return f"{samples} samples in {len(shards)} shard{'' if len(shards) == 1 else 's'}"
 
 
 def _say(console: Console, line: str) -> None:

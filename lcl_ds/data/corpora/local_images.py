@@ -312,7 +312,22 @@ def _read_inside(folder: Path, steps: tuple[bytes, ...]) -> bytes | None:
     with _one_files_errors():
         try:
             path = os.path.realpath(root + b"/".join(steps), strict=True)
-            if not path.startswith(root) or not os.path.isfile(path):
+        except OSError as error:
+            if error.errno in ABSENT:
+                return None
+            raise
+    return read_plain_file(path) if path.startswith(root) else None
+
+
+def read_plain_file(path: Path | bytes) -> bytes | None:
+    """Read a regular file, through links; None when there is none.
+
+    Raises:
+        BadSampleError: it cannot be read.
+    """
+    with _one_files_errors():
+        try:
+            if not os.path.isfile(path):
                 return None
             with open(path, "rb") as file:
                 data = file.read(MAX_MEMBER_BYTES + 1)
@@ -320,6 +335,8 @@ def _read_inside(folder: Path, steps: tuple[bytes, ...]) -> bytes | None:
             if error.errno in ABSENT:
                 return None
             raise
+        except ValueError:  # a zero byte in the name
+            return None
     if len(data) > MAX_MEMBER_BYTES:
         raise BadSampleError("an image file that is too large")
     return data
