@@ -1,10 +1,12 @@
-"""``python -m lcl_ds.data``: make shards of any published corpus, verify shards, look into them."""
+"""``python -m lcl_ds.data``: make shards, check them, look into them, write a recipe for them."""
 
 import argparse
 import json
 import logging
 import os
+import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lcl_ds.cli import program_name, run_command
+from lcl_ds.data.contents import MEASURED_SAMPLES, measure
 from lcl_ds.data.corpora import READERS
 from lcl_ds.data.corpora.build import build
 from lcl_ds.data.corpora.build_folder import HELD_OUT
@@ -21,7 +24,11 @@ from lcl_ds.data.corpora.check import check_shards, show, total_of
 from lcl_ds.data.corpora.inputs import local_files
 from lcl_ds.data.corpora.record import ReadOptions
 from lcl_ds.data.documents import MAX_TEXT_BYTES
+from lcl_ds.data.info import RowFacts, facts_of, show_facts
+from lcl_ds.data.shards.shard import index_shard
+from lcl_ds.data.shards.source import Source
 from lcl_ds.data.shards.storage import expand_paths
+from lcl_ds.errors import UserError
 from lcl_ds.files import check_output, write_whole
 
 WIDTH = 150
@@ -73,13 +80,30 @@ def build_parser() -> argparse.ArgumentParser:
     check.set_defaults(run=run_check)
 
     look = commands.add_parser("inspect", help="show rows as the model gets them")
-    look.add_argument("shards", nargs="+", metavar="SHARDS", help="as in data.shards: paths, globs, braces, URLs")
+    look.add_argument("shards", nargs="*", metavar="SHARDS", help="as in data.shards; default: those of --recipe")
     look.add_argument("--html", type=Path, metavar="F", help="write a page with the images; else to the terminal")
-    look.add_argument("--recipe", default="demo", help="whose sizes, objective and tokenizer are used (default demo)")
+    look.add_argument("--recipe", help="whose settings are used (default: those that init would write for SHARDS)")
     look.add_argument("--tokenizer", help="another one than the recipe's")
     look.add_argument("--rows", type=int, default=4, help="how many (default 4)")
     look.add_argument("--set", nargs="+", default=[], metavar="key.sub=value", help="other settings of the recipe")
     look.set_defaults(run=run_inspect)
+
+    tell = commands.add_parser("info", help="say what is in shards, and how much of it a row holds")
+    tell.add_argument("shards", nargs="+", metavar="SHARDS", help="as in data.shards: paths, globs, braces, URLs")
+    tell.add_argument("--recipe", help="whose tokenizer and sizes are used (default: estimates)")
+    tell.add_argument("--samples", type=_positive, default=MEASURED_SAMPLES, help="read (default 20000)")
+    tell.add_argument("--json", type=Path, metavar="F", help="write the figures there")
+    tell.set_defaults(run=run_info)
+
+    first = commands.add_parser("init", help="write a recipe for shards, which trains as it stands")
+    first.add_argument("shards", nargs="+", metavar="SHARDS", help="as in data.shards: paths, globs, braces, URLs")
+    first.add_argument("out", type=Path, metavar="RECIPE", help="file to write, as in mine.yaml")
+    first.add_argument(
+        "--tokenizer", help="name or folder (default: one is made from the text and saved beside RECIPE)"
+    )
+    first.add_argument("--size", choices=("tiny", "small", "base"), help="of the towers (default: by number of images)")
+    first.add_argument("--heldout", metavar="SHARDS", help="to evaluate on (default: heldout/ beside SHARDS)")
+    first.set_defaults(run=run_init)
     return parser
 
 
@@ -175,28 +199,80 @@ def run_check(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def run_inspect(arguments: argparse.Namespace, console: Console) -> int:
+    check_output("--html", arguments.html)
+    if not arguments.shards and arguments.recipe is None:
+        raise UserError("inspect: name shards, or the recipe whose shards are to be shown: --recipe NAME")
+    with tempfile.TemporaryDirectory() as folder:
+        return _show_rows(arguments, Path(folder), console)
+
+
+def _show_rows(arguments: argparse.Namespace, folder: Path, console: Console) -> int:
     # Sizes and the objective's view are the recipe's; the data package itself knows neither models nor objectives.
     from lcl_ds.assembly import lane_settings
     from lcl_ds.config import load_config, recipe_path
     from lcl_ds.data.corpus import open_data
     from lcl_ds.data.stream.loader import BatchLoader
+    from lcl_ds.new_recipe import draft_recipe
     from lcl_ds.report.batch_page import page
     from lcl_ds.report.batch_page import show as show_rows
 
-    check_output("--html", arguments.html)
-    shards = json.dumps([{"name": "inspected", "paths": arguments.shards}])
-    tokenizer = [f"data.tokenizer={arguments.tokenizer}"] if arguments.tokenizer else []
-    overrides = [f"data.shards={shards}", "data.demo=null", "data.group_rows=1", *tokenizer, *arguments.set]
-    config = load_config(recipe_path(arguments.recipe), overrides)
+    overrides = ["data.group_rows=1", *arguments.set]
+    if arguments.recipe is None:
+        draft_recipe(folder, "inspected", arguments.shards, arguments.tokenizer)
+        recipe = folder / "recipe.yaml"
+    else:
+        recipe = recipe_path(arguments.recipe)
+        if arguments.shards:
+            overrides.insert(0, f"data.shards={json.dumps([{'name': 'data', 'paths': arguments.shards}])}")
+        if arguments.tokenizer:
+            overrides.insert(0, f"data.tokenizer={json.dumps(arguments.tokenizer)}")
+    config = load_config(recipe, overrides)
     data = open_data(config.data)
     batch = next(BatchLoader(data.sources, lane_settings(config), data.tokenizer, arguments.rows))
     if arguments.html is None:
         show_rows(batch, data.tokenizer, console)
     else:
-        title = f"{', '.join(arguments.shards)}, as {config.objective.name} sees it"
+        title = f"{', '.join(arguments.shards) or arguments.recipe}, as {config.objective.name} sees it"
         write_whole(arguments.html, page(batch, data.tokenizer, title))
         console.print(str(arguments.html), highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def run_init(arguments: argparse.Namespace, console: Console) -> int:
+    from lcl_ds.new_recipe import write_recipe
+
+    out = arguments.out
+    notes = write_recipe(out, arguments.shards, arguments.tokenizer, arguments.size, arguments.heldout)
+    for note in notes:
+        _say(console, note)
+    _say(console, f"{out}: train with {program_name('train')} --recipe {shlex.quote(str(out))}")
+    return 0
+
+
+def run_info(arguments: argparse.Namespace, console: Console) -> int:
+    check_output("--json", arguments.json)
+    source = Source("data", [index_shard(path) for path in expand_paths(arguments.shards)])
+    row = _row_of(arguments.recipe)
+    contents = measure(source, row.tokenizer, arguments.samples, row.max_text_bytes)
+    facts = facts_of(contents, row)
+    show_facts(facts, row, console)
+    if arguments.json:
+        write_whole(arguments.json, json.dumps(facts, indent=1) + "\n")
+    return 0
+
+
+def _row_of(recipe: str | None) -> RowFacts:
+    """Say how a recipe makes rows; without one, how a ViT-B/16 would at 224 px."""
+    if recipe is None:
+        return RowFacts()
+    from lcl_ds.assembly import lane_settings
+    from lcl_ds.config import load_config, recipe_path
+    from lcl_ds.data.corpus import open_tokenizer
+
+    config = load_config(recipe_path(recipe))
+    rows = lane_settings(config, training=False)
+    tokenizer = open_tokenizer(config.data)
+    return RowFacts(tokenizer, rows.image_tokens, (rows.row_tokens,), rows.max_text_bytes)
 
 
 def main(argv: list[str] | None = None) -> int:
