@@ -21,7 +21,8 @@ from lcl_ds.data.corpora.build import build
 from lcl_ds.data.corpora.build_folder import HELD_OUT
 from lcl_ds.data.corpora.build_unit import EXAMPLES
 from lcl_ds.data.corpora.check import check_shards, show, total_of
-from lcl_ds.data.corpora.inputs import local_files
+from lcl_ds.data.corpora.inputs import FOLDERS, local_files
+from lcl_ds.data.corpora.links import list_urls, tried_links
 from lcl_ds.data.corpora.record import ReadOptions
 from lcl_ds.data.documents import MAX_TEXT_BYTES
 from lcl_ds.data.info import RowFacts, facts_of, show_facts
@@ -29,7 +30,7 @@ from lcl_ds.data.shards.shard import index_shard
 from lcl_ds.data.shards.source import Source
 from lcl_ds.data.shards.storage import expand_paths
 from lcl_ds.errors import UserError
-from lcl_ds.files import check_output, write_whole
+from lcl_ds.files import check_output, printable, write_whole
 
 WIDTH = 150
 """Columns where the output is no terminal."""
@@ -69,6 +70,19 @@ def build_parser() -> argparse.ArgumentParser:
     make.add_argument("--max-image-pixels", type=_positive, default=defaults.max_image_pixels, help="larger: left out")
     make.add_argument("--seed", type=int, default=defaults.seed, help="of MMC4's draw of one image per sentence")
     make.set_defaults(run=run_build)
+
+    links = commands.add_parser("urls", help="list the images of a corpus for img2dataset, and report dead links")
+    links.add_argument("files", nargs="+", metavar="FILE", help="input files, as for build")
+    links.add_argument("out", type=Path, metavar="OUT", help="new folder for lists (.csv with the column url)")
+    links.add_argument("--format", required=True, choices=sorted({*READERS} - {*FOLDERS}))
+    links.add_argument(
+        "--images", nargs="+", type=Path, default=[], metavar="PATH", help="what was fetched already, and is not listed"
+    )
+    links.add_argument("--workers", type=_positive, default=CPUS, help=f"processes (default {CPUS})")
+    links.add_argument("--json", type=Path, metavar="F", help="write the report there")
+    links.add_argument("--min-similarity", type=float, default=defaults.min_similarity, help="MMC4 (default 0.24)")
+    links.add_argument("--image-column", nargs="+", default=[], metavar="NAME", help="tables: columns of addresses")
+    links.set_defaults(run=run_urls)
 
     check = commands.add_parser("check", help="read everything; exit code 1 when something is bad")
     check.add_argument("shards", nargs="+", metavar="SHARDS", help="as in data.shards: paths, globs, braces, URLs")
@@ -146,8 +160,46 @@ def run_build(arguments: argparse.Namespace, console: Console) -> int:
     )
     if not built.is_new:
         _say(console, f"{arguments.out}: already built from these files; name a new folder to build again")
+    _show_tried(arguments.images, console)
     _show_manifest(built.manifest, arguments.out, console)
     return 0
+
+
+def run_urls(arguments: argparse.Namespace, console: Console) -> int:
+    check_output("--json", arguments.json)
+    files = local_files(arguments.files, arguments.format)
+    options = ReadOptions(
+        min_similarity=arguments.min_similarity, image_columns=tuple(arguments.image_column), min_images=0
+    )
+    out = arguments.out
+    report = list_urls(files, out, arguments.format, options, arguments.images, arguments.workers, console)
+    if arguments.json:
+        write_whole(arguments.json, json.dumps(report, indent=1) + "\n")
+    _say(console, f"{report['urls']:,} addresses of images in {report['records']:,} records")
+    if report["no_addresses"]:
+        _say(console, f"{report['no_addresses']:,} of them cannot be fetched: no address of the web")
+    if arguments.images:
+        _say(console, f"{report['there']:,} of the images are there, {report['listed']:,} are not:")
+        hosts = ", ".join(f"{host} ({count:,})" for host, count in report["hosts"].items())
+        _say(console, f"hosts of those that are not there: {hosts or 'none'}")
+    _show_tried(arguments.images, console)
+    if report["listed"]:
+        _say(
+            console,
+            f"{out}: {report['listed']:,} addresses; fetch them with img2dataset --url_list {out} "
+            "--input_format csv --url_col url --output_folder FOLDER",
+        )
+    return 0
+
+
+def _show_tried(images: list[Path], console: Console) -> None:
+    """Print what came of the addresses that img2dataset tried."""
+    tried = tried_links(images)
+    if tried:
+        table = Table("img2dataset's result", "addresses")
+        for status, count in tried.most_common():
+            table.add_row(Text(printable(status)), f"{count:,}")
+        console.print(table)
 
 
 def _show_manifest(manifest: dict[str, Any], out: Path, console: Console) -> None:
