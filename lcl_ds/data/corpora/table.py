@@ -209,7 +209,8 @@ def read_row(key: str, row: Row, columns: Columns, options: ReadOptions, find: F
     """
     draft = Draft(key, options, None if "url" in columns.images else string_or_none(row.get("url")))
     labels = labels_among({name: value for name, value in row.items() if name not in (*columns.images, *columns.texts)})
-    parts = _parts(row, columns)
+    parallel = _parallel(row, columns)
+    parts = _parts(row, columns) if parallel is None else parallel
     for part in parts:
         if part.is_image:
             of_image = labels_among(part.labels) if isinstance(part.labels, dict) else labels
@@ -217,7 +218,7 @@ def read_row(key: str, row: Row, columns: Columns, options: ReadOptions, find: F
         else:
             draft.add_text(part.value)
     images = sum(part.is_image for part in parts)
-    is_document = images > 1 or len(parts) - images > 1
+    is_document = parallel is not None or images > 1 or len(parts) - images > 1
     return draft.finish() if is_document else draft.finish_pair()
 
 
@@ -233,9 +234,6 @@ class _Part:
 
 def _parts(row: Row, columns: Columns) -> list[_Part]:
     """Put the parts of a row into reading order."""
-    parallel = _parallel(row, columns)
-    if parallel is not None:
-        return parallel
     parts = [
         _Part(value, name in columns.images)
         for name in row

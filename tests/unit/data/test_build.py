@@ -150,13 +150,15 @@ def several(tmp_path, count=4):
     return [str(path) for path in paths], ["--format", "shards", "--min-images", "0", "--shard-samples", "4"]
 
 
-@pytest.mark.parametrize("more", [[], ["--deduplicate"]])
+@pytest.mark.parametrize("more", [[], ["--deduplicate", "--holdout", "0.3"]], ids=["all", "held out"])
 def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path, more):
     sources, options = several(tmp_path)
     for workers in (1, 2):
         out = str(tmp_path / f"out{workers}")
         assert main(["build", *sources, out, *options, *more, "--workers", str(workers)]) == 0
     assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
+    if more:
+        assert contents(tmp_path / "out1" / "heldout") == contents(tmp_path / "out2" / "heldout")
 
 
 def test_duplicates_go_and_the_first_stays(tmp_path):
