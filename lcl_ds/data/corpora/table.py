@@ -143,7 +143,7 @@ def spellings(name: str) -> list[str]:
 
 def _csv_rows(path: Path, options: ReadOptions) -> Iterator[tuple[str, Row | BadSampleError]]:
     csv.field_size_limit(MAX_LINE_BYTES)
-    with path.open("rb") as file:
+    with reading(path, "a table"), path.open("rb") as file:
         is_wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     encoding, errors = ("utf-16", "strict") if is_wide else ("utf-8-sig", "surrogateescape")
     with reading(path, "a table"), path.open(encoding=encoding, errors=errors, newline="") as file:

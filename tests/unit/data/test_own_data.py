@@ -226,17 +226,10 @@ def test_a_line_with_too_many_or_too_few_cells_costs_itself_alone(tmp_path):
 HEADER = [["path", "caption"]]
 
 
-HEADER = [["path", "caption"]]
-
-
 @pytest.mark.parametrize(
     ("rows", "options", "sentence"),
     [
-        (
-            [*HEADER, ["1.jpg", "a"], ["2.jpg", "b"]],
-            [],
-            "none of the 2 images that it names is there, the first '1.jpg'",
-        ),
+        ([*HEADER, ["1.jpg", "a"], ["2.jpg", "b"]], [], "none of the 2 images that it names is there"),
         ([["photo", "caption"], ["1.jpg", "a"]], [], "names photo, caption; say which one it is: --image-column NAME"),
         ([["path", "words"], ["1.jpg", "a"]], [], "names path, words; say which one it is: --text-column NAME"),
         (HEADER, ["--text-column", "titel"], "it has no column 'titel'; its first line names path, caption"),
