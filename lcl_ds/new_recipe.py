@@ -28,8 +28,8 @@ from lcl_ds.tokens import IMAGE_OVERHEAD, TextTokenizer
 EPOCHS = 32
 """How often every image is seen, as in the paper."""
 LEAST_STEPS, MOST_STEPS = 200, 400_000
-LEAST_ROW, MOST_ROW = 256, 4096
-"""Tokens of a row."""
+ROW_STEP, MOST_ROW = 256, 4096
+"""Tokens of a row: a multiple of the first, and no more than the second."""
 ROW_QUANTILE = 0.95
 """Fraction of the documents that a row should hold whole."""
 DOCUMENTS_PER_ROW = 4
@@ -218,7 +218,7 @@ def _compose(name: str, shards: list[str], tokenizer: str, contents: Contents, s
     lengths = contents.lengths(size.image_tokens)
     per_document = float(np.mean(contents.images))
     wanted = max(np.quantile(lengths, ROW_QUANTILE), DOCUMENTS_PER_ROW * lengths.mean(), 2 * size.image_tokens)
-    row_tokens = int(np.clip(_power_of_two(wanted), LEAST_ROW, MOST_ROW))
+    row_tokens = min(math.ceil(wanted / ROW_STEP) * ROW_STEP, MOST_ROW)
     in_full_row = row_tokens * per_document / lengths.mean()
     most = max(math.ceil(1.25 * in_full_row), math.ceil(np.quantile(contents.images, ROW_QUANTILE)))
     row_images = max(1, min(most, row_tokens // (size.image_tokens + IMAGE_OVERHEAD)))
@@ -258,10 +258,6 @@ def _compose(name: str, shards: list[str], tokenizer: str, contents: Contents, s
         "log_every": 10 if steps > 100 else 1,
     }
     return RECIPE.substitute(values)
-
-
-def _power_of_two(least: float) -> int:
-    return 1 << math.ceil(math.log2(least))
 
 
 def _whole_rows(wanted: float) -> int:
