@@ -1,11 +1,11 @@
 """From shards to a recipe: what ``info`` says is in them, what ``init`` writes, what ``inspect`` shows."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 
 from lcl_ds import train
 from lcl_ds.assembly import attach_objective, lane_settings, open_checked_data
@@ -20,39 +20,47 @@ from lcl_ds.models.build import build_model
 from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.tokens import TextTokenizer
 from tests.support.corpora import picture
+from tests.support.pages import blocks_of
+from tests.support.ranks import ROOT
 from tests.support.tars import write_tar
 
 KINDS = ("cat", "dog")
 
 
+def commands_of_the_page():
+    """The commands of docs/data.md that lead from photos to a run, as the module of each and its arguments."""
+    block = next(block for block in blocks_of(ROOT / "docs" / "data.md") if "build photos" in block.text)
+    for line in block.text.splitlines():
+        python, m, module, *arguments = shlex.split(line, comments=True)
+        assert [python, m] == ["python", "-m"]
+        yield module, arguments
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """Shards of 80 labelled photos with captions, a quarter held out, and the recipe that ``init`` wrote for them."""
+    """What the commands of docs/data.md make of 120 labelled photos; its training is tried without a step."""
     folder = tmp_path_factory.mktemp("own")
-    photos = folder / "my photos"
+    photos = folder / "photos"
     photos.mkdir()
-    for number in range(80):
+    for number in range(120):
         (photos / f"ü {number}.jpg").write_bytes(picture(number, side=80 + number))
         (photos / f"ü {number}.txt").write_text(f"photo {number} of a {KINDS[number % 2]} on a sofa")
         (photos / f"ü {number}.json").write_text(json.dumps({"kind": KINDS[number % 2], "number": number}))
-    command = [
-        "build",
-        str(photos),
-        str(folder / "shards"),
-        "--format",
-        "folder",
-        "--holdout",
-        "0.25",
-        "--workers",
-        "1",
-    ]
-    assert main(command) == 0
-    assert main(["init", str(folder / "shards" / "*.tar"), str(folder / "mine.yaml")]) == 0
+    ran = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        for module, arguments in commands_of_the_page():
+            run = train.main if module == "lcl_ds.train" else main
+            more = ["--ds_config", "zero1", "--dry_run"] if module == "lcl_ds.train" else []
+            assert run([*arguments, *more]) == 0, arguments
+            ran.append(arguments[0] if run is main else "train")
+    assert ran == ["build", "info", "init", "inspect", "train"]
     return folder
 
 
-def test_info_counts_what_is_there(built, tmp_path, capsys):
-    shards = str(built / "shards" / "*.tar")
+def test_info_counts_what_is_there(built, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(built)
+    shards = str(built / "shards" / "mine" / "*.tar")
     assert main(["info", shards, "--recipe", str(built / "mine.yaml"), "--json", str(tmp_path / "facts.json")]) == 0
     facts = json.loads((tmp_path / "facts.json").read_text())
     source = Source("s", [index_shard(path) for path in expand_paths(shards)])
@@ -85,7 +93,8 @@ def test_the_fraction_of_documents_that_a_row_holds_is_that_of_their_lengths(tmp
     assert contents.left_out == {"json that cannot be parsed": 1}
 
 
-def test_the_recipe_fits_what_was_measured_and_names_what_can_be_evaluated(built):
+def test_the_recipe_fits_what_was_measured_and_names_what_can_be_evaluated(built, monkeypatch):
+    monkeypatch.chdir(built)  # its paths are those of the command that wrote it
     config = load_config(built / "mine.yaml")
     data = open_checked_data(config)
     settings = lane_settings(config)
@@ -94,15 +103,13 @@ def test_the_recipe_fits_what_was_measured_and_names_what_can_be_evaluated(built
     in_row = config.data.row_tokens / contents.lengths(settings.image_tokens).mean()
     assert in_row <= config.data.row_images <= 1.25 * in_row + 1
     assert config.data.lanes == 1
-    assert config.evaluation.shards == str(built / "shards" / "heldout" / "*.tar")
+    assert config.evaluation.shards == "shards/mine/heldout/*.tar"
     assert config.evaluation.probe_labels == ["kind"]  # a number for every image is no class
     assert config.train.warmup_steps < config.train.steps
 
 
-def test_the_recipe_trains_as_it_stands(built, capsys):
-    assert train.main(["--recipe", str(built / "mine.yaml"), "--ds_config", "zero1", "--dry_run"]) == 0
-    facts = yaml.safe_load(capsys.readouterr().out)
-    assert facts["first_micro_batch_of_one_rank"]["padding_fraction"] < 0.3
+def test_every_weight_learns_from_the_first_step_of_the_recipe(built, monkeypatch):
+    monkeypatch.chdir(built)
     config = load_config(built / "mine.yaml")
     data = open_checked_data(config)
     batch = next(BatchLoader(data.sources, lane_settings(config), data.tokenizer, config.train.global_batch_rows))
@@ -117,7 +124,7 @@ def test_the_recipe_trains_as_it_stands(built, capsys):
 def test_every_size_gives_a_valid_recipe(size, built, tmp_path):
     tokenizer = str(built / "mine-tokenizer")
     out = tmp_path / "other.yaml"
-    command = ["init", str(built / "shards" / "*.tar"), str(out), "--size", size, "--tokenizer", tokenizer]
+    command = ["init", str(built / "shards" / "mine" / "*.tar"), str(out), "--size", size, "--tokenizer", tokenizer]
     assert main(command) == 0
     config = load_config(out)
     assert config.name == "other"
@@ -140,7 +147,7 @@ def test_what_a_recipe_lacks_is_said(tmp_path, demo_folder, capsys):
 
 
 def test_mistakes_are_named_and_nothing_is_written_over(built, tmp_path, capsys):
-    shards = str(built / "shards" / "*.tar")
+    shards = str(built / "shards" / "mine" / "*.tar")
 
     def error_of(*arguments):
         assert main(["init", *map(str, arguments)]) == 2
@@ -158,8 +165,8 @@ def test_mistakes_are_named_and_nothing_is_written_over(built, tmp_path, capsys)
 
 
 def test_inspect_shows_rows_of_ones_own_shards_and_recipe(built, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)  # no demo corpus lies here
-    shards = str(built / "shards" / "*.tar")
+    monkeypatch.chdir(built)  # no demo corpus lies here
+    shards = "shards/mine/*.tar"
     assert main(["inspect", shards, "--rows", "1"]) == 0
     shown = capsys.readouterr().out
     assert "on a sofa" in shown
