@@ -36,6 +36,7 @@ DOCUMENTS_PER_ROW = 4
 """Documents of mean length that a row should hold at least: short ones are packed with little padding."""
 VOCABULARIES = {0: 4096, 1 << 20: 16_384, 100 << 20: 32_768}
 """Tokens of a tokenizer made from the corpus, by its bytes of text."""
+FEW_IMAGES = 100
 LEAST_OF_A_CLASS = 2
 """Held-out images of a value of a label, for it to be a class."""
 
@@ -174,7 +175,7 @@ def draft_recipe(
     if not contents.text_tokens:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in contents.left_out.most_common(3))
         raise UserError(f"{', '.join(shards)}: no sample can be used: {reasons}")
-    notes = [_what_lacks(contents)] if contents.announced < sum(contents.images) / 2 else []
+    notes = _what_lacks(contents)
     trial = folder / "recipe.yaml"
     text = _compose(name, shards, tokenizer, contents, _size_for(contents, size))
     trial.write_text(text, encoding="utf-8")
@@ -197,14 +198,19 @@ def _make_tokenizer(source: Source, folder: Path) -> None:
     train_tokenizer(texts, folder, vocabulary, least=2)
 
 
-def _what_lacks(contents: Contents) -> str:
+def _what_lacks(contents: Contents) -> list[str]:
+    """Say what a run on these shards will suffer from."""
     images = sum(contents.images)
-    if not images:
-        return "the shards hold no images, so nothing trains the encoder"
-    return (
-        f"only {contents.announced} of {images} images have text before them: the others take no part in the "
-        "contrastive loss"
-    )
+    if not images or not contents.text_bytes:
+        there = "there is no text" if images else "there are no images"
+        return [f"{there}, so nothing trains the encoder; captions of classes can be made with build --caption"]
+    notes = []
+    if contents.announced < images / 2:
+        share = f"only {contents.announced} of {images} images have text before them"
+        notes.append(f"{share}: the others take no part in the contrastive loss")
+    if images * contents.scale < FEW_IMAGES:
+        notes.append(f"{images} images are few: a step may hold one twice, which the contrastive loss takes for two")
+    return notes
 
 
 def _size_for(contents: Contents, name: str | None) -> str:
@@ -220,7 +226,8 @@ def _compose(name: str, shards: list[str], tokenizer: str, contents: Contents, s
     wanted = max(np.quantile(lengths, ROW_QUANTILE), DOCUMENTS_PER_ROW * lengths.mean(), 2 * size.image_tokens)
     row_tokens = min(math.ceil(wanted / ROW_STEP) * ROW_STEP, MOST_ROW)
     in_full_row = row_tokens * per_document / lengths.mean()
-    most = max(math.ceil(1.25 * in_full_row), math.ceil(np.quantile(contents.images, ROW_QUANTILE)))
+    of_whole = np.array(contents.images)[lengths <= row_tokens]
+    most = max(math.ceil(1.25 * in_full_row), math.ceil(np.quantile(of_whole, ROW_QUANTILE)) if len(of_whole) else 1)
     row_images = max(1, min(most, row_tokens // (size.image_tokens + IMAGE_OVERHEAD)))
     per_row = min(in_full_row, row_images)
     images = per_document * contents.samples

@@ -50,8 +50,13 @@ def _entries(names: tuple[str, ...]) -> Iterator[tuple[str, list[str]]]:
 
 def _read_pair(key: str, names: list[str], folder: Path, options: ReadOptions) -> RawDocument:
     by_suffix = {suffix_of(name): name for name in names if not is_picture(name)}
-    about = parse_object(_read(folder / by_suffix["json"])) if "json" in by_suffix else {}
-    draft = Draft(key, options, string_or_none(about.get("url")))
+    draft, about = Draft(key, options), {}
+    if "json" in by_suffix:
+        try:
+            about = parse_object(_read(folder / by_suffix["json"]))
+        except BadSampleError as problem:  # text and image do not depend on it
+            draft.skips.append(problem.reason)
+    draft.url = string_or_none(about.get("url"))
     if CAPTION_SUFFIX in by_suffix:
         draft.add_text(_read(folder / by_suffix[CAPTION_SUFFIX]).decode("utf-8-sig").strip())
     if is_picture(names[0]):

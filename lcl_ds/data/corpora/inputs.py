@@ -37,15 +37,19 @@ class Input:
         """Say what it is recognised by besides its path: bytes, and nanoseconds of the last change or a hash of both.
 
         Raises:
-            OSError: it is not there any more.
+            OSError: the file is not there any more.
         """
         if not self.names:
             return identity(self.path)
         size, digest = 0, hashlib.blake2b(digest_size=7)
         for name in self.names:
-            status = (self.path / name).stat()
-            size += status.st_size
-            digest.update(repr((os.fsencode(name), status.st_size, status.st_mtime_ns)).encode())
+            try:
+                status = (self.path / name).stat()
+                facts = status.st_size, status.st_mtime_ns
+            except FileNotFoundError:  # a link that leads nowhere, or a file that went away
+                facts = 0, 0
+            size += facts[0]
+            digest.update(repr((os.fsencode(name), *facts)).encode())
         return [size, int.from_bytes(digest.digest(), "little")]
 
 
@@ -97,9 +101,18 @@ def is_picture(name: str) -> bool:
 
 
 def _files_below(folder: Path) -> Iterator[str]:
-    """Yield the pictures and what may belong to them; hidden files and folders are no part of a corpus."""
+    """Yield the pictures and what may belong to them; hidden files and folders are no part of a corpus.
+
+    Links to folders are followed, but no folder is entered from within itself.
+    """
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        real = os.path.realpath(parent) + os.sep
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith((".", "__MACOSX"))
+            and not real.startswith(os.path.realpath(os.path.join(parent, name)) + os.sep)
+        )
         for name in files:
             is_wanted = is_picture(name) or suffix_of(name) in (CAPTION_SUFFIX, "json")
             if is_wanted and not name.startswith("."):

@@ -108,6 +108,7 @@ class _Finder:
         self.names, self.found, self.first = 0, 0, ""
 
     def find(self, value: Any) -> bytes:
+        value = value.get("path") if isinstance(value, dict) else value
         if not isinstance(value, str):
             raise BadSampleError("an image that is no path")
         if is_url(value):
@@ -150,11 +151,18 @@ def _csv_rows(path: Path, options: ReadOptions) -> Iterator[tuple[str, Row | Bad
         first = file.readline()
         counts = {sign: first.count(sign) for sign in DELIMITERS}
         delimiter = max(DELIMITERS, key=counts.__getitem__)
-        lines = csv.reader(chain([first], file), delimiter=delimiter)
+        lines = csv.reader(chain([first], file), delimiter=delimiter, strict=True)
         header = [name.strip() for name in next(lines, [])]
         _check_header(path, header, options)
-        for cells in lines:
-            key = f"{path.name}:{lines.line_num}"
+        while True:
+            key = f"{path.name}:{lines.line_num + 1}"
+            try:
+                cells = next(lines)
+            except StopIteration:
+                return
+            except csv.Error as error:  # the next line may be whole again
+                yield key, BadSampleError(f"a line that is none of a table ({error})")
+                continue
             if len(cells) > len(header):
                 yield key, BadSampleError("a line with more cells than the first one (quote texts that hold commas)")
             elif cells:
@@ -167,12 +175,15 @@ def _check_header(path: Path, header: list[str], options: ReadOptions) -> None:
     wanted = [*options.image_columns, *options.text_columns]
     if missing := [name for name in wanted if name not in header]:
         raise UserError(f"{path}: it has no column {missing[0]!r}; its first line names {there}")
+    if len(set(header)) < len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise UserError(f"{path}: its first line names the column {twice!r} twice; give each a name of its own")
     columns = columns_among(header, options)
     for kind, usual, found in (("image", IMAGE_COLUMNS, columns.images), ("text", TEXT_COLUMNS, columns.texts)):
         if not found:
             raise UserError(
-                f"{path}: no column of its first line has a usual name of {kind}s ({', '.join(usual[:4])}, ...); it "
-                f"names {there}; say which one it is: --{kind}-column NAME"
+                f"{path}: its first line names no column of {kind}s ({', '.join(usual[:4])}, ...) but {there}; name "
+                f"the columns there, or say which one it is: --{kind}-column NAME"
             )
 
 
@@ -208,7 +219,9 @@ def read_row(key: str, row: Row, columns: Columns, options: ReadOptions, find: F
         find: gives an image's bytes by what stands in the row.
     """
     draft = Draft(key, options, None if "url" in columns.images else string_or_none(row.get("url")))
-    labels = labels_among({name: value for name, value in row.items() if name not in (*columns.images, *columns.texts)})
+    more = {name: value for name, value in row.items() if name not in (*columns.images, *columns.texts)}
+    own = row.get("labels")
+    labels = labels_among({**more, **own} if isinstance(own, dict) else more)
     parallel = _parallel(row, columns)
     parts = _parts(row, columns) if parallel is None else parallel
     for part in parts:

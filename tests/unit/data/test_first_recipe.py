@@ -142,8 +142,14 @@ def test_what_a_recipe_lacks_is_said(tmp_path, demo_folder, capsys):
     assert main(["init", str(shard), str(tmp_path / "a.yaml"), "--tokenizer", str(demo_folder / "tokenizer")]) == 0
     out = capsys.readouterr().out
     assert "only 0 of 8 images have text before them" in out
+    assert "8 images are few" in out
     assert "nothing is evaluated: build with --holdout" in out
     assert load_config(tmp_path / "a.yaml").evaluation.shards is None
+    silent = [(f"{n}.json", b'{"texts": [null], "images": ["0.jpg"]}') for n in range(8)]
+    silent += [(f"{n}.0.jpg", picture(n)) for n in range(8)]
+    shard = write_tar(tmp_path / "b.tar", sorted(silent))
+    assert main(["init", str(shard), str(tmp_path / "b.yaml")]) == 0
+    assert "there is no text, so nothing trains the encoder" in capsys.readouterr().out
 
 
 def test_mistakes_are_named_and_nothing_is_written_over(built, tmp_path, capsys):

@@ -213,11 +213,13 @@ def test_a_table_finds_images_by_any_path_below_its_folder_or_those_of_images(tm
 
 def test_a_line_with_too_many_or_too_few_cells_costs_itself_alone(tmp_path):
     folder = put(tmp_path / "in", {"1.jpg": picture(1)})
-    path = put(folder, {"a.csv": "path,caption\n1.jpg,good\n1.jpg,a dog, running\n1.jpg\n,no picture\n\n"}) / "a.csv"
+    lines = ["path,caption", "1.jpg,good", "1.jpg,a dog, running", "1.jpg", ",no picture", "", '1.jpg,"open', "1.jpg,b"]
+    path = put(folder, {"a.csv": "\n".join(lines)}) / "a.csv"
     manifest = build(tmp_path / "out", path, "--format", "csv")
     assert manifest["samples"] == 1
     assert manifest["sources"][0]["examples"] == {
         "a caption without an image": ["a.csv:5"],
+        "a line that is none of a table (unexpected end of data)": ["a.csv:7"],
         "a line with more cells than the first one (quote texts that hold commas)": ["a.csv:3"],
         "an image without a caption": ["a.csv:4"],
     }
@@ -230,10 +232,19 @@ HEADER = [["path", "caption"]]
     ("rows", "options", "sentence"),
     [
         ([*HEADER, ["1.jpg", "a"], ["2.jpg", "b"]], [], "none of the 2 images that it names is there"),
-        ([["photo", "caption"], ["1.jpg", "a"]], [], "names photo, caption; say which one it is: --image-column NAME"),
-        ([["path", "words"], ["1.jpg", "a"]], [], "names path, words; say which one it is: --text-column NAME"),
+        (
+            [["photo", "caption"], ["1.jpg", "a"]],
+            [],
+            "but photo, caption; name the columns there, or say which",
+        ),
+        (
+            [["path", "words"], ["1.jpg", "a"]],
+            [],
+            "but path, words; name the columns there, or say which",
+        ),
         (HEADER, ["--text-column", "titel"], "it has no column 'titel'; its first line names path, caption"),
         (HEADER, [], "it holds no records"),
+        ([["path", "caption", "caption"]], [], "its first line names the column 'caption' twice"),
         ([["url", "caption"], ["https://example.org/1", "a"]], [], "name the folders or tars of the images: --images"),
     ],
 )
@@ -255,7 +266,7 @@ def test_columns_may_be_named_and_several_make_documents_in_their_order(tmp_path
 def test_lines_of_json_become_pairs_and_documents(tmp_path):
     folder = put(tmp_path / "in", {f"{n}.jpg": picture(n) for n in range(4)})
     rows = [
-        {"image": "0.jpg", "caption": "one", "kind": "cat", "box": [1, 2], "nothing": None},
+        {"image": {"path": "0.jpg"}, "caption": "one", "labels": {"kind": "cat"}, "box": [1, 2], "nothing": None},
         {"image": "0.jpg", "caption": ["first", "second", "third"]},
         {"image": ["1.jpg", "2.jpg"], "caption": "both"},
         {"images": [None, "3.jpg", None], "texts": ["before", None, "after"], "labels": [None, {"kind": "dog"}, None]},
@@ -433,3 +444,14 @@ def test_images_keep_their_bytes_whatever_their_mode(tmp_path):
     build(tmp_path / "out", put(tmp_path / "in", files), "--format", "folder")
     parts = [parts for _, parts, _ in samples_of(tmp_path / "out").values()]
     assert {text: data for text, data in parts} == {m: files[f"{m}.{k.lower()}"] for m, k in modes.items()}
+
+
+def test_links_are_followed_and_what_leads_in_a_circle_or_nowhere_does_no_harm(tmp_path):
+    folder = put(tmp_path / "in", {"a/0.jpg": picture(0), "a/0.txt": "zero", "dead.txt": "a link that leads nowhere"})
+    put(tmp_path / "elsewhere", {"1.jpg": picture(1), "1.txt": "one"})
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "a" / "circle").symlink_to(folder)
+    (folder / "dead.jpg").symlink_to(tmp_path / "nowhere")
+    manifest = build(tmp_path / "out", folder, "--format", "folder")
+    assert sorted(samples_of(tmp_path / "out")) == ["a/0.jpg", "linked/1.jpg"]
+    assert manifest["skips"] == {"an image that is not there": 1}
