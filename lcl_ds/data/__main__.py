@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     make.add_argument("--image-column", nargs="+", default=[], metavar="NAME", help="tables: columns of images")
     make.add_argument("--text-column", nargs="+", default=[], metavar="NAME", help="tables: columns of texts")
-    make.add_argument("--caption", metavar="TEXT", help="imagefolder: caption, as in 'a photo of a {label}'")
+    make.add_argument("--caption", metavar="TEXT", help="of images without text, as in 'a photo of a {label}'")
     make.add_argument("--workers", type=_positive, default=CPUS, help=f"processes (default {CPUS})")
     make.add_argument("--shard-samples", type=_positive, default=1000, help="samples of a shard (default 1000)")
     make.add_argument("--deduplicate", action="store_true", help="keep the first of documents with equal content")
@@ -169,7 +169,10 @@ def run_urls(arguments: argparse.Namespace, console: Console) -> int:
     check_output("--json", arguments.json)
     files = local_files(arguments.files, arguments.format)
     options = ReadOptions(
-        min_similarity=arguments.min_similarity, image_columns=tuple(arguments.image_column), min_images=0
+        min_similarity=arguments.min_similarity,
+        image_columns=tuple(arguments.image_column),
+        caption="",  # texts are not needed
+        min_images=0,
     )
     out = arguments.out
     report = list_urls(files, out, arguments.format, options, arguments.images, arguments.workers, console)

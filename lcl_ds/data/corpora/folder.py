@@ -14,6 +14,7 @@ from lcl_ds.data.corpora.record import (
     Draft,
     RawDocument,
     ReadOptions,
+    caption_of,
     labels_among,
     parse_object,
     read_each,
@@ -68,11 +69,11 @@ def _read_labelled(key: str, names: list[str], folder: Path, options: ReadOption
     label, slash, _ = names[0].partition("/")
     if not slash:
         raise BadSampleError("an image outside of the folders of classes")
-    draft = Draft(key, options)
-    if options.caption is not None:
-        draft.add_text(options.caption.replace("{label}", label.replace("_", " ")))
-    draft.add_image(partial(_read, folder / names[0]), labels=labels_among({LABEL: label}), decode=True)
-    return draft.finish() if options.caption is None else draft.finish_pair()
+    draft, labels = Draft(key, options), labels_among({LABEL: label})
+    if options.caption:
+        draft.add_text(caption_of(options.caption, labels))
+    draft.add_image(partial(_read, folder / names[0]), labels=labels, decode=True)
+    return draft.finish_pair() if options.caption else draft.finish()
 
 
 def _read(path: Path) -> bytes:

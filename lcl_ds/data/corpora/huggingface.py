@@ -13,9 +13,8 @@ from typing import Any
 
 from lcl_ds.data.corpora.parquet import Row, arrow_rows, parquet_rows, value_of
 from lcl_ds.data.corpora.record import RawDocument, ReadOptions, read_each
-from lcl_ds.data.corpora.table import Columns, columns_among, is_url, read_row
+from lcl_ds.data.corpora.table import Columns, check_columns, columns_among, is_url, read_row
 from lcl_ds.data.documents import BadSampleError
-from lcl_ds.errors import UserError
 
 
 def read_huggingface(path: Path, options: ReadOptions) -> Iterator[RawDocument]:
@@ -32,15 +31,7 @@ def read_huggingface(path: Path, options: ReadOptions) -> Iterator[RawDocument]:
 def _checked(path: Path, rows: Iterator[tuple[str, Row]], options: ReadOptions) -> Iterator[tuple[str, Row]]:
     for number, (key, row) in enumerate(rows):
         if number == 0:
-            names = row.schema.names
-            wanted = [*options.image_columns, *options.text_columns]
-            if missing := [name for name in wanted if name not in names]:
-                raise UserError(f"{path}: it has no column {missing[0]!r}; there are {', '.join(names)}")
-            if not _columns(row.schema, options).images:
-                raise UserError(
-                    f"{path}: it has no column of images; there are {', '.join(names)}; say which one it is: "
-                    "--image-column NAME"
-                )
+            check_columns(path, row.schema.names, _columns(row.schema, options), options)
         yield key, row
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -55,7 +56,7 @@ class ReadOptions:
     text_columns: tuple[str, ...] = ()
     """Tables: columns of texts; empty: the first one with a usual name."""
     caption: str | None = None
-    """Folders of classes: the caption of an image, with ``{label}`` in it; None: images have labels alone."""
+    """Of images that have no text: their caption, with labels in braces; empty: they have labels alone."""
     seed: int = 0
     """MMC4: of the draw among several images of a sentence."""
 
@@ -347,6 +348,20 @@ def labels_among(values: dict[str, Any]) -> Labels:
         for name, value in values.items()
         if isinstance(name, str) and name not in PAIR_FACTS and is_unicode(name) and _is_label(value)
     }
+
+
+def caption_of(template: str, labels: Labels) -> str:
+    """Fill the labels that a caption names in braces into it; underscores become spaces.
+
+    Raises:
+        BadSampleError: the image has no such label.
+    """
+    caption = template
+    for name in re.findall(r"\{([^{}]+)\}", template):
+        if name not in labels:
+            raise BadSampleError("an image without a label that its caption needs")
+        caption = caption.replace(f"{{{name}}}", str(labels[name]).replace("_", " "))
+    return caption
 
 
 def _is_label(value: Any) -> bool:

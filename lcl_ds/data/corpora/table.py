@@ -22,6 +22,7 @@ from lcl_ds.data.corpora.record import (
     Labels,
     RawDocument,
     ReadOptions,
+    caption_of,
     labels_among,
     numbered_lines,
     parse_json,
@@ -170,21 +171,32 @@ def _csv_rows(path: Path, options: ReadOptions) -> Iterator[tuple[str, Row | Bad
 
 
 def _check_header(path: Path, header: list[str], options: ReadOptions) -> None:
-    """Refuse a table without the columns that are needed. Raises: UserError, names those that it has."""
-    there = ", ".join(map(printable, header[:20])) or "none"
-    wanted = [*options.image_columns, *options.text_columns]
-    if missing := [name for name in wanted if name not in header]:
-        raise UserError(f"{path}: it has no column {missing[0]!r}; its first line names {there}")
+    """Refuse a first line that does not name the columns. Raises: UserError, names those that it has."""
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
         raise UserError(f"{path}: its first line names the column {twice!r} twice; give each a name of its own")
-    columns = columns_among(header, options)
-    for kind, usual, found in (("image", IMAGE_COLUMNS, columns.images), ("text", TEXT_COLUMNS, columns.texts)):
-        if not found:
-            raise UserError(
-                f"{path}: its first line names no column of {kind}s ({', '.join(usual[:4])}, ...) but {there}; name "
-                f"the columns there, or say which one it is: --{kind}-column NAME"
-            )
+    check_columns(path, header, columns_among(header, options), options)
+
+
+def check_columns(path: Path, names: Collection[str], columns: Columns, options: ReadOptions) -> None:
+    """Refuse a table in which no column holds images, or none holds texts and no captions are made.
+
+    Raises:
+        UserError: names the columns that it has.
+    """
+    there = ", ".join(map(printable, [*names][:20])) or "none"
+    if missing := [name for name in (*options.image_columns, *options.text_columns) if name not in names]:
+        raise UserError(f"{path}: it has no column {missing[0]!r}; there are {there}")
+    if not columns.images:
+        raise UserError(
+            f"{path}: no column has a usual name of images ({', '.join(IMAGE_COLUMNS[:4])}, ...); there are {there}: "
+            "say which one it is with --image-column NAME"
+        )
+    if not columns.texts and options.caption is None:
+        raise UserError(
+            f"{path}: no column has a usual name of texts ({', '.join(TEXT_COLUMNS[:4])}, ...); there are {there}: say "
+            "which one it is with --text-column NAME, or make captions with --caption 'a photo of a {label}'"
+        )
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -224,6 +236,8 @@ def read_row(key: str, row: Row, columns: Columns, options: ReadOptions, find: F
     labels = labels_among({**more, **own} if isinstance(own, dict) else more)
     parallel = _parallel(row, columns)
     parts = _parts(row, columns) if parallel is None else parallel
+    if options.caption and not columns.texts:
+        parts = [_Part(caption_of(options.caption, labels), False), *parts]
     for part in parts:
         if part.is_image:
             of_image = labels_among(part.labels) if isinstance(part.labels, dict) else labels
@@ -231,7 +245,7 @@ def read_row(key: str, row: Row, columns: Columns, options: ReadOptions, find: F
         else:
             draft.add_text(part.value)
     images = sum(part.is_image for part in parts)
-    is_document = parallel is not None or images > 1 or len(parts) - images > 1
+    is_document = parallel is not None or images > 1 or len(parts) - images > 1 or options.caption == ""
     return draft.finish() if is_document else draft.finish_pair()
 
 

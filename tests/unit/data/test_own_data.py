@@ -235,14 +235,14 @@ HEADER = [["path", "caption"]]
         (
             [["photo", "caption"], ["1.jpg", "a"]],
             [],
-            "but photo, caption; name the columns there, or say which",
+            "there are photo, caption: say which one it is with --image-column NAME",
         ),
         (
             [["path", "words"], ["1.jpg", "a"]],
             [],
-            "but path, words; name the columns there, or say which",
+            "there are path, words: say which one it is with --text-column NAME, or make captions",
         ),
-        (HEADER, ["--text-column", "titel"], "it has no column 'titel'; its first line names path, caption"),
+        (HEADER, ["--text-column", "titel"], "it has no column 'titel'; there are path, caption"),
         (HEADER, [], "it holds no records"),
         ([["path", "caption", "caption"]], [], "its first line names the column 'caption' twice"),
         ([["url", "caption"], ["https://example.org/1", "a"]], [], "name the folders or tars of the images: --images"),
@@ -351,7 +351,7 @@ def test_a_parquet_file_without_images_is_refused_in_one_sentence(tmp_path, caps
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pa.Table.from_pylist([{"a": 1, "text": "b"}]), tmp_path / "a.parquet")
     err = refused(capsys, tmp_path / "out", tmp_path / "a.parquet", "--format", "huggingface")
-    assert "it has no column of images; there are a, text; say which one it is: --image-column NAME" in err
+    assert "there are a, text: say which one it is with --image-column NAME" in err
 
 
 # labels
@@ -455,3 +455,21 @@ def test_links_are_followed_and_what_leads_in_a_circle_or_nowhere_does_no_harm(t
     manifest = build(tmp_path / "out", folder, "--format", "folder")
     assert sorted(samples_of(tmp_path / "out")) == ["a/0.jpg", "linked/1.jpg"]
     assert manifest["skips"] == {"an image that is not there": 1}
+
+
+def test_rows_without_text_get_captions_of_their_labels_or_labels_alone(tmp_path, capsys):
+    folder = put(tmp_path / "in", {f"{n}.jpg": picture(n) for n in range(3)})
+    path = table(
+        folder, [["path", "kind", "size"], ["0.jpg", "red_fox", "2"], ["1.jpg", "hare", "3"], ["2.jpg", "", "1"]]
+    )
+    assert "or make captions with --caption" in refused(capsys, tmp_path / "out", path, "--format", "csv")
+    manifest = build(tmp_path / "pairs", path, "--format", "csv", "--caption", "a {kind} of size {size}")
+    assert manifest["skips"] == {"an image without a label that its caption needs": 1}
+    texts = [parts[0] for _, parts, _ in samples_of(tmp_path / "pairs").values()]
+    assert texts == ["a red fox of size 2", "a hare of size 3"]
+    build(tmp_path / "alone", path, "--format", "csv", "--caption", "")
+    assert [labels for _, _, labels in samples_of(tmp_path / "alone").values()] == [
+        [{"kind": "red_fox", "size": "2"}],
+        [{"kind": "hare", "size": "3"}],
+        [{"size": "1"}],
+    ]
