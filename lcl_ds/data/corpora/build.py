@@ -123,7 +123,7 @@ def _refuse_problems(
     if is_empty:
         most = skips_of(units).most_common(5)
         reasons = ", ".join(f"{count} times {reason}" for reason, count in most) or "nothing"
-        is_missing = bool(most) and most[0][0] == NOT_THERE and not has_images
+        is_missing = NOT_THERE in dict(most) and not has_images
         remedy = "; name the folders or tars of the images: --images PATH" if is_missing else ""
         raise UserError([*problems, f"{out}: the input files gave no documents; left out were {reasons}{remedy}"])
 
