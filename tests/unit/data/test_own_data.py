@@ -57,7 +57,7 @@ def put(folder, files):
 # folders
 
 
-def test_an_image_and_the_text_beside_it_are_a_pair(tmp_path):
+def test_an_image_and_the_text_beside_it_are_a_pair(tmp_path, capsys):
     photos = put(
         tmp_path / "photos",
         {
@@ -70,6 +70,7 @@ def test_an_image_and_the_text_beside_it_are_a_pair(tmp_path):
     )
     manifest = build(tmp_path / "out", photos, "--format", "folder")
     assert (manifest["samples"], manifest["skips"]) == (2, {})
+    assert "1/1 0:00:00 2 documents" in capsys.readouterr().out  # the bar of progress
     samples = samples_of(tmp_path / "out")
     document, parts, labels = samples["tour/Höhe.png"]
     assert document.is_pair
