@@ -165,6 +165,8 @@ def test_mistakes_are_named_and_nothing_is_written_over(built, tmp_path, capsys)
     assert "a recipe's name ends in .yaml" in error_of(shards, tmp_path / "mine")
     assert "--tokenizer: no tokenizer at" in error_of(shards, tmp_path / "x.yaml", "--tokenizer", tmp_path / "none")
     assert "no such file" in error_of(tmp_path / "none.tar", tmp_path / "x.yaml")
+    folder = built / "shards" / "mine"
+    assert f"it is a folder; name its shards, as in '{folder}/*.tar'" in error_of(folder, tmp_path / "x.yaml")
     bad = write_tar(tmp_path / "bad.tar", [("x.json", b"{")])
     assert "no sample can be used: json that cannot be parsed (1)" in error_of(bad, tmp_path / "x.yaml")
     assert not list(tmp_path.glob("x*"))
