@@ -16,7 +16,7 @@ from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from lcl_ds.data.__main__ import main
+from lcl_ds.data.__main__ import main as data
 from tests.support.corpora import mmc4_record, picture, write_parquet
 from tests.support.pages import blocks_of
 from tests.support.ranks import ROOT
@@ -84,7 +84,7 @@ def run(format: str, as_files: bool, program: str, server: str) -> dict[str, obj
     named = write_corpus(format, Path("in"), server)
     wanted = sum(map(can_be_had, named))
     files = "in/*.jsonl" if format == "mmc4" else "in/*.parquet"
-    assert main(["urls", files, "lists", "--format", format, *ALONE]) == 0
+    assert data(["urls", files, "lists", "--format", format, *ALONE]) == 0
     command = fetch_command(program)
     if as_files:
         command[command.index("--output_format") + 1] = "files"
@@ -93,9 +93,9 @@ def run(format: str, as_files: bool, program: str, server: str) -> dict[str, obj
     tried: Counter[str] = Counter()
     for report in Path("fetched").glob("*_stats.json"):
         tried.update(json.loads(report.read_bytes())["status_dict"])
-    assert main(["build", files, "shards", "--format", format, "--images", "fetched", *ALONE]) == 0
+    assert data(["build", files, "shards", "--format", format, "--images", "fetched", *ALONE]) == 0
     manifest = json.loads(Path("shards/manifest.json").read_bytes())
-    assert main(["urls", files, "again", "--format", format, "--images", "fetched", "--json", "dead.json", *ALONE]) == 0
+    assert data(["urls", files, "again", "--format", format, "--images", "fetched", "--json", "dead.json", *ALONE]) == 0
     built = sum(unit["images"] for unit in manifest["sources"])
     dead = json.loads(Path("dead.json").read_bytes())
     assert built == tried["success"] == dead["there"] == wanted
@@ -103,7 +103,7 @@ def run(format: str, as_files: bool, program: str, server: str) -> dict[str, obj
     return {"named": len(named), "there": wanted, "fetched": tried["success"], "built": built, "dead": dead["listed"]}
 
 
-def main_program(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("img2dataset", help="its path")
     program = os.path.abspath(parser.parse_args(argv).img2dataset)
@@ -123,4 +123,4 @@ def main_program(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main_program())
+    sys.exit(main())
