@@ -10,7 +10,7 @@ from lcl_ds.settings import suggest
 
 COMMANDS = {
     "train": ("lcl_ds.train", "train a vision encoder, or continue a run; by default the embedded demo"),
-    "data": ("lcl_ds.data.__main__", "make shards of a published corpus, check shards, look into them"),
+    "data": ("lcl_ds.data.__main__", "make shards of your images or a corpus, look into them, write a recipe"),
     "convert": ("lcl_ds.convert", "release a trained encoder, or import a published checkpoint"),
     "report": ("lcl_ds.report.__main__", "write the page about a run, or compare several runs"),
     "plan": ("lcl_ds.plan.__main__", "say what a run needs before a GPU is rented: memory, time, money"),

@@ -35,7 +35,7 @@ SLOW = (
     "unit/data/test_build.py::test_a_killed_build_goes_on_and_gives_the_same_bytes",
     "unit/data/test_build.py::test_a_worker_that_is_killed_is_a_sentence_and_the_next_try_goes_on",
     "unit/data/test_build.py::test_the_bytes_do_not_depend_on_the_number_of_processes",
-    "unit/data/test_build.py::test_the_check_reads_shards_in_several_processes",
+    "unit/data/test_check.py::test_the_check_reads_shards_in_several_processes",
     "unit/data/test_lanes.py::test_lanes_need_not_be_a_multiple_of_ranks_and_workers",
     "unit/data/test_lanes.py::test_the_global_stream_is_the_same_for_any_ranks_and_workers",
     "unit/data/test_lanes.py::test_a_position_continues_on_other_ranks_and_workers",

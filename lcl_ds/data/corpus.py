@@ -66,12 +66,20 @@ def open_data(settings: DataSettings, team: Team = ALONE) -> OpenData:
         except UserError as error:
             problems += [f"data.shards: {entry.name}: {problem}" for problem in error.problems]
     try:
-        tokenizer = TextTokenizer(settings.tokenizer)
-    except ValueError as error:
-        problems.append(f"data.tokenizer: {error}")
+        tokenizer = open_tokenizer(settings)
+    except UserError as error:
+        problems += error.problems
     if problems:
         raise UserError(problems)
     return OpenData(sources, tokenizer)
+
+
+def open_tokenizer(settings: DataSettings) -> TextTokenizer:
+    """Load the tokenizer. Raises: UserError when it cannot be loaded."""
+    try:
+        return TextTokenizer(settings.tokenizer)
+    except ValueError as error:
+        raise UserError(f"data.tokenizer: {error}") from error
 
 
 def _expand(entry: SourceSettings) -> Locations:

@@ -15,6 +15,11 @@ MAX_TEXT_BYTES: int = default_of("max_text_bytes")
 JSON_PER_TEXT = 16
 """A ``.json`` member may be this many times as large as the longest text: names, escapes and lists take room too."""
 
+PAIR_FACTS = frozenset(
+    ("url", "caption", "key", "status", "error_message", "exif", "sha256", "md5", "source_key")  # of a download
+) | {"width", "height", "original_width", "original_height"}
+"""What the ``.json`` of a caption pair says of its download; every other key is a label."""
+
 TOO_MUCH_TEXT = "a document with too much text"
 
 

@@ -245,10 +245,44 @@ def make_shards(folder, count=5):
     return Corpus("shards", [write_tar(folder / "a.tar", members)], [], count)
 
 
-PARQUET = {"obelics": make_obelics, "omnicorpus": make_omnicorpus, "mint-html": make_mint_html}
+def make_csv(folder, count=5):
+    images = folder / "images"
+    images.mkdir(parents=True)
+    lines = ["file_name,caption,kind"]
+    for number in range(count):
+        (images / f"{number}.jpg").write_bytes(picture(number))
+        lines.append(f'{number}.jpg,"caption, {number}",{number % 2}')
+    (folder / "captions.csv").write_text("\n".join(lines) + "\n")
+    return Corpus("csv", [folder / "captions.csv"], [images], 0, pairs=count)
+
+
+def make_jsonl(folder, count=5):
+    images = url_images(folder / "images", count)
+    records = [{**parallel_record(number), "source": "ours"} for number in range(count)]
+    (folder / "documents.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return Corpus("jsonl", [folder / "documents.jsonl"], [images], count)
+
+
+def make_huggingface(folder, count=5):
+    folder.mkdir(parents=True)
+    records = [
+        {"image": {"bytes": picture(number), "path": f"{number}.jpg"}, "text": f"caption {number}", "label": number}
+        for number in range(count)
+    ]
+    return Corpus("huggingface", [write_parquet(folder / "train-00000.parquet", records)], [], 0, pairs=count)
+
+
+PARQUET = {
+    "obelics": make_obelics,
+    "omnicorpus": make_omnicorpus,
+    "mint-html": make_mint_html,
+    "huggingface": make_huggingface,
+}
 MAKERS = {
     "mmc4": make_mmc4,
     "mmc4-tar": make_mmc4_tar,
+    "csv": make_csv,
+    "jsonl": make_jsonl,
     **PARQUET,
     "mint-pdf": make_mint_pdf,
     "comm": make_comm,

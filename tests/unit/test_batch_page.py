@@ -86,7 +86,8 @@ def test_text_cannot_become_markup(tmp_path, tokenizer):
 
 def test_the_command_writes_a_page_or_prints_rows(tmp_path, demo_folder, capsys):
     shards, tokenizer = f"{demo_folder}/train-documents-*.tar", ["--tokenizer", f"{demo_folder}/tokenizer"]
-    assert main(["inspect", shards, *tokenizer, "--rows", "2", "--html", str(tmp_path / "page.html")]) == 0
+    demo = ["--recipe", "demo", *tokenizer]
+    assert main(["inspect", shards, *demo, "--rows", "2", "--html", str(tmp_path / "page.html")]) == 0
     assert "2 rows of 256 tokens" in (tmp_path / "page.html").read_text()
     capsys.readouterr()
     assert main(["inspect", shards, *tokenizer, "--rows", "1", "--set", "objective.name=clip"]) == 0
@@ -95,4 +96,6 @@ def test_the_command_writes_a_page_or_prints_rows(tmp_path, demo_folder, capsys)
     assert "context: image 0" in out
     assert main(["inspect", f"{tmp_path}/none.tar", *tokenizer]) == 2
     assert main(["inspect", shards, "--tokenizer", f"{tmp_path}/none"]) == 2
+    assert "--tokenizer: no tokenizer at" in capsys.readouterr().err
+    assert main(["inspect", shards, "--recipe", "demo", "--tokenizer", f"{tmp_path}/none"]) == 2
     assert "data.tokenizer: no tokenizer at" in capsys.readouterr().err

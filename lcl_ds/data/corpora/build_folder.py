@@ -1,38 +1,36 @@
 """Keep the output folder of a build: whose it is, whether it is finished, and what a failed attempt leaves in it.
 
 A finished build is a folder of shards with ``manifest.json``, which names settings, input files and shards, and
-``shards.txt``, which lists the shards. An unfinished one has ``.build`` beside them, with the settings that it was
-begun with; only the same build goes on in it.
+``shards.txt``, which lists the shards; those of held-out documents lie in ``heldout`` below it. An unfinished one has
+``.build`` beside them, with the settings that it was begun with; only the same build goes on in it.
 """
 
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from lcl_ds.data.corpora.inputs import Input
 from lcl_ds.data.documents import MAX_TEXT_BYTES
 from lcl_ds.data.shards.shard import index_shard
 from lcl_ds.data.shards.storage import is_remote
 from lcl_ds.errors import UserError
 from lcl_ds.files import PARTIAL, only_one, write_whole
 
-VERSION = 2
+VERSION = 3
 """Of what a build writes; a folder of another version is not continued."""
 WORK, SETTINGS = ".build", "settings.json"
 WORKERS = "workers"
 """Whose lock in the work folder every worker process holds while it lives."""
 MANIFEST, SHARD_LIST = "manifest.json", "shards.txt"
+HELD_OUT = "heldout"
+"""Folder of the held-out shards, beside those to train on."""
 
 
-def identity(path: Path) -> list[int]:
-    """Say what a file is recognised by besides its path: bytes, and nanoseconds of its last change."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
-
-
-def finished_manifest(out: Path, settings: dict[str, Any], files: list[Path]) -> dict[str, Any] | None:
+def finished_manifest(out: Path, settings: dict[str, Any], inputs: list[Input]) -> dict[str, Any] | None:
     """Read the manifest of a finished build; None where there is none.
 
     Raises:
@@ -44,17 +42,18 @@ def finished_manifest(out: Path, settings: dict[str, Any], files: list[Path]) ->
     difference = _difference(manifest["settings"], settings)
     if difference:
         raise UserError(f"{out}: it holds a finished build of other {difference}; name a new folder")
-    units = zip(manifest["sources"], files, strict=True)
-    newer = [file for unit, file in units if unit["identity"] != identity(file)]
+    units = list(zip_longest(manifest["sources"], inputs))  # a folder may have more or fewer parts by now
+    newer = [part or inputs[-1] for unit, part in units if not (unit and part and unit["identity"] == part.identity())]
     if newer:
         raise UserError(
-            f"{out}: it holds a finished build, but {len(newer)} of its {len(files)} input files changed since, the "
-            f"first {newer[0]}; name a new folder to build again"
+            f"{out}: it holds a finished build, but {len(newer)} of its {len(units)} input files changed since, the "
+            f"first {newer[0].path}; name a new folder to build again"
         )
-    changed = [name for name, facts in manifest["shards"].items() if not _is_unchanged(out / name, facts)]
+    shards = {**manifest["shards"], **manifest["heldout"]}
+    changed = [name for name, facts in shards.items() if not _is_unchanged(out / name, facts)]
     if changed:
         raise UserError(
-            f"{out}: it holds a finished build, but {len(changed)} of its {len(manifest['shards'])} shards are gone "
+            f"{out}: it holds a finished build, but {len(changed)} of its {len(shards)} shards are gone "
             f"or changed, the first {changed[0]}; name a new folder, or remove this one to build again"
         )
     return manifest
@@ -136,9 +135,13 @@ def give_up(out: Path) -> None:
 
 def text_limit_of(shard: str) -> int:
     """Say how many bytes of text a document of a shard may have; a build records a limit other than the usual one."""
-    manifest = (None if is_remote(shard) else read_object(Path(shard).parent / MANIFEST)) or {}
-    shards, longest = manifest.get("shards"), manifest.get("longest_text_bytes")
-    if isinstance(shards, dict) and Path(shard).name in shards and isinstance(longest, int):
+    folder, name = Path(shard).parent, Path(shard).name
+    if folder.name == HELD_OUT:
+        folder, name = folder.parent, f"{HELD_OUT}/{name}"
+    manifest = (None if is_remote(shard) else read_object(folder / MANIFEST)) or {}
+    shards = manifest.get("heldout" if name.startswith(HELD_OUT) else "shards")
+    longest = manifest.get("longest_text_bytes")
+    if isinstance(shards, dict) and name in shards and isinstance(longest, int):
         return max(MAX_TEXT_BYTES, longest)
     return MAX_TEXT_BYTES
 

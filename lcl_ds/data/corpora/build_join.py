@@ -4,16 +4,19 @@ Every step may be killed and repeated: a shard is either still in its unit's fol
 """
 
 import json
+import shutil
 from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lcl_ds.data.corpora.build_folder import MANIFEST, SHARD_LIST, as_json
-from lcl_ds.data.corpora.build_unit import Job, hashes_of
-from lcl_ds.data.corpora.samples import shard_writer
-from lcl_ds.data.corpora.tars import read_tar
+from lcl_ds.data.corpora.build_folder import HELD_OUT, MANIFEST, SHARD_LIST, as_json
+from lcl_ds.data.corpora.build_unit import HELD_OUT_TAR, Job, hashes_of
+from lcl_ds.data.corpora.samples import is_held_out, shard_writer
+from lcl_ds.data.corpora.tars import Members, read_tar
 from lcl_ds.data.documents import BadSampleError
 from lcl_ds.data.shards.shard import index_shard
 from lcl_ds.data.shards.storage import INDEX_SUFFIX
@@ -30,11 +33,18 @@ def join_units(
         UserError: the input files changed meanwhile, or a finished shard was damaged.
     """
     hashes = np.concatenate([hashes_of(job) for job in jobs])
-    keep = first_of_each(hashes) if settings["deduplicate"] else np.ones(len(hashes), dtype=bool)
-    ends = np.cumsum([unit["samples"] for unit in units])
+    keep = first_of_each(hashes[:, :2]) if settings["deduplicate"] else np.ones(len(hashes), dtype=bool)
+    is_out = is_held_out(hashes, settings["holdout"])
+    if is_out[keep].all():
+        for job in jobs:
+            shutil.rmtree(job.folder)  # so that the next try may be with another fraction
+        raise UserError(f"{out}: --holdout {settings['holdout']} leaves no document to train on; hold out fewer")
+    ends = np.cumsum([unit["samples"] for unit in units])[:-1]
+    by_job = [*zip(jobs, np.split(keep, ends), np.split(is_out, ends), strict=True)]
     shards: dict[str, Any] = {}
-    for job, kept in zip(jobs, np.split(keep, ends[:-1]), strict=True):
-        shards.update(_place_shards(job, kept, out))
+    for job, kept, is_out_here in by_job:
+        shards.update(_place_shards(job, kept[~is_out_here], out))
+    held_out = _write_held_out([(job, kept[is_out_here]) for job, kept, is_out_here in by_job], out)
     manifest = {
         "settings": as_json(settings),
         "samples": int(keep.sum()),
@@ -44,6 +54,7 @@ def join_units(
         "image_problems": [printable(problem) for problem in image_problems],
         "sources": units,
         "shards": shards,
+        "heldout": held_out,
     }
     for path in out.glob("[0-9]*-[0-9]*.tar*"):
         if path.name.removesuffix(INDEX_SUFFIX) not in shards:
@@ -74,17 +85,57 @@ def _place_shards(job: Job, kept: np.ndarray, out: Path) -> dict[str, Any]:
             continue
         name = job.shard_name(number)
         put_in_place(job.folder / name, out / name, kept_here)
-        shard = index_shard(out / name)
-        if shard.sample_count != kept_here.sum():
-            raise UserError(
-                f"{out}: its input files changed while its shards were put in place; remove it and build again"
-            )
-        shards[name] = {
-            "samples": shard.sample_count,
-            "bytes": (out / name).stat().st_size,
-            "layout": shard.fingerprint(),
-        }
+        shards[name] = _facts_of(out / name, int(kept_here.sum()))
     return shards
+
+
+def _facts_of(path: Path, samples: int) -> dict[str, Any]:
+    """Say what the manifest keeps of a shard. Raises: UserError when it does not hold as many samples."""
+    shard = index_shard(path)
+    if shard.sample_count != samples:
+        raise UserError(
+            f"{path.parent}: its input files changed while its shards were put in place; remove it and build again"
+        )
+    return {"samples": samples, "bytes": path.stat().st_size, "layout": shard.fingerprint()}
+
+
+def _write_held_out(kept_of_jobs: list[tuple[Job, np.ndarray]], out: Path) -> dict[str, Any]:
+    """Write the held-out documents of all input files into shards of their own, and return what the manifest says.
+
+    Args:
+        kept_of_jobs: with each job bool, for each of its held-out samples whether it stays.
+    """
+    folder = out / HELD_OUT
+    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted try
+    count = sum(int(kept.sum()) for _, kept in kept_of_jobs)
+    if not count:
+        return {}
+    folder.mkdir()
+    size = kept_of_jobs[0][0].shard_samples
+    samples = _held_out_samples(kept_of_jobs)
+    facts = {}
+    for number, start in enumerate(range(0, count, size)):
+        path = folder / f"{number:06d}.tar"
+        with writing(path) as file, shard_writer(file) as writer:
+            for key, members in islice(samples, size):
+                writer.write({"__key__": key, **members})
+        facts[f"{HELD_OUT}/{path.name}"] = _facts_of(path, min(size, count - start))
+    return facts
+
+
+def _held_out_samples(kept_of_jobs: list[tuple[Job, np.ndarray]]) -> Iterator[tuple[str, Members]]:
+    for job, kept in kept_of_jobs:
+        if kept.any():
+            yield from _kept_samples(job.folder / HELD_OUT_TAR, kept)
+
+
+def _kept_samples(tar: Path, kept: np.ndarray) -> Iterator[tuple[str, Members]]:
+    """Yield the samples of a unit's tar that stay. Raises: UserError when it was damaged."""
+    for is_kept, (key, members) in zip(kept, read_tar(tar), strict=True):
+        if isinstance(members, BadSampleError):
+            raise UserError(f"{tar}: it was damaged since it was written; remove it and build again")
+        if is_kept:
+            yield key, members
 
 
 def put_in_place(staged: Path, final: Path, kept: np.ndarray) -> None:
@@ -95,11 +146,8 @@ def put_in_place(staged: Path, final: Path, kept: np.ndarray) -> None:
         staged.replace(final)
         return
     with writing(final) as file, shard_writer(file) as writer:
-        for is_kept, (key, members) in zip(kept, read_tar(staged), strict=True):
-            if isinstance(members, BadSampleError):
-                raise UserError(f"{staged}: it was damaged since it was written; remove it and build again")
-            if is_kept:
-                writer.write({"__key__": key, **members})
+        for key, members in _kept_samples(staged, kept):
+            writer.write({"__key__": key, **members})
     staged.unlink()
 
 

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,31 +21,32 @@ from webdataset import TarWriter
 
 from lcl_ds.data.corpora import READERS
 from lcl_ds.data.corpora.build_folder import WORKERS, read_object
+from lcl_ds.data.corpora.inputs import Input
 from lcl_ds.data.corpora.record import RawDocument, ReadOptions
-from lcl_ds.data.corpora.samples import checked_members, content_hash, shard_writer
+from lcl_ds.data.corpora.samples import HASH_COLUMNS, checked_members, hash_document, is_held_out, shard_writer
 from lcl_ds.data.documents import BadSampleError, text_bytes
 from lcl_ds.data.shards.tar_members import COMPRESSED
 from lcl_ds.errors import UserError
 from lcl_ds.files import naming, one_of_many, printable, write_whole
 
 UNIT, HASHES = "unit.json", "hashes"
-REPORT_EVERY = 64
-"""Documents between two reports of a worker."""
+HELD_OUT_TAR = "heldout.tar"
 EXAMPLES = 3
 """Keys of records that are kept for each reason why something was left out."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One input file, and how it is to be read."""
+    """One input file, or a part of a folder, and how it is to be read."""
 
     number: int
-    file: Path
+    input: Input
     identity: list[int]
-    """See :func:`lcl_ds.data.corpora.build_folder.identity`; of the time before it is read."""
+    """See :meth:`lcl_ds.data.corpora.inputs.Input.identity`; of the time before it is read."""
     format: str
     options: ReadOptions
     shard_samples: int
+    holdout: float
     work: Path
 
     @property
@@ -66,15 +67,15 @@ def finished_unit(job: Job) -> dict[str, Any] | None:
         unit is None
         or unit["identity"] != job.identity
         or not hashes.is_file()
-        or hashes.stat().st_size != 16 * unit["samples"]
+        or hashes.stat().st_size != 8 * HASH_COLUMNS * unit["samples"]
     ):
         return None
     return unit
 
 
 def hashes_of(job: Job) -> np.ndarray:
-    """Read the hashes of all N documents of a finished unit: uint64 [N, 2]."""
-    return np.frombuffer((job.folder / HASHES).read_bytes(), dtype="<u8").reshape(-1, 2)
+    """Read the hashes of all N documents of a finished unit: uint64 [N, 3]; see :func:`hash_document`."""
+    return np.frombuffer((job.folder / HASHES).read_bytes(), dtype="<u8").reshape(-1, HASH_COLUMNS)
 
 
 _counter: Any = None
@@ -127,8 +128,8 @@ def build_unit(job: Job) -> None:
         tally = _Tally()
         problem = None
         try:
-            with _ShardFiles(partial, job) as files:
-                _write_documents(job, files, tally)
+            with _ShardFiles(partial, job) as files, _ShardFiles(partial, job, HELD_OUT_TAR) as held_out:
+                _write_documents(job, files, held_out, tally)
         except UserError as error:
             problem = printable(str(error))
         write_whole(partial / HASHES, b"".join(tally.hashes))
@@ -150,9 +151,9 @@ class _Tally:
     examples: dict[str, list[str]] = field(default_factory=dict)
     longest_text_bytes: int = 0
 
-    def add(self, document: RawDocument) -> None:
-        """Count a document that was written."""
-        self.hashes.append(content_hash(document))
+    def add(self, document: RawDocument, digest: bytes) -> None:
+        """Count a document that was written, with its hash."""
+        self.hashes.append(digest)
         self.counts["pairs" if document.is_pair else "documents"] += 1
         self.counts["images"] += sum(image is not None for image in document.images)
         length = text_bytes(text for text in document.texts if text is not None)
@@ -171,7 +172,7 @@ class _Tally:
     def as_dict(self, job: Job, problem: str | None) -> dict[str, Any]:
         """Convert to JSON; ``incomplete`` counts the records of which something or everything was left out."""
         return {
-            "source": printable(job.file.name),
+            "source": printable(job.input.path.name),
             "identity": job.identity,
             "samples": len(self.hashes),
             **{name: self.counts[name] for name in ("records", "incomplete", "documents", "pairs", "images")},
@@ -182,26 +183,29 @@ class _Tally:
         }
 
 
-def _write_documents(job: Job, files: "_ShardFiles", tally: _Tally) -> None:
+def _write_documents(job: Job, files: "_ShardFiles", held_out: "_ShardFiles", tally: _Tally) -> None:
     """Write every document that can be used. Raises: UserError when the input file cannot be read or holds nothing."""
-    _refuse_compressed(job.file)
-    for document in READERS[job.format](job.file, job.options):
+    path = job.input.path
+    if not job.input.names:
+        _refuse_compressed(path)
+    for document in READERS[job.format](path, replace(job.options, names=job.input.names)):
         reasons = list(document.skips)
         if document.texts:
             key = f"{job.number:06d}-{len(tally.hashes):08d}"
+            digest = hash_document(document)
+            out = held_out if is_held_out(np.frombuffer(digest, "<u8"), job.holdout) else files
             try:
-                files.write(key, checked_members(document, key, job.options.max_text_bytes))
+                out.write(key, checked_members(document, key, job.options.max_text_bytes))
             except BadSampleError as problem:
                 reasons.append(problem.reason)
             else:
-                tally.add(document)
+                tally.add(document, digest)
+                with _counter.get_lock():
+                    _counter.value += 1
         tally.leave_out(document.key, reasons)
         tally.counts["records"] += 1
-        if tally.counts["records"] % REPORT_EVERY == 0:
-            with _counter.get_lock():
-                _counter.value += REPORT_EVERY
     if not tally.counts["records"]:
-        raise UserError(f"{job.file}: it holds no records")
+        raise UserError(f"{path}: it holds no records")
 
 
 def _refuse_compressed(input_file: Path) -> None:
@@ -216,10 +220,14 @@ def _refuse_compressed(input_file: Path) -> None:
 
 
 class _ShardFiles:
-    """Writes samples to one tar after another."""
+    """Writes samples to one tar after another.
 
-    def __init__(self, folder: Path, job: Job):
-        self.folder, self.job = folder, job
+    Args:
+        name: of a single tar that takes them all; None: shards of as many samples as the job says.
+    """
+
+    def __init__(self, folder: Path, job: Job, name: str | None = None):
+        self.folder, self.job, self.name = folder, job, name
         self.written = 0
         self.path = folder
         self.file: IO[bytes] | None = None
@@ -247,9 +255,9 @@ class _ShardFiles:
     def write(self, key: str, members: dict[str, bytes]) -> None:
         """Write one sample. Raises: OSError, with a path."""
         shard, sample = divmod(self.written, self.job.shard_samples)
-        if sample == 0:
+        if self.file is None or (sample == 0 and self.name is None):
             self._finish()
-            self.path = self.folder / self.job.shard_name(shard)
+            self.path = self.folder / (self.name or self.job.shard_name(shard))
             self.file = self.path.open("wb")
             self.writer = shard_writer(self.file)
         assert self.writer is not None

@@ -22,6 +22,8 @@ NOT_THERE = "an image that is not there"
 AMBIGUOUS = "an image whose name fits several files"
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 """What the system says of a name that no file has."""
+STATS = "_stats.json"
+"""Ends the names of img2dataset's reports, one for each of its shards."""
 UNREADABLE = (errno.EACCES, errno.EPERM, errno.EIO)
 """What the system says of a single file that cannot be read; other errors are of the whole machine."""
 
@@ -41,8 +43,8 @@ Location = tuple[int, int, int]
 class LocalImages:
     """Folders of image files, and tars of images by their index.
 
-    Files are found by their name, or by their URL where they are named by its SHA-256, with or without a suffix. In
-    tars, as img2dataset writes them, the ``url`` of the ``.json`` beside an image counts too.
+    Files are found by their name, or by their URL where they are named by its SHA-256, with or without a suffix. Of
+    what img2dataset fetched, as tars or as files, the ``url`` of the ``.json`` beside an image counts too.
 
     Names are compared whole. Where several hold a file of that name, loose files come before tars, and each in the
     order in which they were named; within a tar the last one counts, as it would after unpacking. Since a tar may have
@@ -178,17 +180,19 @@ def open_images(paths: Sequence[Path], work: Path, skip_unreadable: bool = False
     """
     folders: list[Path] = []
     tars: dict[Path, None] = {}  # an ordered set
+    fetched: list[Path] = []
     for path in paths:
         if path.is_dir():
             folders.append(path)
+            fetched += _fetched_folders(path)
             tars.update(dict.fromkeys(tar.resolve() for tar in sorted(path.glob("*.tar")) if tar.is_file()))
         elif path.is_file():
             tars[path.resolve()] = None
         else:
             raise UserError(f"--images {path}: no such file or folder")
-    if not tars:
+    if not tars and not fetched:
         return LocalImages(tuple(folders)), []
-    index = index_images(list(tars), work)
+    index = index_images(list(tars), work, fetched)
     images = LocalImages(tuple(folders), index)
     problems = [problem for (problem,) in images._rows("SELECT problem FROM tars WHERE problem != ''")]
     if problems and not skip_unreadable:
@@ -197,13 +201,24 @@ def open_images(paths: Sequence[Path], work: Path, skip_unreadable: bool = False
     return images, problems
 
 
-def index_images(tars: Sequence[Path], work: Path) -> Path:
-    """Write an SQLite file that leads from names and URL digests of images in tars to where they lie.
+def _fetched_folders(folder: Path) -> list[Path]:
+    """Find the folders into which img2dataset wrote images as files: ``00000`` beside ``00000_stats.json``."""
+    shards = (path.with_name(path.name.removesuffix(STATS)) for path in sorted(folder.glob(f"*{STATS}")))
+    return [shard.resolve() for shard in shards if shard.is_dir()]
+
+
+def index_images(tars: Sequence[Path], work: Path, fetched: Sequence[Path] = ()) -> Path:
+    """Write an SQLite file that leads from names and URL digests of images to where they lie.
+
+    Args:
+        tars: of images.
+        fetched: folders of images with a ``.json`` beside each that tells its URL.
 
     Raises:
         UserError: it cannot be written.
     """
-    listing = repr([(os.fsencode(tar), tar.stat().st_size, tar.stat().st_mtime_ns) for tar in tars])
+    places = [*tars, *fetched]
+    listing = repr([(os.fsencode(place), place.stat().st_size, place.stat().st_mtime_ns) for place in places])
     path = work / f"images-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.sqlite"
     if path.exists():
         return path
@@ -216,6 +231,8 @@ def index_images(tars: Sequence[Path], work: Path) -> Path:
             for number, tar in enumerate(tars):
                 database.execute("INSERT INTO tars VALUES (?, ?, '')", (number, os.fsencode(tar)))
                 _index_tar(database, number, tar)
+            for folder in fetched:
+                _index_fetched(database, folder)
             database.execute(
                 "INSERT INTO flat SELECT NOT EXISTS (SELECT 1 FROM names WHERE instr(key, x'2f') < length(key))"
             )
@@ -257,6 +274,19 @@ def _index_tar(database: sqlite3.Connection, number: int, tar: Path) -> None:
     database.executemany(
         "INSERT OR IGNORE INTO urls VALUES (?, ?, ?, ?)", ((digest, *member) for digest, member in urls.items())
     )
+
+
+def _index_fetched(database: sqlite3.Connection, folder: Path) -> None:
+    """Index the URLs of images that lie in a folder; each is entered as a tar that holds nothing else."""
+    ((number,),) = database.execute("SELECT coalesce(max(number), -1) FROM tars")
+    for about in sorted(folder.glob("*.json")):
+        url = _url_in(about.read_bytes())
+        image = next((path for suffix in IMAGE_SUFFIXES if (path := about.with_suffix(f".{suffix}")).is_file()), None)
+        if url is not None and image is not None:
+            number += 1
+            database.execute("INSERT INTO tars VALUES (?, ?, '')", (number, os.fsencode(image)))
+            place = url_digest(url).encode(), number, 0, image.stat().st_size
+            database.execute("INSERT OR IGNORE INTO urls VALUES (?, ?, ?, ?)", place)
 
 
 def _members_in(tar: Path) -> Iterator[tuple[str, str, tarfile.TarInfo, str | None]]:
@@ -312,7 +342,22 @@ def _read_inside(folder: Path, steps: tuple[bytes, ...]) -> bytes | None:
     with _one_files_errors():
         try:
             path = os.path.realpath(root + b"/".join(steps), strict=True)
-            if not path.startswith(root) or not os.path.isfile(path):
+        except OSError as error:
+            if error.errno in ABSENT:
+                return None
+            raise
+    return read_plain_file(path) if path.startswith(root) else None
+
+
+def read_plain_file(path: Path | bytes) -> bytes | None:
+    """Read a regular file, through links; None when there is none.
+
+    Raises:
+        BadSampleError: it cannot be read.
+    """
+    with _one_files_errors():
+        try:
+            if not os.path.isfile(path):
                 return None
             with open(path, "rb") as file:
                 data = file.read(MAX_MEMBER_BYTES + 1)
@@ -320,6 +365,8 @@ def _read_inside(folder: Path, steps: tuple[bytes, ...]) -> bytes | None:
             if error.errno in ABSENT:
                 return None
             raise
+        except ValueError:  # a zero byte in the name
+            return None
     if len(data) > MAX_MEMBER_BYTES:
         raise BadSampleError("an image file that is too large")
     return data

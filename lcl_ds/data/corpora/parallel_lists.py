@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lcl_ds.data.corpora.parquet import Row, parquet_rows, value_of
 from lcl_ds.data.corpora.record import (
     Draft,
     RawDocument,
@@ -17,20 +18,13 @@ from lcl_ds.data.corpora.record import (
     list_of,
     parse_object,
     read_each,
-    reading,
     string_or_none,
 )
 from lcl_ds.data.documents import BadSampleError
-from lcl_ds.errors import UserError
 
 CONTENT = ("texts", "images")
 FACTS = {"url": (), "metadata": ("img_url_sha",), "general_metadata": ("url",)}
 """Further columns, and what is read of those that are structs: the rest may hold values that no Python object has."""
-ROWS = 64
-"""Read at a time."""
-
-Row = Any
-"""A record batch of one row: pyarrow is not installed everywhere."""
 
 
 def read_parallel_lists(path: Path, options: ReadOptions) -> Iterator[RawDocument]:
@@ -39,23 +33,7 @@ def read_parallel_lists(path: Path, options: ReadOptions) -> Iterator[RawDocumen
     Raises:
         UserError: pyarrow is not installed, or the file cannot be read.
     """
-    return read_each(_rows(path), partial(_read_row, options=options))
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Row]]:
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f"{path}: reading parquet needs pyarrow: pip install 'lcl_ds[parquet]'") from None
-    number = 0
-    # Given a path, pyarrow would take some of them for URLs and could not take those that are not UTF-8.
-    with reading(path, "parquet"), path.open("rb") as opened, parquet.ParquetFile(opened) as file:
-        columns = [column.path for column in file.schema if _is_wanted(column.path)]
-        for group in range(file.num_row_groups):  # across groups pyarrow cannot read lists of every type
-            for batch in file.iter_batches(batch_size=ROWS, row_groups=[group], columns=columns):
-                for row in range(batch.num_rows):
-                    yield f"{path.name}:{number}", batch.slice(row, 1)
-                    number += 1
+    return read_each(parquet_rows(path, _is_wanted), partial(_read_row, options=options))
 
 
 def _is_wanted(column: str) -> bool:
@@ -65,7 +43,7 @@ def _is_wanted(column: str) -> bool:
 
 
 def _read_row(key: str, row: Row, options: ReadOptions) -> RawDocument:
-    record = {name: _value(row, name) for name in CONTENT}
+    record = {name: value_of(row, name) for name in CONTENT}
     texts, images = list_of(record, "texts"), list_of(record, "images")
     if len(texts) != len(images):
         raise BadSampleError("lists 'texts' and 'images' of different length")
@@ -80,14 +58,10 @@ def _read_row(key: str, row: Row, options: ReadOptions) -> RawDocument:
     return draft.finish()
 
 
-def _value(row: Row, name: str) -> Any:
-    return row.column(name)[0].as_py() if name in row.schema.names else None
-
-
 def _value_or_none(row: Row, name: str) -> Any:
     """Read a value that the document can do without; structs may be written as JSON."""
     try:
-        value = _value(row, name)
+        value = value_of(row, name)
         return parse_object(value) if name != "url" and isinstance(value, str) else value
     except Exception:  # of no kind that Python has, or no JSON: it costs no text and no image
         return None

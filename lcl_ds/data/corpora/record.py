@@ -2,15 +2,17 @@
 
 import json
 import logging
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from lcl_ds.data.corpora.local_images import LocalImages
-from lcl_ds.data.documents import MAX_TEXT_BYTES, TOO_MUCH_TEXT, BadSampleError, text_bytes
+from lcl_ds.data.documents import MAX_TEXT_BYTES, PAIR_FACTS, TOO_MUCH_TEXT, BadSampleError, text_bytes
 from lcl_ds.data.images import MAX_PIXELS, check_image
 from lcl_ds.errors import UserError
 from lcl_ds.files import printable
@@ -18,6 +20,8 @@ from lcl_ds.files import printable
 logger = logging.getLogger(__name__)
 
 Record = TypeVar("Record")
+Labels = dict[str, str | int | float | bool]
+"""Of one image, by name; evaluation predicts them and training never reads them."""
 
 IMAGE_MEMBERS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 """Format to the suffix of a shard's member."""
@@ -45,6 +49,14 @@ class ReadOptions:
     max_text_bytes: int = MAX_TEXT_BYTES
     """A document with more text is left out."""
     max_image_pixels: int = MAX_PIXELS
+    names: tuple[str, ...] = ()
+    """Files of the folder that is read, where the input is one; see :mod:`lcl_ds.data.corpora.inputs`."""
+    image_columns: tuple[str, ...] = ()
+    """Tables: columns of images; empty: the first one with a usual name."""
+    text_columns: tuple[str, ...] = ()
+    """Tables: columns of texts; empty: the first one with a usual name."""
+    caption: str | None = None
+    """Of images that have no text: their caption, with labels in braces; empty: they have labels alone."""
     seed: int = 0
     """MMC4: of the draw among several images of a sentence."""
 
@@ -65,6 +77,8 @@ class RawDocument:
     """Per image, the position in ``texts`` of the sentence it belongs to, where the corpus says so."""
     matched_sim: tuple[float | None, ...] = ()
     """Per image, CLIP similarity with that sentence, where the corpus has it."""
+    labels: tuple[Labels | None, ...] = ()
+    """Per image, what is known of it and is no text to train on, where the corpus has it."""
     url: str | None = None
     skips: tuple[str, ...] = ()
     """A reason for every image, text or document that was left out."""
@@ -152,6 +166,7 @@ class Draft:
     images: list[bytes | None] = field(default_factory=list)
     matched_text_index: list[int | None] = field(default_factory=list)
     matched_sim: list[float | None] = field(default_factory=list)
+    labels: list[Labels | None] = field(default_factory=list)
     skips: list[str] = field(default_factory=list)
 
     def add_text(self, text: Any) -> int | None:
@@ -167,31 +182,46 @@ class Draft:
         elif not is_unicode(text):
             self.skips.append("a text that is not valid Unicode")
         elif text.strip():
-            return self._add(text, None, None)
+            return self._add(text, None)
         return None
 
-    def add_image(self, find: Callable[[], bytes], similarity: float | None = None) -> int | None:
+    def add_image(
+        self,
+        find: Callable[[], bytes],
+        similarity: float | None = None,
+        labels: Labels | None = None,
+        decode: bool = False,
+    ) -> int | None:
         """Add an image if it is there and is one.
 
         Args:
             find: gives its bytes; raises BadSampleError where it cannot.
+            labels: of the image; see :func:`labels_among`.
+            decode: whether its pixels are read too, which takes longer; else its header alone.
 
         Returns:
             Its position, None when it was left out.
         """
         try:
             data = find()
-            check_image(data, self.options.max_image_pixels, decode=False)
+            check_image(data, self.options.max_image_pixels, decode)
         except BadSampleError as problem:
             self.skips.append(problem.reason)
             return None
-        return self._add(None, data, similarity)
+        return self._add(None, data, similarity, labels)
 
-    def _add(self, text: str | None, image: bytes | None, similarity: float | None) -> int:
+    def _add(
+        self,
+        text: str | None,
+        image: bytes | None,
+        similarity: float | None = None,
+        labels: Labels | None = None,
+    ) -> int:
         self.texts.append(text)
         self.images.append(image)
         self.matched_text_index.append(None)
         self.matched_sim.append(similarity)
+        self.labels.append(labels or None)
         return len(self.texts) - 1
 
     def finish(self, max_images: int | None = None) -> RawDocument:
@@ -212,9 +242,21 @@ class Draft:
             tuple(self.images),
             tuple(self.matched_text_index),
             tuple(self.matched_sim),
+            tuple(self.labels),
             self.url,
             tuple(self.skips),
         )
+
+    def finish_pair(self) -> RawDocument:
+        """Return the caption pair, or a record of why there is none."""
+        if len(self.texts) == 2:
+            pair = self.finish()
+            return replace(pair, is_pair=bool(pair.texts))
+        if any(text is not None for text in self.texts):
+            reason = "a caption without an image"
+        else:
+            reason = "an image without a caption" if self.texts else "neither an image nor a caption"
+        return RawDocument(self.key, skips=tuple(self.skips) or (reason,), url=self.url)
 
     def _keep_images(self, limit: int) -> None:
         """Drop the images beyond the limit; what points to a later position moves along."""
@@ -227,6 +269,7 @@ class Draft:
         self.texts = [self.texts[i] for i in kept]
         self.images = [self.images[i] for i in kept]
         self.matched_sim = [self.matched_sim[i] for i in kept]
+        self.labels = [self.labels[i] for i in kept]
         matches = [self.matched_text_index[i] for i in kept]
         self.matched_text_index = [None if match is None else moved[match] for match in matches]
 
@@ -296,6 +339,35 @@ def list_of(record: dict[str, Any], key: str) -> list[Any]:
     if not isinstance(value, list):
         raise BadSampleError(f"a record without the list {key!r}")
     return value
+
+
+def labels_among(values: dict[str, Any]) -> Labels:
+    """Choose what can be labels: strings, numbers and truth values, but for what img2dataset itself notes."""
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(name, str) and name not in PAIR_FACTS and is_unicode(name) and _is_label(value)
+    }
+
+
+def caption_of(template: str, labels: Labels) -> str:
+    """Fill the labels that a caption names in braces into it; underscores become spaces.
+
+    Raises:
+        BadSampleError: the image has no such label.
+    """
+    caption = template
+    for name in re.findall(r"\{([^{}]+)\}", template):
+        if name not in labels:
+            raise BadSampleError("an image without a label that its caption needs")
+        caption = caption.replace(f"{{{name}}}", str(labels[name]).replace("_", " "))
+    return caption
+
+
+def _is_label(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip()) and is_unicode(value)
+    return isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value))
 
 
 def string_or_none(value: Any) -> str | None:

@@ -1,18 +1,21 @@
 """Turn documents of any format into samples of our shards, and write them with webdataset's own writer.
 
 A caption pair becomes what img2dataset writes, every other document a ``.json`` with parallel lists and its images.
-Equal documents give equal bytes, and :func:`content_hash` says whether two documents are equal.
+Equal documents give equal bytes, and :func:`hash_document` says whether two documents are equal.
 """
 
 import hashlib
 import json
 from typing import IO, Any
 
+import numpy as np
 from webdataset import TarWriter
 
 from lcl_ds.data.corpora.record import IMAGE_MEMBERS, RawDocument
 from lcl_ds.data.documents import document_of
 from lcl_ds.data.images import check_image
+
+HASH_COLUMNS = 3
 
 
 def shard_writer(file: IO[bytes]) -> TarWriter:
@@ -47,13 +50,16 @@ def to_members(document: RawDocument, key: str) -> dict[str, bytes]:
     about: dict[str, Any] = {"source_key": document.key, "url": document.url}
     if document.is_pair:
         caption = next(text for text in document.texts if text is not None)
-        record = {**about, "caption": caption, "key": key, "status": "success"}
+        labels = next((of_image for of_image in document.labels if of_image), {})
+        record = {**labels, **about, "caption": caption, "key": key, "status": "success"}
         return {**members, "json": _dump(record), "txt": caption.encode()}
     record = {**about, "texts": document.texts, "images": names}
     if any(match is not None for match in document.matched_text_index):
         record["matched_text_index"] = document.matched_text_index
     if any(similarity is not None for similarity in document.matched_sim):
         record["matched_sim"] = document.matched_sim
+    if any(document.labels):
+        record["labels"] = document.labels
     return {**members, "json": _dump(record)}
 
 
@@ -61,11 +67,28 @@ def _dump(record: dict[str, Any]) -> bytes:
     return json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
 
 
-def content_hash(document: RawDocument) -> bytes:
-    """Hash a document to 16 bytes: equal texts and images in the same order give equal bytes."""
-    digest = hashlib.blake2b(digest_size=16)
+def hash_document(document: RawDocument) -> bytes:
+    """Hash a document to three little-endian numbers of 64 bits.
+
+    The first two depend on its texts and images in their order: equal documents have equal ones. The third depends on
+    its images alone, where it has any, and decides whether it is held out: an image with several captions, one in each
+    document, is either trained on or held out.
+    """
+    content, side = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=8)
+    has_images = any(image is not None for image in document.images)
     for text, image in zip(document.texts, document.images, strict=True):
-        content = image if text is None else text.encode()
-        assert content is not None
-        digest.update((b"i" if text is None else b"t") + len(content).to_bytes(8, "little") + content)
-    return digest.digest()
+        data = image if text is None else text.encode()
+        assert data is not None
+        content.update((b"i" if text is None else b"t") + len(data).to_bytes(8, "little") + data)
+        if not has_images or text is None:
+            side.update(len(data).to_bytes(8, "little") + data)
+    return content.digest() + side.digest()
+
+
+def is_held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
+    """Say which documents are held out, when about this fraction of all is: bool [...].
+
+    Args:
+        hashes: uint64 [..., 3] of :func:`hash_document`.
+    """
+    return hashes[..., 2] < np.float64(fraction) * 2.0**64

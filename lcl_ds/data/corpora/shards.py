@@ -5,7 +5,6 @@ img2dataset's tars hold ``000000000.jpg``, ``.txt`` (the caption) and ``.json`` 
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from lcl_ds.data.corpora.record import (
     Draft,
     RawDocument,
     ReadOptions,
+    labels_among,
     list_of,
     parse_object,
     read_each,
@@ -21,6 +21,9 @@ from lcl_ds.data.corpora.record import (
 )
 from lcl_ds.data.corpora.tars import Members, read_tar
 from lcl_ds.data.documents import IMAGE_SUFFIXES, BadSampleError, number_or_none, whole_number
+
+PARALLEL = ("matched_text_index", "matched_sim", "labels")
+"""Lists that a document may have beside its texts and images."""
 
 
 def read_shard(path: Path, options: ReadOptions) -> Iterator[RawDocument]:
@@ -49,12 +52,9 @@ def _read_pair(key: str, record: dict[str, Any], members: Members, options: Read
     caption = members["txt"].decode("utf-8") if "txt" in members else record.get("caption")
     draft = Draft(key, options, string_or_none(record.get("url")))
     draft.add_text(caption)
-    draft.add_image(partial(_member, members, *IMAGE_SUFFIXES))
-    pair = draft.finish()
-    if len(pair.texts) == 2:
-        return replace(pair, is_pair=True)
-    reason = () if pair.skips else ("a caption pair without text or image",)
-    return RawDocument(key, skips=pair.skips + reason, url=pair.url)
+    if any(suffix in members for suffix in IMAGE_SUFFIXES):
+        draft.add_image(partial(_member, members, *IMAGE_SUFFIXES), labels=labels_among(record))
+    return draft.finish_pair()
 
 
 def _read_document(key: str, record: dict[str, Any], members: Members, options: ReadOptions) -> RawDocument:
@@ -62,13 +62,16 @@ def _read_document(key: str, record: dict[str, Any], members: Members, options: 
     if len(texts) != len(names):
         raise BadSampleError("lists 'texts' and 'images' of different length")
     draft = Draft(key, options, string_or_none(record.get("url")))
-    matched, similarity = (_parallel(record, name, len(texts), draft) for name in ("matched_text_index", "matched_sim"))
+    matched, similarity, labels = (_parallel(record, name, len(texts), draft) for name in PARALLEL)
     positions: dict[int, int | None] = {}
     matches: dict[int, int] = {}
-    for number, (text, name, match, sim) in enumerate(zip(texts, names, matched, similarity, strict=True)):
+    for number, (text, name, match, sim, label) in enumerate(
+        zip(texts, names, matched, similarity, labels, strict=True)
+    ):
         positions[number] = draft.add_text(text)
         if name is not None:
-            position = draft.add_image(partial(_member, members, name), number_or_none(sim))
+            of_image = labels_among(label) if isinstance(label, dict) else None
+            position = draft.add_image(partial(_member, members, name), number_or_none(sim), of_image)
             wanted = whole_number(match)
             if match is not None and (wanted is None or not 0 <= wanted < len(texts)):
                 draft.skips.append("a 'matched_text_index' that is not a position in 'texts'")

@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 from webdataset import TarWriter
 
 from lcl_ds.data.demo.scenes import (
@@ -32,6 +30,7 @@ from lcl_ds.data.demo.scenes import (
     render_scene,
     sample_scene,
 )
+from lcl_ds.data.own_tokenizer import train_tokenizer
 from lcl_ds.errors import UserError
 
 VERSION = 2
@@ -164,7 +163,7 @@ def build_demo(
                 "samples": len(indices),
                 "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             }
-    _train_tokenizer(_training_text(seed, documents, pairs), out_dir / "tokenizer")
+    train_tokenizer(_training_text(seed, documents, pairs), out_dir / "tokenizer", VOCABULARY)
     parameters = {
         "version": VERSION,
         "seed": seed,
@@ -275,14 +274,3 @@ def _training_text(seed: int, documents: int, pairs: int) -> Iterator[str]:
         yield " ".join(text for text in make_document(seed, "train-documents", index)[0] if text)
     for index in range(min(pairs, 1000)):
         yield make_pair(seed, index)[0]
-
-
-def _train_tokenizer(texts: Iterable[str], folder: Path) -> None:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)

@@ -122,6 +122,8 @@ def index_shard(path: str | Path, cache: Path = DEFAULT_CACHE, rescan: bool = Fa
         if scan.tars > 1:
             logger.warning("shard %s: it is %d tars joined end to end, which are all read", path, scan.tars)
         kept = keep_index(scan, path, sidecars)
+    except IsADirectoryError:
+        raise UserError(f"shard {path}: it is a folder; name its shards, as in '{path.rstrip('/')}/*.tar'") from None
     except OSError as error:
         raise UserError(f"shard {path}: cannot be read: {error_text(error)}") from error
     return Shard(path, count, scan.layout, sidecars, None if kept else scan.index, kept)
