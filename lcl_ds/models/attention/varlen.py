@@ -62,7 +62,7 @@ def varlen_attention(
     window = behind, 0 if is_causal else behind
     attended: Any
     if query.device.type == "cpu":
-        attended = _one_by_one(flat, cu_seq_lens_q.diff().tolist(), scaling, window)
+        attended = _one_by_one(flat, cu_seq_lens_q, scaling, window)
     else:
         from torch.nn.attention.varlen import varlen_attn
 
@@ -75,9 +75,10 @@ def varlen_attention(
     return attended.unflatten(0, (rows, length)), None
 
 
-def _one_by_one(flat: list[Tensor], lengths: list[int], scaling: float | None, window: tuple[int, int]) -> Tensor:
+@torch.compiler.disable  # or it would be compiled anew for every number of documents and each of their lengths
+def _one_by_one(flat: list[Tensor], bounds: Tensor, scaling: float | None, window: tuple[int, int]) -> Tensor:
     """Attend [T, heads, D] document by document; a document shorter than the window needs no mask."""
-    documents = []
+    lengths, documents = bounds.diff().tolist(), []
     for query, key, value in zip(*(x.split(lengths) for x in flat), strict=True):
         mask, is_causal = None, window[1] == 0
         if 0 <= window[0] < len(query) - 1:

@@ -8,7 +8,9 @@ from torch._dynamo.utils import counters
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from lcl_ds.errors import UserError
+from lcl_ds.models.attention.masks import attention_arguments
 from lcl_ds.training.compiling import check_compiler, compile_blocks
+from tests.support.small import small_model
 
 
 def result_and_gradients(tower, images):
@@ -59,3 +61,17 @@ def test_a_compiler_must_be_there(monkeypatch, tmp_path):
     mine.chmod(0o700)
     monkeypatch.setenv("CXX", "mine")
     check_compiler()
+
+
+def test_rows_of_other_documents_need_no_further_graph():
+    torch._dynamo.reset()
+    counters.clear()
+    decoder = small_model().decoder
+    compile_blocks(decoder, stage=0, backend="aot_eager")
+    graphs = []
+    for lengths in ([5, 11], [4, 6, 6], [2, 2, 3, 9], [16]):
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        embeddings = torch.randn(1, 16, decoder.config.hidden_size)
+        decoder(inputs_embeds=embeddings, use_cache=False, **attention_arguments(decoder, embeddings, positions))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1:] == [graphs[1]] * 3
