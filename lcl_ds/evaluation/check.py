@@ -25,7 +25,7 @@ def check_held_out(config: Config, tokenizer: TextTokenizer) -> list[str]:
         UserError: a shard cannot be read or nothing in it can be evaluated, or a probe's label is misspelt; names
             shard, key and setting.
     """
-    reader = HeldOutReader(config, tokenizer)
+    reader = HeldOutReader(config, tokenizer, with_sequences=config.evaluation.every is not None)
     problems = _check_shards(reader)
     shortages, misspelt, unusable = _check_labels(reader)
     problems += misspelt

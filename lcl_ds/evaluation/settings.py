@@ -8,6 +8,8 @@ from lcl_ds.settings import Settings
 
 Task = Literal["linear", "attentive", "knn", "retrieval"]
 STANDARD: tuple[Task, ...] = ("linear", "attentive", "retrieval")
+ENDS: dict[Task, tuple[str, ...]] = {"linear": ("", "/mean"), "knn": ("", "/mean"), "attentive": ("",)}
+"""How the names of a probe's figures end: of the pooling head, and of the mean patch token."""
 
 
 class EvaluationSettings(Settings):
@@ -38,3 +40,9 @@ class EvaluationSettings(Settings):
         if len(set(tasks)) != len(tasks):
             raise ValueError("a task is named twice")
         return tasks
+
+    def names(self) -> list[str]:
+        """Name the figures of an evaluation during training, beside the losses of the objective."""
+        probes = [task for task in self.tasks if task != "retrieval"]
+        of_labels = [f"{task}/{label}{end}" for label in self.probe_labels for task in probes for end in ENDS[task]]
+        return of_labels + (["retrieval/recall_at_1", "retrieval/recall_at_10"] if "retrieval" in self.tasks else [])

@@ -4,7 +4,7 @@ import gc
 import logging
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from lcl_ds.training.distributed import (
     sum_over_ranks,
 )
 from lcl_ds.training.engine import refresh_exact_scalars, release_engine
+from lcl_ds.training.evaluating import HeldOutEvaluation
 from lcl_ds.training.first_steps import FirstSteps
 from lcl_ds.training.monitor import Monitor
 from lcl_ds.training.odd_steps import SKIPPED_STEPS, DrawnRows, OddSteps
@@ -101,6 +102,9 @@ class Trainer:
         self._pace = Pace(self.rank_info, self.objective.model.decoder)
         self._peak = peak_flops(self.rank_info.device)
         self._stop = StopAgreement(collective_timeout_s(self.config.train))
+        self._evaluation = HeldOutEvaluation(
+            self.engine, self.config, self.rank_info, self._loss_normalizers, self._stop.reached
+        )
         try:
             with self.saver.finishing():
                 return self._run(monitor)
@@ -118,6 +122,7 @@ class Trainer:
             metrics = self._step()
             if metrics is None:
                 break
+            metrics = self._evaluated(metrics)
             monitor.step(metrics)
             self.rolled_back = self._odd_steps.judge(metrics, self._saved_step)
             if self.rolled_back:
@@ -136,6 +141,17 @@ class Trainer:
             name, step = signal.Signals(self._stop.signal).name, self._saved_step
             logger.info("%s: step %d is saved in %s; run the same command again to continue", name, step, self.run_dir)
         return self._stop.signal
+
+    def _evaluated(self, metrics: StepMetrics) -> StepMetrics:
+        """Add the figures on held-out documents, after the steps that ``evaluation.every`` divides."""
+        started, figures = time.perf_counter(), None
+        if self._evaluation.is_due(metrics.step):
+            figures = self._evaluation.measure(metrics.step)
+            PULSE.begin("training", metrics.step)
+        self.saver.evaluation = figures
+        if figures is None:
+            return metrics
+        return replace(metrics, evaluation=figures, evaluation_s=time.perf_counter() - started)
 
     def _save(self, monitor: Monitor) -> None:
         PULSE.begin("saving", self.progress.step)

@@ -76,6 +76,7 @@ DECISIONS: dict[str, Decision] = {
     "checkpoint.every": "applied",
     "checkpoint.keep": "applied",
     "checkpoint.keep_every": "applied",
+    "checkpoint.keep_best": "applied",
     "checkpoint.asynchronous": "free",
     "checkpoint.ignore_damaged": "free",
     "log.every": "free",
