@@ -40,6 +40,8 @@ from lcl_ds.tokens import TextTokenizer
 
 logger = logging.getLogger(__name__)
 
+WIDTH = 120
+"""Columns where the output is no terminal."""
 EXAMPLES = 5
 """Retrieved documents in the picture."""
 
@@ -109,6 +111,8 @@ def _evaluate(
     write_whole(run_dir / EVALUATION, json.dumps(results, indent=2) + "\n")
     if not code:
         console = Console()
+        if not console.is_terminal:
+            console = Console(width=WIDTH)
         console.print(final_table(results))
         for sentence in caveats(results):
             console.print(sentence, markup=False, highlight=False)

@@ -19,12 +19,21 @@ import yaml
 from lcl_ds.errors import UserError
 from lcl_ds.files import check_output, printable, write_whole
 from lcl_ds.metrics import METRICS, Row, loss_names, read_metrics
-from lcl_ds.report.figures import Runs, column, plot_losses, plot_schedule, plot_throughput
+from lcl_ds.report.figures import (
+    Runs,
+    column,
+    evaluated_rows,
+    plot_evaluation,
+    plot_losses,
+    plot_schedule,
+    plot_throughput,
+)
 
 REPORT, EVALUATION, RETRIEVAL_PICTURE = "report.html", "evaluation.json", "plots/retrieval.png"
 """Files of a run folder."""
 FIGURES = {
     "losses": (plot_losses, "Losses, unweighted. Faint: every step; strong: moving average."),
+    "evaluation": (plot_evaluation, "Held-out documents, evaluated during training."),
     "schedule": (plot_schedule, "Learning rate, gradient norm before clipping, and what else the objective reports."),
     "throughput": (plot_throughput, "Throughput of the whole run, over all ranks."),
 }
@@ -34,8 +43,8 @@ RETRIEVAL_CAPTION = (
 )
 PROBE_KINDS = {
     "trained": "trained",
-    "head": "pooling head",
-    "attentive": "attentive probe",
+    "head": "pooled",
+    "attentive": "attentive",
     "knn": "k-NN",
     "ema": "EMA",
     "untrained": "untrained",
@@ -43,8 +52,8 @@ PROBE_KINDS = {
     "chance": "chance",
 }
 """Columns of the probes, as ``evaluation.json`` and as people name them. ``head`` is the linear probe of the attentive
-pooling head, ``attentive`` the attentive probe, ``knn`` the neighbours by the head; the others are linear probes of the
-mean patch token."""
+pooling head, ``attentive`` the attentive probe of the patch tokens, ``knn`` the neighbours by the head; the others are
+linear probes of the mean patch token."""
 ALWAYS = ("trained", "untrained", "raw_pixels", "chance")
 LAST_STEPS = 20
 """Steps that the final losses are averaged over."""
@@ -125,6 +134,8 @@ def write_report(run_dirs: list[Path], out: Path | None = None) -> Path:
     differences = "" if single else _setting_differences(folders)
     figures = []
     for name, (draw, caption) in FIGURES.items():
+        if name == "evaluation" and not any(evaluated_rows(rows) for rows in runs.values()):
+            continue
         path = first / "plots" / f"{name}.png" if single else page.parent / "plots" / f"{page.stem}_{name}.png"
         draw(runs, path)
         figures.append(_figure(path, caption))

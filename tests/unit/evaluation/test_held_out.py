@@ -303,6 +303,6 @@ def test_the_moving_average_of_the_encoder_is_probed_and_shown_beside_it(tmp_pat
     (scores,) = results["probe"].values()
     assert scores["ema"] == scores["trained"]
     assert [column.header for column in final_table(results).columns][1:5] == [
-        *("trained", "pooling head", "attentive probe", "EMA")
+        *("trained", "pooled", "attentive", "EMA")
     ]
     assert ">EMA</th>" in _final_evaluation(results, 1)
