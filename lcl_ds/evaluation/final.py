@@ -19,7 +19,7 @@ from lcl_ds.evaluation.documents import HeldOut, HeldOutReader
 from lcl_ds.evaluation.encoder import FrozenEncoder, of_network
 from lcl_ds.evaluation.features import patches_of_pixels, vectors_of_pixels
 from lcl_ds.evaluation.held_out import NAME, PATCH_BYTES, PROBES, Labelled, splits_of
-from lcl_ds.evaluation.probe import linear_probe, pixel_features
+from lcl_ds.evaluation.probe import BASELINE_ITERATIONS, ITERATIONS, linear_probe, pixel_features
 from lcl_ds.evaluation.probes import Split
 from lcl_ds.evaluation.results import Figure
 from lcl_ds.evaluation.retrieval import (
@@ -176,6 +176,7 @@ def _probes(
     vectors = vectors_of_pixels(encoder, held_out.pixels)
     if not all(values.isfinite().all() for values in vectors.values()):
         return {}, [], [*notes, "probes are left out: the trained encoder's features are not finite"]
+    vectors.pop("class", None)  # no loss reads it; lcl evaluate does
     trained = Labelled(splits, vectors, lambda: patches_of_pixels(encoder, held_out.pixels, PATCH_BYTES))
     figures = [figure for task in tasks for figure in PROBES[task](trained)]
     probes = {split.label: {"chance": split.chance} for split in splits}
@@ -184,8 +185,9 @@ def _probes(
             probes[figure.label][column] = figure.value
     if "linear" in tasks:
         for name, features in _others(model, config, held_out, vocab_size, average, notes):
+            iterations = BASELINE_ITERATIONS if name == "raw_pixels" else ITERATIONS
             for split in splits:
-                probes[split.label][name] = _accuracy(features, split)
+                probes[split.label][name] = _accuracy(features, split, iterations)
     return probes, figures, notes
 
 
@@ -216,8 +218,8 @@ def _mean_tokens(encoder: FrozenEncoder, held_out: HeldOut) -> Tensor:
     return vectors_of_pixels(encoder, held_out.pixels)["mean"]
 
 
-def _accuracy(features: Tensor, split: Split) -> float:
-    return linear_probe(features, split.classes, split.train, split.test).accuracy
+def _accuracy(features: Tensor, split: Split, iterations: int) -> float:
+    return linear_probe(features, split.classes, split.train, split.test, iterations=iterations).accuracy
 
 
 def _examples(pairs: PairFeatures, tokenizer: TextTokenizer) -> list[RetrievalExample]:
