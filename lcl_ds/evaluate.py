@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 from lcl_ds.cli import program_name, run_command
 from lcl_ds.data.settings import default_of
@@ -245,6 +246,7 @@ def _positive(text: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="[%(levelname)s] %(message)s")
+    transformers_logging.set_verbosity_error()  # what it says of missing weights, we say as an error
     console = Console(stderr=False)
     return run_command(lambda: evaluate(arguments, console if console.is_terminal else Console(width=WIDTH)))
 

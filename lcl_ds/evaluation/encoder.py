@@ -125,7 +125,12 @@ def open_released(folder_or_name: str) -> FrozenEncoder:
             "folder whose weights are those of its config.json"
         )
     family = FAMILIES.get(config.model_type)
-    pixels = read_pixels(Path(folder_or_name), config.model_type, config)
+    try:
+        pixels = read_pixels(Path(folder_or_name), config.model_type, config)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder_or_name}: {config.model_type}: the size of its images is not known ({error})"
+        ) from error
     mean, std, size = pixels["image_mean"], pixels["image_std"], pixels["image_size"]
     config.image_size = size
 
@@ -134,8 +139,10 @@ def open_released(folder_or_name: str) -> FrozenEncoder:
         inputs = normalize_images(images, dtype, mean, std)
         if family is not None:
             patches = released_patch_tokens(model, inputs)
-            class_token = model(pixel_values=inputs).pooler_output if family.has_class_token else None
-            return Encoded(patches, class_token, None)
+            if family.reads_flat_patches or not (family.has_class_token or getattr(model, "use_head", False)):
+                return Encoded(patches, None, None)
+            pooled = model(pixel_values=inputs).pooler_output
+            return Encoded(patches, pooled, None) if family.has_class_token else Encoded(patches, None, pooled)
         return _encoded_of(model(pixel_values=inputs), config)
 
     statistics = json.dumps([config.model_type, list(mean), list(std)])

@@ -25,7 +25,7 @@ from lcl_ds.evaluation.documents import TEST_EVERY, HeldOutReader
 from lcl_ds.evaluation.encoder import KINDS, FrozenEncoder, Kind
 from lcl_ds.evaluation.features import Features, PatchTokens, features_of, patches_of_pictures
 from lcl_ds.evaluation.finetune import FinetuneSettings, finetune
-from lcl_ds.evaluation.pictures import PictureSet
+from lcl_ds.evaluation.pictures import LABEL_COLUMNS, PictureSet
 from lcl_ds.evaluation.probes import ProbeOptions, Split, accuracy, attentive, few, linear, nearest, split_of
 from lcl_ds.evaluation.results import Figure
 from lcl_ds.evaluation.retrieval import (
@@ -145,12 +145,21 @@ class Bench:
             if label not in known:
                 names = ", ".join(known[:20])
                 raise UserError(f"--label {label}: no picture has it{suggest(label, known)}; they have {names}")
-        found = [self._split(label) for label in self.options.labels or known]
+        found = [self._split(label) for label in self.options.labels or self._usual_labels(known)]
         self.notes += [reason for reason in found if isinstance(reason, str)]
         splits = [split for split in found if isinstance(split, Split)]
         if not splits:
             raise UserError([f"--data {self.name}: {reason}" for reason in found])
         return splits
+
+    def _usual_labels(self, known: list[str]) -> list[str]:
+        """Choose labels where none was named. Raises: UserError for caption pairs, which carry columns of any kind."""
+        if not any(picture.captions for picture in self.all.pictures):
+            return known
+        usual = [label for label in known if label in LABEL_COLUMNS]
+        if not usual:
+            raise UserError(f"--label: name what to predict; the captioned pictures have {', '.join(known[:20])}")
+        return usual
 
     def _split(self, label: str) -> Split | str:
         rows = self.features.kept.tolist()
