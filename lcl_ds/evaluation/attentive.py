@@ -25,6 +25,9 @@ class AttentiveSettings:
 class AttentiveHead(nn.Module):
     """One learned query attends to the normalised patch tokens; what it gathers goes through a linear layer.
 
+    It is multi-head attention in another order. With one query, keys and values need not be made of every token: the
+    query is taken to where the tokens are, and values are made of what was gathered.
+
     Args:
         width: of the patch tokens.
         classes: outputs.
@@ -33,17 +36,28 @@ class AttentiveHead(nn.Module):
 
     def __init__(self, width: int, classes: int, heads: int):
         super().__init__()
-        heads = next(number for number in range(min(heads, width), 0, -1) if width % number == 0)
+        self.heads = next(number for number in range(min(heads, width), 0, -1) if width % number == 0)
         self.norm = nn.LayerNorm(width)
-        self.query = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.query = nn.Parameter(torch.randn(width) * 0.02)
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(width, width, bias=False)  # a bias would add the same to every token's score
+        self.v = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
         self.output = nn.Linear(width, classes)
+        for layer in (self.q, self.k, self.v):
+            nn.init.uniform_(layer.weight, -math.sqrt(1.5 / width), math.sqrt(1.5 / width))
+        for bias in (self.q.bias, self.v.bias, self.proj.bias):
+            nn.init.zeros_(bias)
 
     def forward(self, patches: Tensor) -> Tensor:
         """Read patches [B, N, width]; returns logits [B, classes]."""
         tokens = self.norm(patches)
-        pooled, _ = self.attention(self.query.expand(len(tokens), -1, -1), tokens, tokens, need_weights=False)
-        return self.output(pooled[:, 0])
+        keys, values = (layer.weight.unflatten(0, (self.heads, -1)) for layer in (self.k, self.v))  # [H, d, width]
+        query = self.q(self.query).unflatten(0, (self.heads, -1))  # [H, d]
+        asked = torch.einsum("hd,hdw->wh", query, keys) / math.sqrt(query.shape[1])
+        gathered = (tokens @ asked).softmax(1).transpose(1, 2) @ tokens  # [B, H, width]
+        pooled = torch.einsum("bhw,hdw->bhd", gathered, values).flatten(1) + self.v.bias
+        return self.output(self.proj(pooled))
 
 
 def attentive_probe(

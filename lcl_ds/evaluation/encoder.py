@@ -106,6 +106,8 @@ def open_released(folder_or_name: str) -> FrozenEncoder:
     transformers_logging.disable_progress_bar()
     try:
         config: Any = AutoConfig.from_pretrained(folder_or_name)
+        if not any(hasattr(config, key) for key in ("patch_size", "num_channels", "vision_config")):
+            raise UserError(f"{folder_or_name}: {config.model_type} is no vision encoder; name another model")
         model, loading = AutoModel.from_pretrained(
             folder_or_name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
@@ -116,8 +118,6 @@ def open_released(folder_or_name: str) -> FrozenEncoder:
         ) from error
     if hasattr(config, "vision_config"):
         model, config = model.vision_model, config.vision_config
-    if not hasattr(config, "patch_size") and not hasattr(config, "num_channels"):
-        raise UserError(f"{folder_or_name}: {config.model_type} is no vision encoder; name another model")
     missing = sorted(name for name in loading["missing_keys"] if "pooler" not in name and "text" not in name)
     if missing:
         raise UserError(
