@@ -90,7 +90,7 @@ class StepMetrics:
     )
     evaluation: dict[str, float | None] | None = field(
         default=None,
-        metadata=_of("all ranks", "Figures on held-out documents after the step, by name (`evaluation.every`)."),
+        metadata=_of("first rank", "Figures on held-out documents after the step, by name (`evaluation.every`)."),
     )
     evaluation_s: float | None = field(
         default=None, metadata=_of("first rank", "Seconds that the evaluation took, beyond those of the step.")
