@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import SiglipVisionConfig, SiglipVisionModel, ViTConfig, ViTModel
 
 from lcl_ds.evaluate import main
 from lcl_ds.evaluation.encoder import open_released
 from lcl_ds.evaluation.features import features_of
+from lcl_ds.evaluation.finetune import FinetuneSettings, finetune
 from lcl_ds.evaluation.pictures import decoded, open_pictures
 from tests.support.tars import write_tar
 
@@ -131,13 +133,15 @@ def test_a_released_model_gives_the_states_of_its_own_class(tmp_path):
 
 
 def test_fine_tuning_trains_and_leaves_the_encoder_as_it_was(pictures, model, tmp_path):
-    report = tmp_path / "report.json"
-    arguments = [model, "--task", "finetune", "linear", "--data", pictures / "labels.csv", "--label", "class"]
-    options = ["--features", "mean", "--epochs", 8, "--batch_size", 8, "--learning_rate", 3e-3, "--json", report]
-    assert evaluate(*arguments, *options, cache=tmp_path) == 0
-    finetuned, linear = json.loads(report.read_text())["figures"]
-    assert finetuned["value"] > 0.6
-    assert linear["value"] > 0.9
+    found = open_pictures([str(pictures / "labels.csv")], None, tmp_path)
+    encoder = open_released(str(model))
+    classes = torch.tensor([[*COLOURS].index(picture.labels["class"]) for picture in found.pictures])
+    train, test = torch.arange(36)[torch.arange(36) % 3 > 0], torch.arange(0, 36, 3)
+    before = encoder.identity()
+    settings = FinetuneSettings(epochs=8, batch_size=8, learning_rate=3e-3)
+    hits = finetune(encoder, found.pictures, classes, train, test, settings)
+    assert hits.float().mean() > 0.6
+    assert encoder.identity() == before
 
 
 @pytest.mark.parametrize(
@@ -173,14 +177,19 @@ def test_whatever_is_wrong_is_one_sentence(pictures, model, tmp_path, capsys, ar
     assert sentence.format() in err
 
 
+def rename_weights(path):
+    save_file({f"other.{name}": weight for name, weight in load_file(path).items()}, path, {"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("break_it", "sentence"),
     [
         (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'), "is no vision encoder"),
+        (lambda folder: rename_weights(folder / "model.safetensors"), "weights are missing, as embeddings.cls_token"),
         (lambda folder: (folder / "model.safetensors").unlink(), "nor a vision model that transformers loads"),
         (lambda folder: ViTModel(ViTConfig(**{**SIZES, "image_size": 32})).config.save_pretrained(folder), "nor a"),
     ],
-    ids=["text", "no weights", "other sizes"],
+    ids=["text", "weights of other names", "no weights", "other sizes"],
 )
 def test_a_wrong_model_is_one_sentence(pictures, tmp_path, capsys, break_it, sentence):
     ViTModel(ViTConfig(**SIZES)).save_pretrained(tmp_path / "model")
