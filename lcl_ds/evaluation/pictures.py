@@ -123,6 +123,11 @@ def has_train_side(where: Sequence[str]) -> bool:
     if path.is_dir():
         below = {entry.name.lower() for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
         return "train" in below and below <= {name for names in SPLITS.values() for name in names}
+    if path.suffix.lower() == ".json" and path.is_file():
+        tree = read_json(path)
+        records = tree.get("images") if isinstance(tree, dict) else None
+        sides = {record.get("split") for record in records or [] if isinstance(record, dict)}
+        return {"train", "test"} <= sides
     return False
 
 

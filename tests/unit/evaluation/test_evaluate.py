@@ -13,7 +13,7 @@ from lcl_ds.evaluate import main
 from lcl_ds.evaluation.encoder import open_released
 from lcl_ds.evaluation.features import features_of
 from lcl_ds.evaluation.finetune import FinetuneSettings, finetune
-from lcl_ds.evaluation.pictures import decoded, open_pictures
+from lcl_ds.evaluation.pictures import decoded, has_train_side, open_pictures
 from tests.support.tars import write_tar
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
@@ -100,6 +100,17 @@ def test_captioned_pictures_of_any_kind_are_read(pictures, tmp_path, data, count
     assert (len(found.pictures), sum(len(picture.captions) for picture in found.pictures)) == (count, captions)
     numbers, pixels = next(decoded(found.pictures, 16, 64, found.left_out))
     assert (len(numbers), pixels.shape, dict(found.left_out)) == (count, (count, 3, 16, 16), {})
+
+
+def test_a_file_that_says_so_has_a_side_for_training(pictures, tmp_path):
+    def names(side):
+        found = open_pictures([str(pictures / "flickr.json")], pictures / "folder", tmp_path, side=side)
+        return {picture.name for picture in found.pictures}
+
+    assert has_train_side([str(pictures / "flickr.json")])
+    assert not has_train_side([str(pictures / "coco.json")])
+    assert not has_train_side([str(pictures / "folder")])
+    assert (len(names("train")), len(names("test")), names("train") & names("test")) == (12, 12, set())
 
 
 def test_features_are_kept_until_model_or_picture_changes(pictures, model, tmp_path):
