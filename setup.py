@@ -48,6 +48,7 @@ setup(
         "tokenizers",
     ],
     extras_require={
+        "caption": ["pycocoevalcap"],
         "parquet": ["pyarrow"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],

@@ -12,6 +12,10 @@ COMMANDS = {
     "train": ("lcl_ds.train", "train a vision encoder, or continue a run; by default the embedded demo"),
     "data": ("lcl_ds.data.__main__", "make shards of your images or a corpus, look into them, write a recipe"),
     "convert": ("lcl_ds.convert", "release a trained encoder, or import a published checkpoint"),
+    "evaluate": (
+        "lcl_ds.evaluate",
+        "measure an encoder: probes, neighbours, retrieval, zero-shot, fine-tuning, captions",
+    ),
     "report": ("lcl_ds.report.__main__", "write the page about a run, or compare several runs"),
     "plan": ("lcl_ds.plan.__main__", "say what a run needs before a GPU is rented: memory, time, money"),
     "bench": ("lcl_ds.bench.__main__", "compare losses, training steps and loading with other projects"),

@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from lcl_ds.data.settings import DataSettings
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.settings import EvaluationSettings
 from lcl_ds.files import shipped_folder
 from lcl_ds.models.settings import READ_FOLDERS, ModelSettings
-from lcl_ds.objectives import NAMES, settings_classes
+from lcl_ds.objectives import NAMES, objective_module, settings_classes
 from lcl_ds.objectives.base import ObjectiveSettings
 from lcl_ds.settings import Settings, suggest
 from lcl_ds.training.settings import CheckpointSettings, LogSettings, TrainSettings
@@ -43,6 +43,22 @@ class Config(Settings):
     @classmethod
     def _lcl_unless_named(cls, value: Any) -> Any:
         return {"name": "lcl", **value} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> "Config":
+        best, every = self.checkpoint.keep_best, self.evaluation.every
+        if best is None:
+            return self
+        if self.evaluation.shards is None or every is None or self.checkpoint.every % every:
+            raise ValueError(
+                "checkpoint.keep_best: checkpoints must be evaluated; set evaluation.shards, and evaluation.every to a "
+                f"number that divides checkpoint.every {self.checkpoint.every}"
+            )
+        losses = objective_module(self.objective.name).Objective.losses
+        names = [*losses, *self.evaluation.names()]
+        if best not in names:
+            raise ValueError(f"checkpoint.keep_best: {best!r} is not measured; there are {', '.join(names)}")
+        return self
 
     def seed(self, purpose: Literal["init", "data", "augmentation"]) -> int:
         """Return the seed of one purpose; ``train.seed`` where it has none of its own."""
@@ -146,7 +162,7 @@ def _sentence(error: Any, origin: str, overrides: dict[str, Any]) -> str:
         case "missing":
             return f"{where}: {key}: missing"
         case "value_error":
-            return f"{where}: {key}: {error['ctx']['error']}"
+            return f"{where}: {key}: {error['ctx']['error']}" if key else f"{where}: {error['ctx']['error']}"
         case "union_tag_invalid":
             name = error["ctx"]["tag"]
             return f"{where}: {key}.name: there is no {name!r}{suggest(name, NAMES)}; there are {', '.join(NAMES)}"

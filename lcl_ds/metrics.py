@@ -88,6 +88,13 @@ class StepMetrics:
     median_rank_s: float | None = field(
         default=None, metadata=_of("one rank", "How long the rank in the middle was busy, in seconds.")
     )
+    evaluation: dict[str, float | None] | None = field(
+        default=None,
+        metadata=_of("first rank", "Figures on held-out documents after the step, by name (`evaluation.every`)."),
+    )
+    evaluation_s: float | None = field(
+        default=None, metadata=_of("first rank", "Seconds that the evaluation took, beyond those of the step.")
+    )
 
     def row(self) -> Row:
         """List values by key, in order; what is not known is left out, as what only a GPU has where there is none."""

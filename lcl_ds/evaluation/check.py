@@ -9,6 +9,7 @@ from lcl_ds.data.documents import BadSampleError
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.documents import UNUSABLE_LABELS, HeldOut, HeldOutReader
 from lcl_ds.evaluation.probe import ProbeImages, class_of
+from lcl_ds.evaluation.probes import left_out
 from lcl_ds.evaluation.retrieval import LEAST_PAIRS, too_few_pairs
 from lcl_ds.settings import suggest
 from lcl_ds.tokens import TextTokenizer
@@ -24,11 +25,11 @@ def check_held_out(config: Config, tokenizer: TextTokenizer) -> list[str]:
         UserError: a shard cannot be read or nothing in it can be evaluated, or a probe's label is misspelt; names
             shard, key and setting.
     """
-    reader = HeldOutReader(config, tokenizer)
+    reader = HeldOutReader(config, tokenizer, with_sequences=config.evaluation.every is not None)
     problems = _check_shards(reader)
     shortages, misspelt, unusable = _check_labels(reader)
     problems += misspelt
-    sentences = [f"linear probe {name!r} is left out: {reason}" for name, reason in shortages.items()]
+    sentences = [left_out(name, reason) for name, reason in shortages.items()]
     no_retrieval = _check_pairs(reader)
     if reader.has_pairs and no_retrieval:
         sentences.append(no_retrieval)

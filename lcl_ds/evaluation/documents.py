@@ -55,12 +55,13 @@ class HeldOutReader:
 
     Args:
         config: of the run; ``evaluation.shards`` must be set.
+        with_sequences: make sequences also where the objective has no contrastive pairs, for its other losses.
 
     Raises:
         UserError: a shard is missing or unreadable, or rows cannot hold what the evaluation shows.
     """
 
-    def __init__(self, config: Config, tokenizer: TextTokenizer):
+    def __init__(self, config: Config, tokenizer: TextTokenizer, with_sequences: bool = False):
         assert config.evaluation.shards is not None
         self.config = config
         cache = Path(config.data.cache)
@@ -80,7 +81,8 @@ class HeldOutReader:
         self.rows: LaneSettings | None = None
         """None: the decoder is not needed."""
         self._sequencer: Sequencer | None = None
-        if self.has_pairs:
+        self.vocabulary = tokenizer.vocabulary
+        if self.has_pairs or with_sequences:
             self.rows = self._row_settings()
             self._sequencer = sequencer_of(self.rows, tokenizer)
 
@@ -125,7 +127,7 @@ class HeldOutReader:
         if labels is None:
             held_out.left_out[UNUSABLE_LABELS] += 1
             labels = [{}] * len(document.images)
-        pixels = self._pixels(number, document, held_out.left_out)
+        pixels = self.pixels(number, document, held_out.left_out, range(len(document.images)))
         if not pixels:
             if not document.images and not document.missing_images:
                 held_out.left_out["a document without images"] += 1
@@ -136,18 +138,20 @@ class HeldOutReader:
         held_out.is_test += [is_test] * len(pixels)
         try:
             for piece in self.pieces(number, document):
-                held_out.sequences += self._with_pixels(document.key, piece, pixels)
+                held_out.sequences += self.with_pixels(document.key, piece, pixels)
         except BadSampleError as problem:
             held_out.left_out[reason_of(problem)] += 1
 
-    def _pixels(self, number: int, document: Document, left_out: Counter[str]) -> dict[int, np.ndarray]:
-        """Decode the images of a document, by their numbers; those that cannot be decoded are counted."""
+    def pixels(
+        self, number: int, document: Document, left_out: Counter[str], images: Iterable[int]
+    ) -> dict[int, np.ndarray]:
+        """Decode some images of a document, by their numbers; those that cannot be decoded are counted."""
         pixels = {}
         if document.missing_images:
             left_out["an image that is not there"] += document.missing_images
-        for image, suffix in enumerate(document.images):
+        for image in images:
             try:
-                data = self.source.read(number, suffix)
+                data = self.source.read(number, document.images[image])
                 pixels[image] = decode_image(data, self.image_size, max_pixels=self.config.data.max_image_pixels)
             except (BadSampleError, OSError) as problem:
                 left_out[reason_of(problem)] += 1
@@ -171,7 +175,7 @@ class HeldOutReader:
         """Count the contrastive pairs in them."""
         return sum(len(tokens.readouts["context"]) for tokens in pieces) if self.has_pairs else 0
 
-    def _with_pixels(self, key: str, piece: TokenSequence, pixels: dict[int, np.ndarray]) -> list[PackedSequence]:
+    def with_pixels(self, key: str, piece: TokenSequence, pixels: dict[int, np.ndarray]) -> list[PackedSequence]:
         """Take the images that could not be decoded out of a sequence; nothing where nothing is left of it."""
         lost = [image for image in piece.images if image not in pixels]
         assert self._sequencer is not None  # it made the piece

@@ -1,34 +1,47 @@
-"""Evaluate a run at its end on held-out documents: linear probes and image-to-context retrieval."""
+"""Evaluate a run at its end on held-out documents: probes, and retrieval of contexts by images."""
 
 import json
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from lcl_ds.cli import USER_ERROR, problems_of
 from lcl_ds.config import Config
 from lcl_ds.evaluation.documents import HeldOut, HeldOutReader
-from lcl_ds.evaluation.probe import ProbeImages, class_of, encoder_features, linear_probe, pixel_features
-from lcl_ds.evaluation.retrieval import LEAST_PAIRS, PairFeatures, pair_features, retrieval_scores, too_few_pairs
+from lcl_ds.evaluation.encoder import FrozenEncoder, of_network
+from lcl_ds.evaluation.features import patches_of_pixels, vectors_of_pixels
+from lcl_ds.evaluation.held_out import NAME, PATCH_BYTES, PROBES, Labelled, splits_of
+from lcl_ds.evaluation.probe import BASELINE_ITERATIONS, ITERATIONS, linear_probe, pixel_features
+from lcl_ds.evaluation.probes import Split
+from lcl_ds.evaluation.results import Figure
+from lcl_ds.evaluation.retrieval import (
+    LEAST_PAIRS,
+    PairFeatures,
+    pair_features,
+    retrieval_figures,
+    retrieval_scores,
+    too_few_pairs,
+)
 from lcl_ds.files import write_whole
 from lcl_ds.models.build import build_empty_model
 from lcl_ds.models.initial import fill_weights
 from lcl_ds.models.network import LCLModel
-from lcl_ds.models.vision import VisionEncoder
 from lcl_ds.report.figures import RetrievalExample, plot_retrieval
 from lcl_ds.report.page import EVALUATION, RETRIEVAL_PICTURE, caveats, is_current, probe_kinds, write_report
 from lcl_ds.tokens import TextTokenizer
 
 logger = logging.getLogger(__name__)
 
+WIDTH = 120
+"""Columns where the output is no terminal."""
 EXAMPLES = 5
 """Retrieved documents in the picture."""
 
@@ -84,7 +97,7 @@ def _evaluate(
     try:
         picture.parent.mkdir(exist_ok=True)
         picture.unlink(missing_ok=True)  # of an earlier step
-        average = load_average().vision if load_average else None
+        average = load_average() if load_average else None
         results |= evaluate_model(load_model(), config, picture, average)
     except Exception as error:  # whatever it is, the run keeps its report
         problems = problems_of(error)
@@ -98,6 +111,8 @@ def _evaluate(
     write_whole(run_dir / EVALUATION, json.dumps(results, indent=2) + "\n")
     if not code:
         console = Console()
+        if not console.is_terminal:
+            console = Console(width=WIDTH)
         console.print(final_table(results))
         for sentence in caveats(results):
             console.print(sentence, markup=False, highlight=False)
@@ -105,21 +120,19 @@ def _evaluate(
 
 
 def evaluate_model(
-    model: LCLModel, config: Config, picture: Path | None = None, average: VisionEncoder | None = None
+    model: LCLModel, config: Config, picture: Path | None = None, average: LCLModel | None = None
 ) -> dict[str, Any]:
     """Compute probe and retrieval figures of a trained model.
 
     Args:
-        model: in evaluation mode, on any device.
-        config: of its run; ``evaluation.shards`` must be set.
         picture: where to draw retrieved images, if anywhere.
-        average: the moving average of the model's vision tower, to be probed as well.
+        average: the same with the moving average of its vision tower, to be probed as well.
 
     Returns:
         ``documents`` and ``images`` that were used, ``left_out`` (what was not, by reason), ``notes`` (a sentence about
-        each figure that is missing), ``probe`` per label (accuracy ``trained``, ``untrained``, ``raw_pixels``,
-        ``chance``, with an average also ``ema``) and, where the objective has contrastive pairs, ``retrieval`` (see
-        :func:`lcl_ds.evaluation.retrieval.retrieval_scores`).
+        each figure that is missing), ``figures`` (see :class:`lcl_ds.evaluation.results.Figure`), ``probe`` per label:
+        accuracies of the columns of :data:`lcl_ds.report.page.PROBE_KINDS`, and where the objective has contrastive
+        pairs ``retrieval`` (see :func:`lcl_ds.evaluation.retrieval.retrieval_scores`).
 
     Raises:
         UserError: held-out shards that cannot be read any more.
@@ -127,15 +140,16 @@ def evaluate_model(
     tokenizer = TextTokenizer(config.data.tokenizer)
     reader = HeldOutReader(config, tokenizer)
     held_out = reader.read_all()
-    probes, notes = _probes(model, config, held_out, tokenizer.vocabulary.size, average)
+    probes, figures, notes = _probes(model, config, held_out, tokenizer.vocabulary.size, average)
     results: dict[str, Any] = {
         "documents": held_out.document_count,
         "images": len(held_out.pixels),
         "left_out": dict(held_out.left_out.most_common()),
         "probe": probes,
+        "figures": [figure.row() for figure in figures],
         "notes": notes,
     }
-    if reader.rows is None:
+    if reader.rows is None or "retrieval" not in config.evaluation.tasks:
         return results
     count = reader.pair_count(sequence.tokens for sequence in held_out.sequences)
     if count < LEAST_PAIRS:
@@ -144,55 +158,68 @@ def evaluate_model(
     rows = reader.rows
     pairs = pair_features(model, held_out.sequences, tokenizer.vocabulary, rows.row_tokens, rows.row_images)
     results["retrieval"] = retrieval_scores(pairs.image, pairs.context)
+    results["figures"] += [figure.row() for figure in retrieval_figures(pairs.image, pairs.context, NAME)]
     if picture is not None:
         plot_retrieval(_examples(pairs, tokenizer), picture)
     return results
 
 
 def _probes(
-    model: LCLModel, config: Config, held_out: HeldOut, vocab_size: int, average: VisionEncoder | None
-) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Compute accuracies by label, and a sentence about each label that has none."""
-    classes: dict[str, list[str | None]] = {}
-    notes = []
-    for name in config.evaluation.probe_labels:
-        values = [class_of(labels, name) for labels in held_out.labels]
-        images = ProbeImages()
-        for value, is_test in zip(values, held_out.is_test, strict=True):
-            images.add(value, is_test)
-        if reason := images.shortage():
-            notes.append(f"linear probe {name!r} is left out: {reason}")
-        else:
-            classes[name] = values
-    if not classes:
-        return {}, notes
-    trained = encoder_features(model.vision, held_out.pixels)
-    if not trained.isfinite().all():
-        return {}, [*notes, "linear probes are left out: the trained encoder's features are not finite"]
-    untrained = build_empty_model(config.model, vocab_size, config.data.longest_document).eval()
-    fill_weights(untrained, config.seed("init"), within="vision")
-    features = {
-        "trained": trained,
-        "untrained": encoder_features(untrained.vision.to(next(model.parameters()).device), held_out.pixels),
-        "raw_pixels": pixel_features(held_out.pixels),
-    }
+    model: LCLModel, config: Config, held_out: HeldOut, vocab_size: int, average: LCLModel | None
+) -> tuple[dict[str, dict[str, float]], list[Figure], list[str]]:
+    """Compute accuracies by label and column, figures of the trained model, and a sentence about what is missing."""
+    splits, notes = splits_of(config.evaluation.probe_labels, held_out.labels, held_out.is_test)
+    tasks = [task for task in PROBES if task in config.evaluation.tasks]
+    if not splits or not tasks:
+        return {}, [], notes
+    encoder = of_network(model, "trained")
+    vectors = vectors_of_pixels(encoder, held_out.pixels)
+    if not all(values.isfinite().all() for values in vectors.values()):
+        return {}, [], [*notes, "probes are left out: the trained encoder's features are not finite"]
+    vectors.pop("class", None)  # no loss reads it; lcl evaluate does
+    trained = Labelled(splits, vectors, lambda: patches_of_pixels(encoder, held_out.pixels, PATCH_BYTES))
+    figures = [figure for task in tasks for figure in PROBES[task](trained)]
+    probes = {split.label: {"chance": split.chance} for split in splits}
+    for figure in figures:
+        if (column := _column_of(figure)) and figure.label:
+            probes[figure.label][column] = figure.value
+    if "linear" in tasks:
+        for name, features in _others(model, config, held_out, vocab_size, average, notes):
+            iterations = BASELINE_ITERATIONS if name == "raw_pixels" else ITERATIONS
+            for split in splits:
+                probes[split.label][name] = _accuracy(features, split, iterations)
+    return probes, figures, notes
+
+
+def _column_of(figure: Figure) -> str | None:
+    """Say in which column of the table a figure stands; None: in none, it is only written down."""
+    columns = {("linear", "mean"): "trained", ("linear", "head"): "head", ("attentive", "patches"): "attentive"}
+    return columns.get((figure.task, figure.features or ""), "knn" if figure.features == "head" else None)
+
+
+def _others(
+    model: LCLModel, config: Config, held_out: HeldOut, vocab_size: int, average: LCLModel | None, notes: list[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Give the mean patch tokens of what the trained encoder is compared with, by column."""
     if average is not None:
-        averaged = encoder_features(average, held_out.pixels)
+        averaged = _mean_tokens(of_network(average, "average"), held_out)
         if averaged.isfinite().all():
-            features["ema"] = averaged
+            yield "ema", averaged
         else:
             notes.append("the moving average is left out: its features are not finite")
-    tests = torch.tensor(held_out.is_test)
-    return {name: _probe(features, values, tests) for name, values in classes.items()}, notes
+    untrained = build_empty_model(config.model, vocab_size, config.data.longest_document).eval()
+    fill_weights(untrained, config.seed("init"), within="vision")
+    untrained.vision.to(next(model.parameters()).device)
+    yield "untrained", _mean_tokens(of_network(untrained, "untrained", with_head=False), held_out)
+    yield "raw_pixels", pixel_features(held_out.pixels)
 
 
-def _probe(features: dict[str, torch.Tensor], values: list[str | None], is_test: torch.Tensor) -> dict[str, float]:
-    names = sorted({value for value in values if value is not None})
-    known = torch.tensor([value is not None for value in values])
-    classes = torch.tensor([names.index(value) if value is not None else 0 for value in values])
-    train, test = (known & ~is_test).nonzero().squeeze(1), (known & is_test).nonzero().squeeze(1)
-    scores = {kind: linear_probe(f, classes, train, test) for kind, f in features.items()}
-    return {**scores, "chance": float(torch.bincount(classes[test]).max() / len(test))}
+def _mean_tokens(encoder: FrozenEncoder, held_out: HeldOut) -> Tensor:
+    return vectors_of_pixels(encoder, held_out.pixels)["mean"]
+
+
+def _accuracy(features: Tensor, split: Split, iterations: int) -> float:
+    return linear_probe(features, split.classes, split.train, split.test, iterations=iterations).accuracy
 
 
 def _examples(pairs: PairFeatures, tokenizer: TextTokenizer) -> list[RetrievalExample]:
@@ -222,12 +249,17 @@ def final_table(results: dict[str, Any]) -> Table:
     for column in ("", *kinds.values()):
         table.add_column(column, justify="left" if not column else "right")
     for label, scores in results["probe"].items():
-        cells = [f"{scores[kind]:.1%}" for kind in kinds]
-        table.add_row(Text(f"linear probe: {label}"), *cells)
+        cells = [f"{scores[kind]:.1%}" if kind in scores else "" for kind in kinds]
+        table.add_row(Text(f"probe: {label}"), *cells)
     if retrieval := results.get("retrieval"):
         values = {"trained": f"{retrieval['recall_at_1']:.1%}", "chance": f"{retrieval['chance']:.2%}"}
         table.add_row(
             f"image-to-context R@1 of {retrieval['pairs']}",
+            *(values.get(kind, "") for kind in kinds),
+        )
+        values = {"trained": f"{retrieval['reverse']['recall_at_1']:.1%}", "chance": f"{retrieval['chance']:.2%}"}
+        table.add_row(
+            f"context-to-image R@1 of {retrieval['pairs']}",
             *(values.get(kind, "") for kind in kinds),
         )
     return table

@@ -1,17 +1,22 @@
-"""Measure image-to-context retrieval: does an image find the context that announced it?"""
+"""Measure retrieval: does an image find the context that announced it, or its captions, and they the image?"""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lcl_ds.data.stream.packing import PackedSequence, Row, collate, pack
+from lcl_ds.evaluation.intervals import wilson
+from lcl_ds.evaluation.results import Figure
 from lcl_ds.models.network import LCLModel
 from lcl_ds.tokens import Vocabulary
 
 LEAST_PAIRS = 2
 """Fewer say nothing: any model finds a single image among one."""
+RECALLS = (1, 5, 10)
 QUERIES = 1024
 """Queries that are ranked at a time: all at once would need a table of their number squared."""
 
@@ -73,26 +78,76 @@ def pair_features(
     return PairFeatures(torch.cat(image_features), torch.cat(context_features), np.stack(pixels), context_ids)
 
 
-def retrieval_scores(queries: Tensor, targets: Tensor) -> dict[str, float]:
-    """Rank each query's own target among all targets by inner product.
+def retrieval_scores(queries: Tensor, targets: Tensor) -> dict[str, Any]:
+    """Rank each query's own target among all targets by inner product, and each target's own query.
 
     Args:
         queries, targets: [K, D]; row i of each belongs together.
 
     Returns:
-        ``recall_at_1``, ``recall_at_5``, ``median_rank`` (1 is best), ``chance`` (of recall at 1) and ``pairs``.
+        ``recall_at_1``, ``recall_at_5``, ``recall_at_10``, ``median_rank`` (1 is best), ``chance`` (of recall at 1),
+        ``pairs``, and under ``reverse`` the recalls and the median rank of targets that look for their queries.
     """
-    ranks = []
-    for start in range(0, len(queries), QUERIES):
-        similarity = queries[start : start + QUERIES] @ targets.T
-        own = similarity.diagonal(start)[:, None]
-        # Ties count against the model, and so do values that are not numbers: a constant feature must not look perfect.
-        ranks.append((~(similarity < own)).sum(1))
-    rank = torch.cat(ranks).float()
+    own = torch.arange(len(queries))
     return {
         "pairs": len(queries),
-        "recall_at_1": float((rank <= 1).float().mean()),
-        "recall_at_5": float((rank <= 5).float().mean()),
-        "median_rank": float(rank.median()),
+        **_scores(best_ranks(queries, targets, own, own)),
         "chance": 1 / len(queries),
+        "reverse": _scores(best_ranks(targets, queries, own, own)),
     }
+
+
+def _scores(ranks: Tensor) -> dict[str, float]:
+    recalls = {f"recall_at_{k}": float((ranks <= k).float().mean()) for k in RECALLS}
+    return {**recalls, "median_rank": float(ranks.float().median())}
+
+
+def retrieval_figures(images: Tensor, contexts: Tensor, dataset: str) -> list[Figure]:
+    """Make the figures of images and contexts that belong together row by row, both ways."""
+    own = torch.arange(len(images))
+    return [
+        *recalls("image_to_context", best_ranks(images, contexts, own, own), dataset, len(own)),
+        *recalls("context_to_image", best_ranks(contexts, images, own, own), dataset, len(own)),
+    ]
+
+
+def recalls(way: str, ranks: Tensor, dataset: str, candidates: int) -> Iterator[Figure]:
+    """Make the figures of one way of searching.
+
+    Args:
+        ranks: int64 [Q] of the best right target, 1 is best.
+        candidates: how many targets each query is compared with.
+    """
+    for k in RECALLS:
+        hits = int((ranks <= k).sum())
+        yield Figure(
+            f"retrieval {way}",
+            dataset,
+            f"recall_at_{k}",
+            hits / len(ranks),
+            wilson(hits, len(ranks)),
+            len(ranks),
+            chance=min(1.0, k / candidates),
+            settings={"candidates": candidates},
+        )
+
+
+def best_ranks(queries: Tensor, targets: Tensor, query_owner: Tensor, target_owner: Tensor) -> Tensor:
+    """Find the rank of the best target that belongs to each query's owner, as an image has several captions.
+
+    Args:
+        queries: [Q, D].
+        targets: [T, D].
+        query_owner, target_owner: int64 [Q] and [T]; what has the same number belongs together. Every query's has one.
+
+    Returns:
+        int64 [Q], 1 is best. Ties count against the model, and so do values that are not numbers: a constant feature
+        must not look perfect. Other targets of the same owner that rank before do not count.
+    """
+    ranks = []
+    for rows in torch.arange(len(queries)).split(QUERIES):
+        similarity = queries[rows] @ targets.T
+        own = query_owner[rows, None] == target_owner
+        best = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+        ranks.append(1 + (~(similarity < best) & ~own).sum(1))
+    return torch.cat(ranks)

@@ -114,6 +114,18 @@ class VisionEncoder(nn.Module):
             kept: int64 [M, K], patches to go on with after positions are added; the blocks then run on these alone and
                 [M, K, width] comes out.
         """
+        hidden_states, prefix = self._hidden_states(pixel_values, kept)
+        return self._final_norm(hidden_states[:, prefix:])
+
+    def all_tokens(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Encode images [M, 3, H, W]: patch tokens [M, N, width] as above, and the class token [M, width] where there
+        is one, after the same norm. No loss reads the class token: it is for evaluation."""
+        hidden_states, prefix = self._hidden_states(pixel_values, None)
+        class_token = self._final_norm(hidden_states[:, 0]) if prefix else None
+        return self._final_norm(hidden_states[:, prefix:]), class_token
+
+    def _hidden_states(self, pixel_values: Tensor, kept: Tensor | None) -> tuple[Tensor, int]:
+        """Compute the states after the last block, and how many of them stand before the patches."""
         tokens = _embed(self.model, pixel_values)
         prefix = tokens.shape[1] - self.patch_tokens
         if kept is not None:
@@ -123,8 +135,10 @@ class VisionEncoder(nn.Module):
         family = family_of(model.config)
         if family.first_norm is not None:
             tokens = getattr(model, family.first_norm)(tokens)
-        hidden_states = model.encoder(tokens).last_hidden_state
-        return getattr(model, family.final_norm)(hidden_states[:, prefix:])
+        return model.encoder(tokens).last_hidden_state, prefix
+
+    def _final_norm(self, hidden_states: Tensor) -> Tensor:
+        return getattr(self.model, family_of(self.model.config).final_norm)(hidden_states)
 
 
 def _embed(model: Any, pixel_values: Tensor) -> Tensor:
@@ -159,8 +173,8 @@ def released_patch_tokens(model: Any, pixel_values: Tensor) -> Tensor:
     if family.reads_flat_patches:
         patches = flat_patches(pixel_values, model.config.patch_size)
         side = model.config.image_size // model.config.patch_size
-        shapes = torch.tensor([[side, side]]).expand(len(patches), -1)
-        mask = torch.ones(patches.shape[:2], dtype=torch.int64)
+        shapes = torch.tensor([[side, side]], device=patches.device).expand(len(patches), -1)
+        mask = torch.ones(patches.shape[:2], dtype=torch.int64, device=patches.device)
         inputs = {"pixel_values": patches, "spatial_shapes": shapes, "pixel_attention_mask": mask}
     hidden_states = model(**inputs).last_hidden_state[:, -image_tokens(model.config) :]
     if family.releases_unnormed_patches:

@@ -20,7 +20,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
-from lcl_ds.metrics import Row, loss_names, report_names
+from lcl_ds.metrics import LOSS_ENDING, Row, loss_names, report_names
 
 Runs = dict[str, list[Row]]
 """Rows of ``metrics.jsonl`` by the name of their run."""
@@ -69,6 +69,27 @@ def plot_schedule(runs: Runs, path: Path) -> None:
     rate.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     _mark_skipped(norm, runs)
     _save(figure, runs, path)
+
+
+def plot_evaluation(runs: Runs, path: Path) -> None:
+    """Plot what evaluations during training found on held-out documents against the step."""
+    evaluated = {name: evaluated_rows(rows) for name, rows in runs.items()}
+    names = _names({name: [row["evaluation"] for row in rows] for name, rows in evaluated.items()}, list)
+    figure, axes = new_figure(math.ceil(len(names) / 3), min(len(names), 3))
+    for axis, name in zip(axes, names, strict=False):
+        title = name.replace("_", " ").replace("/", ": ").capitalize()
+        found = {run: [{"step": row["step"], **row["evaluation"]} for row in rows] for run, rows in evaluated.items()}
+        _draw(axis, found, title, name, smooth=False)
+        if not name.endswith(LOSS_ENDING):
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g} %"))
+    for axis in axes[len(names) :]:
+        axis.set_visible(False)
+    _save(figure, runs, path)
+
+
+def evaluated_rows(rows: list[Row]) -> list[Row]:
+    """Choose the steps after which there was an evaluation."""
+    return [row for row in rows if isinstance(row.get("evaluation"), dict)]
 
 
 def _names(runs: Runs, names_in: Callable[[Row], list[str]]) -> list[str]:

@@ -19,12 +19,21 @@ import yaml
 from lcl_ds.errors import UserError
 from lcl_ds.files import check_output, printable, write_whole
 from lcl_ds.metrics import METRICS, Row, loss_names, read_metrics
-from lcl_ds.report.figures import Runs, column, plot_losses, plot_schedule, plot_throughput
+from lcl_ds.report.figures import (
+    Runs,
+    column,
+    evaluated_rows,
+    plot_evaluation,
+    plot_losses,
+    plot_schedule,
+    plot_throughput,
+)
 
 REPORT, EVALUATION, RETRIEVAL_PICTURE = "report.html", "evaluation.json", "plots/retrieval.png"
 """Files of a run folder."""
 FIGURES = {
     "losses": (plot_losses, "Losses, unweighted. Faint: every step; strong: moving average."),
+    "evaluation": (plot_evaluation, "Held-out documents, evaluated during training."),
     "schedule": (plot_schedule, "Learning rate, gradient norm before clipping, and what else the objective reports."),
     "throughput": (plot_throughput, "Throughput of the whole run, over all ranks."),
 }
@@ -34,12 +43,18 @@ RETRIEVAL_CAPTION = (
 )
 PROBE_KINDS = {
     "trained": "trained",
+    "head": "pooled",
+    "attentive": "attentive",
+    "knn": "k-NN",
     "ema": "EMA",
     "untrained": "untrained",
     "raw_pixels": "raw pixels",
     "chance": "chance",
 }
-"""Columns of the linear probes, as ``evaluation.json`` and as people name them."""
+"""Columns of the probes, as ``evaluation.json`` and as people name them. ``head`` is the linear probe of the attentive
+pooling head, ``attentive`` the attentive probe of the patch tokens, ``knn`` the neighbours by the head; the others are
+linear probes of the mean patch token."""
+ALWAYS = ("trained", "untrained", "raw_pixels", "chance")
 LAST_STEPS = 20
 """Steps that the final losses are averaged over."""
 ABSENT = "-"
@@ -119,6 +134,8 @@ def write_report(run_dirs: list[Path], out: Path | None = None) -> Path:
     differences = "" if single else _setting_differences(folders)
     figures = []
     for name, (draw, caption) in FIGURES.items():
+        if name == "evaluation" and not any(evaluated_rows(rows) for rows in runs.values()):
+            continue
         path = first / "plots" / f"{name}.png" if single else page.parent / "plots" / f"{page.stem}_{name}.png"
         draw(runs, path)
         figures.append(_figure(path, caption))
@@ -285,20 +302,23 @@ def _final_evaluation(results: dict[str, Any], last_step: int) -> str:
         blocks.append(f'<p class="note">Held out: {escape(", ".join(facts))}</p>')
     if probe := results.get("probe"):
         kinds = probe_kinds(results)
-        rows = [[f"Linear probe: {label}", *(_percent(s.get(kind)) for kind in kinds)] for label, s in probe.items()]
+        rows = [[f"Probe: {label}", *(_percent(s.get(kind)) for kind in kinds)] for label, s in probe.items()]
         blocks.append(_table(["Accuracy", *kinds.values()], rows))
     if retrieval := results.get("retrieval"):
-        head = ["Retrieval", "recall at 1", "recall at 5", "median rank", "chance (recall at 1)"]
-        cells = _retrieval_cells(retrieval)
-        blocks.append(_table(head, [[f"Image to context, {retrieval.get('pairs', 0):,} pairs", *cells]]))
+        head = ["Retrieval", "recall at 1", "recall at 5", "recall at 10", "median rank", "chance (recall at 1)"]
+        pairs, chance = f"{retrieval.get('pairs', 0):,} pairs", retrieval.get("chance")
+        rows = [[f"Image to context, {pairs}", *_retrieval_cells(retrieval)]]
+        if reverse := retrieval.get("reverse"):
+            rows.append([f"Context to image, {pairs}", *_retrieval_cells({**reverse, "chance": chance})])
+        blocks.append(_table(head, rows))
     blocks += [f'<p class="note">{escape(sentence[:1].upper() + sentence[1:])}</p>' for sentence in caveats(results)]
     return "\n".join(blocks)
 
 
 def probe_kinds(results: dict[str, Any]) -> dict[str, str]:
-    """Name the columns of the linear probes of an evaluation: that of the moving average only where there is one."""
+    """Name the columns of the probes of an evaluation: some only where there is something in them."""
     scores = list((results.get("probe") or {}).values())
-    return {kind: shown for kind, shown in PROBE_KINDS.items() if kind != "ema" or any(kind in s for s in scores)}
+    return {kind: shown for kind, shown in PROBE_KINDS.items() if kind in ALWAYS or any(kind in s for s in scores)}
 
 
 def _retrieval_cells(retrieval: dict[str, Any]) -> list[str]:
@@ -306,6 +326,7 @@ def _retrieval_cells(retrieval: dict[str, Any]) -> list[str]:
     return [
         _percent(retrieval.get("recall_at_1")),
         _percent(retrieval.get("recall_at_5")),
+        _percent(retrieval.get("recall_at_10")),
         ABSENT if rank is None else f"{rank:,.0f}",
         _percent(retrieval.get("chance")),
     ]
@@ -316,12 +337,12 @@ def _flat_evaluation(results: dict[str, Any]) -> dict[str, str]:
     if "failed" in results:
         return {"Evaluation": "failed"}
     flat = {
-        f"Linear probe: {label}, {shown}": _percent(scores.get(kind))
+        f"Probe: {label}, {shown}": _percent(scores.get(kind))
         for label, scores in (results.get("probe") or {}).items()
         for kind, shown in probe_kinds(results).items()
     }
     if retrieval := results.get("retrieval"):
-        names = ("recall at 1", "recall at 5", "median rank", "chance")
+        names = ("recall at 1", "recall at 5", "recall at 10", "median rank", "chance")
         cells = zip(names, _retrieval_cells(retrieval), strict=True)
         flat |= {f"Image to context, {name}": cell for name, cell in cells}
     return flat

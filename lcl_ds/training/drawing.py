@@ -6,8 +6,9 @@ import torch
 
 from lcl_ds.batch import Batch
 from lcl_ds.data.stream.loader import LoaderState
-from lcl_ds.objectives.base import LossNormalizer, LossNormalizers
+from lcl_ds.objectives.base import LossNormalizer, LossNormalizers, ObjectiveSettings
 from lcl_ds.training.distributed import RankInfo
+from lcl_ds.training.exchange import Exchange
 from lcl_ds.training.odd_steps import DrawnRows
 
 Terms = list[dict[str, int]]
@@ -33,20 +34,26 @@ def flat(terms: Terms) -> list[int]:
     return [count for micro_step in terms for count in micro_step.values()]
 
 
+def exchanged_normalizers(terms: Terms, rank_info: RankInfo, settings: ObjectiveSettings) -> list[LossNormalizers]:
+    """Make what the losses of some micro-steps are divided by that are not those of a step; collective."""
+    _, counts = Exchange(rank_info, row=flat(terms)).read()
+    return loss_normalizers([*terms[0]], counts, rank_info, settings)
+
+
 def loss_normalizers(
-    names: list[str], counts: list[list[float]], rank_info: RankInfo, as_published: bool
+    names: list[str], counts: list[list[float]], rank_info: RankInfo, settings: ObjectiveSettings
 ) -> list[LossNormalizers]:
     """Make what each micro-step's losses are divided by; no loss has to wait for the device.
 
     Args:
         names: of what is counted.
         counts: of each rank, as :func:`flat` lays them.
-        as_published: divide by every rank's own counts and average over ranks and micro-steps.
+        settings: with ``normalization: reference`` every rank's own mean is averaged over ranks and micro-steps.
     """
     table = torch.tensor(counts, dtype=torch.int64).view(rank_info.world_size, -1, len(names))
     per_rank = table.permute(1, 2, 0)  # micro-step, name, rank
     everywhere = table.sum(dim=(0, 1)).clamp(min=1)
-    if as_published:
+    if settings.normalization == "reference":
         passes = rank_info.world_size * len(per_rank)
         divisors = per_rank[:, :, rank_info.rank].clamp(min=1) * passes
         shares = torch.full_like(divisors, 1 / passes, dtype=torch.float64)

@@ -4,7 +4,7 @@ import gc
 import logging
 import signal
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from lcl_ds.training.checkpoint import Progress
 from lcl_ds.training.distributed import RankInfo, Totals, collective_timeout_s, noted_problems, raise_for_all
 from lcl_ds.training.drawing import DrawnStep, flat, loss_normalizers
 from lcl_ds.training.engine import refresh_exact_scalars, release_engine
+from lcl_ds.training.evaluating import HeldOutEvaluation
 from lcl_ds.training.exchange import Exchange
 from lcl_ds.training.first_steps import FirstSteps
 from lcl_ds.training.garbage import collect_garbage, garbage_between_steps
@@ -104,6 +105,7 @@ class Trainer:
         """What each rank told last, see :meth:`_row`."""
         self._names: list[str] = []
         """Of what the losses are averaged over."""
+        self._evaluation = HeldOutEvaluation(self.engine, self.config, self.rank_info, self._stop.reached)
         try:
             with self.saver.finishing(), garbage_between_steps():
                 return self._run(monitor)
@@ -120,6 +122,7 @@ class Trainer:
             metrics = self._step()
             if metrics is None:
                 break
+            metrics = self._evaluated(metrics)
             monitor.step(metrics)
             self.rolled_back = self._odd_steps.judge(metrics, self._saved_step)
             if self.rolled_back:
@@ -138,6 +141,17 @@ class Trainer:
             name, step = signal.Signals(self._stop.signal).name, self._saved_step
             logger.info("%s: step %d is saved in %s; run the same command again to continue", name, step, self.run_dir)
         return self._stop.signal
+
+    def _evaluated(self, metrics: StepMetrics) -> StepMetrics:
+        """Add the figures on held-out documents, after the steps that ``evaluation.every`` divides."""
+        started, figures = time.perf_counter(), None
+        if self._evaluation.is_due(metrics.step):
+            figures = self._evaluation.measure(metrics.step)
+            PULSE.begin("training", metrics.step)
+        self.saver.evaluation = figures
+        if figures is None:
+            return metrics
+        return replace(metrics, evaluation=figures, evaluation_s=time.perf_counter() - started)
 
     def _save(self, monitor: Monitor) -> None:
         PULSE.begin("saving", self.progress.step)
@@ -224,9 +238,8 @@ class Trainer:
         PULSE.begin("training", number)
         self.engine.basic_optimizer.limit_norm(self._odd_steps.begin(drawn.rows))
         torch.manual_seed(step_seed(self.config.train.seed, self.rank_info.rank, self.progress.step))
-        as_published = self.config.objective.normalization == "reference"
         counts = [counts for _, _, *counts in self._rows]
-        return drawn, loss_normalizers(self._names, counts, self.rank_info, as_published)
+        return drawn, loss_normalizers(self._names, counts, self.rank_info, self.config.objective)
 
     def _set_learning_rate(self) -> float:
         lr = learning_rate(self.progress.applied_steps, self.config.train)

@@ -60,6 +60,8 @@ class Monitor:
             self._progress.update(self._task, completed=metrics.step, description=text)
         elif metrics.step % self.print_every == 0 or metrics.step == self.total_steps:
             self.console.print(text, soft_wrap=True)
+        if metrics.evaluation is not None:
+            self.console.print(evaluation_line(metrics), soft_wrap=True)
 
     def unsaved_lines(self) -> bytes:
         """Return the lines of ``metrics.jsonl`` since the last checkpoint, which the next one keeps a copy of."""
@@ -94,6 +96,20 @@ def progress_line(metrics: StepMetrics, total_steps: int, left: str) -> str:
     if metrics.slowest_rank_s is not None and metrics.median_rank_s is not None:
         words.append(f"slowest rank {metrics.slowest_rank} +{metrics.slowest_rank_s - metrics.median_rank_s:.2f} s")
     return "  ".join(words)
+
+
+def evaluation_line(metrics: StepMetrics) -> str:
+    """Write the figures on held-out documents in a line: losses as they are, all else in percent."""
+    figures = [
+        f"{name.removesuffix(LOSS_ENDING)} {_figure(name, value)}" for name, value in (metrics.evaluation or {}).items()
+    ]
+    return f"held out, step {metrics.step}: {', '.join(figures)} ({metrics.evaluation_s or 0:.1f} s)"
+
+
+def _figure(name: str, value: float | None) -> str:
+    if value is None:
+        return "?"
+    return f"{value:.3f}" if name.endswith(LOSS_ENDING) else f"{100 * value:.1f} %"
 
 
 def kept_metrics(run_dir: Path) -> list[Path]:

@@ -77,6 +77,7 @@ DECISIONS: dict[str, Decision] = {
     "checkpoint.every": "applied",
     "checkpoint.keep": "applied",
     "checkpoint.keep_every": "applied",
+    "checkpoint.keep_best": "applied",
     "checkpoint.asynchronous": "free",
     "checkpoint.ignore_damaged": "free",
     "log.every": "free",

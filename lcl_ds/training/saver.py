@@ -28,10 +28,11 @@ from lcl_ds.data.stream.loader import LoaderState, merge_states
 from lcl_ds.errors import UserError
 from lcl_ds.files import naming, sentence_of, write_whole
 from lcl_ds.flops import size_of
-from lcl_ds.metrics import METRICS
+from lcl_ds.metrics import LOSS_ENDING, METRICS
 from lcl_ds.models.settings import part_of
 from lcl_ds.training.averaging import EncoderAverage
 from lcl_ds.training.checkpoint import (
+    BEST,
     CONFIG,
     EMA,
     LATEST,
@@ -48,6 +49,7 @@ from lcl_ds.training.checkpoint import (
     complete_checkpoints,
     hash_of,
     read_manifest,
+    read_state,
     slice_of,
     step_of,
 )
@@ -103,6 +105,8 @@ class Saver:
     run_dir: Path
     vocab_size: int
     average: EncoderAverage | None = None
+    evaluation: dict[str, float | None] | None = field(default=None, init=False)
+    """Figures on held-out documents after the last step, where it was evaluated."""
     _in_flight: _InFlight | None = None
     _host: dict[str, Tensor] = field(default_factory=dict)
     """Host memory that a copy is made to, kept from one save to the next."""
@@ -256,6 +260,7 @@ class Saver:
             "loader": merge_states(states),
             "vocab_size": self.vocab_size,
             "folders": folder_contents(self.config),
+            "evaluation": self.evaluation,
             # How it was written; any other way can continue it.
             "world_size": self.rank_info.world_size,
             "zero_stage": self.engine.zero_optimization_stage(),
@@ -287,7 +292,8 @@ class Saver:
             seconds,
             save.stalled_s if self.config.checkpoint.asynchronous else seconds,
         )
-        remove_old(self.run_dir, self.config.checkpoint.keep, self.config.checkpoint.keep_every)
+        best = best_checkpoint(self.run_dir, self.config.checkpoint.keep_best)
+        remove_old(self.run_dir, self.config.checkpoint.keep, self.config.checkpoint.keep_every, best)
 
 
 def bytes_to_save(named: Iterable[tuple[str, Tensor]], ema: bool) -> int:
@@ -348,13 +354,28 @@ def publish(partial: Path, final: Path, manifest: dict[str, ManifestEntry]) -> N
     flush(final.parent)
 
 
-def remove_old(run_dir: Path, keep: int, keep_every: int | None) -> None:
-    """Remove all complete checkpoints but the newest ``keep`` and those of steps that ``keep_every`` divides.
+def best_checkpoint(run_dir: Path, name: str | None) -> Path | None:
+    """Find the checkpoint with the best figure of this name, the lowest loss or the highest of anything else, the
+    earliest of equal ones, and write its name into ``checkpoints/best``; None where no checkpoint has such a figure."""
+    if name is None:
+        return None
+    figures = {path: (read_state(path).get("evaluation") or {}).get(name) for path in complete_checkpoints(run_dir)}
+    known = {path: figure for path, figure in figures.items() if figure is not None}
+    if not known:
+        return None
+    choose = min if name.endswith(LOSS_ENDING) else max
+    best = choose(known, key=known.__getitem__)
+    write_whole(checkpoints_folder(run_dir) / BEST, f"{best.name}\n")
+    return best
+
+
+def remove_old(run_dir: Path, keep: int, keep_every: int | None, best: Path | None = None) -> None:
+    """Remove complete checkpoints but the newest ``keep``, those of steps that ``keep_every`` divides, and ``best``.
 
     What cannot be removed is named: no reason to end a run.
     """
     for old in complete_checkpoints(run_dir)[:-keep]:
-        if keep_every is None or step_of(old) % keep_every:
+        if old != best and (keep_every is None or step_of(old) % keep_every):
             _tried(hide, old)
     for hidden in checkpoints_folder(run_dir).glob(f"{PARTIAL}*{OLD}"):
         _tried(remove, hidden)

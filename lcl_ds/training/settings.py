@@ -115,6 +115,11 @@ class CheckpointSettings(Settings):
     keep_every: int | None = Field(
         None, gt=0, description="Keep the checkpoints of steps that this divides as well, for good; null: none."
     )
+    keep_best: str | None = Field(
+        None,
+        description="Keep as well the checkpoint with the best figure of this name on held-out documents, as "
+        "generation_loss or linear/LABEL; checkpoints/best names it. Needs evaluation.every; null: none.",
+    )
     asynchronous: bool = Field(
         True,
         description="Write while training goes on, from a copy in host memory (12 bytes per weight, spread over the "

@@ -8,7 +8,7 @@ from lcl_ds.metrics import METRICS, SourceCounts, StepMetrics, read_metrics
 
 MEASURED = {
     *("step_s", "data_s", "images_per_s", "tokens_per_s", "mfu", "memory_gb"),
-    *("slowest_rank", "slowest_rank_s", "median_rank_s"),
+    *("slowest_rank", "slowest_rank_s", "median_rank_s", "evaluation_s"),
 }
 """Keys whose values no two runs share."""
 

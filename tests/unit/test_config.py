@@ -1,5 +1,7 @@
 """Settings: validated at once, every problem named with file and key."""
 
+import re
+
 import pytest
 import yaml
 
@@ -83,3 +85,21 @@ def test_every_shipped_ds_config_is_valid(path):
 
     expected = {"zero1": 1, "zero2": 2, "zero3": 3, "zero3_offload": 3, "zero3_large": 3, "zero3_hosts": 3}[path.stem]
     assert load_ds_config(path)["zero_optimization"]["stage"] == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["evaluation.every=null"], "checkpoints must be evaluated"),
+        (["evaluation.every=30"], "a number that divides checkpoint.every 100"),
+        (["evaluation.shards=null"], "checkpoints must be evaluated"),
+        (["checkpoint.keep_best=linear/color"], "'linear/color' is not measured; there are contrastive_loss, gener"),
+        (["checkpoint.keep_best=knn/colour"], "'knn/colour' is not measured"),
+        (["evaluation.tasks=[linear, linear]"], "a task is named twice"),
+    ],
+)
+def test_the_best_checkpoint_is_chosen_by_what_is_measured_where_checkpoints_are_made(overrides, sentence):
+    good = ["evaluation.every=50", "checkpoint.keep_best=linear/colour"]
+    assert load_config(DEMO, good).checkpoint.keep_best == "linear/colour"
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        load_config(DEMO, [*good, *overrides])

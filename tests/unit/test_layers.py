@@ -22,7 +22,7 @@ LAYERS = [
     {"report"},
     {"evaluation"},
     {"training"},
-    {"bench", "convert", "train", "plan", "new_recipe"},
+    {"bench", "convert", "evaluate", "train", "plan", "new_recipe"},
 ]
 """From the bottom; a module may import from its own layer and from those below it."""
 APART = [("models", "data")]

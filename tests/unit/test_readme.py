@@ -117,6 +117,9 @@ def test_commands_are_valid(page, words, parse):
         assert rest[-1].startswith(".venv")
     elif rest[:1] == ["-m"] and rest[1].startswith("tests.kernels."):
         assert importlib.util.find_spec(rest[1])
+    elif first == "accelerate" and "-m" in rest:
+        module, *arguments = rest[rest.index("-m") + 1 :]
+        parse(module, arguments)
     elif rest[:1] == ["-m"]:
         arguments = parse(rest[1], rest[2:])
         if rest[1] == "lcl_ds.bench" and arguments.job in bench.METHODS:
@@ -133,6 +136,7 @@ def check_installation(first: str, rest: list[str]) -> None:
     """What is left are commands of pip and pre-commit, which are listed, and of programs that need the internet."""
     assert [first, *rest] in (
         ["pip", "install", "-r", "requirements.txt", "-e", "."],
+        ["pip", "install", "lcl_ds[caption]"],
         ["pip", "install", "lcl_ds[parquet]"],
         ["pip", "install", "lcl_ds[tensorboard]"],
         ["pip", "install", "."],

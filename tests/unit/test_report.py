@@ -124,7 +124,7 @@ def test_several_runs_are_compared(tmp_path, run):
     text = page.read_text()
     assert '<th scope="col">run</th><th scope="col">_$x$&lt;i&gt;</th>' in text
     assert '<th scope="row">Images</th><td>400</td><td>600</td>' in text
-    assert '<th scope="row">Linear probe: shape, trained</th><td>-</td><td>61.0 %</td>' in text
+    assert '<th scope="row">Probe: shape, trained</th><td>-</td><td>61.0 %</td>' in text
     assert '<th scope="row">train.steps</th><td>4</td><td>6</td>' in text
     assert ">train.seed<" not in text  # the same in both
     assert (tmp_path / "pages" / "plots" / "both_losses.png").is_file()

@@ -58,15 +58,19 @@ def read_architecture(folder: Path, tower: Literal["vision", "decoder"]) -> Arch
     keys = {k: v for k, v in config.to_dict().items() if k not in NOT_ARCHITECTURE and not k.endswith(DROPOUT_ENDINGS)}
     keys = {key: value for key, value in keys.items() if key not in PreTrainedConfig().to_dict()}
     if tower == "vision":
-        keys |= _pixels(folder, model_type, config)
+        keys |= read_pixels(folder, model_type, config)
     elif "rope_parameters" not in keys:
         # Learned positions are cut to the length of a row.
         keys.pop(config.attribute_map.get("max_position_embeddings", "max_position_embeddings"), None)
     return Architecture(model_type, keys, dict(config.attribute_map), getattr(config, "tie_word_embeddings", False))
 
 
-def _pixels(folder: Path, model_type: str, config: Any) -> dict[str, Any]:
-    """Read size and statistics of the images that the tower was trained with."""
+def read_pixels(folder: Path, model_type: str, config: Any) -> dict[str, Any]:
+    """Read size and statistics of the images that the tower was trained with.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
     processor = _read_json(folder / "preprocessor_config.json", missing_ok=True)
     family = FAMILIES.get(model_type)
     mean, std = (family.image_mean, family.image_std) if family else (IMAGE_MEAN, IMAGE_STD)

@@ -14,8 +14,8 @@ from lcl_ds.config import Config
 from lcl_ds.metrics import read_metrics
 from lcl_ds.objectives.base import LossNormalizers, Objective
 from lcl_ds.training.checkpoint import Progress
-from lcl_ds.training.distributed import RankInfo, gather_objects
-from lcl_ds.training.drawing import loss_normalizers
+from lcl_ds.training.distributed import RankInfo
+from lcl_ds.training.drawing import exchanged_normalizers
 from lcl_ds.training.engine import complete_ds_config, start_engine
 from lcl_ds.training.loop import Trainer
 from tests.support.small import VOCABULARY, batch_with_images, batch_without_images, small_model
@@ -80,9 +80,7 @@ def batch_of_rank(case: str, rank: int) -> Batch:
 def normalizers_of(trainer: Trainer, batch: Batch) -> LossNormalizers:
     """What the losses of a step are divided by that consists of this batch on every rank; collective."""
     terms = trainer.objective.count_terms(batch)
-    counts = [[*map(float, of_rank)] for of_rank in gather_objects([*terms.values()])]
-    as_published = trainer.config.objective.normalization == "reference"
-    return loss_normalizers([*terms], counts, trainer.rank_info, as_published)[0]
+    return exchanged_normalizers([terms], trainer.rank_info, trainer.config.objective)[0]
 
 
 def steps_of(run_dir: Path) -> list[dict[str, Any]]:

@@ -175,7 +175,7 @@ def test_what_was_left_out_stands_in_the_report_and_on_the_terminal(closing, tmp
     write_tar(tmp_path / "held.tar", [*members, ("2.txt", b"c")])
     assert closing(probe_labels=["colour"]) == 0
     sentences = [
-        "inear probe 'colour' is left out: no image has this label",
+        "robes of 'colour' are left out: no image has this label",
         "eft out: an image in none of the accepted",
     ]
     shown = " ".join(capsys.readouterr().out.split())

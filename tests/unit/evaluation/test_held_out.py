@@ -222,7 +222,7 @@ def test_a_misspelt_label_is_refused_and_the_right_one_named(tmp_path, tokenizer
 def test_a_probe_that_could_not_be_wrong_or_right_is_left_out_with_a_sentence(tmp_path, tokenizer, samples, reason):
     config = configured(tokenizer, write(tmp_path / "held.tar", samples), "evaluation.probe_labels=[colour]")
     (sentence,) = check(config)
-    assert sentence.startswith("linear probe 'colour' is left out: ")
+    assert sentence.startswith("probes of 'colour' are left out: ")
     assert reason in sentence
     results = evaluate_model(model_of(config), config)
     assert (results["probe"], results["notes"]) == ({}, [sentence])
@@ -296,12 +296,14 @@ def test_the_moving_average_of_the_encoder_is_probed_and_shown_beside_it(tmp_pat
     config = configured(tokenizer, write(tmp_path / "held.tar", labelled()), "objective.name=generation")
     model = model_of(config)
     assert "EMA" not in probe_kinds(evaluate_model(model, config)).values()
-    average = model_of(config).vision
-    average.model.post_layernorm.bias.data.fill_(torch.inf)
+    average = model_of(config)
+    average.vision.model.post_layernorm.bias.data.fill_(torch.inf)
     results = evaluate_model(model, config, average=average)
     assert results["notes"] == ["the moving average is left out: its features are not finite"]
-    results = evaluate_model(model, config, average=model_of(config).vision)
+    results = evaluate_model(model, config, average=model_of(config))
     (scores,) = results["probe"].values()
     assert scores["ema"] == scores["trained"]
-    assert [column.header for column in final_table(results).columns][1:3] == ["trained", "EMA"]
+    assert [column.header for column in final_table(results).columns][1:5] == [
+        *("trained", "pooled", "attentive", "EMA")
+    ]
     assert ">EMA</th>" in _final_evaluation(results, 1)

@@ -11,7 +11,8 @@ from transformers import Siglip2VisionModel as Siglip2
 
 from lcl_ds.convert import WeightOrigin, release_vision
 from lcl_ds.errors import UserError
-from lcl_ds.evaluation.probe import encoder_features
+from lcl_ds.evaluation.encoder import of_network
+from lcl_ds.evaluation.features import vectors_of_pixels
 from lcl_ds.models.build import build_empty_model, image_size, tokens_per_image
 from lcl_ds.models.settings import ModelSettings
 from lcl_ds.models.vision import SHAPES, build_vision_config, flat_patches
@@ -55,7 +56,7 @@ def test_every_weight_has_a_gradient(family):
 def test_size_and_tokens_follow_from_the_settings(family):
     settings = small_config(f"model.vision={VISION_TOWERS[family]}").model
     assert (image_size(settings), tokens_per_image(settings)) == (IMAGE_SIZE, IMAGE_TOKENS)
-    assert encoder_features(tower(family).vision, pictures()).shape == (3, 32)
+    assert vectors_of_pixels(of_network(tower(family), "small"), pictures())["mean"].shape == (3, 32)
 
 
 @pytest.mark.parametrize("family", VISION_TOWERS)

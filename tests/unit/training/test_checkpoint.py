@@ -22,7 +22,7 @@ from lcl_ds.training.checkpoint import (
     resolve_checkpoint,
 )
 from lcl_ds.training.monitor import kept_metrics
-from lcl_ds.training.saver import check_room, publish, remove_old, remove_partial
+from lcl_ds.training.saver import best_checkpoint, check_room, publish, remove_old, remove_partial
 from lcl_ds.training.slices import Slice, write_slices
 
 
@@ -219,6 +219,33 @@ def test_what_is_kept_for_good_is_not_removed_with_the_old_ones(run_dir):
             "step_00000005",
         ),  # the second is damaged: not ours to judge
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [("generation_loss", 2), ("linear/colour", 1), ("knn/colour", None), (None, None)],
+    ids=["lowest loss", "first of the highest", "never measured", "none asked for"],
+)
+def test_the_best_checkpoint_is_kept_beside_the_newest_and_named(run_dir, name, kept):
+    folder = run_dir / "checkpoints"
+    figures = {1: (3.0, 0.9), 2: (1.0, 0.8), 3: (2.0, 0.9), 4: (None, None)}
+    for step, (loss, accuracy) in figures.items():
+        checkpoint = folder / f"step_{step:08d}"
+        if not checkpoint.exists():
+            shutil.copytree(folder / "step_00000004", checkpoint)
+        evaluation = {"generation_loss": loss, "linear/colour": accuracy} if step != 4 else None
+        state = json.loads((checkpoint / "trainer_state.json").read_text()) | {"evaluation": evaluation}
+        data = json.dumps(state).encode()
+        (checkpoint / "trainer_state.json").write_bytes(data)
+        manifest = json.loads((checkpoint / "COMPLETE.json").read_text())
+        manifest["trainer_state.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (checkpoint / "COMPLETE.json").write_text(json.dumps(manifest))
+    remove_old(run_dir, keep=1, keep_every=None, best=best_checkpoint(run_dir, name))
+    steps = [int(path.name[-1]) for path in sorted(folder.glob("step_*"))]
+    assert steps == ([kept, 4] if kept else [4])
+    assert (folder / "best").exists() == bool(kept)
+    if kept:
+        assert (folder / "best").read_text() == f"step_{kept:08d}\n"
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_named_and_none_that_goes_is_seen_in_part(run_dir, caplog):
