@@ -10,15 +10,12 @@ EVERYTHING_EVERY = 100
 
 @contextmanager
 def garbage_between_steps() -> Iterator[None]:
-    """Leave the collection of garbage to :func:`collect_garbage`; what there is already is never looked at again."""
+    """Leave the collection of garbage to :func:`collect_garbage`."""
     was_enabled = gc.isenabled()
-    gc.collect()
-    gc.freeze()
     gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
         if was_enabled:
             gc.enable()
 

@@ -111,6 +111,7 @@ class Trainer:
                 return self._run(monitor)
         finally:
             self._profiler.close(self.progress.step)
+            del self._evaluation  # it holds the engine
             self.saver.close()
             monitor.close()
             self._pace.close()

@@ -248,6 +248,7 @@ def test_tune_knows_the_kernels_by_their_names():
     assert all(any(part in name for name in kernels) for part in FUNCTIONS.values())
 
 
+@extended
 def test_candidates_are_compiled_for_a_gpu_that_is_not_there(tmp_path):
     """One tile of two kernels, in a process of its own: the stand-in for the GPU's driver cannot be taken back."""
     program = (

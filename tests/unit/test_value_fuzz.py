@@ -160,8 +160,9 @@ DOCUMENT_NEEDS = {
     **PARALLEL_NEEDS,
     ("matched_text_index",): but(NULL),
     ("matched_text_index", 0): [value for value in NO_INDEX if value is not None],
+    ("labels",): but(NULL),
 }
-DOCUMENT_SPARES = [("url",), ("source_key",), ("matched_sim", 0), ("matched_sim", 1), ("labels",)]
+DOCUMENT_SPARES = [("url",), ("source_key",), ("matched_sim", 0), ("matched_sim", 1)]
 
 
 def pixels(number, i):
