@@ -1,9 +1,9 @@
 """Release a trained encoder: ``python -m lcl_ds.convert RUN|CHECKPOINT OUT [--part vision|full] [--ema]``.
 
 ``vision`` (default) writes a folder that ``transformers`` loads by itself: config.json, model.safetensors,
-preprocessor_config.json and a model card; with ``trust_remote_code=True`` its pooled output is the attentive pooling. ``full`` writes all weights of the training model as one safetensors file;
-with ``--format reference`` in the layout of the published code. ``--from reference FILE --config JSON`` reads a
-checkpoint of the published code instead of a run.
+preprocessor_config.json and a model card; with ``trust_remote_code=True`` its pooled output is the attentive pooling.
+``full`` writes all weights of the training model as one safetensors file; with ``--format reference`` in the layout of
+the published code. ``--from reference FILE --config JSON`` reads a checkpoint of the published code instead of a run.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -70,8 +70,8 @@ tags: [lcl, vision, {model_type}]
 A vision encoder pre-trained by Latent Compression Learning ([arXiv 2406.07543](https://arxiv.org/abs/2406.07543))
 {history}: {parameters:,} parameters, {size} px images, patches of {patch} px.
 
-Training reads the **patch tokens after the final norm** and an **attentive pooling** of them; where there is a class token, no
-loss reads it. Code in this folder computes both:
+Training reads the **patch tokens after the final norm** and an **attentive pooling** of them; where there is a class
+token, no loss reads it. Code in this folder computes both:
 
 ```python
 from transformers import AutoImageProcessor, AutoModel  # version 4.57 or later
@@ -136,7 +136,8 @@ def release_vision(model: LCLModel, origin: WeightOrigin, folder: Path, name: st
     processor = image_processor(encoder.config)
     processor.save_pretrained(folder)
     write_pooling(model, folder)
-    difference = max(_largest_difference(model, origin.pixels, folder), _difference_of_pooling(model, origin.pixels, folder))
+    difference = _largest_difference(model, origin.pixels, folder)
+    difference = max(difference, _difference_of_pooling(model, origin.pixels, folder))
     family = family_of(encoder.config)
     tokens = "outputs.last_hidden_state" + ("[:, 1:]" if family.has_class_token else "")
     if family.releases_unnormed_patches:

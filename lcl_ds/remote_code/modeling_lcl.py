@@ -7,16 +7,30 @@ same folder is the encoder of its family, without pooling.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPVisionModel, Dinov2Model, Siglip2VisionModel, SiglipVisionModel
+from transformers import (
+    AutoConfig,
+    CLIPVisionModel,
+    Dinov2Model,
+    PreTrainedModel,
+    Siglip2VisionModel,
+    SiglipVisionModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import cached_file
 
+ENCODERS: dict[str, Any] = {
+    "clip_vision_model": CLIPVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+    "siglip2_vision_model": Siglip2VisionModel,
+    "dinov2": Dinov2Model,
+}
 POOLING_FILE = "pooling.safetensors"
 """Beside the encoder's weights, so that the classes of transformers find no weight that they do not know."""
 
@@ -52,70 +66,64 @@ class AttentivePooling(nn.Module):
         return self.proj(attended).squeeze(1)
 
 
-class Pooled:
-    """What the encoders below share; a mixin before the class of transformers.
+class LclVisionModel(PreTrainedModel):
+    """An encoder of transformers with attentive pooling.
 
     ``last_hidden_state`` is the patch tokens after the final norm, which is what was trained, and ``pooler_output``
-    the attentive pooling of them.
+    the pooling of them. SigLIP 2 takes flat patches; its images must be squares of the size of training.
+
+    Args:
+        config: of the encoder, with the sizes of the pooling under ``lcl_pooling``.
+        encoder: with its weights; None: one without trained weights.
     """
 
-    _keys_to_ignore_on_load_missing = [r"^lcl_pooling\."]
-    """They come from a file of their own."""
-
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, encoder: PreTrainedModel | None = None):
         super().__init__(config)
-        self.lcl_pooling = AttentivePooling(**config.lcl_pooling)
+        self.encoder = encoder if encoder is not None else ENCODERS[config.model_type](config)
+        self.pooling = AttentivePooling(**config.lcl_pooling)
 
     @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, **options: Any) -> Any:
-        """Load the encoder as transformers does, and the pooling, unless ``save_pretrained`` wrote both together."""
+    def from_pretrained(cls, folder: Any, *args: Any, config: Any = None, **options: Any) -> Any:
+        """Load the encoder as its class in transformers does, and the pooling from a file of its own."""
         where = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         chosen = {name: options[name] for name in where if name in options}
-        found = cached_file(folder, POOLING_FILE, _raise_exceptions_for_missing_entries=False, **chosen)
-        loaded = super().from_pretrained(folder, *args, **options)
-        if found is None:
-            return loaded
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        like = next(model.parameters())
-        weights = {name: weight.to(like.device, like.dtype) for name, weight in load_file(found).items()}
-        model.lcl_pooling.load_state_dict(weights, assign=True)  # its own weights may have no memory
-        return loaded
+        if config is None:
+            config = AutoConfig.from_pretrained(folder, **chosen)
+        for name in ("trust_remote_code", "code_revision"):
+            options.pop(name, None)
+        loaded = ENCODERS[config.model_type].from_pretrained(folder, *args, config=config, **options)
+        encoder, *facts = loaded if isinstance(loaded, tuple) else (loaded,)
+        model = cls(encoder.config, encoder)
+        weights = load_file(cached_file(folder, POOLING_FILE, **chosen))
+        like = next(encoder.parameters())
+        model.pooling.to(like.device, like.dtype).load_state_dict(weights)
+        model.eval()
+        return (model, *facts) if facts else model
+
+    def save_pretrained(self, folder: Any, **options: Any) -> None:
+        """Write what :meth:`from_pretrained` reads, this file included."""
+        self.encoder.save_pretrained(folder, **options)
+        pooling = {name: weight.contiguous() for name, weight in self.pooling.state_dict().items()}
+        save_file(pooling, Path(folder) / POOLING_FILE, metadata={"format": "pt"})
+        (Path(folder) / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
 
     def forward(self, pixel_values: Tensor, **options: Any) -> BaseModelOutputWithPooling:
         """Encode images [images, 3, height, width], or flat patches where the family takes those."""
-        options.pop("return_dict", None)
-        outputs = super().forward(pixel_values=pixel_values, **options)
-        patches = self.trained_patches(outputs.last_hidden_state)
+        outputs = self.encoder(pixel_values=pixel_values, **(options | {"return_dict": True}))
+        patches = trained_patches(self.encoder, outputs.last_hidden_state)
         return BaseModelOutputWithPooling(
             last_hidden_state=patches,
-            pooler_output=self.lcl_pooling(patches),
+            pooler_output=self.pooling(patches),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
-    def trained_patches(self, states: Tensor) -> Tensor:
-        """Return the patch tokens after the final norm, of what the family calls its last hidden state."""
-        return states
 
-
-class LclCLIPVisionModel(Pooled, CLIPVisionModel):
-    """CLIP's encoder, which applies its final norm to the class token alone."""
-
-    def trained_patches(self, states: Tensor) -> Tensor:
+def trained_patches(encoder: Any, states: Tensor) -> Tensor:
+    """Return the patch tokens after the final norm, of what the family calls its last hidden state."""
+    if encoder.config.model_type == "dinov2":
+        return states[:, 1:]  # without the class token, which no loss of LCL reads
+    if encoder.config.model_type == "clip_vision_model":  # its final norm is for the class token alone
         # Its tower is the model itself in transformers 5, and a part of it in 4.
-        return getattr(self, "vision_model", self).post_layernorm(states[:, 1:])
-
-
-class LclSiglipVisionModel(Pooled, SiglipVisionModel):
-    """SigLIP's encoder."""
-
-
-class LclSiglip2VisionModel(Pooled, Siglip2VisionModel):
-    """SigLIP 2's encoder, which takes flat patches; images must be squares of the size of training."""
-
-
-class LclDinov2Model(Pooled, Dinov2Model):
-    """DINOv2's encoder, whose class token no loss of LCL reads."""
-
-    def trained_patches(self, states: Tensor) -> Tensor:
-        return states[:, 1:]
+        return getattr(encoder, "vision_model", encoder).post_layernorm(states[:, 1:])
+    return states
