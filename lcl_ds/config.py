@@ -55,7 +55,7 @@ class Config(Settings):
                 f"number that divides checkpoint.every {self.checkpoint.every}"
             )
         losses = objective_module(self.objective.name).Objective.losses
-        names = [*losses, *self.evaluation.names()]
+        names = [*losses, *self.evaluation.names("contrastive_loss" in losses)]
         if best not in names:
             raise ValueError(f"checkpoint.keep_best: {best!r} is not measured; there are {', '.join(names)}")
         return self

@@ -43,6 +43,8 @@ from lcl_ds.training.checkpoint import resolve_checkpoint as find_checkpoint
 
 logger = logging.getLogger(__name__)
 
+UNTRAINED = {"retrieval", "zeroshot"}
+"""Tasks that train nothing, so that the pictures for it need not be there."""
 WIDTH = 150
 """Columns where the output is no terminal."""
 
@@ -83,9 +85,10 @@ def evaluate(arguments: argparse.Namespace, console: Console) -> int:
     """Run the tasks that the command line names."""
     started = time.perf_counter()
     check_output("--json", arguments.json)
+    device_of(arguments.device)
     state = PartialState(cpu=arguments.device == "cpu")
     encoder, trained, facts = open_model(arguments)
-    device = torch.device(arguments.device or state.device)
+    device = device_of(arguments.device) or state.device
     module = trained.model if trained else encoder.module
     module.to(device=device, dtype=torch.bfloat16 if arguments.precision == "bf16" else torch.float32)
     data = data_of(arguments, trained)
@@ -103,6 +106,17 @@ def evaluate(arguments: argparse.Namespace, console: Console) -> int:
             write_whole(arguments.json, json.dumps(results.tree() | {"environment": versions()}, indent=1) + "\n")
     state.wait_for_everyone()
     return 0
+
+
+def device_of(name: str | None) -> torch.device | None:
+    """Read ``--device``. Raises: UserError where there is no such device."""
+    if name is None:
+        return None
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {' '.join(str(error).split())[:120]}; leave it out, or name cpu") from None
+    return torch.device(name)
 
 
 def data_of(arguments: argparse.Namespace, trained: Trained | None) -> list[str]:
@@ -131,7 +145,7 @@ def measure(
     images = arguments.images
     test = open_pictures(data, images, cache, arguments.limit, "test")
     train: PictureSet | None = None
-    if arguments.train_data or has_train_side(data):
+    if not UNTRAINED.issuperset(arguments.task) and (arguments.train_data or has_train_side(data)):
         train = open_pictures(arguments.train_data or data, images, cache, arguments.train_limit, "train")
     kept = None if arguments.no_cache else cache
     bench = Bench(encoder, test, train, trained, options_of(arguments, trained), kept, results.notes)

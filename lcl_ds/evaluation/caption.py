@@ -168,7 +168,7 @@ def captions_of(
     """Write captions about images; processes share them."""
     own = own_part(torch.arange(len(rows)))
     made: list[tuple[int, str]] = []
-    for places in own.split(batch_size):
+    for places in own.split(batch_size) if len(own) else ():
         made += zip(places.tolist(), captioner.captions(patches_of(rows[places]), beams), strict=True)
     return [text for _, text in sorted(gather(made))]
 

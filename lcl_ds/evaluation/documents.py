@@ -73,8 +73,9 @@ class HeldOutReader:
         count = min(config.evaluation.max_documents, len(self.source))
         self.numbers: list[int] = np.linspace(0, len(self.source) - 1, count).round().astype(int).tolist()
         """Samples that are read, spread over all shards."""
-        # A caption pair is shown text first: an image that precedes its text is announced by nothing.
-        self.view = view_of(config.objective, image_first_probability=0.0)
+        # A caption pair is shown text first, since an image that precedes its text is announced by nothing; but where
+        # losses are wanted, as in training, or no text would be read that follows an image.
+        self.view = view_of(config.objective, config.data.image_first_probability if with_sequences else 0.0)
         self.has_pairs = "contrastive_loss" in objective_module(config.objective.name).Objective.losses
         self.image_size = image_size(config.model)
         self.tokens_per_image = tokens_per_image(config.model)

@@ -25,6 +25,8 @@ KINDS: dict[Kind, str] = {
     "class": "class token after the final norm",
 }
 """Vectors that can be read of an image, and what each is."""
+NO_ARCHITECTURE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "auto_map"}
+"""Keys of a configuration that change no feature."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class FrozenEncoder:
     """Of uint8 images [M, 3, H, W] on its device."""
     image_size: int
     transform: str
-    """How pixels are normalised, as it stands in the key of cached features."""
+    """See :func:`described`."""
 
     @property
     def device(self) -> torch.device:
@@ -91,8 +93,14 @@ def of_network(model: LCLModel, name: str, with_head: bool = True) -> FrozenEnco
         return Encoded(patches, class_token, model.pooling(patches)[0] if with_head else None)
 
     parts = {"vision": vision, "pooling": model.pooling} if with_head else {"vision": vision}
-    statistics = json.dumps([config.model_type, list(config.image_mean), list(config.image_std)])
-    return FrozenEncoder(name, nn.ModuleDict(parts), encode, config.image_size, statistics)
+    transform = described(config, config.image_mean, config.image_std, model.pooling.num_heads)
+    return FrozenEncoder(name, nn.ModuleDict(parts), encode, config.image_size, transform)
+
+
+def described(config: Any, mean: Any, std: Any, pooling_heads: int = 0) -> str:
+    """Write down what features depend on beside weights: the architecture, and how pixels are normalised."""
+    architecture = {key: value for key, value in config.to_dict().items() if key not in NO_ARCHITECTURE}
+    return json.dumps([architecture, list(mean), list(std), pooling_heads], sort_keys=True, default=str)
 
 
 def open_released(folder_or_name: str) -> FrozenEncoder:
@@ -145,8 +153,7 @@ def open_released(folder_or_name: str) -> FrozenEncoder:
             return Encoded(patches, pooled, None) if family.has_class_token else Encoded(patches, None, pooled)
         return _encoded_of(model(pixel_values=inputs), config)
 
-    statistics = json.dumps([config.model_type, list(mean), list(std)])
-    return FrozenEncoder(folder_or_name, model.eval(), encode, size, statistics)
+    return FrozenEncoder(folder_or_name, model.eval(), encode, size, described(config, mean, std))
 
 
 def _encoded_of(outputs: Any, config: Any) -> Encoded:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lcl_ds.evaluation.encoder import KINDS, Encoded, FrozenEncoder, Kind
 from lcl_ds.evaluation.pictures import PictureSet, decoded
+from lcl_ds.evaluation.sharing import gather
 from lcl_ds.files import writing
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,9 @@ def features_of(
     if cache is not None:
         key = f"{FORMAT} {encoder.identity()} {encoder.dtype} {found.identity()}"
         path = cache / "features" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
-        if (kept := _read(path)) is not None:
+        kept = _read(path)
+        if all(gather([kept is not None])):  # hosts may have folders of their own, and all make them or none
+            assert kept is not None
             logger.info("features of %s are read from %s", found.name, path)
             return kept
     features = _make(encoder, found, batch_size)

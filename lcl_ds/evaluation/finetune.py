@@ -92,13 +92,13 @@ def _train(
     for epoch in range(settings.epochs):
         order = train[torch.randperm(len(train))]
         for rows, images in _batches(pictures, order, encoder.image_size, settings, epoch):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits = head(encoder.encode(images.to(device)).patches)
-            wanted = classes[rows].to(device)
-            # Of all processes together: the last batch of an epoch may be a small one.
-            loss = F.cross_entropy(logits.float(), wanted, reduction="sum") / settings.batch_size
             optimizer.zero_grad()
-            loss.backward()
+            if len(rows):
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    logits = head(encoder.encode(images.to(device)).patches)
+                # Of all processes together: the last batch of an epoch may be a small one.
+                loss = F.cross_entropy(logits.float(), classes[rows].to(device), reduction="sum") / settings.batch_size
+                loss.backward()
             sum_gradients(weights)
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
@@ -112,6 +112,9 @@ def _batches(
     """Give this process's part of every batch of an epoch, with crops that depend on picture and epoch alone."""
     for rows in order.split(settings.batch_size):
         own = own_part(rows)
+        if not len(own):  # the others wait for this process's gradients all the same
+            yield own, torch.empty(0)
+            continue
 
         def crop(number: int, own: Tensor = own) -> np.random.Generator:
             return np.random.default_rng([settings.seed, epoch, int(own[number])])

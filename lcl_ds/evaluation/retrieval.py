@@ -67,8 +67,8 @@ def pair_features(
         batch = collate(rows, row_tokens, sequences[0].pixels.shape[-1], vocabulary, readouts).to(device)
         hidden_states, pooled = model(batch)
         image, context = model.pair_features(hidden_states, pooled, batch)
-        image_features.append(image.cpu())
-        context_features.append(context.cpu())
+        image_features.append(image.float().cpu())
+        context_features.append(context.float().cpu())
         for sequence in (sequence for row in rows for sequence in row.sequences):
             tokens = sequence.tokens
             for position, number in tokens.readouts["context"]:

@@ -12,6 +12,9 @@ ENDS: dict[Task, tuple[str, ...]] = {"linear": ("", "/mean"), "knn": ("", "/mean
 """How the names of a probe's figures end: of the pooling head, and of the mean patch token."""
 
 
+RECALLS = ("retrieval/recall_at_1", "retrieval/recall_at_10")
+
+
 class EvaluationSettings(Settings):
     """The evaluation on held-out documents, at the end of a run and while it trains."""
 
@@ -41,8 +44,12 @@ class EvaluationSettings(Settings):
             raise ValueError("a task is named twice")
         return tasks
 
-    def names(self) -> list[str]:
-        """Name the figures of an evaluation during training, beside the losses of the objective."""
+    def names(self, has_pairs: bool) -> list[str]:
+        """Name the figures of an evaluation during training, beside the losses of the objective.
+
+        Args:
+            has_pairs: whether the objective pairs images with contexts.
+        """
         probes = [task for task in self.tasks if task != "retrieval"]
         of_labels = [f"{task}/{label}{end}" for label in self.probe_labels for task in probes for end in ENDS[task]]
-        return of_labels + (["retrieval/recall_at_1", "retrieval/recall_at_10"] if "retrieval" in self.tasks else [])
+        return of_labels + (list(RECALLS) if has_pairs and "retrieval" in self.tasks else [])

@@ -102,7 +102,12 @@ def plot_throughput(runs: Runs, path: Path) -> None:
     figure, axes = new_figure(2, 2)
     _draw(axes[0], runs, "Tokens per second", "tokens_per_s")
     _draw(axes[1], runs, "Images per second", "images_per_s")
-    _draw(axes[2], runs, "Time spent waiting for data", lambda rows: column(rows, "data_s") / column(rows, "step_s"))
+    _draw(
+        axes[2],
+        runs,
+        "Time spent drawing rows",
+        lambda rows: column(rows, "data_s") / column(rows, "step_s"),
+    )
     _draw(axes[3], runs, "Padding", "padding_fraction")
     for axis in axes[:2]:
         axis.yaxis.set_major_formatter(EngFormatter(sep=""))

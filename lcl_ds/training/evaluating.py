@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,14 +21,17 @@ from lcl_ds.batch import Batch
 from lcl_ds.config import Config
 from lcl_ds.data.documents import BadSampleError
 from lcl_ds.data.stream.packing import PackedSequence, Row, collate, pack
+from lcl_ds.data.stream.skips import reason_of
+from lcl_ds.errors import UserError
 from lcl_ds.evaluation.documents import HeldOut, HeldOutReader, Labels
 from lcl_ds.evaluation.features import PatchTokens
 from lcl_ds.evaluation.held_out import PROBES, Labelled, splits_of
 from lcl_ds.evaluation.results import Figure
 from lcl_ds.evaluation.retrieval import LEAST_PAIRS, best_ranks
+from lcl_ds.models.build import image_size
 from lcl_ds.models.network import LCLModel
 from lcl_ds.phases import config_of_step
-from lcl_ds.tokens import TextTokenizer
+from lcl_ds.tokens import TextTokenizer, TokenSequence
 from lcl_ds.training.distributed import RankInfo, all_reduce_sum, gather_objects, on_all_ranks
 from lcl_ds.training.drawing import exchanged_normalizers
 from lcl_ds.training.pulse import PULSE
@@ -114,7 +117,7 @@ class HeldOutEvaluation:
                         sums[name] += outputs[name].double().reshape(()).cpu()
         finally:
             self.engine.train(was_training)
-        if not finished:
+        if not finished or self.stopped():  # probes can take a while, and hear of nothing
             return None
         return self._figures(sums, batches, recorded)
 
@@ -139,21 +142,21 @@ class HeldOutEvaluation:
         settings = config.evaluation.model_copy(update={"max_documents": config.evaluation.documents_in_training})
         config = config.model_copy(update={"evaluation": settings})
         PULSE.begin("evaluating", step)
-        with on_all_ranks(self.rank_info):
-            reader = HeldOutReader(config, TextTokenizer(config.data.tokenizer), with_sequences=True)
-            if self._batches is None or self._size != reader.image_size:
-                self._batches, self._size = self._read(reader, config), reader.image_size
+        if self._batches is None or self._size != image_size(config.model):
+            with on_all_ranks(self.rank_info):
+                reader = HeldOutReader(config, TextTokenizer(config.data.tokenizer), with_sequences=True)
+                by_sample = _pieces_of(reader)
+            readable = set.intersection(*map(set, gather_objects([*by_sample])))
+            pieces = [(number, piece) for number in by_sample if number in readable for piece in by_sample[number]]
+            with on_all_ranks(self.rank_info):
+                self._batches, self._size = self._packed(reader, config, pieces), reader.image_size
         return self._batches
 
-    def _read(self, reader: HeldOutReader, config: Config) -> list[HeldOutBatch]:
+    def _packed(
+        self, reader: HeldOutReader, config: Config, pieces: list[tuple[int, TokenSequence]]
+    ) -> list[HeldOutBatch]:
+        """Pack what all ranks can read into the same rows, and decode the images of this rank's."""
         samples = dict(reader.samples())
-        pieces = []
-        for number in samples:
-            try:
-                document, _ = reader.document(number)
-                pieces += [(number, piece) for piece in reader.pieces(number, document)]
-            except (BadSampleError, OSError):  # counted by the final evaluation
-                continue
         assert reader.rows is not None  # sequences were asked for
         lengths, images = [len(piece.input_ids) for _, piece in pieces], [len(piece.images) for _, piece in pieces]
         rows = pack(lengths, images, reader.rows.row_tokens, reader.rows.row_images)
@@ -177,7 +180,12 @@ class HeldOutEvaluation:
         for row in rows:
             sequences: list[PackedSequence] = []
             for number, piece in row:
-                document, of_images = reader.document(number)
+                try:
+                    document, of_images = reader.document(number)
+                except (BadSampleError, OSError) as problem:
+                    where = reader.source.where(number)
+                    sentence = f"evaluation.shards: {where}: {reason_of(problem)}, and before it could be read"
+                    raise UserError(sentence) from problem
                 held_out = HeldOut()
                 pixels = reader.pixels(number, document, held_out.left_out, piece.images)
                 for sequence in reader.with_pixels(document.key, piece, pixels):
@@ -196,7 +204,7 @@ class HeldOutEvaluation:
     ) -> dict[str, float | None]:
         """Let all ranks have all features, and each work out the figures of some labels."""
         pairs = [
-            (held_out.places[image], feature)
+            (held_out.places[image], feature.clone())  # or the whole tensor would be sent with each of its rows
             for held_out, contexts in zip(batches, recorded.contexts, strict=False)
             for image, feature in zip(held_out.batch.readouts["context"].images.tolist(), contexts, strict=True)
         ]
@@ -243,6 +251,16 @@ class HeldOutEvaluation:
                 for figure in probe(labelled)
             ]
         return {name_of(figure): figure.value for figure in found}
+
+
+def _pieces_of(reader: HeldOutReader) -> dict[int, list[TokenSequence]]:
+    """Make the sequences of all samples that this rank can read; the final evaluation counts the others."""
+    pieces = {}
+    for number, _ in reader.samples():
+        with suppress(BadSampleError, OSError):
+            document, _ = reader.document(number)
+            pieces[number] = reader.pieces(number, document)
+    return pieces
 
 
 def name_of(figure: Figure) -> str:

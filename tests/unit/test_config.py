@@ -95,6 +95,7 @@ def test_every_shipped_ds_config_is_valid(path):
         (["evaluation.shards=null"], "checkpoints must be evaluated"),
         (["checkpoint.keep_best=linear/color"], "'linear/color' is not measured; there are contrastive_loss, gener"),
         (["checkpoint.keep_best=knn/colour"], "'knn/colour' is not measured"),
+        (["objective.name=generation", "checkpoint.keep_best=retrieval/recall_at_1"], "is not measured"),
         (["evaluation.tasks=[linear, linear]"], "a task is named twice"),
     ],
 )

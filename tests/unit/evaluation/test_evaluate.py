@@ -1,6 +1,7 @@
 """The command: every kind of pictures and models it takes, and a sentence about everything it cannot take."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import SiglipVisionConfig, SiglipVisionModel, ViTConfig, ViTModel
 
 from lcl_ds.evaluate import main
+from lcl_ds.evaluation import finetune as finetuning
 from lcl_ds.evaluation.encoder import open_released
 from lcl_ds.evaluation.features import features_of
 from lcl_ds.evaluation.finetune import FinetuneSettings, finetune
@@ -130,6 +132,25 @@ def test_features_are_kept_until_model_or_picture_changes(pictures, model, tmp_p
     assert len([*(tmp_path / "features").iterdir()]) == 2
 
 
+def test_the_same_weights_in_another_architecture_are_another_encoder(model, tmp_path):
+    identities = {open_released(str(model)).identity()}
+    config = json.loads((model / "config.json").read_text())
+    for key, value in (("hidden_act", "quick_gelu"), ("num_attention_heads", 4), ("layer_norm_eps", 1e-3)):
+        other = tmp_path / key
+        shutil.copytree(model, other)
+        (other / "config.json").write_text(json.dumps(config | {key: value}))
+        identities.add(open_released(str(other)).identity())
+    assert len(identities) == 4
+
+
+def test_a_process_without_a_part_of_the_last_batch_takes_part_in_it_all_the_same(pictures, tmp_path, monkeypatch):
+    found = open_pictures([str(pictures / "labels.csv")], None, tmp_path)
+    monkeypatch.setattr(finetuning, "own_part", lambda rows: rows[1::2])  # of the second of two processes
+    settings = FinetuneSettings(batch_size=8)
+    batches = finetuning._batches(found.pictures, torch.arange(17), 16, settings, epoch=0)
+    assert [(len(rows), len(images)) for rows, images in batches] == [(4, 4), (4, 4), (0, 0)]
+
+
 def test_a_released_model_gives_the_states_of_its_own_class(tmp_path):
     torch.manual_seed(0)
     SiglipVisionModel(SiglipVisionConfig(**SIZES)).save_pretrained(tmp_path)
@@ -170,6 +191,7 @@ def test_fine_tuning_trains_and_leaves_the_encoder_as_it_was(pictures, model, tm
         (["--data", "{p}/folder", "--task", "zeroshot"], "has no decoder, which reads texts"),
         (["--data", "{p}/folder", "--task", "zeroshot", "--prompts", "a"], "lacks {{}}"),
         (["--data", "{p}/folder", "--json", "{p}"], "is a folder; name a file"),
+        (["--data", "{p}/folder", "--device", "gpu"], "--device gpu: "),
         ([], "--data: is missing"),
     ],
 )  # fmt: skip
