@@ -193,7 +193,7 @@ def write_pooling(model: LCLModel, folder: Path) -> None:
     shutil.copyfile(modeling_lcl.__file__, folder / "modeling_lcl.py")
     pooling, file = model.pooling, folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["auto_map"] = {"AutoModel": f"modeling_lcl.Lcl{type(model.vision.model).__name__}"}
+    config["auto_map"] = {"AutoModel": "modeling_lcl.LclVisionModel"}
     config["lcl_pooling"] = {
         "width": pooling.q.in_features,
         "output_width": pooling.q.out_features,
@@ -210,12 +210,8 @@ def _difference_of_pooling(model: LCLModel, pixels: np.ndarray, folder: Path) ->
     ours = model.vision(images)
     pooled, _ = model.pooling(ours)
     implementation = model.vision.model.config._attn_implementation
-    released, loading = AutoModel.from_pretrained(
-        folder,
-        attn_implementation=implementation,
-        dtype=torch.float32,
-        output_loading_info=True,
-        trust_remote_code=True,
+    released, loading = modeling_lcl.LclVisionModel.from_pretrained(
+        folder, attn_implementation=implementation, dtype=torch.float32, output_loading_info=True
     )
     outputs = released(**family_inputs(released, images))
     wrong = {kind: names for kind, names in loading.items() if names}

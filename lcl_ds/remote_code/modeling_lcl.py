@@ -77,13 +77,18 @@ class LclVisionModel(PreTrainedModel):
         encoder: with its weights; None: one without trained weights.
     """
 
+    # It is the encoder that attends, and says what it can do.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+
     def __init__(self, config: Any, encoder: PreTrainedModel | None = None):
         super().__init__(config)
         self.encoder = encoder if encoder is not None else ENCODERS[config.model_type](config)
         self.pooling = AttentivePooling(**config.lcl_pooling)
 
     @classmethod
-    def from_pretrained(cls, folder: Any, *args: Any, config: Any = None, **options: Any) -> Any:
+    def from_pretrained(  # type: ignore[override]
+        cls, folder: Any, *args: Any, config: Any = None, **options: Any
+    ) -> Any:
         """Load the encoder as its class in transformers does, and the pooling from a file of its own."""
         where = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
         chosen = {name: options[name] for name in where if name in options}
@@ -94,13 +99,13 @@ class LclVisionModel(PreTrainedModel):
         loaded = ENCODERS[config.model_type].from_pretrained(folder, *args, config=config, **options)
         encoder, *facts = loaded if isinstance(loaded, tuple) else (loaded,)
         model = cls(encoder.config, encoder)
-        weights = load_file(cached_file(folder, POOLING_FILE, **chosen))
+        weights = load_file(str(cached_file(folder, POOLING_FILE, **chosen)))
         like = next(encoder.parameters())
         model.pooling.to(like.device, like.dtype).load_state_dict(weights)
         model.eval()
         return (model, *facts) if facts else model
 
-    def save_pretrained(self, folder: Any, **options: Any) -> None:
+    def save_pretrained(self, folder: Any, **options: Any) -> None:  # type: ignore[override]
         """Write what :meth:`from_pretrained` reads, this file included."""
         self.encoder.save_pretrained(folder, **options)
         pooling = {name: weight.contiguous() for name, weight in self.pooling.state_dict().items()}
