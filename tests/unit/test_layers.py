@@ -12,7 +12,6 @@ import pytest
 from tests.support.ranks import ROOT
 
 LAYERS = [
-    {"remote_code"},
     {"errors", "settings", "tokens", "batch", "files", "cli", "metrics", "environment", "tasks", "gpus"},
     {"data"},
     {"models"},
