@@ -67,9 +67,7 @@ class StepMetrics:
     images_per_s: float = field(metadata=_of("first rank", "Images of all ranks per second."))
     tokens_per_s: float = field(metadata=_of("first rank", "Tokens of all ranks per second."))
     step_s: float = field(metadata=_of("first rank", "Seconds of the step."))
-    data_s: float = field(
-        metadata=_of("first rank", "Seconds of it for drawing rows; a GPU computes meanwhile.")
-    )
+    data_s: float = field(metadata=_of("first rank", "Seconds of it for drawing rows; a GPU computes meanwhile."))
     skipped_samples: int = field(metadata=_of("all ranks", "Samples and images left out: damaged, or excluded."))
     sources: dict[str, SourceCounts] = field(metadata=_of("all ranks", "Documents and images of each source."))
     applied: bool = field(metadata=_of("first rank", "Whether the step changed the weights."))
