@@ -1,5 +1,6 @@
 """End every command in the same way: mistakes of user or machine with a sentence, our own with a traceback."""
 
+import argparse
 import signal
 import sys
 from collections.abc import Callable
@@ -51,6 +52,14 @@ def problems_of(error: BaseException) -> list[str] | None:
     if isinstance(error, OSError) and (sentence := sentence_of(error)):
         return [sentence]
     return None
+
+
+def positive(text: str) -> int:
+    """Read a number of things from the command line. Raises: ArgumentTypeError when it is not 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
 
 
 def program_name(command: str) -> str:

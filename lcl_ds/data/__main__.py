@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lcl_ds.cli import program_name, run_command
+from lcl_ds.cli import positive, program_name, run_command
 from lcl_ds.data.contents import MEASURED_SAMPLES, measure
 from lcl_ds.data.corpora import READERS
 from lcl_ds.data.corpora.build import build
@@ -56,8 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     make.add_argument("--image-column", nargs="+", default=[], metavar="NAME", help="tables: columns of images")
     make.add_argument("--text-column", nargs="+", default=[], metavar="NAME", help="tables: columns of texts")
     make.add_argument("--caption", metavar="TEXT", help="of images without text, as in 'a photo of a {label}'")
-    make.add_argument("--workers", type=_positive, default=CPUS, help=f"processes (default {CPUS})")
-    make.add_argument("--shard-samples", type=_positive, default=1000, help="samples of a shard (default 1000)")
+    make.add_argument("--workers", type=positive, default=CPUS, help=f"processes (default {CPUS})")
+    make.add_argument("--shard-samples", type=positive, default=1000, help="samples of a shard (default 1000)")
     make.add_argument("--deduplicate", action="store_true", help="keep the first of documents with equal content")
     make.add_argument("--skip-unreadable", action="store_true", help="go on without files that cannot be read")
     make.add_argument("--min-similarity", type=float, default=defaults.min_similarity, help="MMC4 (default 0.24)")
@@ -65,9 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
     make.add_argument("--max-images", type=int, help="images kept of a document (default: MMC4 6, others all)")
     make.add_argument("--min-images", type=int, default=defaults.min_images, help="per document (default 1)")
     make.add_argument(
-        "--max-text-bytes", type=_positive, default=defaults.max_text_bytes, help="per document (default 1 MiB)"
+        "--max-text-bytes", type=positive, default=defaults.max_text_bytes, help="per document (default 1 MiB)"
     )
-    make.add_argument("--max-image-pixels", type=_positive, default=defaults.max_image_pixels, help="larger: left out")
+    make.add_argument("--max-image-pixels", type=positive, default=defaults.max_image_pixels, help="larger: left out")
     make.add_argument("--seed", type=int, default=defaults.seed, help="of MMC4's draw of one image per sentence")
     make.set_defaults(run=run_build)
 
@@ -78,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     links.add_argument(
         "--images", nargs="+", type=Path, default=[], metavar="PATH", help="what was fetched already, and is not listed"
     )
-    links.add_argument("--workers", type=_positive, default=CPUS, help=f"processes (default {CPUS})")
+    links.add_argument("--workers", type=positive, default=CPUS, help=f"processes (default {CPUS})")
     links.add_argument("--json", type=Path, metavar="F", help="write the report there")
     links.add_argument("--min-similarity", type=float, default=defaults.min_similarity, help="MMC4 (default 0.24)")
     links.add_argument("--image-column", nargs="+", default=[], metavar="NAME", help="tables: columns of addresses")
@@ -88,9 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("shards", nargs="+", metavar="SHARDS", help="as in data.shards: paths, globs, braces, URLs")
     check.add_argument("--json", type=Path, metavar="F", help="write the report there")
     check.add_argument(
-        "--max-text-bytes", type=_positive, help="per document (default 1 MiB, or what the shards were built with)"
+        "--max-text-bytes", type=positive, help="per document (default 1 MiB, or what the shards were built with)"
     )
-    check.add_argument("--workers", type=_positive, default=CPUS, help=f"processes (default {CPUS})")
+    check.add_argument("--workers", type=positive, default=CPUS, help=f"processes (default {CPUS})")
     check.set_defaults(run=run_check)
 
     look = commands.add_parser("inspect", help="show rows as the model gets them")
@@ -105,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     tell = commands.add_parser("info", help="say what is in shards, and how much of it a row holds")
     tell.add_argument("shards", nargs="+", metavar="SHARDS", help="as in data.shards: paths, globs, braces, URLs")
     tell.add_argument("--recipe", help="whose tokenizer and sizes are used (default: estimates)")
-    tell.add_argument("--samples", type=_positive, default=MEASURED_SAMPLES, help="read (default 20000)")
+    tell.add_argument("--samples", type=positive, default=MEASURED_SAMPLES, help="read (default 20000)")
     tell.add_argument("--json", type=Path, metavar="F", help="write the figures there")
     tell.set_defaults(run=run_info)
 
@@ -119,13 +119,6 @@ def build_parser() -> argparse.ArgumentParser:
     first.add_argument("--heldout", metavar="SHARDS", help="to evaluate on (default: heldout/ beside SHARDS)")
     first.set_defaults(run=run_init)
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
 
 
 def _fraction(text: str) -> float:
