@@ -20,7 +20,7 @@ from accelerate import PartialState
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from lcl_ds.cli import program_name, run_command
+from lcl_ds.cli import positive, program_name, run_command
 from lcl_ds.data.settings import default_of
 from lcl_ds.environment import versions
 from lcl_ds.errors import UserError
@@ -33,7 +33,7 @@ from lcl_ds.evaluation.neighbours import NEIGHBOURS
 from lcl_ds.evaluation.pictures import PictureSet, has_train_side, is_shards, open_pictures
 from lcl_ds.evaluation.probes import ProbeOptions
 from lcl_ds.evaluation.results import Figure, Results, table_of
-from lcl_ds.evaluation.tasks import PROMPTS, TASKS, Bench, Options, Trained, document_retrieval
+from lcl_ds.evaluation.tasks import PROMPTS, TASKS, Measured, Options, Trained, document_retrieval
 from lcl_ds.files import check_output, write_whole
 from lcl_ds.models.build import build_empty_model
 from lcl_ds.models.initial import fill_weights
@@ -148,7 +148,7 @@ def measure(
     if not UNTRAINED.issuperset(arguments.task) and (arguments.train_data or has_train_side(data)):
         train = open_pictures(arguments.train_data or data, images, cache, arguments.train_limit, "train")
     kept = None if arguments.no_cache else cache
-    bench = Bench(encoder, test, train, trained, options_of(arguments, trained), kept, results.notes)
+    measured = Measured(encoder, test, train, trained, options_of(arguments, trained), kept, results.notes)
     documents = not any(picture.captions for picture in test.pictures) and is_shards(data)
     for task in arguments.task:
         if task == "retrieval" and trained and documents:
@@ -156,9 +156,9 @@ def measure(
             results.notes += notes
             yield from made
         else:
-            yield from TASKS[task](bench)
-    left_out = dict(bench.all.left_out.most_common())
-    results.data |= {"pictures": len(bench.all.pictures), "left_out": left_out}
+            yield from TASKS[task](measured)
+    left_out = dict(measured.all.left_out.most_common())
+    results.data |= {"pictures": len(measured.all.pictures), "left_out": left_out}
     results.notes += [f"left out: {reason} ({count})" for reason, count in left_out.items()]
 
 
@@ -228,18 +228,18 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ema", action="store_true", help="the moving average of the encoder")
     parser.add_argument("--untrained", action="store_true", help="the run's first weights, to compare with")
-    parser.add_argument("--limit", type=_positive, help="pictures, or documents of retrieval, to test on")
-    parser.add_argument("--train_limit", type=_positive, help="pictures of --train_data")
+    parser.add_argument("--limit", type=positive, help="pictures, or documents of retrieval, to test on")
+    parser.add_argument("--train_limit", type=positive, help="pictures of --train_data")
     parser.add_argument("--json", type=Path, metavar="F", help="write the figures there")
     parser.add_argument(
         "--prompts", nargs="+", default=list(PROMPTS), help="of zeroshot, with {} for the class; or a file"
     )
     parser.add_argument("--classes", type=Path, metavar="F", help="lines label<TAB>name: what zeroshot calls a class")
-    parser.add_argument("--shots", type=_positive, nargs="+", default=list(SHOTS), help="of fewshot")
-    parser.add_argument("--neighbours", type=_positive, default=NEIGHBOURS, help=f"of knn (default {NEIGHBOURS})")
-    parser.add_argument("--epochs", type=_positive, help="of what is trained (default: each task's own)")
+    parser.add_argument("--shots", type=positive, nargs="+", default=list(SHOTS), help="of fewshot")
+    parser.add_argument("--neighbours", type=positive, default=NEIGHBOURS, help=f"of knn (default {NEIGHBOURS})")
+    parser.add_argument("--epochs", type=positive, help="of what is trained (default: each task's own)")
     parser.add_argument("--learning_rate", type=float, help="of what is trained (default: each task's own)")
-    parser.add_argument("--batch_size", type=_positive, help="of what is trained (default: each task's own)")
+    parser.add_argument("--batch_size", type=positive, help="of what is trained (default: each task's own)")
     parser.add_argument("--decoder", metavar="DIR", help="decoder of caption (default: a small one from scratch)")
     parser.add_argument("--tokenizer", metavar="DIR", help="tokenizer of caption (default: the run's or the decoder's)")
     parser.add_argument("--memory", type=float, default=4.0, metavar="GIB", help="for patch tokens (default 4)")
@@ -248,13 +248,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache", default=default_of("cache"), metavar="DIR", help="folder for features and indices")
     parser.add_argument("--no_cache", action="store_true", help="make features anew and keep none")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
 
 
 def main(argv: list[str] | None = None) -> int:

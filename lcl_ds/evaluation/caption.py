@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, get_cosine_schedule_with_warmup
 
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.intervals import Interval, bootstrap
@@ -139,11 +139,7 @@ def train_captioner(
     weights = [weight for weight in captioner.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     total = settings.epochs * math.ceil(len(train) / settings.batch_size)
-    rising = max(1, round(settings.warmup * total))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / rising, 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, total))))),
-    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * total), total)
     draw = np.random.default_rng(settings.seed)
     captioner.train()
     for _ in range(settings.epochs):

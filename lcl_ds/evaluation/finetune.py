@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import get_cosine_schedule_with_warmup
 
 from lcl_ds.evaluation.attentive import AttentiveHead
 from lcl_ds.evaluation.encoder import FrozenEncoder
@@ -54,13 +55,14 @@ def finetune(
         bool [len(test)].
     """
     before = {name: weight.detach().clone() for name, weight in encoder.module.state_dict().items()}
+    dtype = encoder.dtype
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         try:
             head = _train(encoder, pictures, classes, train, settings, bf16)
             return _hits(encoder, head, pictures, classes, test, bf16)
         finally:
-            encoder.module.eval().requires_grad_(False)
+            encoder.module.eval().requires_grad_(False).to(dtype)
             encoder.module.load_state_dict(before)
 
 
@@ -82,13 +84,7 @@ def _train(
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
     per_epoch = math.ceil(len(train) / settings.batch_size)
     total = settings.epochs * per_epoch
-
-    def factor(step: int) -> float:
-        rising = max(1, round(settings.warmup * total))
-        done = min(1.0, (step - rising) / max(1, total - rising))
-        return (step + 1) / rising if step < rising else 0.5 * (1 + math.cos(math.pi * done))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(settings.warmup * total), total)
     for epoch in range(settings.epochs):
         order = train[torch.randperm(len(train))]
         for rows, images in _batches(pictures, order, encoder.image_size, settings, epoch):

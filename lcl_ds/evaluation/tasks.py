@@ -1,4 +1,4 @@
-"""The tasks of ``lcl_ds.evaluate``: one function each, from a bench to figures."""
+"""The tasks of ``lcl_ds.evaluate``: one function each, from an encoder and pictures to figures."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -74,7 +74,7 @@ class Options:
 
 
 @dataclass
-class Bench:
+class Measured:
     """An encoder and pictures, with what several tasks need of both."""
 
     encoder: FrozenEncoder
@@ -198,12 +198,12 @@ def readable_features(encoder: FrozenEncoder, found: PictureSet, cache: Path | N
     return features
 
 
-def zeroshot(bench: Bench) -> Iterator[Figure]:
+def zeroshot(of: Measured) -> Iterator[Figure]:
     """Classification by the texts of the classes, without training; every picture tests."""
-    reader, options = bench.text_reader(), bench.options
-    images = F.normalize(bench.features.vectors[IMAGE_KIND], dim=1)
-    for split in bench.splits:
-        rows = torch.cat([split.train, split.test]).sort().values if bench.train is None else split.test
+    reader, options = of.text_reader(), of.options
+    images = F.normalize(of.features.vectors[IMAGE_KIND], dim=1)
+    for split in of.splits:
+        rows = torch.cat([split.train, split.test]).sort().values if of.train is None else split.test
         words = [options.class_names.get(name, name) for name in split.names]
         if options.class_names and (lost := [name for name in split.names if name not in options.class_names]):
             raise UserError(
@@ -213,7 +213,7 @@ def zeroshot(bench: Bench) -> Iterator[Figure]:
         texts = torch.stack([class_feature(reader, word, options.prompts) for word in words])
         whole = Split(split.label, split.names, split.classes, split.train, rows)
         hits = (images[rows] @ texts.T).argmax(1) == split.classes[rows]
-        yield accuracy(bench, "zeroshot", whole, hits, IMAGE_KIND, prompts=list(options.prompts))
+        yield accuracy(of, "zeroshot", whole, hits, IMAGE_KIND, prompts=list(options.prompts))
 
 
 def class_feature(reader: TextReader, word: str, prompts: Sequence[str]) -> Tensor:
@@ -221,16 +221,16 @@ def class_feature(reader: TextReader, word: str, prompts: Sequence[str]) -> Tens
     return F.normalize(reader.features([prompt.replace("{}", word) for prompt in prompts]).mean(0), dim=0)
 
 
-def retrieval(bench: Bench) -> Iterator[Figure]:
+def retrieval(of: Measured) -> Iterator[Figure]:
     """Images and their captions, both ways; of documents images and what announces them."""
-    reader = bench.text_reader()
-    if not any(picture.captions for picture in bench.test.pictures):
+    reader = of.text_reader()
+    if not any(picture.captions for picture in of.test.pictures):
         raise UserError(
-            f"--data {bench.test.name}: no picture has a caption; name captioned pictures, or shards of documents alone"
+            f"--data {of.test.name}: no picture has a caption; name captioned pictures, or shards of documents alone"
         )
-    found = bench.test.captioned()
-    features = readable_features(bench.encoder, found, bench.cache)
-    bench.notes += [f"left out: {reason} ({count})" for reason, count in features.left_out.most_common()]
+    found = of.test.captioned()
+    features = readable_features(of.encoder, found, of.cache)
+    of.notes += [f"left out: {reason} ({count})" for reason, count in features.left_out.most_common()]
     captions = [(row, text) for row, number in enumerate(features.kept) for text in found.pictures[number].captions]
     images = F.normalize(features.vectors[IMAGE_KIND], dim=1)
     texts = reader.features([text for _, text in captions])
@@ -239,40 +239,40 @@ def retrieval(bench: Bench) -> Iterator[Figure]:
     yield from recalls("text_to_image", best_ranks(texts, images, owner, own), found.name, len(images))
 
 
-def finetuned(bench: Bench) -> Iterator[Figure]:
+def finetuned(of: Measured) -> Iterator[Figure]:
     """The whole encoder trained with an attentive head (the paper's full transfer)."""
-    settings = bench.options.finetune
-    pictures = [bench.all.pictures[number] for number in bench.features.kept.tolist()]
-    bf16 = bench.encoder.dtype == torch.bfloat16
-    for split in bench.splits:
-        hits = finetune(bench.encoder, pictures, split.classes, split.train, split.test, settings, bf16)
-        yield accuracy(bench, "finetune", split, hits, "patches", epochs=settings.epochs)
+    settings = of.options.finetune
+    pictures = [of.all.pictures[number] for number in of.features.kept.tolist()]
+    bf16 = of.encoder.dtype == torch.bfloat16
+    for split in of.splits:
+        hits = finetune(of.encoder, pictures, split.classes, split.train, split.test, settings, bf16)
+        yield accuracy(of, "finetune", split, hits, "patches", epochs=settings.epochs)
 
 
-def captioning(bench: Bench) -> Iterator[Figure]:
+def captioning(of: Measured) -> Iterator[Figure]:
     """A small decoder that captions what a frozen encoder sees."""
     require_scorer()
-    settings = bench.options.caption
-    rows = bench.features.kept.tolist()
-    captions = [bench.all.pictures[row].captions for row in rows]
+    settings = of.options.caption
+    rows = of.features.kept.tolist()
+    captions = [of.all.pictures[row].captions for row in rows]
     has = torch.tensor([bool(of_picture) for of_picture in captions])
-    test = torch.tensor([bench.is_test[row] for row in rows])
+    test = torch.tensor([of.is_test[row] for row in rows])
     sides = (has & ~test).nonzero()[:, 0], (has & test).nonzero()[:, 0]
     if not all(map(len, sides)):
         raise UserError(
-            f"--data {bench.all.name}: {len(sides[0])} captioned pictures would train and {len(sides[1])} test; name "
+            f"--data {of.all.name}: {len(sides[0])} captioned pictures would train and {len(sides[1])} test; name "
             "more of them"
         )
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        captioner = _captioner(bench, settings)
-        train_captioner(captioner, bench.patches.of, captions, sides[0], settings)
-    made = captions_of(captioner, bench.patches.of, sides[1], settings.beams)
+        captioner = _captioner(of, settings)
+        train_captioner(captioner, of.patches.of, captions, sides[0], settings)
+    made = captions_of(captioner, of.patches.of, sides[1], settings.beams)
     scores = score(made, [captions[row] for row in sides[1].tolist()])
     facts = {"epochs": settings.epochs, "beams": settings.beams, "words": scores.tokenizer}
     same: dict[str, Any] = {
         "task": "caption",
-        "dataset": bench.all.name,
+        "dataset": of.all.name,
         "count": len(made),
         "features": "patches",
         "settings": facts,
@@ -281,19 +281,19 @@ def captioning(bench: Bench) -> Iterator[Figure]:
     yield Figure(metric="cider", value=scores.cider, interval=scores.cider_interval, **same)
 
 
-def _captioner(bench: Bench, settings: CaptionSettings) -> Captioner:
+def _captioner(of: Measured, settings: CaptionSettings) -> Captioner:
     """Make the captioner. Raises: UserError when nobody says which tokenizer to use."""
-    folder = bench.options.tokenizer or bench.options.decoder
-    if folder is None and bench.trained:
-        folder = bench.trained.config.data.tokenizer
+    folder = of.options.tokenizer or of.options.decoder
+    if folder is None and of.trained:
+        folder = of.trained.config.data.tokenizer
     if folder is None:
         raise UserError("--tokenizer: is missing; a released encoder has none, so name a folder with tokenizer.json")
     try:
         tokenizer = TextTokenizer(folder)
     except ValueError as error:
         raise UserError(f"--tokenizer: {error}") from None
-    _, patches, width = bench.patches.of(torch.tensor([0])).shape
-    return new_captioner(width, patches, tokenizer, settings, bench.options.decoder).to(bench.encoder.device)
+    _, patches, width = of.patches.of(torch.tensor([0])).shape
+    return new_captioner(width, patches, tokenizer, settings, of.options.decoder).to(of.encoder.device)
 
 
 def document_retrieval(trained: Trained, shards: Sequence[str], limit: int | None) -> tuple[list[Figure], list[str]]:
@@ -321,7 +321,7 @@ def document_retrieval(trained: Trained, shards: Sequence[str], limit: int | Non
     return figures, notes
 
 
-TASKS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
+TASKS: dict[str, Callable[[Measured], Iterator[Figure]]] = {
     "linear": linear,
     "attentive": attentive,
     "knn": nearest,
@@ -331,4 +331,4 @@ TASKS: dict[str, Callable[[Bench], Iterator[Figure]]] = {
     "finetune": finetuned,
     "caption": captioning,
 }
-"""By the names of the command line; each is called with the same bench."""
+"""By the names of the command line; each is called with the same encoder and pictures."""

@@ -60,6 +60,8 @@ def _read_pair(key: str, names: list[str], folder: Path, options: ReadOptions) -
     draft.url = string_or_none(about.get("url"))
     if CAPTION_SUFFIX in by_suffix:
         draft.add_text(_read(folder / by_suffix[CAPTION_SUFFIX]).decode("utf-8-sig").strip())
+    elif options.caption:
+        draft.add_text(caption_of(options.caption, labels_among(about)))
     if is_picture(names[0]):
         draft.add_image(partial(_read, folder / names[0]), labels=labels_among(about), decode=True)
     return draft.finish_pair()

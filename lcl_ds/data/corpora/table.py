@@ -89,10 +89,15 @@ def _read_table(
     images = replace(options.images, folders=(path.parent, *options.images.folders))
     finder = _Finder(path.parent, replace(options, images=images))
 
+    known: set[str] = set()
+
     def read(key: str, row: Row) -> RawDocument:
+        known.update(row)
         return read_row(key, row, columns_among(row, options), options, finder.find)
 
     yield from read_each(rows, read)
+    if known and (missing := [name for name in (*options.image_columns, *options.text_columns) if name not in known]):
+        raise UserError(f"{path}: no row has {missing[0]!r}; there are {', '.join(map(printable, sorted(known)[:20]))}")
     if finder.names and not finder.found:
         places = ", ".join(str(folder) for folder in images.folders)
         raise UserError(

@@ -113,6 +113,13 @@ def test_what_cannot_be_used_of_a_folder_is_counted_and_named(tmp_path, capsys):
     assert all(name in shown for name in ("cut.jpg", "zero.jpg", "iphone.HEIC", "mute.jpg", "orphan.txt", "latin.jpg"))
 
 
+def test_images_without_a_text_beside_them_get_the_caption_that_is_made_of_their_labels(tmp_path):
+    files = {"a.jpg": picture(1), "a.txt": "a hill", "b.jpg": picture(2), "b.json": json.dumps({"place": "the_lake"})}
+    build(tmp_path / "out", put(tmp_path / "in", files), "--format", "folder", "--caption", "at {place}")
+    texts = {key: parts[0] for key, (_, parts, _) in samples_of(tmp_path / "out").items()}
+    assert texts == {"a.jpg": "a hill", "b.jpg": "at the lake"}
+
+
 def test_the_folders_of_classes_become_labels(tmp_path):
     files = {f"{name}/deep/{n}.jpg": picture(n) for n, name in enumerate(("red_fox", "hare", "hare"))}
     folder = put(tmp_path / "in", {**files, "outside.jpg": picture(9)})
@@ -262,6 +269,14 @@ def test_columns_may_be_named_and_several_make_documents_in_their_order(tmp_path
     ((document, parts, _),) = samples_of(tmp_path / "out").values()
     assert not document.is_pair
     assert parts == ["a title", picture(0), "between", picture(1)]
+
+
+def test_a_column_that_no_line_of_json_has_is_refused(tmp_path, capsys):
+    rows = [{"image": "0.jpg", "text": "a hill"}, {"image": "0.jpg"}]
+    table = put(tmp_path / "in", {"0.jpg": picture(0), "a.jsonl": "\n".join(map(json.dumps, rows))}) / "a.jsonl"
+    said = refused(capsys, tmp_path / "out", table, "--format", "jsonl", "--image-column", "img")
+    assert "no row has 'img'; there are image, text" in said
+    assert build(tmp_path / "out", table, "--format", "jsonl", "--text-column", "text")["samples"] == 1
 
 
 def test_lines_of_json_become_pairs_and_documents(tmp_path):

@@ -174,6 +174,10 @@ def test_fine_tuning_trains_and_leaves_the_encoder_as_it_was(pictures, model, tm
     hits = finetune(encoder, found.pictures, classes, train, test, settings)
     assert hits.float().mean() > 0.6
     assert encoder.identity() == before
+    encoder.module.to(torch.bfloat16)
+    before = encoder.identity()
+    finetune(encoder, found.pictures, classes, train[:8], test, FinetuneSettings(epochs=1), bf16=True)
+    assert encoder.identity() == before
 
 
 @pytest.mark.parametrize(
