@@ -5,7 +5,6 @@ A picture is read when its features are made. Labels and captions are read at on
 before any work.
 """
 
-import csv
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from lcl_ds.data.corpora.folder import LABEL
+from lcl_ds.data.corpora.record import ReadOptions
+from lcl_ds.data.corpora.table import IMAGE_COLUMNS, columns_among, csv_rows, spellings
 from lcl_ds.data.documents import IMAGE_SUFFIXES, BadSampleError, read_document, read_labels
 from lcl_ds.data.images import decode_image
 from lcl_ds.data.shards.shard import index_shard
@@ -30,11 +32,8 @@ from lcl_ds.files import read_json
 
 SPLITS = {"train": ("train",), "test": ("val", "valid", "validation", "test")}
 """Names of subfolders that are not classes but sides of a split."""
-LABEL = "class"
-"""Name of the label of pictures that have one without a name."""
-PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image")
-LABEL_COLUMNS = ("label", "class")
-CAPTION_COLUMNS = ("caption", "text", "title")
+LABEL_COLUMNS = (LABEL, "class")
+"""Names of labels that are predicted of captioned pictures where nobody says which: they carry columns of any kind."""
 
 
 @dataclass(frozen=True)
@@ -163,31 +162,25 @@ def _open_folder(folder: Path, side: str | None) -> PictureSet:
 
 
 def _open_table(path: Path, images: Path) -> PictureSet:
-    """Open a table with a column of paths and one of labels or captions; further columns are labels by their names."""
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-            rows, columns = list(reader), [column for column in reader.fieldnames or [] if column]
-    except OSError as error:
-        raise UserError(f"--data {path}: cannot be read: {error.strerror or error}") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"--data {path}: cannot be read as a table: {error}") from error
-    place = _column(columns, PATH_COLUMNS)
-    if place is None:
-        raise UserError(f"--data {path}: no column is named {', '.join(PATH_COLUMNS)}; it has {', '.join(columns)}")
-    caption, label = _column(columns, CAPTION_COLUMNS), _column(columns, LABEL_COLUMNS)
-    names = {column: LABEL if column == label else column for column in columns if column not in (place, caption)}
+    """Open a table with a column of paths, and one of captions or further ones, which are labels by their names."""
+    header: list[str] = []
+    lines = [line for _, line in csv_rows(path, header.extend)]
+    columns = columns_among(header, ReadOptions())
+    if not columns.images:
+        raise UserError(f"--data {path}: no column is named {', '.join(IMAGE_COLUMNS)}; it has {', '.join(header)}")
+    (place,), captions_in = columns.images, columns.texts
     entries: dict[str, tuple[dict[str, str], list[str]]] = {}
-    for row in rows:
-        labels, captions = entries.setdefault(row[place] or "", ({}, []))
-        labels.update({name: row[column] for column, name in names.items() if row[column]})
-        if caption and (row[caption] or "").strip():
-            captions.append(row[caption].strip())
-    return _named_pictures(str(path), images, entries)
-
-
-def _column(columns: Sequence[str], names: Sequence[str]) -> str | None:
-    return next((column for name in names for column in columns if column.strip().lower() == name), None)
+    left_out: Counter[str] = Counter()
+    for line in lines:
+        if isinstance(line, BadSampleError):
+            left_out[line.reason] += 1
+            continue
+        labels, captions = entries.setdefault(line.get(place, "").strip(), ({}, []))
+        labels.update({name: cell for name, cell in line.items() if cell and name not in (place, *captions_in)})
+        captions += [cell.strip() for name in captions_in if (cell := line.get(name, "")).strip()]
+    found = _named_pictures(str(path), images, entries)
+    found.left_out.update(left_out)
+    return found
 
 
 def _named_pictures(
@@ -196,8 +189,8 @@ def _named_pictures(
     """Make pictures of what a file says about each path; paths without a file are counted."""
     found = PictureSet(name, [])
     for place, (labels, captions) in entries.items():
-        path = images / place
-        if not place or not path.is_file():
+        path = next((images / name for name in spellings(place) if place and (images / name).is_file()), None)
+        if path is None:
             found.left_out["a picture that is not there"] += 1
             continue
         found.pictures.append(_file(path, len(found.pictures), labels=labels, captions=tuple(captions)))

@@ -16,6 +16,7 @@ from lcl_ds.data.documents import document_of
 from lcl_ds.data.images import check_image
 
 HASH_COLUMNS = 3
+"""Numbers of 64 bits that :func:`hash_document` gives."""
 
 
 def shard_writer(file: IO[bytes]) -> TarWriter:

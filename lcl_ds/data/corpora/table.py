@@ -71,7 +71,7 @@ def read_csv(path: Path, options: ReadOptions) -> Iterator[RawDocument]:
     Raises:
         UserError: the file cannot be read, names no column of images, or none of its images is there.
     """
-    return _read_table(path, _csv_rows(path, options), options)
+    return _read_table(path, csv_rows(path, partial(_check_header, path, options=options)), options)
 
 
 def read_json_lines(path: Path, options: ReadOptions) -> Iterator[RawDocument]:
@@ -148,7 +148,17 @@ def spellings(name: str) -> list[str]:
     return [*dict.fromkeys([*names, *(name.replace("\\", "/") for name in names)])]
 
 
-def _csv_rows(path: Path, options: ReadOptions) -> Iterator[tuple[str, Row | BadSampleError]]:
+def csv_rows(path: Path, check: Callable[[list[str]], object]) -> Iterator[tuple[str, Row | BadSampleError]]:
+    """Yield the lines of a table, each with a key, by the columns that its first line names.
+
+    Commas, semicolons, tabs or bars part them, in UTF-8 or UTF-16; a line that is none of the table is a problem.
+
+    Args:
+        check: is given the columns before the first line is read; it may raise UserError.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     csv.field_size_limit(MAX_LINE_BYTES)
     with reading(path, "a table"), path.open("rb") as file:
         is_wide = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -159,7 +169,7 @@ def _csv_rows(path: Path, options: ReadOptions) -> Iterator[tuple[str, Row | Bad
         delimiter = max(DELIMITERS, key=counts.__getitem__)
         lines = csv.reader(chain([first], file), delimiter=delimiter, strict=True)
         header = [name.strip() for name in next(lines, [])]
-        _check_header(path, header, options)
+        check(header)
         while True:
             key = f"{path.name}:{lines.line_num + 1}"
             try:

@@ -77,8 +77,7 @@ def evaluate(*arguments, cache):
 @pytest.mark.parametrize(("data", "images"), [("folder", None), ("labels.csv", None), ("pairs.tar", None)])
 def test_labelled_pictures_of_any_kind_are_probed(pictures, model, tmp_path, capsys, data, images):
     report = tmp_path / "report.json"
-    label = "class" if data != "pairs.tar" else "label"
-    arguments = [model, "--task", "linear", "knn", "--data", pictures / data, "--label", label, "--json", report]
+    arguments = [model, "--task", "linear", "knn", "--data", pictures / data, "--label", "label", "--json", report]
     assert evaluate(*arguments, cache=tmp_path) == 0
     tree = json.loads(report.read_text())
     assert [(f["task"], f["features"], f["count"], f["classes"]) for f in tree["figures"]] == [
@@ -102,6 +101,16 @@ def test_captioned_pictures_of_any_kind_are_read(pictures, tmp_path, data, count
     assert (len(found.pictures), sum(len(picture.captions) for picture in found.pictures)) == (count, captions)
     numbers, pixels = next(decoded(found.pictures, 16, 64, found.left_out))
     assert (len(numbers), pixels.shape, dict(found.left_out)) == (count, (count, 3, 16, 16), {})
+
+
+def test_a_table_of_any_program_is_read(pictures, tmp_path):
+    rows = [row.split(",") for row in (pictures / "labels.csv").read_text().splitlines()]
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(";".join(row) for row in [*rows, ["too", "many", "cells", "here"]]), encoding="utf-16")
+    expected = open_pictures([str(pictures / "labels.csv")], None, tmp_path)
+    found = open_pictures([str(table)], pictures, tmp_path)
+    assert [(p.name, p.labels) for p in found.pictures] == [(p.name, p.labels) for p in expected.pictures]
+    assert sorted(found.left_out.values()) == [1, 1]  # the picture that is gone, and the line with too many cells
 
 
 def test_a_file_that_says_so_has_a_side_for_training(pictures, tmp_path):
@@ -167,7 +176,7 @@ def test_a_released_model_gives_the_states_of_its_own_class(tmp_path):
 def test_fine_tuning_trains_and_leaves_the_encoder_as_it_was(pictures, model, tmp_path):
     found = open_pictures([str(pictures / "labels.csv")], None, tmp_path)
     encoder = open_released(str(model))
-    classes = torch.tensor([[*COLOURS].index(picture.labels["class"]) for picture in found.pictures])
+    classes = torch.tensor([[*COLOURS].index(picture.labels["label"]) for picture in found.pictures])
     train, test = torch.arange(36)[torch.arange(36) % 3 > 0], torch.arange(0, 36, 3)
     before = encoder.identity()
     settings = FinetuneSettings(epochs=8, batch_size=8, learning_rate=3e-3)
@@ -186,11 +195,11 @@ def test_fine_tuning_trains_and_leaves_the_encoder_as_it_was(pictures, model, tm
         (["--data", "{p}/gone"], "no such file"),
         (["--data", "{p}/coco.json", "--images", "{p}/folder"], "no picture has a label"),
         (["--data", "{p}/coco.json"], "name their folder with --images"),
-        (["--data", "{p}/labels.csv", "--label", "clas"], "did you mean 'class'?"),
+        (["--data", "{p}/labels.csv", "--label", "labl"], "did you mean 'label'?"),
         (["--data", "{p}/pairs.tar", "--label", "url"], "with 0 classes in both"),
         (["--data", "{p}/folder", "--features", "head"], "has none of them; it has mean, class"),
         (["--data", "{p}/folder", "--ema"], "neither a run nor a checkpoint"),
-        (["--data", "{p}/two", "--train_data", "{p}/folder"], "1 of its 2 classes of the label 'class' are not among"),
+        (["--data", "{p}/two", "--train_data", "{p}/folder"], "1 of its 2 classes of the label 'label' are not among"),
         (["--data", "{p}/broken"], "no picture can be read: a damaged image (1)"),
         (["--data", "{p}/folder", "--task", "zeroshot"], "has no decoder, which reads texts"),
         (["--data", "{p}/folder", "--task", "zeroshot", "--prompts", "a"], "lacks {{}}"),
