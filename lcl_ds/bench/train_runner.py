@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from lcl_ds.batch import Batch
 from lcl_ds.bench.case import Row
 from lcl_ds.bench.measure import (
     MB,
@@ -24,8 +25,10 @@ from lcl_ds.bench.measure import (
 )
 from lcl_ds.bench.runner import Record, relative_error
 from lcl_ds.bench.table import note_of, number
-from lcl_ds.bench.train import OURS, PUBLISHED, TrainCase, is_packed, loss_of
+from lcl_ds.bench.train import OURS, PADDED, PUBLISHED, TrainCase, is_packed, loss_of
+from lcl_ds.flops import StepFlops, StepWork, total
 from lcl_ds.models.network import LCLModel
+from lcl_ds.objectives import lcl
 
 SHORT = 512
 """Tokens of the rows that are compared, and that set up thread pools before memory is measured."""
@@ -92,6 +95,7 @@ def _compare(case: TrainCase, results: list[Row]) -> None:
 
 def _time(case: TrainCase, results: list[Row], repeats: int) -> None:
     model = case.model()
+    flops = StepFlops(lcl.Objective(model, lcl.Settings()))
     losses: dict[str, Tensor] = {}
     calls: dict[str, Call] = {}
 
@@ -109,6 +113,7 @@ def _time(case: TrainCase, results: list[Row], repeats: int) -> None:
             useful_tokens=batch.token_count,
             images=batch.image_count,
             padding_fraction=1 - batch.token_count / slots,
+            flops=total(flops.of(work_of(method, batch))).model,
         )
         calls[method] = partial(call, method, loss_of(method, model, batch))
     times = time_calls(calls, case.device, repeats)
@@ -131,11 +136,19 @@ def _time(case: TrainCase, results: list[Row], repeats: int) -> None:
     recover(case.device)
 
 
+def work_of(method: str, batch: Batch) -> StepWork:
+    """Count what a method computes on its batch; the published layout's attention spans whole rows, padding included."""
+    pairs, tokens = len(batch.readouts["context"]), batch.input_ids.numel()
+    squares = batch.token_squares if method in (OURS, PADDED) else tokens * batch.input_ids.shape[1]
+    return StepWork(batch.image_count, tokens, squares, len(batch.labels), pairs, pairs**2)
+
+
 def _add_ratios(results: list[Row]) -> None:
-    """Time and memory over those of ours."""
+    """Time, memory and arithmetic over those of ours."""
     ours = next((result for result in results if result["method"] == OURS), {})
+    ratios = {"median_ms": "ratio_to_ours", "peak_extra_mb": "memory_ratio_to_ours", "flops": "flops_ratio_to_ours"}
     for result in results:
-        for key, ratio in (("median_ms", "ratio_to_ours"), ("peak_extra_mb", "memory_ratio_to_ours")):
+        for key, ratio in ratios.items():
             if key in result and ours.get(key):
                 result[ratio] = result[key] / ours[key]
 
@@ -165,8 +178,8 @@ def show_train_rows(console: Console, case: TrainCase, results: list[Row]) -> No
     _add_ratios(results)
     table = Table()
     table.add_column("method", no_wrap=True)
-    headings = ("ms", "x ours", "rows", "padding", "tokens/s", "useful tokens/s", "extra MiB", "x ours", "loss")
-    for heading in (*headings, "error of loss", "error of gradient"):
+    headings = ("ms", "x ours", "GFLOP", "x ours", "rows", "padding", "tokens/s", "useful tokens/s", "extra MiB")
+    for heading in (*headings, "x ours", "loss", "error of loss", "error of gradient"):
         table.add_column(heading, justify="right")
     table.add_column("note")
     for result in results:
@@ -175,6 +188,8 @@ def show_train_rows(console: Console, case: TrainCase, results: list[Row]) -> No
             result["method"],
             number(result.get("median_ms"), ".4g"),
             number(result.get("ratio_to_ours"), ".2f"),
+            number(result["flops"] / 1e9 if "flops" in result else None, ",.0f"),
+            number(result.get("flops_ratio_to_ours"), ".2f"),
             number(result.get("rows"), "d"),
             number(result.get("padding_fraction"), ".0%"),
             number(result.get("tokens_per_s"), ",.0f"),

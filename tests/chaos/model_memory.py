@@ -27,7 +27,7 @@ from lcl_ds.training import engine as training_engine
 from lcl_ds.training.distributed import RankInfo, init_distributed
 from lcl_ds.training.engine import complete_ds_config, start_engine
 from tests.chaos.checkpoint_cost import SETTINGS
-from tests.support.ranks import Ranks
+from tests.support.ranks import GIVES_MEMORY_BACK, Ranks
 from tests.support.small import ROW_TOKENS, VOCABULARY, batch_with_images, small_config
 
 STEPS = 3
@@ -58,8 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def on_ranks(world_size: int, folder: Path, options: list[str]) -> dict[str, float]:
     """Return the largest figure of any rank."""
-    # Memory that is given back leaves the process at once, so that the highest is what was in use.
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = os.environ["MALLOC_TRIM_THRESHOLD_"] = "65536"
+    os.environ.update(GIVES_MEMORY_BACK)
     command = [sys.executable, "-m", "tests.chaos.model_memory", "--rank", str(folder), *options]
     ranks = Ranks(world_size, command, folder / "log")
     codes = ranks.wait(1200)

@@ -17,6 +17,8 @@ import torch
 from tests.support.rank_tasks.run import run_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
+GIVES_MEMORY_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Environment in which freed memory leaves a process at once, so that its highest is what was in use."""
 
 
 def free_port() -> int:

@@ -328,8 +328,9 @@ def test_running_out_of_descriptors_is_named_as_that(tmp_path, descriptors):
     held = [os.open(os.devnull, os.O_RDONLY)]
     descriptors(held[0] + 20)
     try:
-        while held[-1] < held[0] + 19:  # the last one that is allowed
-            held.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(OSError, match="Too many open files"):  # some below the limit may be in use already
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
         with pytest.raises(UserError, match=r"0-0\.tar: cannot be opened: this process may open no more files; raise"):
             source.read(0, "txt")
         with pytest.raises(UserError, match=r"\*\.tar: .* cannot be listed: this process may open no more files"):
