@@ -161,7 +161,7 @@ def _verdict(bars: list[Bar], chance: float | None) -> list[str]:
     if points <= 0:
         return [f"No better than {name} ({percent(others[name])}).{guess}"]
     certain = "" if low > others[name] else " That is within the error of the measurement."
-    return [f"{points:.1f} points above {name} ({percent(others[name])}).{certain}{guess}"]
+    return [f"Best: {own[best].name}, {points:.1f} points above {name} ({percent(others[name])}).{certain}{guess}"]
 
 
 def _retrieval_bars(results: dict[str, Any]) -> Iterator[Bars]:
