@@ -137,7 +137,7 @@ def _time(case: TrainCase, results: list[Row], repeats: int) -> None:
 
 
 def work_of(method: str, batch: Batch) -> StepWork:
-    """Count what a method computes on its batch; the published layout's attention spans whole rows, padding included."""
+    """Count what a method computes on its batch; the published layout's attention spans whole rows."""
     pairs, tokens = len(batch.readouts["context"]), batch.input_ids.numel()
     squares = batch.token_squares if method in (OURS, PADDED) else tokens * batch.input_ids.shape[1]
     return StepWork(batch.image_count, tokens, squares, len(batch.labels), pairs, pairs**2)
@@ -178,7 +178,7 @@ def show_train_rows(console: Console, case: TrainCase, results: list[Row]) -> No
     _add_ratios(results)
     table = Table()
     table.add_column("method", no_wrap=True)
-    headings = ("ms", "x ours", "GFLOP", "x ours", "rows", "padding", "tokens/s", "useful tokens/s", "extra MiB")
+    headings = ("ms", "x ours", "GFLOP", "x ours", "rows", "padding", "useful tokens/s", "extra MiB")
     for heading in (*headings, "x ours", "loss", "error of loss", "error of gradient"):
         table.add_column(heading, justify="right")
     table.add_column("note")
@@ -192,7 +192,6 @@ def show_train_rows(console: Console, case: TrainCase, results: list[Row]) -> No
             number(result.get("flops_ratio_to_ours"), ".2f"),
             number(result.get("rows"), "d"),
             number(result.get("padding_fraction"), ".0%"),
-            number(result.get("tokens_per_s"), ",.0f"),
             number(result.get("useful_tokens_per_s"), ",.0f"),
             number(result.get("peak_extra_mb"), ".0f"),
             number(result.get("memory_ratio_to_ours"), ".2f"),
