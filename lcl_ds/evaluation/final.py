@@ -157,7 +157,8 @@ def evaluate_model(
         "figures": [figure.row() for figure in figures],
         "notes": notes,
     }
-    if examples is not None and reader.has_pairs and getattr(config.objective, "contrastive_weight", 1.0):
+    contrastive_weight: float = getattr(config.objective, "contrastive_weight", 1.0)
+    if examples is not None and reader.has_pairs and contrastive_weight:  # else nothing trains the pooling query
         examples.gazes += pooling_gazes(model, held_out.pixels)
     if reader.rows is None or "retrieval" not in config.evaluation.tasks:
         return results

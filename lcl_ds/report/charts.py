@@ -32,7 +32,7 @@ LEAST_SPAN = 0.2
 REACH = 3.0
 """Spans of the middle 98 % of values that the axis goes beyond them; what lies farther out is cut off."""
 LARGEST = 1e30
-"""Values beyond it are drawn as it."""
+"""Values beyond it are drawn as it, and those below its inverse as zero."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,7 @@ def chart(
 
 def _clipped(series: Series) -> Series:
     values = np.where(np.isfinite(series.values), np.clip(series.values, -LARGEST, LARGEST), np.nan)
+    values[np.abs(values) < 1 / LARGEST] = 0
     return Series(series.name, series.steps, values, series.number, series.is_smoothed)
 
 
@@ -245,7 +246,7 @@ def _axis_text(value: float, step: float, largest: float, unit: Unit) -> str:
             break
     if largest >= 1e16 or largest < 1e-2:
         exponent = math.floor(math.log10(largest))
-        scale, suffix = 10.0**exponent, f"e{exponent}"
+        return f"{value / 10.0**exponent:.3g}e{exponent}{unit.sign}".replace("-", numbers.MINUS)
     decimals = next((d for d in range(4) if abs(round(step / scale, d) - step / scale) < 1e-6 * step / scale), 4)
     return f"{value / scale:.{decimals}f}{suffix}{unit.sign}".replace("-", numbers.MINUS)
 

@@ -76,9 +76,9 @@ def shown_evaluation(run: Run) -> Shown:
         UserError: the file holds something else.
     """
     results = run.evaluation
-    if not results or "failed" in results:
-        return Shown("", _why_missing(run), [], [])
     try:
+        if not results or "failed" in results:
+            return Shown("", _why_missing(run), [], [])
         notes = [f"{sentence[:1].upper()}{sentence[1:]}" for sentence in caveats(results)]
         return Shown(_facts(run), "", [*_probe_bars(results), *_retrieval_bars(results)], notes)
     except (TypeError, ValueError, AttributeError, KeyError, IndexError):

@@ -31,7 +31,8 @@ def readable(name: str) -> str:
 def final(rows: list[Row], key: str) -> float:
     """Average the last steps of one key; NaN where none is finite."""
     values = column(rows[-LAST_STEPS:], key)
-    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+    with np.errstate(over="ignore"):
+        return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
 def total(rows: list[Row], key: str) -> float:

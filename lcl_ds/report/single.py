@@ -1,7 +1,6 @@
 """The page about one run."""
 
 from collections import defaultdict
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from lcl_ds.report.facts import (
     key_figures,
     readable,
     state_of,
+    total,
 )
 from lcl_ds.report.figures import column
 from lcl_ds.report.html import render
@@ -155,18 +155,21 @@ def speed_charts(rows: list[Row]) -> list[Chart]:
 
 def source_bars(rows: list[Row]) -> Bars | None:
     """Show what the run took from each source of data; None where its metrics do not tell."""
-    documents: dict[str, float] = defaultdict(float)
-    images: dict[str, float] = defaultdict(float)
+    sources: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        sources: Any = row.get("sources")
-        for name, counts in sources.items() if isinstance(sources, dict) else ():
-            documents[name] += counts.get("documents") or 0
-            images[name] += counts.get("images") or 0
+        for name, counts in (row.get("sources") or {}).items():
+            if isinstance(counts, dict):
+                sources[name].append(counts)
+    documents = {name: total(of_source, "documents") for name, of_source in sources.items()}
     everything = sum(documents.values())
     if not everything:
         return None
     bars = [
-        Bar(name, documents[name] / everything, f"{count(documents[name])} documents, {count(images[name])} images")
-        for name in documents
+        Bar(
+            name,
+            documents[name] / everything,
+            f"{count(documents[name])} documents, {count(total(of_source, 'images'))} images",
+        )
+        for name, of_source in sources.items()
     ]
     return Bars("Documents and images by source", bars)
