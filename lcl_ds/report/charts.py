@@ -20,6 +20,8 @@ POINTS = 300
 """Points of a curve at most; each stands for the same number of steps."""
 STRIPS = 48
 """Parts of a chart's width at most that show their values to who points at them."""
+MOST_FAINT = 4
+"""Curves behind which the values themselves are drawn; more would hide each other."""
 HUES = 8
 """Colours of the style sheet; further curves have them again, with dashes."""
 DASHES = ("", "7 4", "2 4")
@@ -85,6 +87,7 @@ class Curve:
     """A curve as paths of SVG."""
 
     name: str
+    number: int
     hue: int
     faint: str
     strong: str
@@ -168,8 +171,16 @@ def chart(
     frame = _Frame(float(np.nanmin(steps)), float(np.nanmax(steps)), low, high)
     heights = [frame.y(values) for values in strong]
     dashes = _dashes(series, heights)
+    is_faint_drawn = len(series) <= MOST_FAINT
     curves = [
-        Curve(one.name, one.number % HUES, _faint(one, frame), _strong(one, of_one, frame), *dash)
+        Curve(
+            one.name,
+            one.number,
+            one.number % HUES,
+            _faint(one, frame) if is_faint_drawn else "",
+            _strong(one, of_one, frame),
+            *dash,
+        )
         for one, of_one, dash in zip(series, heights, dashes, strict=True)
     ]
     cut = ["Values beyond the axis are cut off."] if is_cut else []

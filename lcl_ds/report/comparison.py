@@ -98,7 +98,7 @@ def _notes(runs: list[Run]) -> list[str]:
         notes.append("The runs end at different steps: each number is that of a run's own end.")
     devices = {_where(run).rpartition(" · ")[2] for run in runs}
     if len(devices) > 1:
-        notes.append("The runs did not have the same devices: compare their speed with care.")
+        notes.append("Devices or ranks differ between the runs: compare their speed with care.")
     return notes
 
 
