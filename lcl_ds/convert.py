@@ -1,20 +1,21 @@
 """Release a trained encoder: ``python -m lcl_ds.convert RUN|CHECKPOINT OUT [--part vision|full] [--ema]``.
 
 ``vision`` (default) writes a folder that ``transformers`` loads by itself: config.json, model.safetensors,
-preprocessor_config.json and a model card. ``full`` writes all weights of the training model as one safetensors file;
-with ``--format reference`` in the layout of the published code. ``--from reference FILE --config JSON`` reads a
-checkpoint of the published code instead of a run.
+preprocessor_config.json and a model card; with ``trust_remote_code=True`` its pooled output is the attentive pooling.
+``full`` writes all weights of the training model as one safetensors file; with ``--format reference`` in the layout of
+the published code. ``--from reference FILE --config JSON`` reads a checkpoint of the published code instead of a run.
 """
 
 import argparse
 import json
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,8 @@ from lcl_ds.errors import UserError
 from lcl_ds.files import plain_name, system_error, whole_folder
 from lcl_ds.models.encoders import family_of
 from lcl_ds.models.network import LCLModel
-from lcl_ds.models.vision import image_tokens, released_patch_tokens, released_weights
+from lcl_ds.models.settings import Part
+from lcl_ds.models.vision import family_inputs, image_tokens, released_patch_tokens, released_weights
 from lcl_ds.models.weights.published import (
     load_published,
     read_published_config,
@@ -46,6 +48,8 @@ from lcl_ds.models.weights.published import (
     write_published_config,
 )
 from lcl_ds.phases import config_of_step
+from lcl_ds.remote_code import modeling_lcl
+from lcl_ds.remote_code.modeling_lcl import POOLING_FILE
 from lcl_ds.tokens import CONTROL_TOKENS, Vocabulary
 from lcl_ds.training.checkpoint import load_config_of, load_model, read_state, resolve_checkpoint
 
@@ -66,7 +70,20 @@ tags: [lcl, vision, {model_type}]
 A vision encoder pre-trained by Latent Compression Learning ([arXiv 2406.07543](https://arxiv.org/abs/2406.07543))
 {history}: {parameters:,} parameters, {size} px images, patches of {patch} px.
 
-Training reads the **patch tokens after the final norm**; where there is a class token, no loss reads it.
+Training reads the **patch tokens after the final norm** and an **attentive pooling** of them; where there is a class
+token, no loss reads it. Code in this folder computes both:
+
+```python
+from transformers import AutoImageProcessor, AutoModel  # version 4.57 or later
+
+model = AutoModel.from_pretrained("{folder}", trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained("{folder}")
+outputs = model(**processor(images=image, return_tensors="pt"))
+features = outputs.pooler_output  # [images, {pooled}]
+patches = outputs.last_hidden_state  # [images, {patches}, {width}]
+```
+
+Without that code it is a model of transformers:
 
 ```python
 from transformers import AutoImageProcessor, {model_class}  # version 4.57 or later
@@ -77,7 +94,7 @@ outputs = model(**processor(images=image, return_tensors="pt"))
 patches = {features}  # [images, {patches}, {width}]
 ```
 
-Checked at conversion: largest difference to the training model's patch tokens {difference:.1e} over {images} {kind}.
+Checked at conversion: largest difference to the training model's features {difference:.1e} over {images} {kind}.
 
 Settings:
 
@@ -118,7 +135,9 @@ def release_vision(model: LCLModel, origin: WeightOrigin, folder: Path, name: st
     encoder.save_pretrained(folder, state_dict=released_weights(encoder))
     processor = image_processor(encoder.config)
     processor.save_pretrained(folder)
+    write_pooling(model, folder)
     difference = _largest_difference(model, origin.pixels, folder)
+    difference = max(difference, _difference_of_pooling(model, origin.pixels, folder))
     family = family_of(encoder.config)
     tokens = "outputs.last_hidden_state" + ("[:, 1:]" if family.has_class_token else "")
     if family.releases_unnormed_patches:
@@ -136,6 +155,7 @@ def release_vision(model: LCLModel, origin: WeightOrigin, folder: Path, name: st
         features=tokens,
         patches=model.vision.patch_tokens,
         width=encoder.config.hidden_size,
+        pooled=model.pooling.q.out_features,
         difference=difference,
         images=len(origin.pixels),
         kind=origin.pixels_kind,
@@ -165,6 +185,42 @@ def _largest_difference(model: LCLModel, pixels: np.ndarray, folder: Path) -> fl
     if wrong or not difference <= PARITY_TOLERANCE * max(1.0, float(ours.abs().max())):
         raise RuntimeError(f"the released encoder differs from the training model by {difference:.1e}; {wrong}")
     return difference
+
+
+def write_pooling(model: LCLModel, folder: Path) -> None:
+    """Write the pooling head beside the encoder, and the code that ``trust_remote_code=True`` runs."""
+    save_file(model.pooling.state_dict(), folder / POOLING_FILE, metadata={"format": "pt"})
+    shutil.copyfile(modeling_lcl.__file__, folder / "modeling_lcl.py")
+    pooling, file = model.pooling, folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["auto_map"] = {"AutoModel": "modeling_lcl.LclVisionModel"}
+    config["lcl_pooling"] = {
+        "width": pooling.q.in_features,
+        "output_width": pooling.q.out_features,
+        "heads": pooling.num_heads,
+        "eps": pooling.norm_q.eps,
+    }
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def _difference_of_pooling(model: LCLModel, pixels: np.ndarray, folder: Path) -> float:
+    """Compare tokens and pooled features with those of the code in the folder; errors as above."""
+    images = model.vision.normalize(torch.from_numpy(pixels))
+    ours = model.vision(images)
+    pooled, _ = model.pooling(ours)
+    implementation = model.vision.model.config._attn_implementation
+    released, loading = modeling_lcl.LclVisionModel.from_pretrained(
+        folder, attn_implementation=implementation, dtype=torch.float32, output_loading_info=True
+    )
+    outputs = released(**family_inputs(released, images))
+    wrong = {kind: names for kind, names in loading.items() if names}
+    pairs = [(ours, outputs.last_hidden_state), (pooled, outputs.pooler_output)]
+    differences = [float((one - other).abs().max()) for one, other in pairs]
+    limits = [PARITY_TOLERANCE * max(1.0, float(one.abs().max())) for one, _ in pairs]
+    if wrong or not all(difference <= limit for difference, limit in zip(differences, limits, strict=True)):
+        raise RuntimeError(f"the released pooling differs from the training model by {differences}; {wrong}")
+    return max(differences)
 
 
 def image_processor(config: Any) -> Any:
@@ -230,12 +286,12 @@ def _noise(size: int) -> np.ndarray:
 
 
 def read_run(
-    run_or_checkpoint: Path, part: Literal["vision"] | None = None, ema: bool = False
+    run_or_checkpoint: Path, parts: Collection[Part] = (), ema: bool = False
 ) -> tuple[LCLModel, WeightOrigin, Vocabulary]:
     """Read the newest, or the named, checkpoint of a run.
 
     Args:
-        part: the only part to read; see :func:`lcl_ds.training.checkpoint.load_model`.
+        parts: the only parts to read; see :func:`lcl_ds.training.checkpoint.load_model`.
         ema: take the vision tower from its moving average.
 
     Raises:
@@ -246,7 +302,7 @@ def read_run(
         state = read_state(checkpoint)
         step, vocab_size = state["progress"]["step"], state["vocab_size"]
         config = config_of_step(load_config_of(checkpoint), step)
-        model = load_model(checkpoint, part=part, ema=ema)
+        model = load_model(checkpoint, parts=parts, ema=ema)
     history = f"with lcl_ds {__version__}, step {step} of {config.train.steps}"
     if ema:
         history += f", moving average of its weights (decay {config.train.ema_decay})"
@@ -331,8 +387,8 @@ def convert(arguments: argparse.Namespace) -> int:
             model, origin, vocabulary = read_published(arguments.run_or_file, arguments.config)
         else:
             releases_all = arguments.format == "reference" or arguments.part == "full"
-            part: Literal["vision"] | None = None if releases_all else "vision"
-            model, origin, vocabulary = read_run(arguments.run_or_file, part, arguments.ema)
+            parts: tuple[Part, ...] = () if releases_all else ("vision", "pooling")
+            model, origin, vocabulary = read_run(arguments.run_or_file, parts, arguments.ema)
         if arguments.format == "reference":
             write_published(model, vocabulary, folder)
         elif arguments.part == "full":

@@ -12,6 +12,7 @@ import pytest
 from tests.support.ranks import ROOT
 
 LAYERS = [
+    {"remote_code"},
     {"errors", "settings", "tokens", "batch", "files", "cli", "metrics", "environment", "tasks", "gpus"},
     {"data"},
     {"models"},
