@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from lcl_ds.convert import WeightOrigin, _damage_named, _pixels_of, main, release_vision
+from lcl_ds.convert import main
 from lcl_ds.errors import UserError
 from lcl_ds.models.vision import family_inputs, released_patch_tokens
+from lcl_ds.release.origin import WeightOrigin, _damage_named, _pixels_of
+from lcl_ds.release.vision import release_vision
 from tests.support.corpora import picture
 from tests.support.disks import no_file_larger_than
 from tests.support.golden import GOLDEN, Golden

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPConfig, CLIPModel
 
-from lcl_ds.convert import WeightOrigin, release_vision, write_all
 from lcl_ds.errors import UserError
 from lcl_ds.models.build import build_empty_model, build_model
 from lcl_ds.models.encoders import IMAGE_MEAN
@@ -20,6 +19,9 @@ from lcl_ds.models.initial import fill_weights
 from lcl_ds.models.settings import part_of
 from lcl_ds.models.vision import released_patch_tokens
 from lcl_ds.models.weights.transfer import given_weights, resize_positions, vocabulary_rows
+from lcl_ds.release.origin import WeightOrigin
+from lcl_ds.release.vision import release_vision
+from lcl_ds.release.whole import write_all
 from lcl_ds.tokens import Vocabulary
 from tests.support.small import DECODERS, IMAGE_SIZE, ROW_TOKENS, VISION_TOWERS, small_config
 
