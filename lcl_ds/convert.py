@@ -2,8 +2,8 @@
 
 ``vision`` (default) writes a folder that ``transformers`` loads by itself: config.json, model.safetensors,
 preprocessor_config.json and a model card; with ``trust_remote_code=True`` its pooled output is the attentive pooling.
-``full`` writes all weights of the training model as one safetensors file; with ``--format reference`` in the layout of
-the published code. ``--from reference FILE --config JSON`` reads a checkpoint of the published code instead of a run.
+``full`` writes the whole network with code that transformers runs: features of images and texts to compare, and text
+after images; ``model.init_from`` reads it too. With ``--format reference`` it has the layout of the published code. ``--from reference FILE --config JSON`` reads a checkpoint of the published code instead of a run.
 """
 
 import argparse
@@ -18,10 +18,11 @@ from lcl_ds.cli import program_name, run_command
 from lcl_ds.errors import UserError
 from lcl_ds.files import plain_name, system_error, whole_folder
 from lcl_ds.models.settings import Part
+from lcl_ds.release.full import release_full
 from lcl_ds.release.options import ReleaseOptions
 from lcl_ds.release.origin import read_published, read_run
 from lcl_ds.release.vision import release_vision
-from lcl_ds.release.whole import write_all, write_published
+from lcl_ds.release.whole import write_published
 
 
 @contextmanager
@@ -49,6 +50,7 @@ def convert(arguments: argparse.Namespace) -> int:
         raise UserError("--format reference: the published layout holds the whole model; leave out --part vision")
     if arguments.ema and arguments.origin == "reference":
         raise UserError("--ema: a file of the published code holds no moving average; leave it out")
+    options = ReleaseOptions(name=arguments.out.resolve().name)
     sentences = []
     with release_folder(arguments.out) as folder:
         if arguments.origin == "reference":
@@ -60,9 +62,8 @@ def convert(arguments: argparse.Namespace) -> int:
         if arguments.format == "reference":
             write_published(model, vocabulary, folder)
         elif arguments.part == "full":
-            write_all(model, origin, folder)
+            sentences.append(release_full(model, origin, vocabulary, folder, options))
         else:
-            options = ReleaseOptions(name=arguments.out.resolve().name)
             sentences.append(release_vision(model, origin, folder, options))
     print("\n".join([*sentences, f"{arguments.run_or_file} -> {arguments.out}"]))
     return 0

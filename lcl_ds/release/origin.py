@@ -48,6 +48,8 @@ class WeightOrigin:
     pools: bool = True
     """Whether the attentive pooling was trained: a loss read its output."""
     record: RunRecord = field(default_factory=RunRecord)
+    config: Config | None = None
+    """Of the run; None: the published code trained it."""
 
 
 def read_run(
@@ -78,6 +80,7 @@ def read_run(
         *_pixels_of(config, model.vision.model.config.image_size),
         pools=pools(model, config.objective),
         record=read_record(checkpoint, step, ema),
+        config=config,
     )
     return model, origin, Vocabulary(vocab_size - len(CONTROL_TOKENS))
 
