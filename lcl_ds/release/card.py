@@ -75,7 +75,8 @@ def write_card(
         pipeline_tag="image-feature-extraction",
         tags=["lcl", "vision", encoder.config.model_type],
         license=options.license,
-        model_name=printable(origin.name),
+        # Hugging Face's model-index; the name belongs to it.
+        model_name=printable(origin.name) if record.figures else None,
         eval_results=[_eval_result(row) for row in record.figures] or None,
     )
     head = HEAD.format(

@@ -13,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 
 from lcl_ds.models.network import LCLModel
 from lcl_ds.release.card import write_card
-from lcl_ds.release.options import ReleaseOptions
+from lcl_ds.release.options import DEFAULTS, ReleaseOptions
 from lcl_ds.release.origin import WeightOrigin
 from lcl_ds.release.parity import OTHER_CODE, largest_difference, parity_sentence, trained_features
 from lcl_ds.release.vision import image_processor
@@ -76,7 +76,7 @@ def exported_program(model: LCLModel, pools: bool) -> ExportedProgram:
     return program
 
 
-def release_torch(model: LCLModel, origin: WeightOrigin, folder: Path, options: ReleaseOptions) -> str:
+def release_torch(model: LCLModel, origin: WeightOrigin, folder: Path, options: ReleaseOptions = DEFAULTS) -> str:
     """Write a file for ``torch.export.load`` and compare what it computes. Errors as :func:`release_onnx`."""
 
     def write(program: ExportedProgram) -> None:
@@ -89,7 +89,7 @@ def release_torch(model: LCLModel, origin: WeightOrigin, folder: Path, options: 
     return _release(model, origin, folder, options, write, run, usage, library="pytorch")
 
 
-def release_onnx(model: LCLModel, origin: WeightOrigin, folder: Path, options: ReleaseOptions) -> str:
+def release_onnx(model: LCLModel, origin: WeightOrigin, folder: Path, options: ReleaseOptions = DEFAULTS) -> str:
     """Write an ONNX file and compare what onnxruntime computes.
 
     Returns:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lcl_ds.errors import UserError
 from lcl_ds.models.network import LCLModel
 from lcl_ds.release.card import write_card
-from lcl_ds.release.options import ReleaseOptions
+from lcl_ds.release.options import DEFAULTS, ReleaseOptions
 from lcl_ds.release.origin import WeightOrigin
 from lcl_ds.release.parity import OTHER_CODE, TOLERANCES, largest_difference, parity_sentence, trained_features
 from lcl_ds.release.plain import ARCHITECTURES, PlainTransformer, plain_transformer, renamed, with_bias_in_positions
@@ -58,7 +58,7 @@ NATIVE_TOKENS = """model.visual.output_tokens = True
 TRUNK_TOKENS = "patches = model.visual.trunk.forward_features(preprocess(image).unsqueeze(0))"
 
 
-def release_open_clip(model: LCLModel, origin: WeightOrigin, folder: Path, options: ReleaseOptions) -> str:
+def release_open_clip(model: LCLModel, origin: WeightOrigin, folder: Path, options: ReleaseOptions = DEFAULTS) -> str:
     """Write a folder for ``open_clip.create_model("local-dir:FOLDER")`` and compare what its vision tower computes.
 
     Returns:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lcl_ds.models.network import LCLModel
 from lcl_ds.release.card import write_card
-from lcl_ds.release.options import ReleaseOptions
+from lcl_ds.release.options import DEFAULTS, ReleaseOptions
 from lcl_ds.release.origin import WeightOrigin
 from lcl_ds.release.parity import OTHER_CODE, TOLERANCES, largest_difference, parity_sentence, trained_features
 from lcl_ds.release.plain import (
@@ -44,7 +44,7 @@ Training reads the **patch tokens after the final norm**{pooling}.
 LEFT_OUT = " and an attentive pooling of them, which this library has not and `--format hf` brings"
 
 
-def release_timm(model: LCLModel, origin: WeightOrigin, folder: Path, options: ReleaseOptions) -> str:
+def release_timm(model: LCLModel, origin: WeightOrigin, folder: Path, options: ReleaseOptions = DEFAULTS) -> str:
     """Write a folder for ``timm.create_model("local-dir:FOLDER", pretrained=True)`` and compare what it computes.
 
     Returns:
