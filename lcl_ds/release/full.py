@@ -4,7 +4,6 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,19 +34,19 @@ Code in this folder runs the whole network:
 ```python
 import torch
 from PIL import Image
-from transformers import {tokenizer}AutoImageProcessor, AutoModel  # version 4.57 or later
+from transformers import AutoImageProcessor, AutoModel{tokenizer}  # version 4.57 or later
 
 model = AutoModel.from_pretrained("{folder}", trust_remote_code=True)
 processor = AutoImageProcessor.from_pretrained("{folder}")
-images = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]  # yours: Image.open("photo.jpg")
+{loading}images = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]  # yours: Image.open("photo.jpg")
 inputs = processor(images=images, return_tensors="pt")
 ```
 """
+TOKENIZER = 'tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)\n'
 COMPARES = """
-Images and texts are compared at the token that announces an image, `{end}`, which the tokenizer adds:
+Images are compared with texts as the decoder reads these at the token `{end}`, which the tokenizer puts behind them:
 
 ```python
-tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)
 texts = tokenizer(["a red square", "a blue square"], padding=True, return_tensors="pt")
 with torch.no_grad():
     image_features = model.get_image_features(**inputs)
@@ -56,7 +55,7 @@ probabilities = model.similarity(image_features, text_features).softmax(-1)  # [
 ```
 """
 WRITES = """
-A text after an image:
+It writes a text after an image:
 
 ```python
 tokens = model.caption(**inputs, max_new_tokens=20, do_sample=False)
@@ -68,8 +67,7 @@ TRAINS_ON = """
 """
 EXACT = "logit_scale.log_scale"
 """A number that would be coarse in fewer bits."""
-ELSEWHERE = {"init_from", "init_ema", "init_parts", "allow_missing", "allow_unexpected", "pretrained"}
-"""Settings of a network that say where first weights came from, which is nobody else's business."""
+CODE = (Path(str(modeling_lcl.__file__)), Path(str(modeling_lcl_full.__file__)))
 TRIED_TOKENS = 6
 """Of the text on which a release is compared."""
 
@@ -98,10 +96,9 @@ def texts_of(origin: WeightOrigin, vocabulary: Vocabulary) -> Texts:
     is_pairs = isinstance(view_of(config.objective, 0.5), PairView)
     tokenizer, note = None, ""
     try:
-        tokenizer = TextTokenizer(config.data.tokenizer)
-        tokenizer.with_control_tokens()
+        tokenizer = tokenizer_of(config.data.tokenizer, vocabulary)
     except ValueError as error:
-        tokenizer, note = None, str(error)
+        note = str(error)
     return Texts(
         compares="contrastive_loss" in losses,
         writes="generation_loss" in losses and config.objective.name != "masked",  # its decoder sees what comes
@@ -109,6 +106,16 @@ def texts_of(origin: WeightOrigin, vocabulary: Vocabulary) -> Texts:
         tokenizer=tokenizer,
         note=note,
     )
+
+
+def tokenizer_of(name_or_path: str, vocabulary: Vocabulary) -> TextTokenizer:
+    """Load the tokenizer of a network. Raises: ValueError, it is not there, is another one or cannot be released."""
+    tokenizer = TextTokenizer(name_or_path)
+    if tokenizer.vocabulary != vocabulary:
+        sizes = f"{tokenizer.vocabulary.text_size} tokens, the network has {vocabulary.text_size}"
+        raise ValueError(f"the tokenizer at {name_or_path} is another one: it has {sizes}")
+    tokenizer.with_control_tokens()
+    return tokenizer
 
 
 def release_full(
@@ -133,15 +140,16 @@ def release_full(
     trained_features(model, origin)  # finite, or there is nothing to release
     write_weights(model, origin, folder, options)
     write_config(model, texts, vocabulary, folder, options)
-    for module in (modeling_lcl, modeling_lcl_full):
-        shutil.copyfile(module.__file__, folder / Path(module.__file__).name)
+    for code in CODE:
+        shutil.copyfile(code, folder / code.name)
     image_processor(model.vision.model.config).save_pretrained(folder)
     if texts.tokenizer is not None:
         write_tokenizer(texts.tokenizer, texts.end, folder)
     tolerance = TOLERANCES[options.dtype]
     difference = _difference(model, origin, texts, vocabulary, folder, tolerance)
     checked = parity_sentence(difference, tolerance, origin)
-    write_card(folder, model, origin, options, usage_of(model, texts, options.name or folder.name), checked)
+    usage = usage_of(texts, options.name or folder.name)
+    write_card(folder, model, origin, options, usage, checked, is_whole=True)
     return "\n".join([checked, *([f"no tokenizer is released: {texts.note}"] if texts.note else [])])
 
 
@@ -154,16 +162,7 @@ def write_weights(model: LCLModel, origin: WeightOrigin, folder: Path, options: 
         max_shard_size=options.shard_size,
         metadata=weight_metadata(origin),
     )
-    settings = origin.settings  # those of the published code name no folders
-    if origin.config is not None:
-        settings = {"model": _without(origin.config.model.model_dump(mode="json"), ELSEWHERE)}
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-
-
-def _without(tree: Any, keys: set[str]) -> Any:
-    if not isinstance(tree, dict):
-        return tree
-    return {key: _without(value, keys) for key, value in tree.items() if key not in keys}
+    (folder / "config.yaml").write_text(yaml.safe_dump(origin.settings, sort_keys=False), encoding="utf-8")
 
 
 def write_config(model: LCLModel, texts: Texts, vocabulary: Vocabulary, folder: Path, options: ReleaseOptions) -> None:
@@ -269,12 +268,14 @@ def _states(model: LCLModel, vocabulary: Vocabulary, ids: Tensor, images: Tensor
     return model.decode(batch, shown)
 
 
-def usage_of(model: LCLModel, texts: Texts, folder: str) -> str:
+def usage_of(texts: Texts, folder: str) -> str:
     """Write how to load the folder and what it can do."""
-    has_tokenizer = texts.tokenizer is not None
-    parts = [USAGE.format(folder=folder, tokenizer="AutoTokenizer, " if has_tokenizer else "")]
-    if has_tokenizer and texts.compares:
-        parts.append(COMPARES.format(folder=folder, end=texts.tokenizer.with_control_tokens().id_to_token(texts.end)))
-    if has_tokenizer and texts.writes:
+    if texts.tokenizer is None:
+        return USAGE.format(folder=folder, tokenizer="", loading="") + TRAINS_ON.format(folder=folder)
+    loading = TOKENIZER.format(folder=folder)
+    parts = [USAGE.format(folder=folder, tokenizer=", AutoTokenizer", loading=loading)]
+    if texts.compares:
+        parts.append(COMPARES.format(end=texts.tokenizer.with_control_tokens().id_to_token(texts.end)))
+    if texts.writes:
         parts.append(WRITES)
     return "".join([*parts, TRAINS_ON.format(folder=folder)])

@@ -21,3 +21,6 @@ class ReleaseOptions:
     """Of the weights in the files."""
     shard_size: str = "50GB"
     """Most bytes of a file of weights, as ``5GB``."""
+
+
+DEFAULTS = ReleaseOptions()

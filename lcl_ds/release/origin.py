@@ -1,5 +1,6 @@
 """Read what is released: the weights of a run or of a published checkpoint, and where they come from."""
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,12 @@ PARITY_IMAGES = 16
 """Pictures on which a release is compared with the training model."""
 PARITY_SHARDS, PARITY_SAMPLES = 8, 64
 """Shards of a source, and samples of a shard, in which pictures for the parity check are looked for."""
+PUBLISHED = ("precision", "model", "objective", "train")
+"""Groups of a run's settings that a card shows."""
+PUBLISHED_OF_DATA = ("row_tokens", "document_tokens", "row_images", "image_first_probability", "crop_scale", "mix_by")
+"""Settings of the data that a card shows."""
+PLACES = ("pretrained", "init_from", "init_ema", "init_parts")
+"""Settings that say where first weights came from, even where they look like words."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,7 @@ class WeightOrigin:
     history: str
     """One clause: what was trained, with what, how long."""
     settings: dict[str, Any]
+    """Those that others may see."""
     pixels: np.ndarray
     """uint8 [K, 3, H, W], what the release is compared on."""
     pixels_kind: str
@@ -76,7 +84,7 @@ def read_run(
     origin = WeightOrigin(
         config.name,
         history,
-        config.model_dump(mode="json"),
+        published_settings(config.model_dump(mode="json")),
         *_pixels_of(config, model.vision.model.config.image_size),
         pools=pools(model, config.objective),
         record=read_record(checkpoint, step, ema),
@@ -94,7 +102,33 @@ def read_published(file: Path, config_file: Path | None) -> tuple[LCLModel, Weig
     model = load_published(file, config)
     history = f"with the published code, imported by lcl_ds {__version__}"
     size = model.vision.model.config.image_size
-    return model, WeightOrigin(config_file.stem, history, config, _noise(size), "images of noise"), vocabulary
+    origin = WeightOrigin(config_file.stem, history, without_places(config), _noise(size), "images of noise")
+    return model, origin, vocabulary
+
+
+def published_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Choose the settings of a run that others may see: what it computes, and nothing about where."""
+    chosen = {name: settings[name] for name in PUBLISHED}
+    chosen["data"] = {name: settings["data"][name] for name in PUBLISHED_OF_DATA}
+    return without_places(chosen)
+
+
+def without_places(settings: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what names a file, a folder, an address or a command."""
+    kept = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            kept[key] = without_places(value)
+        elif key not in PLACES and not str(key).startswith("_") and _is_plain(value):
+            kept[key] = value
+    return kept
+
+
+def _is_plain(value: Any) -> bool:
+    """Say whether a value is a number, a word, or a list of such: no path, address or command is one."""
+    if isinstance(value, list):
+        return all(_is_plain(entry) for entry in value)
+    return not isinstance(value, str) or re.fullmatch(r"[\w.+-]+", value) is not None
 
 
 def pools(model: LCLModel, settings: ObjectiveSettings) -> bool:

@@ -17,7 +17,7 @@ from lcl_ds.models.encoders import family_of
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.vision import family_inputs, image_tokens, released_patch_tokens, released_weights
 from lcl_ds.release.card import write_card
-from lcl_ds.release.options import DTYPES, Dtype, ReleaseOptions
+from lcl_ds.release.options import DEFAULTS, DTYPES, Dtype, ReleaseOptions
 from lcl_ds.release.origin import WeightOrigin
 from lcl_ds.release.parity import TOLERANCES, TrainedFeatures, largest_difference, parity_sentence, trained_features
 from lcl_ds.release.remote import modeling_lcl
@@ -59,7 +59,7 @@ with torch.no_grad():
 """
 
 
-def release_vision(model: LCLModel, origin: WeightOrigin, folder: Path, options: ReleaseOptions | None = None) -> str:
+def release_vision(model: LCLModel, origin: WeightOrigin, folder: Path, options: ReleaseOptions = DEFAULTS) -> str:
     """Write the encoder for ``transformers`` and compare it with the training model, read in both ways.
 
     Returns:
@@ -69,7 +69,6 @@ def release_vision(model: LCLModel, origin: WeightOrigin, folder: Path, options:
         UserError: the features are not finite, or the weights do not fit into the dtype.
         RuntimeError: the release computes other features than the training model.
     """
-    options = options or ReleaseOptions()
     features = trained_features(model, origin)
     transformers_logging.disable_progress_bar()
     write_encoder(model, folder, options)

@@ -9,16 +9,19 @@ import sys
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 from lcl_ds.data.sequences import DocumentView
 from lcl_ds.data.stream.packing import PackedSequence, Row, collate
 from lcl_ds.models.build import build_model
 from lcl_ds.models.vision import family_inputs
+from lcl_ds.models.weights.transfer import release_settings
 from lcl_ds.release.full import release_full
 from lcl_ds.release.options import ReleaseOptions
-from lcl_ds.release.origin import WeightOrigin
+from lcl_ds.release.origin import WeightOrigin, published_settings
 from lcl_ds.tokens import CONTROL_TOKENS, TextTokenizer, encode_sequence
 from tests.support.small import IMAGE_SIZE, IMAGE_TOKENS, ROW_TOKENS, VISION_TOWERS, small_config
 
@@ -53,7 +56,8 @@ class Released:
         self.release(folder, self.config)
 
     def release(self, folder, config, **options):
-        origin = WeightOrigin("small", "", {}, self.pixels, "noise", config=config)
+        settings = published_settings(config.model_dump(mode="json"))
+        origin = WeightOrigin("small", "", settings, self.pixels, "noise", config=config)
         return release_full(self.model, origin, self.tokenizer.vocabulary, folder, ReleaseOptions(**options))
 
     def _document(self, pixels):
@@ -166,18 +170,24 @@ def test_the_card_runs_as_printed(release, tmp_path, monkeypatch):
 
 
 def test_where_first_weights_came_from_is_nobody_elses_business(release):
-    secrets = ["model.init_from=/secret/run", "model.init_parts=[vision]", "model.allow_missing=[secret.*]"]
-    folder = release("clip_vision_model", "llama", secrets).folder
-    for file in folder.iterdir():
+    secrets = ["model.init_from=/secret/run", "model.init_ema=true", "model.allow_missing=[secret.*]"]
+    trained = release("clip_vision_model", "llama", secrets)
+    for file in trained.folder.iterdir():
         assert b"secret" not in file.read_bytes(), file
+    assert release_settings(trained.folder).decoder == trained.config.model.decoder  # and it still starts runs
 
 
-def test_without_its_tokenizer_the_rest_is_released_and_says_so(release, tmp_path):
-    trained = release()
-    folder = tmp_path / "again"
+@pytest.mark.parametrize("known", [None, 7], ids=["there is none", "another one"])
+def test_without_its_tokenizer_the_rest_is_released_and_says_so(release, tmp_path, known):
+    trained, folder = release(), tmp_path / "again"
     folder.mkdir()
-    told = trained.release(folder, small_config(*trained.settings, "data.tokenizer=/elsewhere/tokenizer"))
-    assert "no tokenizer is released: no tokenizer at /elsewhere/tokenizer" in told
+    if known is not None:
+        words = Tokenizer(WordLevel({str(number): number for number in range(known)}, unk_token="0"))
+        PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path / "tokenizer")
+    told = trained.release(folder, small_config(*trained.settings, f"data.tokenizer={tmp_path / 'tokenizer'}"))
+    why = "another one: it has 7 tokens, the network has 448" if known else "no tokenizer at"
+    assert "no tokenizer is released: " in told
+    assert why in told
     assert not (folder / "tokenizer.json").exists()
     assert "AutoTokenizer" not in (folder / "README.md").read_text()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -51,7 +51,7 @@ class LclConfig(PretrainedConfig):
     """
 
     model_type = "lcl"
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     def __init__(
         self,
@@ -95,19 +95,19 @@ class LclModel(PreTrainedModel, GenerationMixin):
     def __init__(self, config: LclConfig):
         super().__init__(config)
         encoder = encoder_class(config.vision_config)(config.vision_config)
-        self.vision = nn.Module()
+        self.vision: Any = nn.Module()
         # The tower is the model itself in transformers 5, and a part of it in 4.
         self.vision.model = getattr(encoder, "vision_model", encoder)
         width = config.text_config.hidden_size
         self.pooling = AttentivePooling(**config.vision_config.lcl_release["pooling"])
         self.decoder, norms = decoder_without_norm(config.text_config)
-        self.lm_head = nn.Module()
+        self.lm_head: Any = nn.Module()
         self.lm_head.norm = norms[0]
         self.lm_head.weight = nn.Parameter(torch.zeros(config.text_config.vocab_size, width))
-        self.context_head = nn.Module()
+        self.context_head: Any = nn.Module()
         self.context_head.norm = norms[1]
         self.context_head.proj = nn.Linear(width, width, bias=False)
-        self.logit_scale = nn.Module()
+        self.logit_scale: Any = nn.Module()
         self.logit_scale.log_scale = nn.Parameter(torch.zeros(1))
         self.post_init()
 
@@ -162,7 +162,8 @@ class LclModel(PreTrainedModel, GenerationMixin):
     def caption(self, pixel_values: Tensor, **options: Any) -> Tensor:
         """Generate the tokens of a text after each image; options are those of ``generate`` and of the encoder."""
         prompt = self.image_prompt(len(pixel_values))
-        written = self.generate(prompt, attention_mask=torch.ones_like(prompt), pixel_values=pixel_values, **options)
+        known = torch.ones_like(prompt)
+        written: Any = self.generate(prompt, attention_mask=known, pixel_values=pixel_values, **options)  # type: ignore[misc]
         return written[:, prompt.shape[1] :]
 
     def forward(
@@ -223,7 +224,7 @@ class LclModel(PreTrainedModel, GenerationMixin):
         same = (number[:, :, None] == number[:, None]) & places[:, None]
         known = torch.ones_like(places) if attention_mask is None else attention_mask.bool()
         config = self.config.text_config
-        window = getattr(config, "sliding_window", None)
+        window: Any = getattr(config, "sliding_window", None)
 
         def mask(kind: str) -> Tensor:
             near = ahead >= 0
