@@ -44,10 +44,11 @@ inputs = processor(images=images, return_tensors="pt")
 """
 TOKENIZER = 'tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)\n'
 COMPARES = """
-Images are compared with texts as the decoder reads these at the token `{end}`, which the tokenizer puts behind them:
+Images are compared with texts, which the decoder reads at the token `{end}` that the tokenizer puts
+behind them:
 
 ```python
-texts = tokenizer(["a red square", "a blue square"], padding=True, return_tensors="pt")
+texts = tokenizer(["a red square", "a blue square"], padding=True, truncation=True, return_tensors="pt")
 with torch.no_grad():
     image_features = model.get_image_features(**inputs)
     text_features = model.get_text_features(**texts)
@@ -85,6 +86,8 @@ class Texts:
     tokenizer: TextTokenizer | None
     note: str = ""
     """Why there is no tokenizer."""
+    longest: int = 0
+    """Tokens of the longest document in training."""
 
 
 def texts_of(origin: WeightOrigin, vocabulary: Vocabulary) -> Texts:
@@ -105,6 +108,7 @@ def texts_of(origin: WeightOrigin, vocabulary: Vocabulary) -> Texts:
         end=vocabulary.eot if is_pairs else vocabulary.soi,
         tokenizer=tokenizer,
         note=note,
+        longest=config.data.longest_document,
     )
 
 
@@ -144,7 +148,7 @@ def release_full(
         shutil.copyfile(code, folder / code.name)
     image_processor(model.vision.model.config).save_pretrained(folder)
     if texts.tokenizer is not None:
-        write_tokenizer(texts.tokenizer, texts.end, folder)
+        write_tokenizer(texts.tokenizer, texts.end, texts.longest, folder)
     tolerance = TOLERANCES[options.dtype]
     difference = _difference(model, origin, texts, vocabulary, folder, tolerance)
     checked = parity_sentence(difference, tolerance, origin)
@@ -199,7 +203,7 @@ def write_config(model: LCLModel, texts: Texts, vocabulary: Vocabulary, folder: 
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
 
 
-def write_tokenizer(tokenizer: TextTokenizer, end: int, folder: Path) -> None:
+def write_tokenizer(tokenizer: TextTokenizer, end: int, longest: int, folder: Path) -> None:
     """Write the run's tokenizer with the control tokens, so that ``tokenizer(text)`` is what the features are read of.
 
     By hand, because the classes by which transformers 5 writes it are unknown to version 4.
@@ -216,6 +220,7 @@ def write_tokenizer(tokenizer: TextTokenizer, end: int, folder: Path) -> None:
         "tokenizer_class": "PreTrainedTokenizerFast",
         "processor_class": "VisionTextDualEncoderProcessor",
         "pad_token": pad,
+        "model_max_length": longest,
         "padding_side": "right",
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,

@@ -131,6 +131,8 @@ def test_captions_are_the_most_likely_tokens_one_after_the_other(release):
             break
     found = model.caption(**trained.inputs, max_new_tokens=6, do_sample=False)
     assert found[0].tolist() == ids[0, model.image_prompt(1).shape[1] :].tolist()
+    model.lm_head.weight[vocabulary.image] = 2 * model.lm_head.weight[found[0, 0]]  # would be the most likely one now
+    assert torch.equal(model.caption(**trained.inputs, max_new_tokens=6, do_sample=False), found)
 
 
 def test_its_tokenizer_writes_what_features_are_read_of(release):
@@ -138,6 +140,8 @@ def test_its_tokenizer_writes_what_features_are_read_of(release):
     tokenizer = AutoTokenizer.from_pretrained(trained.folder, trust_remote_code=True)
     vocabulary = trained.tokenizer.vocabulary
     assert tokenizer(BEFORE).input_ids == [vocabulary.sot, *trained.tokenizer.encode(BEFORE), vocabulary.soi]
+    cut = tokenizer(50 * BEFORE, truncation=True).input_ids
+    assert (len(cut), cut[0], cut[-1]) == (ROW_TOKENS, vocabulary.sot, vocabulary.soi)
     assert tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS)) == list(range(vocabulary.text_size, vocabulary.size))
 
 

@@ -89,6 +89,7 @@ class LclModel(PreTrainedModel, GenerationMixin):
 
     config_class = LclConfig
     main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
     # It is the towers that attend, and say what they can do.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
