@@ -19,6 +19,7 @@ from lcl_ds.models.initial import fill_weights
 from lcl_ds.models.settings import part_of
 from lcl_ds.models.vision import released_patch_tokens
 from lcl_ds.models.weights.transfer import given_weights, resize_positions, vocabulary_rows
+from lcl_ds.release.options import ReleaseOptions
 from lcl_ds.release.origin import WeightOrigin
 from lcl_ds.release.vision import release_vision
 from lcl_ds.release.whole import write_all
@@ -116,6 +117,21 @@ def test_a_tied_head_becomes_a_copy_and_both_norms_start_as_the_final_norm(tmp_p
         assert torch.equal(norm.weight, theirs.transformer.ln_f.weight)
         assert torch.equal(norm.bias, theirs.transformer.ln_f.bias)
     assert model.context_head.norm is not model.lm_head.norm
+
+
+@pytest.mark.parametrize(
+    ("family", "shard_size"), [*((family, "50GB") for family in VISION_TOWERS), ("dinov2", "20KB")]
+)
+def test_a_released_encoder_starts_another_run_without_its_pooling(family, shard_size, tmp_path):
+    theirs = build_model(
+        small_config(f"model.vision={VISION_TOWERS[family]}").model, VOCABULARY.size, ROW_TOKENS, seed=5
+    )
+    shake(theirs.eval())
+    origin = WeightOrigin("small", "", {}, np.zeros((1, 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8), "noise")
+    release_vision(theirs, origin, tmp_path, ReleaseOptions(shard_size=shard_size))
+    model, *_ = started(f"model.vision={{pretrained: {tmp_path}}}")
+    with torch.no_grad():
+        assert torch.equal(model.vision(pixels()), theirs.vision(pixels()))
 
 
 @pytest.mark.parametrize("published", [TEXT - 10, TEXT, TEXT + 10], ids=["fewer", "equal", "more"])
