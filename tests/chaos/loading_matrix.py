@@ -1,11 +1,11 @@
 """Load releases of every family with every library: ``python -m tests.chaos.loading_matrix --transformers_4 FOLDER``.
 
-Writes small encoders whose weights were all moved, in each format, loads them with the library itself, and runs the code
-of each model card. A cell says how many weights were missing, the largest difference of any feature (patch tokens, and
-what is pooled) to the training model, or why there is no such release.
+Writes small encoders whose weights were all moved, in each format, loads them with the library itself, and runs the
+code of each model card. A cell says how many weights were missing, the largest difference of any feature (patch tokens,
+and what is pooled) to the training model, or why there is no such release.
 
-Needs timm, open_clip_torch, onnx, onnxscript and onnxruntime beside the project's own packages, and transformers 4.57 in
-a folder of its own (``pip install --target FOLDER 'transformers==4.57.*'``).
+Needs timm, open_clip_torch, onnx, onnxscript and onnxruntime beside the project's own packages, and transformers 4.57
+in a folder of its own (``pip install --target FOLDER 'transformers==4.57.*'``).
 """
 
 import argparse
