@@ -137,7 +137,7 @@ def _time(case: TrainCase, results: list[Row], repeats: int) -> None:
 
 
 def work_of(method: str, batch: Batch) -> StepWork:
-    """Count what a method computes on its batch; the published layout's attention spans whole rows, padding included."""
+    """Count what a method computes on its batch; the published layout's attention spans whole rows."""
     pairs, tokens = len(batch.readouts["context"]), batch.input_ids.numel()
     squares = batch.token_squares if method in (OURS, PADDED) else tokens * batch.input_ids.shape[1]
     return StepWork(batch.image_count, tokens, squares, len(batch.labels), pairs, pairs**2)

@@ -74,14 +74,16 @@ def write_card(
         is_whole: whether decoder and heads are in the folder too.
     """
     encoder, record = model.vision.model, origin.record
+    # A pooling that was not trained is not released either.
+    figures = [row for row in record.figures if origin.pools or row.get("features") != "head"]
     facts = ModelCardData(
         library_name=library,
         pipeline_tag="image-feature-extraction",
         tags=["lcl", "vision", encoder.config.model_type],
         license=options.license,
         # Hugging Face's model-index; the name belongs to it.
-        model_name=printable(origin.name) if record.figures else None,
-        eval_results=[_eval_result(row) for row in record.figures] or None,
+        model_name=printable(origin.name) if figures else None,
+        eval_results=[_eval_result(row) for row in figures] or None,
     )
     head = HEAD.format(
         name=printable(origin.name),
@@ -96,7 +98,7 @@ def write_card(
         f"---\n{facts.to_yaml()}\n---\n{head}",
         f"## Use\n\n{usage}\nChecked when it was written: {checked}.\n",
         _training(record, origin.settings),
-        _figures(record),
+        _figures(figures, options, record.no_figures),
         LIMITS.format(size=encoder.config.image_size),
         CITATION,
     ]
@@ -119,7 +121,7 @@ def _training(record: RunRecord, settings: dict[str, Any]) -> str:
     else:
         lines.append("How much data it has seen is not recorded.")
     if record.hardware and record.hours is not None:
-        lines.append(f"Steps took {_hours(record.hours)} on {printable(record.hardware)}.")
+        lines.append(f"Steps took {_duration(record.hours)} on {printable(record.hardware)}.")
     if record.commit:
         lines.append(f"Code: lcl_ds at commit {printable(record.commit)}.")
     chosen = yaml.safe_dump(_without_unset(settings), sort_keys=False, allow_unicode=True)
@@ -131,25 +133,33 @@ def _without_unset(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in nested.items() if value not in (None, {}, [])}
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes"
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:,.1f} hours"
+    return f"{60 * hours:.1f} minutes" if hours >= 1 / 60 else f"{3600 * hours:.1f} seconds"
 
 
-def _figures(record: RunRecord) -> str:
+def _figures(figures: list[dict[str, Any]], options: ReleaseOptions, reason: str) -> str:
     """Write the table of figures, or why there is none."""
-    if not record.figures:
-        return f"## Evaluation\n\n{record.no_figures}\n"
+    if not figures:
+        return f"## Evaluation\n\n{reason}\n"
     rows = ["| task | features | label | metric | value | 95 % interval | chance | samples |", "|---" * 8 + "|"]
-    for row in record.figures:
+    for row in figures:
         metric = str(row["metric"])
         unit = " %" if metric.startswith(IN_PERCENT) else ""
-        interval = (
-            " to ".join(shown(row.get(end), metric) for end in ("low", "high")) if row.get("low") is not None else ""
-        )
+        ends = [shown(row[end], metric) for end in ("low", "high") if row.get(end) is not None]
         cells = [row.get("task"), row.get("features"), row.get("label"), metric.replace("_", " ")]
-        cells += [shown(row["value"], metric) + unit, interval, shown(row.get("chance"), metric), row.get("count")]
+        cells += [
+            shown(row["value"], metric) + unit,
+            " to ".join(ends),
+            shown(row.get("chance"), metric),
+            row.get("count"),
+        ]
         rows.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
-    return "\n".join(["## Evaluation", "", ABOUT_FIGURES, *rows, ""])
+    about = ABOUT_FIGURES + (
+        f"They were measured before the weights became {options.dtype}.\n" if options.dtype != "fp32" else ""
+    )
+    return "\n".join(["## Evaluation", "", about, *rows, ""])
 
 
 def _cell(value: Any) -> str:

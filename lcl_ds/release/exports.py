@@ -4,6 +4,7 @@ The graph takes ``pixel_values``, normalised square images of the size of traini
 ``patches`` and, where one was trained, ``pooled``. It is fp32.
 """
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,7 +81,9 @@ def release_torch(model: LCLModel, origin: WeightOrigin, folder: Path, options: 
     """Write a file for ``torch.export.load`` and compare what it computes. Errors as :func:`release_onnx`."""
 
     def write(program: ExportedProgram) -> None:
-        torch.export.save(program, folder / TORCH_FILE)
+        archive = io.BytesIO()  # torch's own writer ends the process where the disk is full
+        torch.export.save(program, archive)
+        (folder / TORCH_FILE).write_bytes(archive.getbuffer())
 
     def run(images: Tensor) -> dict[str, Tensor]:
         return torch.export.load(folder / TORCH_FILE).module()(pixel_values=images)

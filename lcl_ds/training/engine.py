@@ -305,7 +305,7 @@ def start_engine(
 def sized(ds_config: dict[str, Any], objective: nn.Module, world_size: int) -> dict[str, Any]:
     """Complete the buffers of stage 3 by the size of the network where the user has not set them.
 
-    DeepSpeed's own defaults suit networks of several billion weights. Here a buffer holds the largest block; three
+    DeepSpeed's own defaults suit networks of several billion weights. Here a buffer holds the largest block; two
     blocks are whole at a time; and the optimizer steps over an eighth of a rank's weights at once.
     """
     zero = ds_config.get("zero_optimization", {})
@@ -317,8 +317,8 @@ def sized(ds_config: dict[str, Any], objective: nn.Module, world_size: int) -> d
         "sub_group_size": max(LEAST_SUB_GROUP, math.ceil(share / 8)),
         "reduce_bucket_size": block,
         "prefetch_bucket_size": block,
-        "max_live_parameters": 3 * block,
-        "max_reuse_distance": 3 * block,
+        "max_live_parameters": 2 * block,
+        "max_reuse_distance": 2 * block,
     }
     chosen = {key.removeprefix("stage3_") for key in zero}  # DeepSpeed takes either name
     sizes = {key: size for key, size in sizes.items() if key not in chosen}

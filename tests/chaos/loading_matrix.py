@@ -1,13 +1,15 @@
 """Load releases of every family with every library: ``python -m tests.chaos.loading_matrix --transformers_4 FOLDER``.
 
-Writes small encoders whose weights were all moved, in each format, and loads them with the library itself. A cell says
-how many weights were missing, the largest difference of any feature (patch tokens, and what is pooled) to the training
-model, or why there is no such release. Needs timm, open_clip_torch, onnx, onnxscript and onnxruntime beside the
-project's own packages, and transformers 4.57 in a folder of its own (``pip install --target FOLDER
-'transformers==4.57.*'``).
+Writes small encoders whose weights were all moved, in each format, loads them with the library itself, and runs the
+code of each model card. A cell says how many weights were missing, the largest difference of any feature (patch tokens,
+and what is pooled) to the training model, or why there is no such release.
+
+Needs timm, open_clip_torch, onnx, onnxscript and onnxruntime beside the project's own packages, and transformers 4.57
+in a folder of its own (``pip install --target FOLDER 'transformers==4.57.*'``).
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -58,6 +60,7 @@ from lcl_ds.models.network import LCLModel  # noqa: E402
 from lcl_ds.models.vision import family_inputs  # noqa: E402
 from lcl_ds.release.origin import WeightOrigin  # noqa: E402
 from lcl_ds.release.parity import TrainedFeatures, trained_features  # noqa: E402
+from tests.support.pages import blocks_of  # noqa: E402
 from tests.support.small import IMAGE_SIZE, VISION_TOWERS, small_config, small_model  # noqa: E402
 
 Cell = dict[str, Any]
@@ -95,6 +98,14 @@ def moved_model(family: str) -> LCLModel:
         for weight in (*model.vision.parameters(), *model.pooling.parameters()):
             weight += 0.1 * torch.randn(weight.shape, generator=generator)
     return model
+
+
+def run_card(folder: Path) -> None:
+    """Run the code in a model card as it is printed."""
+    with contextlib.chdir(folder.parent):
+        for block in blocks_of(folder / "README.md"):
+            if block.language == "python":
+                exec(block.text, {})
 
 
 def with_transformers(model: LCLModel, features: TrainedFeatures, folder: Path, packages: str | None) -> Cell:
@@ -173,9 +184,11 @@ def matrix(transformers_4: str | None, folder: Path) -> dict[str, dict[str, Cell
             out.mkdir(parents=True)
             try:
                 release(model, origin, out)
-                written[layout] = out
             except UserError as error:
                 written[layout] = str(error)
+            else:
+                written[layout] = out
+                run_card(out)
         majors: dict[str, str | None] = {"5": None} | ({"4.57": transformers_4} if transformers_4 else {})
         for major, packages in majors.items():
             cells.setdefault(f"transformers {major}", {})[family] = with_transformers(

@@ -1,13 +1,14 @@
 """Try hierarchical and quantized ZeRO with four ranks: ``python -m tests.chaos.zero_plus``.
 
-Every engine setting trains the same six steps, and goes on from step 3 once more. Prints exit codes, the largest
-difference of a loss to plain stage 3, and to its own steps when they were done again.
+Every engine setting trains the same six steps, all parts or with a frozen encoder, and goes on from step 3 once more.
+Prints exit codes, the largest difference of a loss to plain stage 3, and to its own steps when they were done again.
 """
 
 import json
 import shutil
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 from lcl_ds.data.demo.corpus import build_demo
@@ -22,6 +23,7 @@ SETTINGS = {
     "qwZ": {"zero_quantized_weights": True},
     "MiCS": {"mics_shard_size": 2},
 }
+TRAINED = {"all parts": [], "frozen encoder": ["train.learning_rate_factors={vision: 0}"]}
 SIZES = "hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2"
 OVERRIDES = [
     "data.demo=null",
@@ -46,18 +48,18 @@ def main() -> int:
         build_demo(corpus, documents=160, pairs=16, heldout_documents=4)
         data = [f"data.shards={corpus}/train-documents-*.tar", f"data.tokenizer={corpus}/tokenizer"]
         plain: list[float] = []
-        for precision in ("fp32", "bf16"):
+        for precision, trained in product(("fp32", "bf16"), TRAINED):
             for name, changes in SETTINGS.items():
                 engine = base / "engine.json"
                 limits = {"reduce_bucket_size": 100_000, "stage3_param_persistence_threshold": 100}
                 engine.write_text(json.dumps({"zero_optimization": {"stage": 3, **limits, **changes}}))
-                run_dir = base / f"{precision} {name}"
+                run_dir = base / f"{precision} {trained} {name}"
                 command = [sys.executable, "launch/train.py", "--ds_config", str(engine), "--run_dir", str(run_dir)]
-                command += [f"precision={precision}", *data, *OVERRIDES]
+                command += [f"precision={precision}", *data, *OVERRIDES, *TRAINED[trained]]
                 codes = Ranks(4, command, base / "log").wait(300)
                 first = losses_of(run_dir)
                 plain = first if name == "stage 3" else plain
-                line = f"{precision} {name:16} exit {codes}"
+                line = f"{precision}, {trained}, {name:16} exit {codes}"
                 if first:
                     shutil.rmtree(run_dir / "checkpoints" / "step_00000006")
                     again = Ranks(4, command, base / "log").wait(300)

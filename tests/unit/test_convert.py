@@ -208,7 +208,7 @@ def test_files_may_be_read_by_whom_the_umask_lets(published, tmp_path, layout, u
     assert modes == {0o666 & ~umask}
 
 
-@LAYOUTS
+@pytest.mark.parametrize("layout", [[], ["--part", "full"], ["--format", "reference"], ["--format", "torch"]], ids=str)
 def test_a_disk_without_room_is_a_sentence_and_leaves_nothing_behind(published, tmp_path, layout, capsys):
     with no_file_larger_than(20_000):
         assert main([*published, str(tmp_path / "new" / "deep" / "out"), *layout]) == 2

@@ -126,7 +126,8 @@ def test_a_pooling_is_claimed_exactly_where_training_moves_it(name):
 
 def test_without_a_trained_pooling_none_is_released_and_none_is_shown(tmp_path):
     model = shaken()
-    release_vision(model, origin(pools=False), tmp_path)
+    record = RunRecord(figures=[{**FIGURE, "features": "head"}, {**FIGURE, "features": "mean"}])
+    release_vision(model, origin(pools=False, record=record), tmp_path)
     assert not (tmp_path / "pooling.safetensors").exists()
     released = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
     with torch.no_grad():
@@ -136,6 +137,7 @@ def test_without_a_trained_pooling_none_is_released_and_none_is_shown(tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert "attentive pooling" not in card.split("## Evaluation")[0]
     assert "pooler_output" not in card
+    assert [figure.task_name for figure in ModelCard(card).data.eval_results] == ["linear mean"]
 
 
 # The card
@@ -295,8 +297,10 @@ def vit(weights, arguments, images, eps, prefix):
     return norm(x, "norm")[:, prefix:]
 
 
-@pytest.mark.parametrize("act", ["gelu", "quick_gelu", "gelu_pytorch_tanh"])
-@pytest.mark.parametrize("family", VISION_TOWERS)
+@pytest.mark.parametrize(
+    ("family", "act"),
+    [*((family, "gelu") for family in VISION_TOWERS), (CLIP, "quick_gelu"), (CLIP, "gelu_pytorch_tanh")],
+)
 def test_every_family_is_a_plain_vision_transformer(family, act):
     model = shaken(family, f"model.vision.hidden_act={act}")
     plain = plain_transformer(model.vision.model, "timm")
@@ -317,7 +321,7 @@ def test_what_is_no_plain_vision_transformer_is_refused_in_a_sentence():
         plain_transformer(other, "open_clip")
 
 
-def test_an_exported_graph_takes_any_number_of_images_by_name(exported):
+def test_an_exported_graph_takes_any_number_of_images_by_name(exported, monkeypatch):
     model, folder = exported
     program = torch.export.load(folder / "model.pt2").module()
     images = images_of(model).repeat(3, 1, 1, 1)
@@ -326,6 +330,11 @@ def test_an_exported_graph_takes_any_number_of_images_by_name(exported):
         patches = model.vision(images)
         torch.testing.assert_close(outputs["patches"], patches, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(outputs["pooled"], model.pooling(patches)[0], rtol=1e-4, atol=1e-5)
+    monkeypatch.chdir(folder.parent)
+    (code,) = [block.text for block in blocks_of(folder / "README.md") if block.language == "python"]
+    names: dict = {}
+    exec(code, names)
+    assert (names["patches"].shape, names["features"].shape) == ((1, 4, 32), (1, 32))
 
 
 @pytest.mark.parametrize(

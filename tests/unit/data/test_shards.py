@@ -1,5 +1,6 @@
 """Tars as random-access collections."""
 
+import contextlib
 import copy
 import gc
 import hashlib
@@ -328,9 +329,8 @@ def test_running_out_of_descriptors_is_named_as_that(tmp_path, descriptors):
     held = [os.open(os.devnull, os.O_RDONLY)]
     descriptors(held[0] + 20)
     try:
-        with pytest.raises(OSError, match="Too many open files"):  # some below the limit may be in use already
-            while True:
-                held.append(os.open(os.devnull, os.O_RDONLY))
+        with contextlib.suppress(OSError):  # when none is left; some below the limit may have been in use before
+            held += (os.open(os.devnull, os.O_RDONLY) for _ in range(20))
         with pytest.raises(UserError, match=r"0-0\.tar: cannot be opened: this process may open no more files; raise"):
             source.read(0, "txt")
         with pytest.raises(UserError, match=r"\*\.tar: .* cannot be listed: this process may open no more files"):

@@ -119,6 +119,21 @@ def test_a_tied_head_becomes_a_copy_and_both_norms_start_as_the_final_norm(tmp_p
     assert model.context_head.norm is not model.lm_head.norm
 
 
+@pytest.mark.parametrize(
+    ("family", "shard_size"), [*((family, "50GB") for family in VISION_TOWERS), ("dinov2", "20KB")]
+)
+def test_a_released_encoder_starts_another_run_without_its_pooling(family, shard_size, tmp_path):
+    theirs = build_model(
+        small_config(f"model.vision={VISION_TOWERS[family]}").model, VOCABULARY.size, ROW_TOKENS, seed=5
+    )
+    shake(theirs.eval())
+    origin = WeightOrigin("small", "", {}, np.zeros((1, 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8), "noise")
+    release_vision(theirs, origin, tmp_path, ReleaseOptions(shard_size=shard_size))
+    model, *_ = started(f"model.vision={{pretrained: {tmp_path}}}")
+    with torch.no_grad():
+        assert torch.equal(model.vision(pixels()), theirs.vision(pixels()))
+
+
 @pytest.mark.parametrize("published", [TEXT - 10, TEXT, TEXT + 10], ids=["fewer", "equal", "more"])
 def test_rows_of_tokens_that_the_folder_knows_are_its_own_and_the_rest_resemble_them(published, tmp_path):
     theirs = causal_model(tmp_path, "llama", vocab_size=published, hidden_size=32)
