@@ -51,7 +51,10 @@ setup(
     ],
     extras_require={
         "caption": ["pycocoevalcap"],
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],
+        "open_clip": ["open_clip_torch"],
         "parquet": ["pyarrow"],
+        "timm": ["timm"],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
         "trackio": ["trackio"],

@@ -213,7 +213,7 @@ def _others(
         else:
             notes.append("the moving average is left out: its features are not finite")
     untrained = build_empty_model(config.model, vocab_size, config.data.longest_document).eval()
-    fill_weights(untrained, config.seed("init"), within="vision")
+    fill_weights(untrained, config.seed("init"), within=["vision"])
     untrained.vision.to(next(model.parameters()).device)
     yield "untrained", _mean_tokens(of_network(untrained, "untrained", with_head=False), held_out)
     yield "raw_pixels", pixel_features(held_out.pixels)

@@ -70,7 +70,7 @@ def fill_weights(
     finish: Callable[[nn.Module], object] | None = None,
     *,
     has_values: bool = True,
-    within: str = "",
+    within: Collection[str] = (),
 ) -> None:
     """Give memory and values to the weights of ``model`` that have none, fp32 on the CPU.
 
@@ -80,7 +80,7 @@ def fill_weights(
         given: weights that are read instead.
         finish: is called with every unit, once it is filled, before the next one gets memory.
         has_values: False: leave all values NaN, since they will come from elsewhere.
-        within: name of the module outside of which nothing is filled.
+        within: names of the modules outside of which nothing is filled; none named: everything is.
 
     Raises:
         UserError: a given weight cannot be read. All other units were filled and finished by then, so that ranks which
@@ -91,7 +91,7 @@ def fill_weights(
     mistake: Exception | None = None
     with torch.random.fork_rng(devices=[]):
         for unit in units(model):
-            if not f"{network_name(unit.name)}.".startswith(f"{within}." if within else ""):
+            if within and not f"{network_name(unit.name)}.".startswith(tuple(f"{name}." for name in within)):
                 continue
             new = _give_memory(unit)
             if has_values and new:

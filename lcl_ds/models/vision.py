@@ -166,17 +166,21 @@ def released_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     return {prefix + name.removeprefix(prefix): weight for name, weight in model.state_dict().items()}
 
 
+def family_inputs(model: Any, pixel_values: Tensor) -> dict[str, Tensor]:
+    """Lay normalised images [M, 3, H, W] out as the model's class in transformers takes them."""
+    if not family_of(model.config).reads_flat_patches:
+        return {"pixel_values": pixel_values}
+    patches = flat_patches(pixel_values, model.config.patch_size)
+    side = model.config.image_size // model.config.patch_size
+    shapes = torch.tensor([[side, side]], device=patches.device).expand(len(patches), -1)
+    mask = torch.ones(patches.shape[:2], dtype=torch.int64, device=patches.device)
+    return {"pixel_values": patches, "spatial_shapes": shapes, "pixel_attention_mask": mask}
+
+
 def released_patch_tokens(model: Any, pixel_values: Tensor) -> Tensor:
     """Compute patch tokens [M, N, width] of a released folder's model, by the forward of its transformers class."""
-    inputs: dict[str, Tensor] = {"pixel_values": pixel_values}
     family = family_of(model.config)
-    if family.reads_flat_patches:
-        patches = flat_patches(pixel_values, model.config.patch_size)
-        side = model.config.image_size // model.config.patch_size
-        shapes = torch.tensor([[side, side]], device=patches.device).expand(len(patches), -1)
-        mask = torch.ones(patches.shape[:2], dtype=torch.int64, device=patches.device)
-        inputs = {"pixel_values": patches, "spatial_shapes": shapes, "pixel_attention_mask": mask}
-    hidden_states = model(**inputs).last_hidden_state[:, -image_tokens(model.config) :]
+    hidden_states = model(**family_inputs(model, pixel_values)).last_hidden_state[:, -image_tokens(model.config) :]
     if family.releases_unnormed_patches:
         hidden_states = getattr(model, family.final_norm)(hidden_states)
     return hidden_states

@@ -8,11 +8,11 @@ a run killed at any moment leaves earlier checkpoints as they were. What is read
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -25,6 +25,7 @@ from lcl_ds.metrics import METRICS, read_metrics
 from lcl_ds.models.build import build_empty_model
 from lcl_ds.models.initial import OF_NETWORK, fill_weights
 from lcl_ds.models.network import LCLModel
+from lcl_ds.models.settings import Part
 from lcl_ds.phases import config_of_step
 from lcl_ds.training.distributed import RankInfo, gather_objects, on_all_ranks
 from lcl_ds.training.slices import SUFFIX, SliceReader
@@ -342,12 +343,12 @@ def check_names(checkpoint: Path, saved: Iterable[str], expected: Iterable[str])
 
 
 def load_model(
-    checkpoint: Path, device: torch.device | str = "cpu", part: Literal["vision"] | None = None, ema: bool = False
+    checkpoint: Path, device: torch.device | str = "cpu", parts: Collection[Part] = (), ema: bool = False
 ) -> LCLModel:
     """Load the trained network in fp32, one weight at a time; needs neither DeepSpeed nor the objective.
 
     Args:
-        part: the only part to load; the others take no memory and cannot be used.
+        parts: the only parts to load, none named: all; the others take no memory and cannot be used.
         ema: take the vision tower from its moving average.
 
     Raises:
@@ -369,6 +370,7 @@ def load_model(
         name.removeprefix(OF_NETWORK): partial((averages if name in averages.shapes else reader).whole, name, shape)
         for name, shape in shapes.items()
     }
-    fill_weights(model, 0, given, lambda module: module.to(device), within=part or "")
-    model.get_submodule(part or "").to(device)  # also buffers, and with attention that suits the device
+    fill_weights(model, 0, given, lambda module: module.to(device), within=parts)
+    for part in parts or ("",):
+        model.get_submodule(part).to(device)  # also buffers, and with attention that suits the device
     return model.eval()

@@ -6,17 +6,22 @@ import warnings
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, CLIPVisionModel
 
 from lcl_ds.convert import main
+from lcl_ds.metrics import read_metrics
 from lcl_ds.models.vision import normalize_images
 from lcl_ds.training.checkpoint import load_model, resolve_checkpoint
+from tests.support.pages import blocks_of
+from tests.support.ranks import ROOT
 
 
 @pytest.fixture(scope="module")
 def released(whole_run, tmp_path_factory):
-    out = tmp_path_factory.mktemp("out") / "encoder"
+    out = tmp_path_factory.mktemp("released") / "out"
     assert main([str(whole_run), str(out)]) == 0
     return out
 
@@ -44,12 +49,27 @@ def test_its_processor_prepares_pixels_as_in_training(released):
     torch.testing.assert_close(theirs["pixel_values"], normalize_images(images, torch.float32), rtol=1e-4, atol=1e-5)
 
 
-def test_the_model_card_says_what_was_checked(released):
-    card = (released / "README.md").read_text()
-    assert "step 30 of 30" in card
-    assert "real images" in card
-    assert "train:\n" in card
+def test_the_model_card_says_what_was_checked_trained_and_measured(whole_run, released):
+    card = ModelCard.load(released / "README.md")
+    assert "step 30 of 30" in card.text
+    assert "real images" in card.text
+    assert "train:\n" in card.text
+    rows = read_metrics(whole_run)
+    images, tokens = (sum(row[key] for row in rows) for key in ("images", "tokens"))
+    assert f"Seen: {images:,} images and {tokens:,} tokens" in card.text
+    assert "on 2 processes on a CPU" in card.text
+    figures = json.loads((whole_run / "evaluation.json").read_text())["figures"]
+    assert [figure.metric_value for figure in card.data.eval_results] == [figure["value"] for figure in figures]
+    with safe_open(released / "model.safetensors", "pt") as opened:
+        assert (opened.metadata()["step"], opened.metadata()["images_seen"]) == ("30", str(images))
     assert json.loads((released / "config.json").read_text())["model_type"] == "clip_vision_model"
+
+
+def test_no_file_of_it_says_where_the_run_or_its_data_lie(whole_run, recipe, released):
+    argv = json.loads((whole_run / "environment.json").read_text())["argv"]
+    for file in released.iterdir():
+        for place in (str(recipe.parent), str(whole_run.parent), *argv, str(ROOT)):
+            assert place.encode() not in file.read_bytes(), (file, place)
 
 
 def test_the_parity_check_is_printed(whole_run, tmp_path, capsys):
@@ -57,9 +77,32 @@ def test_the_parity_check_is_printed(whole_run, tmp_path, capsys):
     assert "parity with the training model: max abs difference 0.0e+00 over 16 real images" in capsys.readouterr().out
 
 
-def test_the_full_part_holds_every_weight(whole_run, tmp_path):
-    assert main([str(whole_run), str(tmp_path / "out"), "--part", "full"]) == 0
-    weights = load_file(tmp_path / "out" / "model.safetensors")
+@pytest.fixture(scope="module")
+def whole(whole_run, released):
+    out = released.parent / "whole"
+    assert main([str(whole_run), str(out), "--part", "full"]) == 0
+    return out
+
+
+def test_the_code_on_the_page_about_releases_runs(released, whole, monkeypatch):
+    monkeypatch.chdir(released.parent)
+    torch.manual_seed(0)
+    names: dict = {}
+    for block in blocks_of(ROOT / "docs" / "release.md"):
+        if block.language == "python":
+            exec(block.text, names)
+    assert names["features"].shape == (1, 32)
+    assert names["patches"].shape == (1, 16, 32)
+    torch.testing.assert_close(names["tower"].post_layernorm(names["states"][:, 1:]), names["patches"])
+    assert names["similarity"].shape == (2, 2)
+    assert len(names["captions"]) == 2
+    assert names["loss"].isfinite()
+    tower = names["llava"].model.vision_tower
+    assert torch.equal(tower.post_layernorm.weight, names["tower"].post_layernorm.weight)
+
+
+def test_the_full_part_holds_every_weight(whole_run, whole):
+    weights = load_file(whole / "model.safetensors")
     model = load_model(resolve_checkpoint(whole_run))
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())

@@ -14,9 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from lcl_ds.convert import WeightOrigin, _damage_named, _pixels_of, main, release_vision
+from lcl_ds.convert import main
 from lcl_ds.errors import UserError
-from lcl_ds.models.vision import released_patch_tokens
+from lcl_ds.models.vision import family_inputs, released_patch_tokens
+from lcl_ds.release.origin import WeightOrigin, _damage_named, _pixels_of
+from lcl_ds.release.vision import release_vision
 from tests.support.corpora import picture
 from tests.support.disks import no_file_larger_than
 from tests.support.golden import GOLDEN, Golden
@@ -32,7 +34,7 @@ def release(family: str, folder: Path, **origin):
     model = small_model(small_config(f"model.vision={VISION_TOWERS[family]}")).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in model.vision.parameters():
+        for weight in (*model.vision.parameters(), *model.pooling.parameters()):
             weight += 0.1 * torch.randn(weight.shape, generator=generator)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
     release_vision(model, WeightOrigin("small", "", {}, pixels, "images of noise"), folder)
@@ -69,8 +71,32 @@ for loader in (AutoModel, getattr(transformers, of_family[family])):
         patches = getattr(model, "vision_model", model).post_layernorm(patches)
     assert (outputs.pooler_output is None) == family.startswith("siglip"), "a pooling head that was never trained"
     torch.testing.assert_close(patches, given["features"], rtol=1e-4, atol=1e-5)
+model, loading = AutoModel.from_pretrained(folder, output_loading_info=True, trust_remote_code=True)
+assert not any(loading.values()), loading
+with torch.no_grad():
+    outputs = model(**given["inputs"])
+torch.testing.assert_close(outputs.last_hidden_state, given["features"], rtol=1e-4, atol=1e-5)
+torch.testing.assert_close(outputs.pooler_output, given["pooled"], rtol=1e-4, atol=1e-5)
 AutoImageProcessor.from_pretrained(folder)
 """
+
+
+@pytest.mark.parametrize("family", VISION_TOWERS)
+def test_with_the_code_beside_it_the_release_gives_tokens_and_pooling_as_they_were_trained(family, tmp_path):
+    model, images = release(family, tmp_path)
+    released, loading = AutoModel.from_pretrained(tmp_path, output_loading_info=True, trust_remote_code=True)
+    assert not any(loading.values()), loading
+    assert type(released).__name__ == "LclVisionModel"
+    with torch.no_grad():
+        outputs, patches = released(**family_inputs(released, images)), model.vision(images)
+        assert torch.equal(outputs.last_hidden_state, patches)
+        torch.testing.assert_close(outputs.pooler_output, model.pooling(patches)[0], rtol=1e-5, atol=1e-5)
+    half = AutoModel.from_pretrained(tmp_path, trust_remote_code=True, dtype=torch.bfloat16)
+    assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
+    released.save_pretrained(tmp_path / "saved")
+    again = AutoModel.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    with torch.no_grad():
+        assert torch.equal(again(**family_inputs(again, images)).pooler_output, outputs.pooler_output)
 
 
 @pytest.mark.skipif("TRANSFORMERS_4" not in os.environ, reason="TRANSFORMERS_4 names no folder with transformers 4.57")
@@ -80,12 +106,13 @@ def test_the_release_loads_in_transformers_4_itself(family, tmp_path):
     model, images = release(family, tmp_path)
     with torch.no_grad():
         features = model.vision(images)
+        pooled, _ = model.pooling(features)
     inputs = {"pixel_values": images}
     if family == "siglip2_vision_model":
         patches = images.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         shapes, mask = torch.tensor([[2, 2]]).expand(3, -1), torch.ones(3, 4, dtype=torch.int64)
         inputs = {"pixel_values": patches, "spatial_shapes": shapes, "pixel_attention_mask": mask}
-    torch.save({"inputs": inputs, "features": features}, tmp_path / "given.pt")
+    torch.save({"inputs": inputs, "features": features, "pooled": pooled}, tmp_path / "given.pt")
     command = [sys.executable, "-c", READ_IN_TRANSFORMERS_4, str(tmp_path), str(tmp_path / "given.pt")]
     environment = {**os.environ, "PYTHONPATH": os.environ["TRANSFORMERS_4"]}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
@@ -94,7 +121,7 @@ def test_the_release_loads_in_transformers_4_itself(family, tmp_path):
 
 def test_the_card_shows_code_that_gives_the_features(tmp_path):
     model, images = release("clip_vision_model", tmp_path)
-    code = (tmp_path / "README.md").read_text().split("patches = ")[1].split("  #")[0]
+    code = (tmp_path / "README.md").read_text().split("patches = ")[2].split("  #")[0]
     released = AutoModel.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         patches = eval(code, {"model": released, "outputs": released(pixel_values=images)})
@@ -181,7 +208,7 @@ def test_files_may_be_read_by_whom_the_umask_lets(published, tmp_path, layout, u
     assert modes == {0o666 & ~umask}
 
 
-@LAYOUTS
+@pytest.mark.parametrize("layout", [[], ["--part", "full"], ["--format", "reference"], ["--format", "torch"]], ids=str)
 def test_a_disk_without_room_is_a_sentence_and_leaves_nothing_behind(published, tmp_path, layout, capsys):
     with no_file_larger_than(20_000):
         assert main([*published, str(tmp_path / "new" / "deep" / "out"), *layout]) == 2

@@ -22,6 +22,7 @@ LAYERS = [
     {"report"},
     {"evaluation"},
     {"training"},
+    {"release"},
     {"bench", "convert", "evaluate", "train", "plan", "new_recipe"},
 ]
 """From the bottom; a module may import from its own layer and from those below it."""

@@ -61,6 +61,10 @@ SPOKEN = ("data", "models", "objectives", "evaluation", "report")
 """Packages whose docstrings and messages were read for words that nobody says."""
 
 
+FILES = (".py", ".json", ".yaml", ".md", ".jsonl", ".safetensors", ".onnx", ".pt2")
+"""Ends of names of files, which look like settings where they begin with ``model.`` or ``evaluation.``."""
+
+
 class Parsed(Exception):
     """Raised in the place of a command's work, once its arguments were understood."""
 
@@ -137,8 +141,11 @@ def check_installation(first: str, rest: list[str]) -> None:
     assert [first, *rest] in (
         ["pip", "install", "-r", "requirements.txt", "-e", "."],
         ["pip", "install", "lcl_ds[caption]"],
+        ["pip", "install", "lcl_ds[onnx]"],
+        ["pip", "install", "lcl_ds[open_clip]"],
         ["pip", "install", "lcl_ds[parquet]"],
         ["pip", "install", "lcl_ds[tensorboard]"],
+        ["pip", "install", "lcl_ds[timm]"],
         ["pip", "install", "."],
         ["pip", "install", "./kernels"],
         ["pip", "install", "pre-commit"],
@@ -176,7 +183,7 @@ def test_settings_on_pages_exist():
         for code in inline_code(page):
             name = code.partition("=")[0]
             is_setting = re.fullmatch(r"\w+(\.\w+)+", name) and name.split(".")[0] in groups
-            if is_setting and Path(name).suffix not in (".py", ".json", ".yaml", ".md", ".jsonl"):
+            if is_setting and Path(name).suffix not in FILES:
                 assert name in known, f"{page_id(page)}: {code}"
 
 

@@ -13,12 +13,14 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from lcl_ds.models.decoder import DROPOUT_ENDINGS
 from lcl_ds.models.encoders import FAMILIES, IMAGE_MEAN, IMAGE_STD
 
-INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 NOT_ARCHITECTURE = frozenset(
     {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "use_cache"}
     | {"num_patches", "vision_use_head", "use_mask_token", "stage_names", "out_features", "out_indices"}
+    | {"auto_map", "lcl_release"}
 )
-"""Keys of a folder that a model here decides by itself."""
+"""Keys of a folder that a model here decides by itself, and those that releases of ours have for their code."""
 FREE = frozenset({"image_size", "image_mean", "image_std"})
 """Architecture that a recipe may set otherwise."""
 
@@ -131,6 +133,8 @@ def open_weights(folder: Path) -> WeightFolder:
     """
     if (folder / INDEX).is_file():
         files = sorted({folder / name for name in _read_json(folder / INDEX).get("weight_map", {}).values()})
+    elif (folder / WEIGHTS).is_file():  # a release of ours has its pooling beside it
+        files = [folder / WEIGHTS]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:

@@ -61,7 +61,7 @@ def test_a_weight_depends_on_the_seed_and_its_name_and_on_nothing_else():
     model = small_model()
     others = small_model(small_config("model.pooling.num_attention_heads=4", decoder="gpt2"))
     alone = empty_model()
-    fill_weights(alone, 0, within="vision")
+    fill_weights(alone, 0, within=["vision"])
     for name, weight in model.vision.named_parameters():
         assert torch.equal(weight, others.vision.get_parameter(name)), name
         assert torch.equal(weight, alone.vision.get_parameter(name)), name

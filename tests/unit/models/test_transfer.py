@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CLIPConfig, CLIPModel
 
-from lcl_ds.convert import WeightOrigin, release_vision, write_all
 from lcl_ds.errors import UserError
 from lcl_ds.models.build import build_empty_model, build_model
 from lcl_ds.models.encoders import IMAGE_MEAN
@@ -20,6 +19,10 @@ from lcl_ds.models.initial import fill_weights
 from lcl_ds.models.settings import part_of
 from lcl_ds.models.vision import released_patch_tokens
 from lcl_ds.models.weights.transfer import given_weights, resize_positions, vocabulary_rows
+from lcl_ds.release.full import write_weights
+from lcl_ds.release.options import ReleaseOptions
+from lcl_ds.release.origin import WeightOrigin, published_settings
+from lcl_ds.release.vision import release_vision
 from lcl_ds.tokens import Vocabulary
 from tests.support.small import DECODERS, IMAGE_SIZE, ROW_TOKENS, VISION_TOWERS, small_config
 
@@ -114,6 +117,21 @@ def test_a_tied_head_becomes_a_copy_and_both_norms_start_as_the_final_norm(tmp_p
         assert torch.equal(norm.weight, theirs.transformer.ln_f.weight)
         assert torch.equal(norm.bias, theirs.transformer.ln_f.bias)
     assert model.context_head.norm is not model.lm_head.norm
+
+
+@pytest.mark.parametrize(
+    ("family", "shard_size"), [*((family, "50GB") for family in VISION_TOWERS), ("dinov2", "20KB")]
+)
+def test_a_released_encoder_starts_another_run_without_its_pooling(family, shard_size, tmp_path):
+    theirs = build_model(
+        small_config(f"model.vision={VISION_TOWERS[family]}").model, VOCABULARY.size, ROW_TOKENS, seed=5
+    )
+    shake(theirs.eval())
+    origin = WeightOrigin("small", "", {}, np.zeros((1, 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8), "noise")
+    release_vision(theirs, origin, tmp_path, ReleaseOptions(shard_size=shard_size))
+    model, *_ = started(f"model.vision={{pretrained: {tmp_path}}}")
+    with torch.no_grad():
+        assert torch.equal(model.vision(pixels()), theirs.vision(pixels()))
 
 
 @pytest.mark.parametrize("published", [TEXT - 10, TEXT, TEXT + 10], ids=["fewer", "equal", "more"])
@@ -293,8 +311,10 @@ def release(tmp_path):
     config = small_config()
     model = build_model(config.model, VOCABULARY.size, ROW_TOKENS, seed=5)
     shake(model)
-    origin = WeightOrigin("small", "", config.model_dump(mode="json"), np.zeros((1, 3, 16, 16), np.uint8), "noise")
-    write_all(model, origin, tmp_path / "release")
+    settings = published_settings(config.model_dump(mode="json"))
+    origin = WeightOrigin("small", "", settings, np.zeros((1, 3, 16, 16), np.uint8), "noise")
+    (tmp_path / "release").mkdir()
+    write_weights(model, origin, tmp_path / "release", ReleaseOptions())
     return model, tmp_path / "release"
 
 

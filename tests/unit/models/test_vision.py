@@ -9,7 +9,6 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, CLIPVisionModel, Dinov2Model, SiglipVisionModel
 from transformers import Siglip2VisionModel as Siglip2
 
-from lcl_ds.convert import WeightOrigin, release_vision
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.encoder import of_network
 from lcl_ds.evaluation.features import vectors_of_pixels
@@ -17,6 +16,8 @@ from lcl_ds.models.build import build_empty_model, image_size, tokens_per_image
 from lcl_ds.models.settings import ModelSettings
 from lcl_ds.models.vision import SHAPES, build_vision_config, flat_patches
 from lcl_ds.objectives.base import local_normalizers
+from lcl_ds.release.origin import WeightOrigin
+from lcl_ds.release.vision import release_vision
 from tests.support.small import (
     IMAGE_SIZE,
     IMAGE_TOKENS,
@@ -75,7 +76,7 @@ def test_the_released_folder_loads_with_its_class_and_processor_and_gives_the_sa
         tokens = released.post_layernorm(tokens) if family == "clip_vision_model" else tokens
         ours = model.vision(model.vision.normalize(torch.from_numpy(pictures())))
     torch.testing.assert_close(ours, tokens, rtol=1e-4, atol=1e-4)
-    code = (tmp_path / "README.md").read_text().split("patches = ")[1].split("  #")[0]
+    code = (tmp_path / "README.md").read_text().split("patches = ")[2].split("  #")[0]
     assert ("post_layernorm" in code) == (family == "clip_vision_model")
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == family
     assert type(AutoModel.from_pretrained(tmp_path)) is CLASSES[family]
