@@ -4,6 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+POOLING_FILE = "pooling.safetensors"
+"""Holds the pooling of a released encoder, beside the encoder's own weights."""
+
 
 class AttentivePooling(nn.Module):
     """One learned query attends to an image's patch tokens.
