@@ -19,8 +19,9 @@ from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.release.exports import release_torch
 from lcl_ds.release.options import ReleaseOptions
 from lcl_ds.release.origin import WeightOrigin, pools, published_settings
-from lcl_ds.release.plain import plain_transformer
+from lcl_ds.release.plain import plain_transformer, with_bias_in_positions
 from lcl_ds.release.record import RunRecord, read_record
+from lcl_ds.release.to_open_clip import open_clip_config, open_clip_weights
 from lcl_ds.release.to_timm import timm_arguments, timm_weights
 from lcl_ds.release.vision import release_vision
 from tests.support.pages import blocks_of
@@ -63,7 +64,7 @@ def images_of(model):
 @pytest.mark.parametrize(("dtype", "largest"), [("bf16", 2e-2), ("fp16", 3e-3)])
 def test_weights_have_the_dtype_that_was_asked_for_and_nearly_the_features(dtype, largest, tmp_path):
     model = shaken()
-    assert f"allowed: {'1e-01' if dtype == 'bf16' else '2e-02'}" in release_vision(
+    assert f"allowed: {'5e-02' if dtype == 'bf16' else '1e-02'}" in release_vision(
         model, origin(), tmp_path, ReleaseOptions(dtype=dtype)
     )
     wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
@@ -262,6 +263,9 @@ def test_what_is_missing_or_damaged_in_a_run_is_unknown_and_stops_nothing(tmp_pa
 # Other libraries
 
 
+ENDS = ("weight", "bias")
+
+
 def vit(weights, arguments, images, eps, prefix):
     """A vision transformer as timm computes it, written down from its arguments."""
     x = F.conv2d(
@@ -308,6 +312,31 @@ def test_every_family_is_a_plain_vision_transformer(family, act):
     with torch.no_grad():
         theirs = vit(timm_weights(plain), arguments, images_of(model), plain.eps, int(plain.has_class_token))
         torch.testing.assert_close(theirs, model.vision(images_of(model)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["siglip_vision_model", "dinov2"])
+def test_a_bias_of_the_patches_may_lie_in_their_positions(family):
+    model = shaken(family)
+    plain = plain_transformer(model.vision.model, "timm")
+    weights = with_bias_in_positions(plain)
+    assert "patch_embed.proj.bias" not in weights
+    with torch.no_grad():
+        theirs = vit(weights, timm_arguments(plain), images_of(model), plain.eps, int(plain.has_class_token))
+        torch.testing.assert_close(theirs, model.vision(images_of(model)), rtol=1e-4, atol=1e-5)
+
+
+def test_open_clip_finds_the_names_of_its_own_tower():
+    plain = plain_transformer(shaken("dinov2").vision.model, "open_clip")
+    block = {f"{part}.{kind}" for part in ("ln_1", "ln_2", "attn.out_proj", "mlp.c_fc", "mlp.c_proj") for kind in ENDS}
+    block |= {"attn.in_proj_weight", "attn.in_proj_bias", "ls_1.gamma", "ls_2.gamma"}
+    expected = {f"transformer.resblocks.{number}.{name}" for number in (0, 1) for name in block}
+    expected |= {"class_embedding", "positional_embedding", "conv1.weight", "ln_post.weight", "ln_post.bias", "proj"}
+    weights = open_clip_weights(plain)
+    assert weights.keys() == expected
+    assert weights["class_embedding"].shape == (32,)
+    assert weights["positional_embedding"].shape == (5, 32)
+    tower = open_clip_config(plain)["vision_cfg"]
+    assert (tower["no_ln_pre"], tower["norm_kwargs"], tower["ls_init_value"] > 0) == (True, {"eps": 1e-6}, True)
 
 
 def test_what_is_no_plain_vision_transformer_is_refused_in_a_sentence():
