@@ -25,6 +25,7 @@ setup(
     package_dir={**SHIPPED_FOLDERS, "lcl_kernels": "kernels/lcl_kernels"},
     package_data={
         "lcl_ds": ["py.typed"],
+        "lcl_ds.report": ["templates/*"],
         **{package: ["*"] for package in SHIPPED_FOLDERS},
         "lcl_kernels": ["py.typed", "tuned.json"],
     },
@@ -42,6 +43,7 @@ setup(
         "pyyaml",
         "rich",
         "matplotlib",
+        "jinja2",
         "numpy",
         "pillow",
         "pydantic>=2",

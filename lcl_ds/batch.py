@@ -66,6 +66,8 @@ class Batch:
     """Samples and images left out since the last batch, damaged or excluded."""
     keys: tuple[str, ...]
     """``source/shard/key`` of every document: names it among all of the run."""
+    pieces: tuple[tuple[int, int], ...]
+    """For each of them, which of how many pieces of that document it is: ``(1, 3)`` is the second of three."""
     sources: dict[str, SourceCounts]
     """Documents and images of each source that the batch has something of."""
 

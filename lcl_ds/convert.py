@@ -3,8 +3,9 @@
 ``vision`` (default) writes a folder that ``transformers`` loads by itself: config.json, model.safetensors,
 preprocessor_config.json and a model card; with ``trust_remote_code=True`` its pooled output is the attentive pooling.
 ``--format`` writes for another library instead. Each is loaded and compared with the training model before it is kept.
-``full`` writes all weights of the training model as one safetensors file; with ``--format reference`` in the layout of
-the published code. ``--from reference FILE --config JSON`` reads a checkpoint of the published code instead of a run.
+``full`` writes the whole network with code that transformers runs: features of images and texts to compare, and texts
+after images; ``model.init_from`` reads it too. With ``--format reference`` it has the layout of the published code.
+``--from reference FILE --config JSON`` reads a checkpoint of the published code instead of a run.
 """
 
 import argparse
@@ -22,12 +23,13 @@ from lcl_ds.errors import UserError
 from lcl_ds.files import plain_name, system_error, whole_folder
 from lcl_ds.models.settings import Part
 from lcl_ds.release.exports import release_onnx, release_torch
+from lcl_ds.release.full import release_full
 from lcl_ds.release.options import DTYPES, ReleaseOptions
 from lcl_ds.release.origin import read_published, read_run
 from lcl_ds.release.to_open_clip import release_open_clip
 from lcl_ds.release.to_timm import release_timm
 from lcl_ds.release.vision import release_vision
-from lcl_ds.release.whole import write_all, write_published
+from lcl_ds.release.whole import write_published
 
 RELEASES = {
     "hf": release_vision,
@@ -75,7 +77,7 @@ def convert(arguments: argparse.Namespace) -> int:
         if arguments.format == "reference":
             write_published(model, vocabulary, folder)
         elif arguments.part == "full":
-            write_all(model, origin, folder)
+            sentences.append(release_full(model, origin, vocabulary, folder, options))
         else:
             sentences.append(RELEASES[arguments.format](model, origin, folder, options))
     print("\n".join([*sentences, f"{arguments.run_or_file} -> {arguments.out}"]))
@@ -88,16 +90,16 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: names the argument and a remedy.
     """
-    layout, whole = arguments.format, arguments.part == "full" or arguments.format == "reference"
+    layout = arguments.format
     if layout == "reference" and arguments.part == "vision":
         raise UserError("--format reference: the published layout holds the whole model; leave out --part vision")
     if layout not in ("hf", "reference") and arguments.part == "full":
         raise UserError(f"--format {layout}: it holds the encoder alone; leave out --part full")
     if arguments.ema and arguments.origin == "reference":
         raise UserError("--ema: a file of the published code holds no moving average; leave it out")
-    if arguments.dtype != "fp32" and (whole or layout in ("onnx", "torch")):
+    if arguments.dtype != "fp32" and layout in ("reference", "onnx", "torch"):
         raise UserError(f"--dtype {arguments.dtype}: this release is written in fp32; leave it out")
-    if arguments.shard_size != ReleaseOptions.shard_size and (whole or layout != "hf"):
+    if arguments.shard_size != ReleaseOptions.shard_size and layout != "hf":
         raise UserError("--shard_size: this release has one file of weights; leave it out")
     for module in NEEDED.get(layout, ()):
         try:

@@ -87,6 +87,20 @@ class TextTokenizer:
         other = [(number, token) for token, number in ours.items() if theirs.get(token, number) != number]
         return f"{min(other)[1]!r} is {min(other)[0]} here and {theirs[min(other)[1]]} there" if other else None
 
+    def with_control_tokens(self) -> Tokenizer:
+        """Copy the tokenizer and let the copy know the control tokens, by name, under the ids they have here.
+
+        Raises:
+            ValueError: a control token's name is a token of the tokenizer's own.
+        """
+        copy = Tokenizer.from_str(self._backend.to_str())
+        copy.encode_special_tokens = False
+        copy.add_special_tokens(list(CONTROL_TOKENS))
+        for number, name in enumerate(CONTROL_TOKENS, start=self.vocabulary.text_size):
+            if copy.token_to_id(name) != number:
+                raise ValueError(f"the tokenizer has a token {name} of its own")
+        return copy
+
     def decode(self, ids: Sequence[int]) -> str:
         """Write ``ids`` as text; control tokens are written by name."""
         names = dict(enumerate(CONTROL_TOKENS, start=self.vocabulary.text_size))

@@ -55,8 +55,8 @@ SLOW = (
     "unit/test_report.py::test_runs_whose_names_are_not_unicode_are_drawn",
     "unit/test_report.py::test_one_run",
     "unit/test_report.py::test_several_runs_are_compared",
-    "unit/test_report.py::test_a_run_of_one_step_without_other_files",
     "unit/test_report.py::test_a_comparison_leaves_reports_of_its_runs_alone",
+    "unit/test_pages_in_a_browser.py",
 )
 """Files and tests that ``make quick`` leaves out: they start programs or processes, or take more than half a second.
 

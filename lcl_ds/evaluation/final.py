@@ -18,6 +18,7 @@ from lcl_ds.config import Config
 from lcl_ds.evaluation.documents import HeldOut, HeldOutReader
 from lcl_ds.evaluation.encoder import FrozenEncoder, of_network
 from lcl_ds.evaluation.features import patches_of_pixels, vectors_of_pixels
+from lcl_ds.evaluation.gazes import pooling_gazes
 from lcl_ds.evaluation.held_out import NAME, PATCH_BYTES, PROBES, Labelled, splits_of
 from lcl_ds.evaluation.probe import BASELINE_ITERATIONS, ITERATIONS, linear_probe, pixel_features
 from lcl_ds.evaluation.probes import Split
@@ -34,8 +35,11 @@ from lcl_ds.files import write_whole
 from lcl_ds.models.build import build_empty_model
 from lcl_ds.models.initial import fill_weights
 from lcl_ds.models.network import LCLModel
+from lcl_ds.report.evaluation import caveats, column_of, probe_kinds
+from lcl_ds.report.examples import RETRIEVAL_PICTURE, Examples, write_pictures
 from lcl_ds.report.figures import RetrievalExample, plot_retrieval
-from lcl_ds.report.page import EVALUATION, RETRIEVAL_PICTURE, caveats, is_current, probe_kinds, write_report
+from lcl_ds.report.page import is_current, write_report
+from lcl_ds.report.run import EVALUATION
 from lcl_ds.tokens import TextTokenizer
 
 logger = logging.getLogger(__name__)
@@ -98,7 +102,11 @@ def _evaluate(
         picture.parent.mkdir(exist_ok=True)
         picture.unlink(missing_ok=True)  # of an earlier step
         average = load_average() if load_average else None
-        results |= evaluate_model(load_model(), config, picture, average)
+        examples = Examples()
+        results |= evaluate_model(load_model(), config, examples, average)
+        write_pictures(run_dir, step, examples)
+        if examples.retrieval:
+            plot_retrieval(examples.retrieval, picture)
     except Exception as error:  # whatever it is, the run keeps its report
         problems = problems_of(error)
         logger.error(
@@ -120,19 +128,19 @@ def _evaluate(
 
 
 def evaluate_model(
-    model: LCLModel, config: Config, picture: Path | None = None, average: LCLModel | None = None
+    model: LCLModel, config: Config, examples: Examples | None = None, average: LCLModel | None = None
 ) -> dict[str, Any]:
     """Compute probe and retrieval figures of a trained model.
 
     Args:
-        picture: where to draw retrieved images, if anywhere.
+        examples: collects what can be shown in pictures, if anybody wants it.
         average: the same with the moving average of its vision tower, to be probed as well.
 
     Returns:
         ``documents`` and ``images`` that were used, ``left_out`` (what was not, by reason), ``notes`` (a sentence about
         each figure that is missing), ``figures`` (see :class:`lcl_ds.evaluation.results.Figure`), ``probe`` per label:
-        accuracies of the columns of :data:`lcl_ds.report.page.PROBE_KINDS`, and where the objective has contrastive
-        pairs ``retrieval`` (see :func:`lcl_ds.evaluation.retrieval.retrieval_scores`).
+        accuracies of the columns of :data:`lcl_ds.report.evaluation.PROBE_KINDS`, and where the objective has
+        contrastive pairs ``retrieval`` (see :func:`lcl_ds.evaluation.retrieval.retrieval_scores`).
 
     Raises:
         UserError: held-out shards that cannot be read any more.
@@ -149,6 +157,9 @@ def evaluate_model(
         "figures": [figure.row() for figure in figures],
         "notes": notes,
     }
+    contrastive_weight: float = getattr(config.objective, "contrastive_weight", 1.0)
+    if examples is not None and reader.has_pairs and contrastive_weight:  # else nothing trains the pooling query
+        examples.gazes += pooling_gazes(model, held_out.pixels)
     if reader.rows is None or "retrieval" not in config.evaluation.tasks:
         return results
     count = reader.pair_count(sequence.tokens for sequence in held_out.sequences)
@@ -159,8 +170,8 @@ def evaluate_model(
     pairs = pair_features(model, held_out.sequences, tokenizer.vocabulary, rows.row_tokens, rows.row_images)
     results["retrieval"] = retrieval_scores(pairs.image, pairs.context)
     results["figures"] += [figure.row() for figure in retrieval_figures(pairs.image, pairs.context, NAME)]
-    if picture is not None:
-        plot_retrieval(_examples(pairs, tokenizer), picture)
+    if examples is not None:
+        examples.retrieval += _examples(pairs, tokenizer)
     return results
 
 
@@ -181,7 +192,7 @@ def _probes(
     figures = [figure for task in tasks for figure in PROBES[task](trained)]
     probes = {split.label: {"chance": split.chance} for split in splits}
     for figure in figures:
-        if (column := _column_of(figure)) and figure.label:
+        if (column := column_of(figure.task, figure.features)) and figure.label:
             probes[figure.label][column] = figure.value
     if "linear" in tasks:
         for name, features in _others(model, config, held_out, vocab_size, average, notes):
@@ -189,12 +200,6 @@ def _probes(
             for split in splits:
                 probes[split.label][name] = _accuracy(features, split, iterations)
     return probes, figures, notes
-
-
-def _column_of(figure: Figure) -> str | None:
-    """Say in which column of the table a figure stands; None: in none, it is only written down."""
-    columns = {("linear", "mean"): "trained", ("linear", "head"): "head", ("attentive", "patches"): "attentive"}
-    return columns.get((figure.task, figure.features or ""), "knn" if figure.features == "head" else None)
 
 
 def _others(

@@ -44,6 +44,16 @@ class AttentivePooling(nn.Module):
         """Pool patches [M, N, input_dim]: pooled [M, output_dim], tokens [M, N, output_dim]."""
         query = self.q(self.norm_q(self.query)).expand(patches.shape[0], -1, -1)
         key, value = self.k(self.norm_k(patches)), self.v(self.norm_v(patches))
-        heads = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value)]
-        attended = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        attended = F.scaled_dot_product_attention(self._heads(query), self._heads(key), self._heads(value))
+        attended = attended.transpose(1, 2).flatten(2)
         return self.proj(attended).squeeze(1), self.proj(value)
+
+    def weights(self, patches: Tensor) -> Tensor:
+        """Weigh patches [M, N, input_dim] as :meth:`forward` pools them: fp32 [M, heads, N], which sum to one."""
+        query, key = self._heads(self.q(self.norm_q(self.query))), self._heads(self.k(self.norm_k(patches)))
+        scores = query.float() @ key.float().transpose(-2, -1) / key.shape[-1] ** 0.5
+        return scores.softmax(-1).squeeze(2)
+
+    def _heads(self, states: Tensor) -> Tensor:
+        """Split states [M, N, output_dim] into those of the heads [M, heads, N, D]."""
+        return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

@@ -8,15 +8,16 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from lcl_ds.evaluation.results import IN_PERCENT, shown
 from lcl_ds.files import printable
+from lcl_ds.flops import size_of
 from lcl_ds.models.network import LCLModel
 from lcl_ds.release.options import ReleaseOptions
 from lcl_ds.release.origin import WeightOrigin
 from lcl_ds.release.record import RunRecord
 
 HEAD = """\
-# {name}: LCL vision encoder
+# {name}: LCL {network}
 
-A vision encoder pre-trained by Latent Compression Learning ([arXiv 2406.07543](https://arxiv.org/abs/2406.07543))
+A {network} pre-trained by Latent Compression Learning ([arXiv 2406.07543](https://arxiv.org/abs/2406.07543))
 {history}: {parameters:,} parameters, {size} px images, patches of {patch} px.
 Licence of the weights: {license}.
 """
@@ -61,6 +62,8 @@ def write_card(
     usage: str,
     checked: str,
     library: str = "transformers",
+    *,
+    is_whole: bool = False,
 ) -> None:
     """Write ``README.md``.
 
@@ -68,6 +71,7 @@ def write_card(
         usage: how to load the folder.
         checked: one sentence about the comparison with the training model.
         library: that loads the folder, as Hugging Face names it.
+        is_whole: whether decoder and heads are in the folder too.
     """
     encoder, record = model.vision.model, origin.record
     # A pooling that was not trained is not released either.
@@ -84,7 +88,8 @@ def write_card(
     head = HEAD.format(
         name=printable(origin.name),
         history=origin.history,
-        parameters=sum(weight.numel() for weight in encoder.parameters()),
+        network="vision encoder with its decoder" if is_whole else "vision encoder",
+        parameters=size_of((model if is_whole else encoder).parameters()),
         size=encoder.config.image_size,
         patch=encoder.config.patch_size,
         license=options.license or NO_LICENSE,

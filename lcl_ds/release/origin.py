@@ -37,8 +37,8 @@ PUBLISHED = ("precision", "model", "objective", "train")
 """Groups of a run's settings that a card shows."""
 PUBLISHED_OF_DATA = ("row_tokens", "document_tokens", "row_images", "image_first_probability", "crop_scale", "mix_by")
 """Settings of the data that a card shows."""
-PLACES = ("pretrained", "init_from")
-"""Settings that name a folder even where it looks like a word."""
+PLACES = ("pretrained", "init_from", "init_ema", "init_parts")
+"""Settings that say where first weights came from, even where they look like words."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class WeightOrigin:
     pools: bool = True
     """Whether the attentive pooling was trained: a loss read its output."""
     record: RunRecord = field(default_factory=RunRecord)
+    config: Config | None = None
+    """Of the run; None: the published code trained it."""
 
 
 def read_run(
@@ -86,6 +88,7 @@ def read_run(
         *_pixels_of(config, model.vision.model.config.image_size),
         pools=pools(model, config.objective),
         record=read_record(checkpoint, step, ema),
+        config=config,
     )
     return model, origin, Vocabulary(vocab_size - len(CONTROL_TOKENS))
 

@@ -100,27 +100,31 @@ def in_dtype(weights: dict[str, Tensor], dtype: Dtype) -> dict[str, Tensor]:
 def write_code(model: LCLModel, origin: WeightOrigin, folder: Path, dtype: Dtype) -> None:
     """Write the code that ``trust_remote_code=True`` runs, what it must know of the family, and the pooling."""
     shutil.copyfile(modeling_lcl.__file__, folder / Path(modeling_lcl.__file__).name)
-    pooling, family = model.pooling, family_of(model.vision.model.config)
-    facts: dict[str, Any] = {
-        "weight_prefix": family.published_prefix,
-        "prefix_tokens": int(family.has_class_token),
-        "final_norm": family.final_norm if family.releases_unnormed_patches else None,
-        "pooling": None,
-    }
     if origin.pools:
-        save_file(in_dtype(pooling.state_dict(), dtype), folder / POOLING_FILE, metadata={"format": "pt"})
-        facts["pooling"] = {
-            "width": pooling.q.in_features,
-            "output_width": pooling.q.out_features,
-            "heads": pooling.num_heads,
-            "eps": pooling.norm_q.eps,
-        }
+        save_file(in_dtype(model.pooling.state_dict(), dtype), folder / POOLING_FILE, metadata={"format": "pt"})
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["dtype"] = str(DTYPES[dtype]).removeprefix("torch.")
     config["auto_map"] = {"AutoModel": "modeling_lcl.LclVisionModel"}
-    config["lcl_release"] = facts
+    config["lcl_release"] = family_facts(model, origin.pools)
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def family_facts(model: LCLModel, has_pooling: bool) -> dict[str, Any]:
+    """Say what the code of a release must know, see :mod:`lcl_ds.release.remote.modeling_lcl`."""
+    pooling, family = model.pooling, family_of(model.vision.model.config)
+    sizes = {
+        "width": pooling.q.in_features,
+        "output_width": pooling.q.out_features,
+        "heads": pooling.num_heads,
+        "eps": pooling.norm_q.eps,
+    }
+    return {
+        "weight_prefix": family.published_prefix,
+        "prefix_tokens": int(family.has_class_token),
+        "final_norm": family.final_norm if family.releases_unnormed_patches else None,
+        "pooling": sizes if has_pooling else None,
+    }
 
 
 def weight_metadata(origin: WeightOrigin) -> dict[str, str]:

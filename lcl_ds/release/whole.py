@@ -1,23 +1,14 @@
-"""Write all weights of the training model: under our names, or in the layout of the published code."""
+"""Write all weights of the training model in the layout of the published code."""
 
 import json
 from pathlib import Path
 
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.weights.published import to_published, write_published_config
-from lcl_ds.release.origin import WeightOrigin
 from lcl_ds.tokens import Vocabulary
-
-
-def write_all(model: LCLModel, origin: WeightOrigin, folder: Path) -> None:
-    """Write all weights under our names, with the settings beside them."""
-    weights = {name: weight.contiguous() for name, weight in model.state_dict().items()}
-    _save(weights, folder)
-    (folder / "config.yaml").write_text(yaml.safe_dump(origin.settings, sort_keys=False), encoding="utf-8")
 
 
 def write_published(model: LCLModel, vocabulary: Vocabulary, folder: Path) -> None:

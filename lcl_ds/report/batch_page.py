@@ -4,23 +4,21 @@ Everything shown comes from the :class:`lcl_ds.batch.Batch` that training would 
 documents, the pixels after cropping, where losses are and where the decoder's state is read about which image.
 """
 
-import base64
-import io
+import math
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
-from string import Template
 
-import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
 from lcl_ds.batch import Batch
+from lcl_ds.report.examples import url_of
+from lcl_ds.report.html import render
+from lcl_ds.report.numbers import percent, plural
 from lcl_ds.tokens import TextTokenizer
 
-SHOWN_SIDE = 112
-"""Least side of an image on the page in pixels."""
+LEAST_SIDE, MOST_SIDE = 96, 224
+"""Side of an image on the page in pixels: smaller ones are shown a whole number of times as large."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +30,14 @@ class Token:
     is_control: bool
     has_loss: bool
     """Whether the next token is predicted here."""
-    readouts: tuple[str, ...]
-    """``context: image 3``: what the decoder's state here is compared with."""
+    readouts: tuple[tuple[str, int], ...]
+    """``("context", 3)``: the decoder's state here is compared with image 3."""
     image: int | None
     """The image whose first token this is, by its number in the batch; None: it is no first token of one."""
     inside_image: bool
     """Whether this is an image's token but not its first."""
+    is_hidden: bool
+    """Whether the token itself is hidden and to be predicted; ``<image>`` stands in its place."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,30 @@ class Passage:
     """First token's position in the row."""
     tokens: tuple[Token, ...]
     is_padding: bool
+    key: str = ""
+    """``source/shard/key`` of its document."""
+    piece: str = ""
+    """Which piece of the document it is; empty for a whole one."""
+
+    @property
+    def end(self) -> int:
+        """Last token's position in the row."""
+        return self.start + len(self.tokens) - 1
+
+    @property
+    def source(self) -> str:
+        return self.key.partition("/")[0]
+
+    @property
+    def document(self) -> str:
+        """Name the document within its source."""
+        return self.key.partition("/")[2]
+
+    @property
+    def distant_images(self) -> set[int]:
+        """List images that are read about here but stand elsewhere, as those of a text that is compared with one."""
+        own = {token.image for token in self.tokens}
+        return {image for token in self.tokens for _, image in token.readouts} - own
 
 
 def passages_of(batch: Batch, tokenizer: TextTokenizer) -> list[Passage]:
@@ -57,28 +81,46 @@ def passages_of(batch: Batch, tokenizer: TextTokenizer) -> list[Passage]:
     ids, length = batch.input_ids.flatten().tolist(), batch.input_ids.shape[1]
     losses = set(batch.label_positions.tolist())
     slots = dict(zip(batch.slot_positions.tolist(), batch.slot_images.tolist(), strict=True))
-    readouts: dict[int, list[str]] = {}
+    readouts: dict[int, list[tuple[str, int]]] = {}
     for name, entries in batch.readouts.items():
         for position, image in zip(entries.positions.tolist(), entries.images.tolist(), strict=True):
-            readouts.setdefault(position, []).append(f"{name}: image {image}")
-    bounds = batch.cu_seqlens.tolist()
-    passages = []
-    for start, end in pairwise(bounds):
+            readouts.setdefault(position, []).append((name, image))
+    bounds = list(pairwise(batch.cu_seqlens.tolist()))
+    is_padding = [all(token == vocabulary.eot for token in ids[start:end]) for start, end in bounds]
+    # Every sequence of a batch has as many passages as the others: one, or one for each pass over a pair.
+    passes = max(1, is_padding.count(False) // max(1, len(batch.keys)))
+    passages, documents = [], 0
+    for (start, end), padded in zip(bounds, is_padding, strict=True):
         tokens = tuple(
             Token(
-                ids[at],
-                tokenizer.decode([ids[at]]),
-                ids[at] >= vocabulary.text_size,
-                at in losses,
-                tuple(readouts.get(at, ())),
-                slots.get(at),
-                ids[at] == vocabulary.image and at not in slots,
+                id=ids[at],
+                text=tokenizer.decode([ids[at]]),
+                is_control=ids[at] >= vocabulary.text_size,
+                has_loss=at in losses,
+                readouts=tuple(readouts.get(at, ())),
+                image=slots.get(at),
+                # An image's tokens carry no loss, because what follows them is given.
+                inside_image=ids[at] == vocabulary.image and at not in slots and at not in losses,
+                is_hidden=ids[at] == vocabulary.image and at in losses,
             )
             for at in range(start, end)
         )
-        is_padding = all(token.id == vocabulary.eot for token in tokens)
-        passages.append(Passage(start // length, start % length, tokens, is_padding))
+        key, piece = "", ""
+        if not padded:
+            number = documents // passes
+            documents += 1
+            key, piece = batch.keys[number], _piece_text(*batch.pieces[number], "matched" in batch.readouts)
+        passages.append(Passage(start // length, start % length, tokens, padded, key, piece))
     return passages
+
+
+def _piece_text(number: int, count: int, is_pair: bool) -> str:
+    """Say which of a document's pieces, or of its pairs, a passage is; empty where it has but one."""
+    if count == 1:
+        return ""
+    if is_pair:
+        return f"pair {number + 1} of {count}"
+    return f"piece {number + 1} of {count}{', continued' if number else ''}"
 
 
 def show(batch: Batch, tokenizer: TextTokenizer, console: Console) -> None:
@@ -88,9 +130,9 @@ def show(batch: Batch, tokenizer: TextTokenizer, console: Console) -> None:
         if passage.row != row:
             row = passage.row
             console.rule(f"row {row}")
-        end = passage.start + len(passage.tokens)
-        kind = "padding" if passage.is_padding else "document"
-        console.print(f"{kind}, tokens {passage.start} to {end - 1}", style="dim", highlight=False)
+        where = f"tokens {passage.start} to {passage.end}"
+        about = ["padding" if passage.is_padding else passage.key, passage.piece, where]
+        console.print(Text(", ".join(filter(None, about)), "dim"), soft_wrap=True)
         if not passage.is_padding:
             console.print(_line(passage, batch))
 
@@ -99,97 +141,59 @@ def _line(passage: Passage, batch: Batch) -> Text:
     line = Text()
     side = "x".join(map(str, batch.images.shape[2:]))
     for token in passage.tokens:
-        if token.inside_image:
-            continue
         if token.image is not None:
             line.append(f"[image {token.image}, {side}]", "bold magenta")
-        else:
+        elif token.is_hidden:
+            line.append("[hidden]", "bold")
+        elif not token.inside_image:
             quiet = "" if token.has_loss else "dim"
             line.append(token.text, "cyan" if token.is_control else quiet)
-        for readout in token.readouts:
-            line.append(f"<- {readout} ", "bold green")
+        for name, image in token.readouts:
+            line.append(f"<- {name}: image {image} ", "bold green")
     return line
-
-
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --ink: #1f2933; --muted: #616e7c; --page: #f5f7fa; --card: #fff; --line: #d8dee4;
-  --even: #e9eff5; --green: #00875a; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8ecf0; --muted: #9aa7b4; --page: #14181d; --card: #1d232a; --line: #38424d; --even: #29323b;
-    --green: #3ddc97; }
-}
-body { margin: 0 auto; padding: 2rem 1rem; max-width: 76rem; background: var(--page); color: var(--ink);
-  font: .95rem/1.9 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; margin: 0; } h2 { font-size: 1.05rem; margin: 2rem 0 .5rem; }
-.note, .where { color: var(--muted); font-size: .85rem; line-height: 1.4; }
-.passage { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; margin: .5rem 0;
-  padding: .4rem .8rem; overflow-wrap: anywhere; }
-.t { white-space: pre-wrap; } .t:nth-of-type(even) { background: var(--even); }
-.c { color: var(--muted); font-size: .75rem; border: 1px solid var(--line); border-radius: .3rem; padding: 0 .25rem; }
-.quiet { opacity: .45; }
-.r { color: var(--green); font-size: .75rem; font-weight: 600; white-space: nowrap; }
-figure { display: inline-block; margin: .3rem; vertical-align: middle; text-align: center; }
-figcaption { font-size: .75rem; line-height: 1.3; color: var(--muted); }
-img { image-rendering: pixelated; border-radius: .3rem; display: block; min-width: ${side}px; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-<p class="note">$summary<br>Every box is what attends to itself alone. Hover over a token for its position and id; pale
-ones carry no loss. Green: the decoder's state here is read about that image.</p>
-$rows
-</body>
-</html>
-""")
 
 
 def page(batch: Batch, tokenizer: TextTokenizer, title: str) -> str:
     """Make an HTML page of the same, with the images in it."""
-    row, blocks = -1, []
+    rows: dict[int, list[Passage]] = {}
     for passage in passages_of(batch, tokenizer):
-        if passage.row != row:
-            row = passage.row
-            blocks.append(f"<h2>Row {row}</h2>")
-        end = passage.start + len(passage.tokens)
-        kind = "padding" if passage.is_padding else "document"
-        body = (
-            ""
-            if passage.is_padding
-            else "".join(_html(token, passage.start + i, batch) for i, token in enumerate(passage.tokens))
-        )
-        blocks.append(
-            f'<div class="passage"><div class="where">{kind}, tokens {passage.start} to {end - 1}</div>{body}</div>'
-        )
+        rows.setdefault(passage.row, []).append(passage)
     pairs = len(batch.readouts["context"]) if "context" in batch.readouts else 0
-    summary = (
-        f"{len(batch.input_ids)} rows of {batch.input_ids.shape[1]} tokens, {batch.document_count} documents, "
-        f"{batch.image_count} images, {pairs} contrastive pairs, {len(batch.labels)} labels, "
-        f"{1 - batch.token_count / batch.input_ids.numel():.1%} padding, {batch.skipped_samples} samples left out. "
-        f"Documents: {', '.join(batch.keys)}"
+    summary = {
+        "Rows": f"{len(batch.input_ids)} of {batch.input_ids.shape[1]:,} tokens",
+        "Documents": f"{batch.document_count:,}",
+        "Images": f"{batch.image_count:,}",
+        "Contrastive pairs": f"{pairs:,}",
+        "Tokens with loss": f"{len(batch.labels):,}",
+        "Padding": percent(1 - batch.token_count / batch.input_ids.numel()),
+        "Left out": plural(batch.skipped_samples, "sample"),
+    }
+    side = _shown_side(batch.images.shape[2])
+    return render(
+        "batch.html",
+        title=title,
+        summary=summary,
+        sources={
+            name: f"{plural(counts.documents, 'document')}, {plural(counts.images, 'image')}"
+            for name, counts in batch.sources.items()
+        },
+        rows=list(rows.values()),
+        pictures=[url_of(pixels.transpose(1, 2, 0)) for pixels in batch.images[: batch.image_count].numpy()],
+        side=side,
+        size=_size_text(batch.images.shape[2], side),
+        has_hidden=any(token.is_hidden for passages in rows.values() for p in passages for token in p.tokens),
     )
-    return PAGE.substitute(title=escape(title), summary=escape(summary), rows="\n".join(blocks), side=SHOWN_SIDE)
 
 
-def _html(token: Token, position: int, batch: Batch) -> str:
-    if token.inside_image:
-        return ""
-    marks = "".join(f' <span class="r">&larr; {escape(readout)}</span>' for readout in token.readouts)
-    if token.image is not None:
-        picture = _picture(batch.images[token.image].numpy())
-        return f'<figure><img src="{picture}" alt=""><figcaption>image {token.image}</figcaption></figure>{marks}'
-    kind = "c" if token.is_control else "t"
-    quiet = "" if token.has_loss or token.is_control else " quiet"
-    title = f"position {position}, id {token.id}"
-    return f'<span class="{kind}{quiet}" title="{title}">{escape(token.text)}</span>{marks}'
+def _shown_side(side: int) -> int:
+    if side > MOST_SIDE:
+        return MOST_SIDE
+    return side * math.ceil(LEAST_SIDE / side)
 
 
-def _picture(pixels: np.ndarray) -> str:
-    """Encode uint8 [3, H, W] as a data URL."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.transpose(1, 2, 0)).save(buffer, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def _size_text(side: int, shown: int) -> str:
+    """Say how large images are and how they are shown."""
+    size = f"{side} x {side} pixels"
+    if shown > side:
+        return f"{size}, shown {shown // side} times as large"
+    return f"{size}, shown smaller" if shown < side else size

@@ -137,9 +137,9 @@ def plot_retrieval(examples: Sequence[RetrievalExample], path: Path) -> None:
 
 
 def column(rows: list[Row], key: str) -> np.ndarray:
-    """Read one value per row as float64; NaN where a row has none (null marks what was not finite)."""
+    """Read one value per row as float64; NaN where a row has no number (null marks what was not finite)."""
     values = (row.get(key) for row in rows)
-    return np.array([np.nan if value is None else float(value) for value in values])
+    return np.array([float(value) if isinstance(value, (int, float)) else np.nan for value in values])
 
 
 def moving_average(values: np.ndarray, steps: float) -> np.ndarray:

@@ -218,6 +218,7 @@ def _environment(world_size: int, step: int) -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "continued_at_step": step,
         "world_size": world_size,
+        "host": socket.gethostname(),
         **machine(),
         "git_commit": git_commit(),
         "packages": versions(),

@@ -72,24 +72,37 @@ def test_no_file_of_it_says_where_the_run_or_its_data_lie(whole_run, recipe, rel
             assert place.encode() not in file.read_bytes(), (file, place)
 
 
-def test_the_code_on_the_page_about_releases_runs(released, monkeypatch):
-    monkeypatch.chdir(released.parent)
-    (code,) = [block.text for block in blocks_of(ROOT / "docs" / "release.md") if block.language == "python"]
-    names: dict = {}
-    exec(code, names)
-    assert names["features"].shape == (1, 32)
-    assert names["patches"].shape == (1, 16, 32)
-    torch.testing.assert_close(names["tower"].post_layernorm(names["states"][:, 1:]), names["patches"])
-
-
 def test_the_parity_check_is_printed(whole_run, tmp_path, capsys):
     assert main([str(whole_run / "checkpoints" / "step_00000025"), str(tmp_path / "out")]) == 0
     assert "parity with the training model: max abs difference 0.0e+00 over 16 real images" in capsys.readouterr().out
 
 
-def test_the_full_part_holds_every_weight(whole_run, tmp_path):
-    assert main([str(whole_run), str(tmp_path / "out"), "--part", "full"]) == 0
-    weights = load_file(tmp_path / "out" / "model.safetensors")
+@pytest.fixture(scope="module")
+def whole(whole_run, released):
+    out = released.parent / "whole"
+    assert main([str(whole_run), str(out), "--part", "full"]) == 0
+    return out
+
+
+def test_the_code_on_the_page_about_releases_runs(released, whole, monkeypatch):
+    monkeypatch.chdir(released.parent)
+    torch.manual_seed(0)
+    names: dict = {}
+    for block in blocks_of(ROOT / "docs" / "release.md"):
+        if block.language == "python":
+            exec(block.text, names)
+    assert names["features"].shape == (1, 32)
+    assert names["patches"].shape == (1, 16, 32)
+    torch.testing.assert_close(names["tower"].post_layernorm(names["states"][:, 1:]), names["patches"])
+    assert names["similarity"].shape == (2, 2)
+    assert len(names["captions"]) == 2
+    assert names["loss"].isfinite()
+    tower = names["llava"].model.vision_tower
+    assert torch.equal(tower.post_layernorm.weight, names["tower"].post_layernorm.weight)
+
+
+def test_the_full_part_holds_every_weight(whole_run, whole):
+    weights = load_file(whole / "model.safetensors")
     model = load_model(resolve_checkpoint(whole_run))
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())

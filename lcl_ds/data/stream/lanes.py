@@ -170,6 +170,8 @@ class _Piece:
     """Windows it has been carried over."""
     document: Document
     tokens: TokenSequence
+    pieces: int
+    """Of the document, this one included."""
 
     def address(self) -> list[int]:
         return [self.source, self.sample, self.draw, self.piece, self.carries]
@@ -464,7 +466,8 @@ class Lane:
         sequences = self.settings.view.encode(document, self._sequencer, rng)
         if not sequences:
             raise BadSampleError("a document without tokens")
-        return [_Piece(source, sample, draw, i, 0, document, tokens) for i, tokens in enumerate(sequences)]
+        count = len(sequences)
+        return [_Piece(source, sample, draw, i, 0, document, tokens, count) for i, tokens in enumerate(sequences)]
 
     def _piece_at(self, source: int, sample: int, draw: int, piece: int, carries: int) -> _Piece:
         """Make a piece again that waited when the position was saved.
@@ -513,7 +516,7 @@ class Lane:
             return None
         shape = (0, 3, settings.image_size, settings.image_size)
         stacked = np.stack(pixels) if pixels else np.zeros(shape, dtype=np.uint8)
-        return PackedSequence(document_key, tokens, stacked, tuple(seeds))
+        return PackedSequence(document_key, tokens, stacked, tuple(seeds), (piece.piece, piece.pieces))
 
     def _leave_out(self, source: Source, sample: int, problem: BadSampleError | OSError) -> None:
         self._pending_skips += 1

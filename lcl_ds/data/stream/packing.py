@@ -90,6 +90,8 @@ class PackedSequence:
     """uint8 [images, 3, H, W], in the order of ``tokens.images``."""
     image_seeds: tuple[int, ...] = ()
     """One per image; none where nothing is drawn for them."""
+    piece: tuple[int, int] = (0, 1)
+    """Which of how many pieces of its document it is, counted from 0."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ def collate(
         token_squares=int(np.square(np.diff(bounds).astype(np.int64)).sum()),
         skipped_samples=sum(row.skipped_samples for row in rows),
         keys=tuple(sequence.key for sequence in sequences),
+        pieces=tuple(sequence.piece for sequence in sequences),
         sources=_sources(sequences),
     )
 

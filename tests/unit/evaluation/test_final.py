@@ -1,7 +1,7 @@
 """The end of a run: it is evaluated and reported once for each state of it, and keeps its report whatever happens."""
 
 import json
-import re
+from html import unescape
 
 import pytest
 
@@ -145,9 +145,11 @@ def test_any_other_failure_is_a_traceback_in_the_log_and_a_sentence_in_the_repor
 def test_the_picture_of_an_earlier_step_is_not_shown_as_the_run_s_own(closing, tmp_path):
     closing()
     assert "What contexts expect to see" in closing.page
+    assert "Where the pooling query looks" in closing.page
     (tmp_path / "held.tar").unlink()
     closing(step=6)
     assert "What contexts expect to see" not in closing.page
+    assert "Where the pooling query looks" not in closing.page
 
 
 def test_a_report_in_between_says_that_the_run_has_gone_on(closing):
@@ -181,4 +183,4 @@ def test_what_was_left_out_stands_in_the_report_and_on_the_terminal(closing, tmp
     shown = " ".join(capsys.readouterr().out.split())
     for sentence in sentences:
         assert sentence in shown
-        assert sentence in re.sub("&#x27;", "'", closing.page)
+        assert sentence in unescape(closing.page)

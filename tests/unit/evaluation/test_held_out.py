@@ -18,10 +18,12 @@ from lcl_ds.evaluation.check import check_held_out
 from lcl_ds.evaluation.final import evaluate_model, final_table
 from lcl_ds.models.build import build_model
 from lcl_ds.objectives import NAMES
-from lcl_ds.report import figures
-from lcl_ds.report.page import _final_evaluation, probe_kinds
+from lcl_ds.report.evaluation import probe_kinds, shown_evaluation
+from lcl_ds.report.examples import Examples
+from lcl_ds.report.run import read_runs
 from lcl_ds.tokens import TextTokenizer
 from tests.support.corpora import picture
+from tests.support.runs import make_run
 from tests.support.small import small_config
 from tests.support.tars import write_tar
 
@@ -115,7 +117,6 @@ def configured(tokenizer, shards, *overrides):
 
 @pytest.fixture(autouse=True)
 def small_picture(monkeypatch):
-    monkeypatch.setattr(figures, "DPI", 40)
     monkeypatch.setattr(final, "EXAMPLES", 1)
 
 
@@ -152,8 +153,10 @@ def test_what_passes_the_check_before_training_is_evaluated_after_it(tmp_path, t
         assert any(str(shard) in problem or "evaluation.shards" in problem for problem in error.value.problems)
         return
     sentences = check(config)
-    results = evaluate_model(model_of(config), config, tmp_path / "retrieval.png")
-    assert ("retrieval" in results) == (tmp_path / "retrieval.png").exists() == has_pairs
+    examples = Examples()
+    results = evaluate_model(model_of(config), config, examples)
+    assert ("retrieval" in results) == bool(examples.retrieval) == has_pairs
+    assert bool(examples.gazes) == (objective in CONTRASTIVE)
     assert bool(results["probe"]) == has_probe
     assert results["notes"] == [sentence for sentence in sentences if not sentence.startswith("left out: ")]
     assert any("labels" in sentence for sentence in sentences) == (shape == "labels that are no list")
@@ -306,4 +309,7 @@ def test_the_moving_average_of_the_encoder_is_probed_and_shown_beside_it(tmp_pat
     assert [column.header for column in final_table(results).columns][1:5] == [
         *("trained", "pooled", "attentive", "EMA")
     ]
-    assert ">EMA</th>" in _final_evaluation(results, 1)
+    run = make_run(tmp_path / "run")
+    (run / "evaluation.json").write_text(json.dumps(results))
+    (bars,) = shown_evaluation(read_runs([run])[0]).bars
+    assert "moving average (EMA)" in [bar.name for bar in bars.bars]

@@ -78,6 +78,15 @@ def test_the_pooled_vector_is_a_weighted_mean_of_what_the_decoder_receives():
     assert (weights > 0).all()
 
 
+def test_the_weights_of_the_pooling_query_are_those_of_its_heads():
+    pooling = AttentivePooling(32, 24, 3).double().eval()
+    patches = torch.randn(5, 7, 32, dtype=torch.float64)
+    by_head = pooling.v(pooling.norm_v(patches)).unflatten(-1, (3, 8))
+    weighted = torch.einsum("mhn,mnhd->mhd", pooling.weights(patches).double(), by_head)
+    pooled, _ = pooling(patches)
+    torch.testing.assert_close(pooling.proj(weighted.flatten(1)), pooled, rtol=1e-5, atol=1e-6)
+
+
 def test_uint8_images_are_normalised_and_floating_ones_taken_as_they_are():
     white = normalize_images(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8), torch.float32)
     expected = [(1 - mean) / std for mean, std in zip(IMAGE_MEAN, IMAGE_STD, strict=True)]

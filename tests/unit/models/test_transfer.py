@@ -19,10 +19,10 @@ from lcl_ds.models.initial import fill_weights
 from lcl_ds.models.settings import part_of
 from lcl_ds.models.vision import released_patch_tokens
 from lcl_ds.models.weights.transfer import given_weights, resize_positions, vocabulary_rows
+from lcl_ds.release.full import write_weights
 from lcl_ds.release.options import ReleaseOptions
-from lcl_ds.release.origin import WeightOrigin
+from lcl_ds.release.origin import WeightOrigin, published_settings
 from lcl_ds.release.vision import release_vision
-from lcl_ds.release.whole import write_all
 from lcl_ds.tokens import Vocabulary
 from tests.support.small import DECODERS, IMAGE_SIZE, ROW_TOKENS, VISION_TOWERS, small_config
 
@@ -311,8 +311,10 @@ def release(tmp_path):
     config = small_config()
     model = build_model(config.model, VOCABULARY.size, ROW_TOKENS, seed=5)
     shake(model)
-    origin = WeightOrigin("small", "", config.model_dump(mode="json"), np.zeros((1, 3, 16, 16), np.uint8), "noise")
-    write_all(model, origin, tmp_path / "release")
+    settings = published_settings(config.model_dump(mode="json"))
+    origin = WeightOrigin("small", "", settings, np.zeros((1, 3, 16, 16), np.uint8), "noise")
+    (tmp_path / "release").mkdir()
+    write_weights(model, origin, tmp_path / "release", ReleaseOptions())
     return model, tmp_path / "release"
 
 

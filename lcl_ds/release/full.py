@@ -1,0 +1,286 @@
+"""Write the whole network: as a folder that transformers loads with code of its own, and that trains on here."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from huggingface_hub import save_torch_state_dict
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.utils import logging as transformers_logging
+
+from lcl_ds.data.sequences import PairView
+from lcl_ds.data.stream.packing import PackedSequence, Row, collate
+from lcl_ds.models.network import LCLModel
+from lcl_ds.models.vision import family_inputs
+from lcl_ds.objectives import objective_module, view_of
+from lcl_ds.release.card import write_card
+from lcl_ds.release.options import DTYPES, ReleaseOptions
+from lcl_ds.release.origin import WeightOrigin
+from lcl_ds.release.parity import TOLERANCES, largest_difference, parity_sentence, trained_features
+from lcl_ds.release.remote import modeling_lcl, modeling_lcl_full
+from lcl_ds.release.remote.modeling_lcl_full import LclConfig, LclModel
+from lcl_ds.release.vision import family_facts, image_processor, in_dtype, weight_metadata
+from lcl_ds.tokens import CONTROL_TOKENS, ImageSlot, TextTokenizer, TokenSequence, Vocabulary
+
+USAGE = """\
+Code in this folder runs the whole network:
+
+```python
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel{tokenizer}  # version 4.57 or later
+
+model = AutoModel.from_pretrained("{folder}", trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained("{folder}")
+{loading}images = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]  # yours: Image.open("photo.jpg")
+inputs = processor(images=images, return_tensors="pt")
+```
+"""
+TOKENIZER = 'tokenizer = AutoTokenizer.from_pretrained("{folder}", trust_remote_code=True)\n'
+COMPARES = """
+Images are compared with texts, which the decoder reads at the token `{end}` that the tokenizer puts
+behind them:
+
+```python
+texts = tokenizer(["a red square", "a blue square"], padding=True, truncation=True, return_tensors="pt")
+with torch.no_grad():
+    image_features = model.get_image_features(**inputs)
+    text_features = model.get_text_features(**texts)
+probabilities = model.similarity(image_features, text_features).softmax(-1)  # [images, texts]
+```
+"""
+WRITES = """
+It writes a text after an image:
+
+```python
+tokens = model.caption(**inputs, max_new_tokens=20, do_sample=False)
+captions = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+```
+"""
+TRAINS_ON = """
+`model.init_from={folder}` starts a training run of lcl_ds from these weights.
+"""
+EXACT = "logit_scale.log_scale"
+"""A number that would be coarse in fewer bits."""
+CODE = (Path(str(modeling_lcl.__file__)), Path(str(modeling_lcl_full.__file__)))
+TRIED_TOKENS = 6
+"""Of the text on which a release is compared."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What was trained on text."""
+
+    compares: bool
+    """Whether a feature of a text is like that of its image."""
+    writes: bool
+    """Whether the next token is predicted from those before it."""
+    end: int
+    """The token that ends a text whose feature is read."""
+    tokenizer: TextTokenizer | None
+    note: str = ""
+    """Why there is no tokenizer."""
+    longest: int = 0
+    """Tokens of the longest document in training."""
+
+
+def texts_of(origin: WeightOrigin, vocabulary: Vocabulary) -> Texts:
+    """Read from a run's settings what its objective trained on text."""
+    config = origin.config
+    if config is None:
+        return Texts(True, True, vocabulary.soi, None, "the published code's tokenizer is not in its checkpoint")
+    losses = objective_module(config.objective.name).Objective.losses
+    is_pairs = isinstance(view_of(config.objective, 0.5), PairView)
+    tokenizer, note = None, ""
+    try:
+        tokenizer = tokenizer_of(config.data.tokenizer, vocabulary)
+    except ValueError as error:
+        note = str(error)
+    return Texts(
+        compares="contrastive_loss" in losses,
+        writes="generation_loss" in losses and config.objective.name != "masked",  # its decoder sees what comes
+        end=vocabulary.eot if is_pairs else vocabulary.soi,
+        tokenizer=tokenizer,
+        note=note,
+        longest=config.data.longest_document,
+    )
+
+
+def tokenizer_of(name_or_path: str, vocabulary: Vocabulary) -> TextTokenizer:
+    """Load the tokenizer of a network. Raises: ValueError, it is not there, is another one or cannot be released."""
+    tokenizer = TextTokenizer(name_or_path)
+    if tokenizer.vocabulary != vocabulary:
+        sizes = f"{tokenizer.vocabulary.text_size} tokens, the network has {vocabulary.text_size}"
+        raise ValueError(f"the tokenizer at {name_or_path} is another one: it has {sizes}")
+    tokenizer.with_control_tokens()
+    return tokenizer
+
+
+def release_full(
+    model: LCLModel,
+    origin: WeightOrigin,
+    vocabulary: Vocabulary,
+    folder: Path,
+    options: ReleaseOptions | None = None,
+) -> str:
+    """Write all weights under our names, the code that runs them, tokenizer and image processor; then compare.
+
+    Returns:
+        What was compared, with the largest difference, and what is missing.
+
+    Raises:
+        UserError: features are not finite, or weights do not fit into the dtype.
+        RuntimeError: the release computes something else than the training model.
+    """
+    options = options or ReleaseOptions()
+    texts = texts_of(origin, vocabulary)
+    transformers_logging.disable_progress_bar()
+    trained_features(model, origin)  # finite, or there is nothing to release
+    write_weights(model, origin, folder, options)
+    write_config(model, texts, vocabulary, folder, options)
+    for code in CODE:
+        shutil.copyfile(code, folder / code.name)
+    image_processor(model.vision.model.config).save_pretrained(folder)
+    if texts.tokenizer is not None:
+        write_tokenizer(texts.tokenizer, texts.end, texts.longest, folder)
+    tolerance = TOLERANCES[options.dtype]
+    difference = _difference(model, origin, texts, vocabulary, folder, tolerance)
+    checked = parity_sentence(difference, tolerance, origin)
+    usage = usage_of(texts, options.name or folder.name)
+    write_card(folder, model, origin, options, usage, checked, is_whole=True)
+    return "\n".join([checked, *([f"no tokenizer is released: {texts.note}"] if texts.note else [])])
+
+
+def write_weights(model: LCLModel, origin: WeightOrigin, folder: Path, options: ReleaseOptions) -> None:
+    """Write ``model.safetensors``, in several files where it is large, and the settings that build the network here."""
+    weights = in_dtype(model.state_dict(), options.dtype) | {EXACT: model.logit_scale.log_scale.detach()}
+    save_torch_state_dict(
+        {name: weight.contiguous() for name, weight in weights.items()},
+        folder,
+        max_shard_size=options.shard_size,
+        metadata=weight_metadata(origin),
+    )
+    (folder / "config.yaml").write_text(yaml.safe_dump(origin.settings, sort_keys=False), encoding="utf-8")
+
+
+def write_config(model: LCLModel, texts: Texts, vocabulary: Vocabulary, folder: Path, options: ReleaseOptions) -> None:
+    """Write ``config.json``, with both towers', and ``generation_config.json``."""
+    encoder = model.vision.model
+    vision = {
+        **encoder.config.to_dict(),
+        "architectures": [type(encoder).__name__],
+        "lcl_release": family_facts(model, has_pooling=True),
+    }
+    config = LclConfig(
+        vision_config=vision,
+        text_config=model.decoder.config.to_dict(),
+        image_tokens=model.vision.patch_tokens,
+        start_token_id=vocabulary.sot,
+        end_token_id=vocabulary.eot,
+        image_token_id=vocabulary.image,
+        image_start_token_id=vocabulary.soi,
+        image_end_token_id=vocabulary.eoi,
+        bidirectional_images=model.attention_mode == "images",
+        compares_texts=texts.compares,
+        writes_texts=texts.writes,
+        architectures=["LclModel"],
+        auto_map={"AutoConfig": "modeling_lcl_full.LclConfig", "AutoModel": "modeling_lcl_full.LclModel"},
+        dtype=str(DTYPES[options.dtype]).removeprefix("torch."),
+    )
+    config.save_pretrained(folder)
+    generation = {
+        "bos_token_id": vocabulary.sot,
+        "eos_token_id": vocabulary.eot,
+        "pad_token_id": vocabulary.eot,
+        "suppress_tokens": [vocabulary.sot, vocabulary.image, vocabulary.eoi],  # no loss ever asked for them
+    }
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tokenizer(tokenizer: TextTokenizer, end: int, longest: int, folder: Path) -> None:
+    """Write the run's tokenizer with the control tokens, so that ``tokenizer(text)`` is what the features are read of.
+
+    By hand, because the classes by which transformers 5 writes it are unknown to version 4.
+
+    Raises:
+        ValueError: a control token's name is a token of the tokenizer's own.
+    """
+    backend, vocabulary = tokenizer.with_control_tokens(), tokenizer.vocabulary
+    numbers = {name: backend.token_to_id(name) for name in CONTROL_TOKENS}
+    start, stop, pad = (backend.id_to_token(number) for number in (vocabulary.sot, end, vocabulary.eot))
+    backend.post_processor = TemplateProcessing(single=f"{start} $A {stop}", special_tokens=list(numbers.items()))
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "processor_class": "VisionTextDualEncoderProcessor",
+        "pad_token": pad,
+        "model_max_length": longest,
+        "padding_side": "right",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def _difference(
+    model: LCLModel, origin: WeightOrigin, texts: Texts, vocabulary: Vocabulary, folder: Path, tolerance: float
+) -> float:
+    """Compare features of images and of a text, and logits of a document, with those of the code in the folder."""
+    released, loading = LclModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    if wrong := {kind: names for kind, names in loading.items() if names}:
+        raise RuntimeError(f"the release does not load as it was written: {wrong}")
+    released.eval()
+    images = model.vision.normalize(torch.from_numpy(origin.pixels))
+    inputs = family_inputs(model.vision.model, images)
+    text = torch.arange(TRIED_TOKENS) % vocabulary.text_size
+    ours, theirs = {}, {}
+    if texts.compares:
+        ours["image features"] = model.encode_images(images, torch.zeros(len(images), dtype=torch.int64))[0]
+        theirs["image features"] = released.get_image_features(**inputs)
+        ids = torch.cat([torch.tensor([vocabulary.sot]), text, torch.tensor([texts.end])])
+        ours["text features"] = model.context_head(_states(model, vocabulary, ids, images[:0])[-1:])
+        theirs["text features"] = released.get_text_features(ids[None])
+    if texts.writes:
+        ids = torch.cat([released.image_prompt(1)[0], text])
+        states = model.lm_head.norm(_states(model, vocabulary, ids, images[:1]))
+        cap = model.lm_head.softcap
+        logits = F.linear(states, model.lm_head.weight)
+        ours["logits"] = logits if cap is None else cap * torch.tanh(logits / cap)
+        first = {name: value[:1] for name, value in inputs.items()}
+        theirs["logits"] = released(input_ids=ids[None], **first).logits[0]
+    return largest_difference(ours, theirs, tolerance, "the released network")
+
+
+def _states(model: LCLModel, vocabulary: Vocabulary, ids: Tensor, images: Tensor) -> Tensor:
+    """Run the training model's decoder on one document [T] with its image, if any: [T, H]."""
+    (places,) = torch.nonzero(ids == vocabulary.image, as_tuple=True)
+    slots = (ImageSlot(0, int(places[0]), has_context=False),) if len(images) else ()
+    tokens = TokenSequence(ids.numpy(), slots, tuple(range(len(images))))
+    size = model.vision.model.config.image_size
+    pixels = np.zeros((len(images), 3, size, size), np.uint8)
+    batch = collate([Row((PackedSequence("tried", tokens, pixels),))], len(ids), size, vocabulary, ())
+    if len(images):
+        shown = model.pooling(model.vision(images))[1]
+    else:
+        shown = torch.zeros(1, model.vision.patch_tokens, model.decoder.config.hidden_size)
+    return model.decode(batch, shown)
+
+
+def usage_of(texts: Texts, folder: str) -> str:
+    """Write how to load the folder and what it can do."""
+    if texts.tokenizer is None:
+        return USAGE.format(folder=folder, tokenizer="", loading="") + TRAINS_ON.format(folder=folder)
+    loading = TOKENIZER.format(folder=folder)
+    parts = [USAGE.format(folder=folder, tokenizer=", AutoTokenizer", loading=loading)]
+    if texts.compares:
+        parts.append(COMPARES.format(end=texts.tokenizer.with_control_tokens().id_to_token(texts.end)))
+    if texts.writes:
+        parts.append(WRITES)
+    return "".join([*parts, TRAINS_ON.format(folder=folder)])
