@@ -34,7 +34,12 @@ BROKEN = (
 def eventful_run(folder):
     """A run with everything that a page can show, and with names and texts that anybody may choose."""
     run = make_run(folder, steps=30)
-    found = {"generation_loss": 2.1, f"linear/{HOSTILE}": 0.5, f"linear/{HOSTILE}/mean": 0.4, "retrieval/recall_at_1": 0}
+    found = {
+        "generation_loss": 2.1,
+        f"linear/{HOSTILE}": 0.5,
+        f"linear/{HOSTILE}/mean": 0.4,
+        "retrieval/recall_at_1": 0,
+    }
     with (run / "metrics.jsonl").open("a") as file:
         for step in (31, 32):
             extra = {"evaluation": found, "evaluation_s": 9.0, "mfu": 0.41, "memory_gb": 70.5, "loss": 1e30 * step}

@@ -12,7 +12,9 @@ from transformers import AutoModel
 
 from lcl_ds.convert import main
 from lcl_ds.errors import UserError
+from lcl_ds.evaluation.encoder import of_network, open_released
 from lcl_ds.metrics import METRICS
+from lcl_ds.models.pooling import RELEASED_FILE
 from lcl_ds.models.vision import family_inputs
 from lcl_ds.objectives import NAMES, build_objective
 from lcl_ds.objectives.base import local_normalizers
@@ -125,14 +127,34 @@ def test_a_pooling_is_claimed_exactly_where_training_moves_it(name):
     assert pools(objective.model, config.objective) == (objective.model.pooling.query.grad is not None)
 
 
+@pytest.mark.parametrize("family", [CLIP, "siglip2_vision_model"])
+def test_evaluation_reads_the_pooling_of_a_release_and_runs_no_code_of_it(family, tmp_path):
+    model = shaken(family)
+    release_vision(model, origin(), tmp_path)
+    (tmp_path / "modeling_lcl.py").write_text("raise SystemExit('the code of the folder ran')")
+    encoder = open_released(str(tmp_path))
+    pixels = torch.from_numpy(origin().pixels)
+    with torch.no_grad():
+        theirs, ours = encoder.encode(pixels), of_network(model, "trained").encode(pixels)
+    for kind, vector in ours.vectors().items():
+        torch.testing.assert_close(theirs.vectors()[kind], vector, rtol=1e-5, atol=1e-5)
+    assert len(list(encoder.module.parameters())) == sum(
+        len(list(p.parameters())) for p in (model.vision, model.pooling)
+    )
+    (tmp_path / "pooling.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="nor a vision model that transformers loads"):
+        open_released(str(tmp_path))
+
+
 def test_without_a_trained_pooling_none_is_released_and_none_is_shown(tmp_path):
     model = shaken()
     record = RunRecord(figures=[{**FIGURE, "features": "head"}, {**FIGURE, "features": "mean"}])
     release_vision(model, origin(pools=False, record=record), tmp_path)
-    assert not (tmp_path / "pooling.safetensors").exists()
+    assert not (tmp_path / RELEASED_FILE).exists()
     released = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
     with torch.no_grad():
         outputs = released(images_of(model))
+        assert torch.equal(released(images_of(model), return_dict=False)[0], outputs.last_hidden_state)
     assert outputs.pooler_output is None
     assert torch.equal(outputs.last_hidden_state, model.vision(images_of(model)))
     card = (tmp_path / "README.md").read_text()
