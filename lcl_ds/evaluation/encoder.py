@@ -3,13 +3,12 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 from transformers.utils import cached_file
@@ -18,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from lcl_ds.errors import UserError
 from lcl_ds.models.encoders import FAMILIES
 from lcl_ds.models.network import LCLModel
-from lcl_ds.models.pooling import POOLING_FILE, AttentivePooling
+from lcl_ds.models.pooling import POOLING_FILE, AttentivePooling, read_released_pooling
 from lcl_ds.models.vision import normalize_images, released_patch_tokens
 from lcl_ds.models.weights.hf_folder import read_pixels
 
@@ -123,7 +122,8 @@ def open_released(folder_or_name: str) -> FrozenEncoder:
         model, loading = AutoModel.from_pretrained(
             folder_or_name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        pooling = _pooling_of(folder_or_name, config)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         said = " ".join(str(error).split())[:160]
         raise UserError(
             f"{folder_or_name}: neither a run, a checkpoint nor a vision model that transformers loads ({said})"
@@ -145,41 +145,33 @@ def open_released(folder_or_name: str) -> FrozenEncoder:
         ) from error
     mean, std, size = pixels["image_mean"], pixels["image_std"], pixels["image_size"]
     config.image_size = size
-    pooling = _released_pooling(folder_or_name, config)
 
     def encode(images: Tensor) -> Encoded:
-        dtype = next(model.parameters()).dtype
-        inputs = normalize_images(images, dtype, mean, std)
-        if family is not None:
-            patches = released_patch_tokens(model, inputs)
-            head = None if pooling is None else pooling(patches)[0]
-            if family.reads_flat_patches or not (family.has_class_token or getattr(model, "use_head", False)):
-                return Encoded(patches, None, head)
-            pooled = model(pixel_values=inputs).pooler_output
-            return Encoded(patches, pooled, head) if family.has_class_token else Encoded(patches, None, pooled)
-        return _encoded_of(model(pixel_values=inputs), config)
+        inputs = normalize_images(images, next(model.parameters()).dtype, mean, std)
+        encoded = (
+            _encoded_by_family(model, inputs) if family is not None else _encoded_of(model(pixel_values=inputs), config)
+        )
+        return encoded if pooling is None else replace(encoded, head=pooling(encoded.patches)[0])
 
-    module = model if pooling is None else nn.ModuleDict({"encoder": model, "pooling": pooling})
+    module = model if pooling is None else nn.ModuleDict({"vision": model, "pooling": pooling})
     return FrozenEncoder(folder_or_name, module.eval(), encode, size, described(config, mean, std))
 
 
-def _released_pooling(folder_or_name: str, config: Any) -> AttentivePooling | None:
-    """Load the pooling that ``lcl_ds.convert`` released with an encoder; None: there is none.
-
-    Raises:
-        UserError: it is not what the configuration says.
-    """
-    sizes: Any = getattr(config, "lcl_release", {}).get("pooling")
-    file = cached_file(folder_or_name, POOLING_FILE, _raise_exceptions_for_missing_entries=False) if sizes else None
-    if file is None:
+def _pooling_of(folder_or_name: str, config: Any) -> AttentivePooling | None:
+    """Read the attentive pooling that a release of ours brings; its code is not run for that."""
+    sizes = (getattr(config, "lcl_release", None) or {}).get("pooling")
+    if sizes is None:
         return None
-    try:
-        pooling = AttentivePooling(sizes["width"], sizes["output_width"], sizes["heads"], sizes["eps"])
-        pooling.load_state_dict(load_file(file))
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        said = " ".join(str(error).split())[:160]
-        raise UserError(f"{folder_or_name}: {POOLING_FILE} is not the pooling of its config.json ({said})") from error
-    return pooling
+    return read_released_pooling(Path(str(cached_file(folder_or_name, POOLING_FILE))), sizes)
+
+
+def _encoded_by_family(model: Any, inputs: Tensor) -> Encoded:
+    """Encode normalised images with a model of a family that is trained here."""
+    family, patches = FAMILIES[model.config.model_type], released_patch_tokens(model, inputs)
+    if family.reads_flat_patches or not (family.has_class_token or getattr(model, "use_head", False)):
+        return Encoded(patches, None, None)
+    pooled = model(pixel_values=inputs).pooler_output
+    return Encoded(patches, pooled, None) if family.has_class_token else Encoded(patches, None, pooled)
 
 
 def _encoded_of(outputs: Any, config: Any) -> Encoded:

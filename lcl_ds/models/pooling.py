@@ -1,11 +1,15 @@
 """Pool attentively; the value path is also the projection into the decoder (published ``attentive.py``)."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 POOLING_FILE = "pooling.safetensors"
-"""Holds the pooling of a released encoder, beside the encoder's own weights."""
+"""Where a release has the weights, beside those of the encoder."""
 
 
 class AttentivePooling(nn.Module):
@@ -60,3 +64,10 @@ class AttentivePooling(nn.Module):
     def _heads(self, states: Tensor) -> Tensor:
         """Split states [M, N, output_dim] into those of the heads [M, heads, N, D]."""
         return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def read_released_pooling(file: Path, sizes: dict[str, Any]) -> AttentivePooling:
+    """Read the pooling of a release; ``sizes`` stand in its ``config.json``."""
+    pooling = AttentivePooling(sizes["width"], sizes["output_width"], sizes["heads"], sizes["eps"])
+    pooling.load_state_dict(load_file(file))
+    return pooling.eval()

@@ -115,19 +115,21 @@ class LclVisionModel(PreTrainedModel):
             save_file(pooling, Path(folder) / POOLING_FILE, metadata={"format": "pt"})
         (Path(folder) / Path(__file__).name).write_bytes(Path(__file__).read_bytes())
 
-    def forward(self, pixel_values: Tensor, **options: Any) -> BaseModelOutputWithPooling:
+    def forward(self, pixel_values: Tensor, **options: Any) -> Any:
         """Encode images [images, 3, height, width], or flat patches where the family takes those."""
-        outputs = self.encoder(pixel_values=pixel_values, **(options | {"return_dict": True}))
+        as_tuple = options.pop("return_dict", None) is False
+        outputs = self.encoder(pixel_values=pixel_values, return_dict=True, **options)
         patches = self.trained_patches(outputs.last_hidden_state)
         pooled = None
         if self.pooling is not None:
             pooled = self.pooling(patches, options.get("pixel_attention_mask"))
-        return BaseModelOutputWithPooling(
+        result = BaseModelOutputWithPooling(
             last_hidden_state=patches,
             pooler_output=pooled,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+        return result.to_tuple() if as_tuple else result
 
     def trained_patches(self, states: Tensor) -> Tensor:
         """Return the patch tokens after the final norm, of what the family calls its last hidden state."""

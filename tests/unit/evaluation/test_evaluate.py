@@ -10,16 +10,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import SiglipVisionConfig, SiglipVisionModel, ViTConfig, ViTModel
 
-from lcl_ds.errors import UserError
 from lcl_ds.evaluate import main
 from lcl_ds.evaluation import finetune as finetuning
 from lcl_ds.evaluation.encoder import open_released
 from lcl_ds.evaluation.features import features_of
 from lcl_ds.evaluation.finetune import FinetuneSettings, finetune
 from lcl_ds.evaluation.pictures import decoded, has_train_side, open_pictures
-from lcl_ds.release.origin import WeightOrigin
-from lcl_ds.release.vision import release_vision
-from tests.support.small import IMAGE_SIZE, VISION_TOWERS, small_config, small_model
 from tests.support.tars import write_tar
 
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
@@ -175,24 +171,6 @@ def test_a_released_model_gives_the_states_of_its_own_class(tmp_path):
         outputs = reference(pixel_values=(pixels / 255 - 0.5) / 0.5)
     torch.testing.assert_close(vectors["mean"], outputs.last_hidden_state.mean(1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(vectors["head"], outputs.pooler_output, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", ["clip_vision_model", "siglip2_vision_model"])
-def test_a_released_encoder_is_read_with_the_pooling_beside_it(family, tmp_path):
-    network = small_model(small_config(f"model.vision={VISION_TOWERS[family]}")).eval()
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
-    release_vision(network, WeightOrigin("small", "", {}, pixels, "noise"), tmp_path)
-    encoder = open_released(str(tmp_path))
-    images = torch.from_numpy(pixels)
-    with torch.no_grad():
-        expected, _ = network.pooling(network.vision(network.vision.normalize(images)))
-        torch.testing.assert_close(encoder.encode(images).vectors()["head"], expected, rtol=1e-4, atol=1e-5)
-    other = load_file(tmp_path / "pooling.safetensors")
-    save_file({**other, "query": other["query"] + 1}, tmp_path / "pooling.safetensors")
-    assert open_released(str(tmp_path)).identity() != encoder.identity()
-    save_file({"query": other["query"]}, tmp_path / "pooling.safetensors")
-    with pytest.raises(UserError, match=r"pooling.safetensors is not the pooling of its config.json \("):
-        open_released(str(tmp_path))
 
 
 def test_fine_tuning_trains_and_leaves_the_encoder_as_it_was(pictures, model, tmp_path):
