@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from lcl_ds.cli import positive, program_name, run_command
+from lcl_ds.config import Config
 from lcl_ds.data.settings import default_of
 from lcl_ds.environment import versions
 from lcl_ds.errors import UserError
@@ -37,9 +39,13 @@ from lcl_ds.evaluation.tasks import PROMPTS, TASKS, Measured, Options, Trained, 
 from lcl_ds.files import check_output, write_whole
 from lcl_ds.models.build import build_empty_model
 from lcl_ds.models.initial import fill_weights
+from lcl_ds.models.network import LCLModel
+from lcl_ds.models.weights.transfer import given_weights
 from lcl_ds.phases import config_of_step
+from lcl_ds.tokens import CONTROL_TOKENS
 from lcl_ds.training.checkpoint import MANIFEST, checkpoints_folder, load_config_of, load_model, read_state
 from lcl_ds.training.checkpoint import resolve_checkpoint as find_checkpoint
+from lcl_ds.training.warm_start import find_start, open_start
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +78,27 @@ def open_model(arguments: argparse.Namespace) -> tuple[FrozenEncoder, Trained | 
     config = config_of_step(load_config_of(checkpoint), step)
     facts = {"source": arguments.model, "kind": "checkpoint", "name": config.name, "step": step}
     if arguments.untrained:
-        model = build_empty_model(config.model, state["vocab_size"], config.data.longest_document)
-        fill_weights(model, config.seed("init"))
-        model.eval().choose_attention()
+        model = first_network(config, state["vocab_size"])
         facts |= {"step": 0}
     else:
         model = load_model(checkpoint, ema=arguments.ema)
     return of_network(model, arguments.model), Trained(model, config), facts | {"ema": arguments.ema}
+
+
+def first_network(config: Config, vocab_size: int) -> LCLModel:
+    """Build the network of a run as it began: drawn, or with the weights that its settings name.
+
+    Raises:
+        UserError: such weights are not there any more.
+    """
+    model = build_empty_model(config.model, vocab_size, config.data.longest_document)
+    text_size, seed = vocab_size - len(CONTROL_TOKENS), config.seed("init")
+    given, _ = given_weights(
+        model, config.model, text_size, seed, partial(open_start, config.model, find_start(config.model))
+    )
+    fill_weights(model, seed, given)
+    model.eval().choose_attention()
+    return model
 
 
 def evaluate(arguments: argparse.Namespace, console: Console) -> int:

@@ -318,6 +318,8 @@ def document_retrieval(trained: Trained, shards: Sequence[str], limit: int | Non
     pairs = pair_features(trained.model, held_out.sequences, tokenizer.vocabulary, rows.row_tokens, rows.row_images)
     figures = retrieval_figures(pairs.image, pairs.context, ", ".join(shards))
     notes = [f"left out: {reason} ({count})" for reason, count in held_out.left_out.most_common()]
+    if len(reader.numbers) < len(reader.source):
+        notes.append(f"{len(reader.numbers):,} of {len(reader.source):,} documents were used; --limit asks for more")
     return figures, notes
 
 

@@ -8,6 +8,7 @@ import torch
 
 from lcl_ds.convert import main as convert
 from lcl_ds.errors import UserError
+from lcl_ds.evaluate import first_network
 from lcl_ds.models.build import build_empty_model
 from lcl_ds.models.initial import fill_weights
 from lcl_ds.models.settings import part_of
@@ -43,6 +44,15 @@ def test_chosen_parts_come_from_the_newest_checkpoint_or_the_named_one_and_the_o
             assert torch.equal(weight, (theirs if part_of(name) in parts else untouched).get_parameter(name)), name
         count = sum(part_of(name) in parts for name, _ in model.named_parameters())
         assert sentences == [f"model.init_from: {checkpoint}: {count} weights"]
+
+
+def test_the_untrained_network_of_a_run_is_the_one_that_it_started_from(run):
+    config = small_config(f"model.init_from={run}", "model.init_parts=[vision]")
+    first, theirs = first_network(config, VOCABULARY.size), load_model(all_checkpoints(run)[-1])
+    untouched, _ = started()
+    for name, weight in first.named_parameters():
+        source = theirs if part_of(name) == "vision" else untouched
+        assert torch.equal(weight, source.get_parameter(name)), name
 
 
 def test_a_release_of_the_run_gives_the_same_weights(run, tmp_path):
