@@ -16,6 +16,7 @@ from lcl_ds.errors import UserError
 from lcl_ds.evaluation import final
 from lcl_ds.evaluation.check import check_held_out
 from lcl_ds.evaluation.final import evaluate_model, final_table
+from lcl_ds.evaluation.tasks import Trained, document_retrieval
 from lcl_ds.models.build import build_model
 from lcl_ds.objectives import NAMES
 from lcl_ds.report.evaluation import probe_kinds, shown_evaluation
@@ -170,6 +171,15 @@ def test_what_build_writes_can_be_held_out(tmp_path, tokenizer):
     assert "of the labelled images 13 would train and 7 test it, with 2 classes in both" in sentence  # labels are kept
     results = evaluate_model(model_of(config), config)
     assert (results["documents"], results["images"], results["retrieval"]["pairs"]) == (20, 20, 20)
+
+
+def test_retrieval_says_how_many_of_the_documents_it_read(tmp_path, tokenizer):
+    shard = str(write(tmp_path / "held.tar", labelled(30)))
+    config = configured(tokenizer, shard, "evaluation.max_documents=20")
+    trained = Trained(model_of(config), config)
+    assert document_retrieval(trained, [shard], None)[1] == ["20 of 30 documents were used; --limit asks for more"]
+    figures, notes = document_retrieval(trained, [shard], 30)
+    assert (notes, {figure.count for figure in figures}) == ([], {30})
 
 
 def test_every_bad_sample_is_counted_by_its_reason_and_labels_stay_with_their_images(tmp_path, tokenizer):
