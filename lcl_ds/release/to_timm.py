@@ -41,7 +41,7 @@ with torch.no_grad():
 
 Training reads the **patch tokens after the final norm**{pooling}.
 """
-LEFT_OUT = " and an attentive pooling of them, which this library has not and `--format hf` brings"
+LEFT_OUT = " and an attentive pooling of them, which this library lacks; `--format hf` brings it"
 
 
 def release_timm(model: LCLModel, origin: WeightOrigin, folder: Path, options: ReleaseOptions = DEFAULTS) -> str:

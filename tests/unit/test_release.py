@@ -274,6 +274,12 @@ def test_the_figures_of_the_weights_are_not_those_of_their_average(tmp_path):
 def test_what_is_missing_or_damaged_in_a_run_is_unknown_and_stops_nothing(tmp_path):
     record = read_record(a_run(tmp_path, [1, 3]), 3)
     assert (record.images, record.sources, record.hours) == (None, {}, None)
+    for strange in ({"sources": 5}, {"sources": {"web": {"documents": "many"}}}, {"sources": {"web": None}}, {}):
+        (tmp_path / METRICS).write_text(json.dumps({"step": 1, **strange}))
+        assert read_record(tmp_path / "checkpoints" / "x", 1).sources == {}
+    for strange in ([1], {"step": 3, "figures": 7}, {"step": 3, "figures": [{**FIGURE, "low": "deep"}]}):
+        (tmp_path / "evaluation.json").write_text(json.dumps(strange))
+        assert read_record(tmp_path / "checkpoints" / "x", 3).figures == []
     (tmp_path / METRICS).write_bytes(b"\0\n{}\n{")
     (tmp_path / "evaluation.json").write_text("[1")
     for file in tmp_path.rglob("environment.json"):
@@ -323,12 +329,16 @@ def vit(weights, arguments, images, eps, prefix):
     return norm(x, "norm")[:, prefix:]
 
 
-@pytest.mark.parametrize(
-    ("family", "act"),
-    [*((family, "gelu") for family in VISION_TOWERS), (CLIP, "quick_gelu"), (CLIP, "gelu_pytorch_tanh")],
-)
-def test_every_family_is_a_plain_vision_transformer(family, act):
-    model = shaken(family, f"model.vision.hidden_act={act}")
+PLAIN = [
+    *((family, "hidden_act=gelu") for family in VISION_TOWERS),
+    *((CLIP, f"hidden_act={act}") for act in ("quick_gelu", "gelu_pytorch_tanh")),
+    ("dinov2", "qkv_bias=false"),
+]
+
+
+@pytest.mark.parametrize(("family", "setting"), PLAIN)
+def test_every_family_is_a_plain_vision_transformer(family, setting):
+    model = shaken(family, f"model.vision.{setting}")
     plain = plain_transformer(model.vision.model, "timm")
     arguments = timm_arguments(plain)
     with torch.no_grad():
