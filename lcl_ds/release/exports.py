@@ -144,7 +144,7 @@ def _release(
         largest_difference(single, run(features.images[:1]), OTHER_CODE, f"the {library} graph of one image")
     difference = largest_difference(features.by_name(), theirs, OTHER_CODE, f"the {library} graph")
     checked = parity_sentence(difference, OTHER_CODE, origin)
-    name = options.name or folder.name
+    name = options.name_in_code(folder)
     text = USAGE.format(
         folder=name,
         size=config.image_size,

@@ -76,7 +76,7 @@ def release_timm(model: LCLModel, origin: WeightOrigin, folder: Path, options: R
     ours = {"patches": features.patches, "mean": features.patches.mean(1)}
     checked = parity_sentence(largest_difference(ours, theirs, tolerance, "the model in timm"), tolerance, origin)
     usage = USAGE.format(
-        folder=options.name or folder.name,
+        folder=options.name_in_code(folder),
         prefix=released.num_prefix_tokens,
         patches=model.vision.patch_tokens,
         width=plain.width,

@@ -190,7 +190,7 @@ def test_what_nobody_stated_or_wrote_down_is_not_invented(tmp_path):
 
 @pytest.mark.parametrize(("family", "dtype"), [("siglip2_vision_model", "fp32"), ("dinov2", "bf16")])
 def test_the_code_in_the_card_runs_as_printed(family, dtype, tmp_path, monkeypatch):
-    folder = tmp_path / "encoder"
+    folder = tmp_path / 'é "so to\\say"'
     release_vision(shaken(family), origin(), folder, ReleaseOptions(dtype=dtype))
     monkeypatch.chdir(tmp_path)
     with_code, plain = (block.text for block in blocks_of(folder / "README.md") if block.language == "python")
