@@ -126,7 +126,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--part", choices=("vision", "full"), help="default: vision; with --format reference: full")
     parser.add_argument(
         "--format",
-        "--export",
         choices=(*RELEASES, "reference"),
         default="hf",
         help="what loads the folder: transformers (default), timm, open_clip, ONNX runtimes, torch.export, or the "
@@ -146,7 +145,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="fp32", help="of the weights in the files")
     parser.add_argument(
         "--shard_size",
-        "--max_shard_size",
         type=shard_size,
         default=ReleaseOptions.shard_size,
         metavar="SIZE",

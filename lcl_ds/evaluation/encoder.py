@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from lcl_ds.errors import UserError
 from lcl_ds.models.encoders import FAMILIES
 from lcl_ds.models.network import LCLModel
-from lcl_ds.models.pooling import RELEASED_FILE, AttentivePooling, read_released_pooling
+from lcl_ds.models.pooling import POOLING_FILE, AttentivePooling, read_released_pooling
 from lcl_ds.models.vision import normalize_images, released_patch_tokens
 from lcl_ds.models.weights.hf_folder import read_pixels
 
@@ -162,7 +162,7 @@ def _pooling_of(folder_or_name: str, config: Any) -> AttentivePooling | None:
     sizes = (getattr(config, "lcl_release", None) or {}).get("pooling")
     if sizes is None:
         return None
-    return read_released_pooling(Path(str(cached_file(folder_or_name, RELEASED_FILE))), sizes)
+    return read_released_pooling(Path(str(cached_file(folder_or_name, POOLING_FILE))), sizes)
 
 
 def _encoded_by_family(model: Any, inputs: Tensor) -> Encoded:

@@ -167,7 +167,9 @@ def _open_table(path: Path, images: Path) -> PictureSet:
     lines = [line for _, line in csv_rows(path, header.extend)]
     columns = columns_among(header, ReadOptions())
     if not columns.images:
-        raise UserError(f"--data {path}: no column is named {', '.join(IMAGE_COLUMNS)}; it has {', '.join(header)}")
+        raise UserError(
+            f"--data {path}: no column is named {', '.join(IMAGE_COLUMNS)}; it has {', '.join(header) or 'none'}"
+        )
     (place,), captions_in = columns.images, columns.texts
     entries: dict[str, tuple[dict[str, str], list[str]]] = {}
     left_out: Counter[str] = Counter()

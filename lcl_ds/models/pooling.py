@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-RELEASED_FILE = "pooling.safetensors"
+POOLING_FILE = "pooling.safetensors"
 """Where a release has the weights, beside those of the encoder."""
 
 

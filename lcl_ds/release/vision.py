@@ -15,13 +15,13 @@ from lcl_ds import __version__
 from lcl_ds.errors import UserError
 from lcl_ds.models.encoders import family_of
 from lcl_ds.models.network import LCLModel
+from lcl_ds.models.pooling import POOLING_FILE
 from lcl_ds.models.vision import family_inputs, image_tokens, released_patch_tokens, released_weights
 from lcl_ds.release.card import write_card
 from lcl_ds.release.options import DEFAULTS, DTYPES, Dtype, ReleaseOptions
 from lcl_ds.release.origin import WeightOrigin
 from lcl_ds.release.parity import TOLERANCES, TrainedFeatures, largest_difference, parity_sentence, trained_features
 from lcl_ds.release.remote import modeling_lcl
-from lcl_ds.release.remote.modeling_lcl import POOLING_FILE
 
 WITH_CODE = """\
 Training reads the **patch tokens after the final norm**{and_pooling}; where there is a class token,

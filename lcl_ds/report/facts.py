@@ -123,11 +123,13 @@ def commands_after(run: Run) -> list[Command]:
     folder = shlex.quote(str(run.folder))
     if not (run.folder / "checkpoints" / "latest").is_file():
         return []
+    data = "" if run.settings.get("evaluation.shards", "None") != "None" else " --data FOLDER"
     commands = [
         Command("Release the encoder", f"lcl convert {folder} out"),
-        Command("Measure more", f"lcl evaluate {folder} --task linear attentive knn retrieval"),
+        Command("Measure more", f"lcl evaluate {folder} --task linear attentive knn{data}"),
         Command("Compare with another run", f"lcl report {folder} OTHER_RUN"),
     ]
     if run.planned_steps and run.last_step < run.planned_steps and (command := command_of(run)):
-        commands.insert(0, Command("Train on", f"python {command}" if command.startswith("launch/") else command))
+        launcher = "python" if run.starts[-1].get("world_size") == 1 else "deepspeed"
+        commands.insert(0, Command("Train on", f"{launcher} {command}" if command.startswith("launch/") else command))
     return commands

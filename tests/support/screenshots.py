@@ -1,4 +1,4 @@
-"""``python -m tests.support.screenshots RUN OUT`` takes the pictures of docs/reports.md, from a run that has finished."""
+"""``python -m tests.support.screenshots RUN OUT`` takes the pictures of docs/reports.md, from a finished run."""
 
 import argparse
 import sys

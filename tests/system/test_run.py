@@ -38,7 +38,14 @@ def test_the_run_folder_holds_what_the_contract_names(whole_run):
         *("slowest_rank", "slowest_rank_s", "median_rank_s"),
     }
     assert first["loss"] == pytest.approx(first["generation_loss"] + 0.1 * first["contrastive_loss"], rel=1e-6)
-    for name in ("config.yaml", "ds_config.json", "environment.json", "report.html", "plots/losses.png"):
+    for name in (
+        "config.yaml",
+        "ds_config.json",
+        "environment.json",
+        "report.html",
+        "plots/losses.png",
+        "evaluation/pictures.json",
+    ):
         assert (whole_run / name).is_file(), name
     evaluation = json.loads((whole_run / "evaluation.json").read_text())
     assert evaluation["documents"] == 40

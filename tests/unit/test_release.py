@@ -14,7 +14,7 @@ from lcl_ds.convert import main
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.encoder import of_network, open_released
 from lcl_ds.metrics import METRICS
-from lcl_ds.models.pooling import RELEASED_FILE
+from lcl_ds.models.pooling import POOLING_FILE
 from lcl_ds.models.vision import family_inputs
 from lcl_ds.objectives import NAMES, build_objective
 from lcl_ds.objectives.base import local_normalizers
@@ -150,7 +150,7 @@ def test_without_a_trained_pooling_none_is_released_and_none_is_shown(tmp_path):
     model = shaken()
     record = RunRecord(figures=[{**FIGURE, "features": "head"}, {**FIGURE, "features": "mean"}])
     release_vision(model, origin(pools=False, record=record), tmp_path)
-    assert not (tmp_path / RELEASED_FILE).exists()
+    assert not (tmp_path / POOLING_FILE).exists()
     released = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
     with torch.no_grad():
         outputs = released(images_of(model))
@@ -415,7 +415,7 @@ def test_arguments_that_contradict_each_other_are_named_before_anything_is_read(
 @pytest.mark.parametrize(("layout", "module"), [("timm", "timm"), ("open_clip", "open_clip"), ("onnx", "onnxscript")])
 def test_a_missing_library_is_named_with_its_extra(layout, module, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, module, None)  # as if it were not installed
-    assert main([str(tmp_path / "no run"), str(tmp_path / "out"), "--export", layout]) == 2
+    assert main([str(tmp_path / "no run"), str(tmp_path / "out"), "--format", layout]) == 2
     said = capsys.readouterr().err
     assert f"--format {layout}: {module}, which checks what is written, cannot be loaded" in said
     assert f"pip install 'lcl_ds[{layout}]'" in said

@@ -116,6 +116,9 @@ def test_a_run_without_held_out_shards_gets_its_report_alone(closing):
     assert closing(shards=None) == 0
     assert (closing.evaluations, (closing.run_dir / "evaluation.json").exists()) == (0, False)
     assert "There is none: evaluation.shards names no held-out documents." in closing.page
+    go_on_to(closing.run_dir, 6)
+    assert closing(step=6, shards=None) == 0
+    assert "<dt>Steps</dt><dd>6</dd>" in closing.page
 
 
 def test_shards_that_went_away_during_training_leave_a_report_that_says_so(closing, tmp_path, caplog):
