@@ -21,6 +21,7 @@ from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.release.exports import release_torch
 from lcl_ds.release.options import ReleaseOptions
 from lcl_ds.release.origin import WeightOrigin, pools, published_settings
+from lcl_ds.release.parity import largest_difference
 from lcl_ds.release.plain import plain_transformer, with_bias_in_positions
 from lcl_ds.release.record import RunRecord, read_record
 from lcl_ds.release.to_open_clip import open_clip_config, open_clip_weights
@@ -61,6 +62,15 @@ def images_of(model):
 
 
 # The weights
+
+
+@pytest.mark.parametrize("wrong", [1.1, float("nan")])
+def test_a_release_that_computes_something_else_is_refused_by_name(wrong):
+    ours = {"patches": torch.full((2, 3), 10.0), "pooled": torch.zeros(2)}
+    theirs = {"patches": ours["patches"] + 0.9, "pooled": torch.full((2,), 0.05)}
+    assert largest_difference(ours, theirs, 0.1, "it") == pytest.approx(0.9)
+    with pytest.raises(RuntimeError, match=r"it differs from the training model: patches by .* \(allowed: 1.0e\+00\)$"):
+        largest_difference(ours, theirs | {"patches": ours["patches"] + wrong}, 0.1, "it")
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [("bf16", 2e-2), ("fp16", 3e-3)])
