@@ -5,6 +5,8 @@ The graph takes ``pixel_values``, normalised square images of the size of traini
 """
 
 import io
+import logging
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,7 +108,10 @@ def release_onnx(model: LCLModel, origin: WeightOrigin, folder: Path, options: R
 
     def write(program: ExportedProgram) -> None:
         names = ["patches", "pooled"] if origin.pools else ["patches"]
-        torch.onnx.export(program, (), str(folder / ONNX_FILE), output_names=names, dynamo=True, verbose=False)
+        # What they say of their own workings is no help to the user.
+        logging.getLogger("onnxscript").setLevel(logging.ERROR)
+        with warnings.catch_warnings(action="ignore"):
+            torch.onnx.export(program, (), str(folder / ONNX_FILE), output_names=names, dynamo=True, verbose=False)
 
     def run(images: Tensor) -> dict[str, Tensor]:
         session = onnxruntime.InferenceSession(str(folder / ONNX_FILE))
@@ -131,8 +136,7 @@ def _release(
     features = trained_features(model, origin)
     write(exported_program(model, origin.pools))
     config = model.vision.model.config
-    processor = image_processor(config, flat_patches=False)
-    processor.save_pretrained(folder)
+    image_processor(config, flat_patches=False).save_pretrained(folder)
     with torch.no_grad():
         theirs = run(features.images)
         # Another number of images than the graph was traced with.
@@ -140,7 +144,7 @@ def _release(
         largest_difference(single, run(features.images[:1]), OTHER_CODE, f"the {library} graph of one image")
     difference = largest_difference(features.by_name(), theirs, OTHER_CODE, f"the {library} graph")
     checked = parity_sentence(difference, OTHER_CODE, origin)
-    name = options.name or folder.name
+    name = options.name_in_code(folder)
     text = USAGE.format(
         folder=name,
         size=config.image_size,

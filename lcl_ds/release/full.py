@@ -152,7 +152,7 @@ def release_full(
     tolerance = TOLERANCES[options.dtype]
     difference = _difference(model, origin, texts, vocabulary, folder, tolerance)
     checked = parity_sentence(difference, tolerance, origin)
-    usage = usage_of(texts, options.name or folder.name)
+    usage = usage_of(texts, options.name_in_code(folder))
     write_card(folder, model, origin, options, usage, checked, is_whole=True)
     return "\n".join([checked, *([f"no tokenizer is released: {texts.note}"] if texts.note else [])])
 

@@ -16,15 +16,13 @@ TIMM_NAMES = [
     (r"^embeddings\.(class_embedding|cls_token)$", "cls_token"),
     (r"^embeddings\.position_embedding(s|\.weight)$", "pos_embed"),
     (r"^embeddings\.(patch_embedding|patch_embeddings\.projection)\.", "patch_embed.proj."),
-    (r"^pre_layrnorm\.", "norm_pre."),
-    (r"^(post_layernorm|layernorm)\.", "norm."),
     (r"^encoder\.layers?\.(\d+)\.", r"blocks.\1."),
     (r"\.layer_norm([12])\.", r".norm\1."),
     (r"\.(self_attn|attention)\.(out_proj|o_proj)\.", ".attn.proj."),
     (r"\.(self_attn|attention)\.([qkv])_proj\.", r".attn.\2."),
     (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
 ]
-"""Patterns of names in transformers, and what timm calls the same; each is applied once."""
+"""Patterns of names in transformers, and what timm calls the same; the norms at both ends the family's record names."""
 TIMM_NAME = re.compile(
     r"(cls_token|pos_embed|(patch_embed\.proj|norm_pre|norm)\.(weight|bias)|"
     r"blocks\.\d+\.((norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.(weight|bias)|ls[12]\.gamma))"
@@ -40,7 +38,7 @@ class PlainTransformer:
     """A vision transformer of which every part has a name in timm."""
 
     weights: dict[str, Tensor]
-    """fp32, by timm's names; ``pos_embed`` holds the bias of the patches where ``pre_norm`` leaves no other place."""
+    """fp32, by timm's names."""
     width: int
     depth: int
     heads: int
@@ -72,17 +70,17 @@ class PlainTransformer:
         return ratio if int(self.width * ratio) == self.mlp else (self.mlp + 0.5) / self.width
 
 
-def plain_transformer(encoder: Any, name: str) -> PlainTransformer:
+def plain_transformer(encoder: Any, layout: str) -> PlainTransformer:
     """Read an encoder as a plain vision transformer.
 
     Args:
-        name: of the format, for the message.
+        layout: what ``--format`` said, for the message.
 
     Raises:
         UserError: it computes something that such a transformer does not.
     """
     config = encoder.config
-    weights = {_timm_name(encoder, name): weight for name, weight in released_weights(encoder).items()}
+    weights = {_timm_name(encoder, theirs): weight for theirs, weight in released_weights(encoder).items()}
     weights = {name: weight.detach().float() for name, weight in _with_joint_attention(weights).items()}
     epsilons = {module.eps for module in encoder.modules() if isinstance(module, nn.LayerNorm)}
     problems = [f"the weight {name}" for name in sorted(weights) if not TIMM_NAME.fullmatch(name)][:1]
@@ -91,7 +89,7 @@ def plain_transformer(encoder: Any, name: str) -> PlainTransformer:
         problems.append(f"the activation {config.hidden_act}")
     if problems:
         raise UserError(
-            f"--format {name}: its vision transformers have no place for {' and '.join(problems)} of this "
+            f"--format {layout}: its vision transformers have no place for {' and '.join(problems)} of this "
             f"{config.model_type}; use --format hf"
         )
     width, patch = config.hidden_size, config.patch_size
@@ -115,25 +113,32 @@ def plain_transformer(encoder: Any, name: str) -> PlainTransformer:
 
 
 def _timm_name(encoder: Any, name: str) -> str:
-    name = name.removeprefix(family_of(encoder.config).published_prefix)
+    """Say what timm calls a weight; one that it has not keeps a name that :data:`TIMM_NAME` does not know."""
+    family = family_of(encoder.config)
+    name = name.removeprefix(family.published_prefix)
+    for norm, theirs in ((family.first_norm, "norm_pre."), (family.final_norm, "norm.")):
+        if norm is not None and name.startswith(f"{norm}."):
+            return theirs + name.removeprefix(f"{norm}.")
     for older, newer in RENAMED.items():
         name = name.replace(older, newer)
     return renamed(name, TIMM_NAMES)
 
 
 def renamed(name: str, patterns: list[tuple[str, str]]) -> str:
+    """Replace each pattern in a name."""
     for pattern, replacement in patterns:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def _with_joint_attention(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join the projections to queries, keys and values."""
+    """Join the projections to queries, keys and values; a bias that a family leaves out is 0."""
     joint = dict(weights)
     for name in weights:
         if match := re.fullmatch(r"(blocks\.\d+\.attn\.)q\.(weight|bias)", name):
             parts = [joint.pop(f"{match[1]}{part}.{match[2]}") for part in "qkv"]
             joint[f"{match[1]}qkv.{match[2]}"] = torch.cat(parts)
+            joint.setdefault(f"{match[1]}qkv.bias", torch.zeros(3 * len(parts[0])))
     return joint
 
 

@@ -10,7 +10,9 @@ from lcl_ds.metrics import Row, read_metrics
 from lcl_ds.training.run_folder import ENVIRONMENT, HISTORY
 
 EVALUATION = "evaluation.json"
-"""The file of figures in a run; :mod:`lcl_ds.report.page`, which draws them, would bring matplotlib along."""
+"""The file of figures in a run; :mod:`lcl_ds.report.run`, which shows them, would bring matplotlib along."""
+OF_FIGURES = ("value", "low", "high", "chance")
+"""Numbers of a figure."""
 NO_FIGURES = "The run has no final evaluation of these weights."
 
 
@@ -81,11 +83,14 @@ def _sum(rows: list[Row], key: str) -> Any:
 
 def _sources(rows: list[Row]) -> dict[str, dict[str, int]]:
     totals: dict[str, dict[str, int]] = {}
-    for row in rows:
-        for name, counts in (row.get("sources") or {}).items():
-            total = totals.setdefault(name, {"documents": 0, "images": 0})
-            for kind in total:
-                total[kind] += counts[kind]
+    try:
+        for row in rows:
+            for name, counts in row["sources"].items():
+                total = totals.setdefault(name, {"documents": 0, "images": 0})
+                for kind in total:
+                    total[kind] += counts[kind]
+    except (AttributeError, KeyError, TypeError):  # another version wrote the lines, or somebody by hand
+        return {}
     return totals
 
 
@@ -101,8 +106,14 @@ def _figures(run_dir: Path, step: int) -> list[dict[str, Any]]:
     results = _mapping(run_dir / EVALUATION)
     if results.get("step") != step or "failed" in results:
         return []
-    rows = [row for row in results.get("figures") or [] if isinstance(row, dict)]
-    return [row for row in rows if isinstance(row.get("value"), (int, float)) and _text(row.get("metric"))]
+    figures = results.get("figures")
+    return [row for row in figures if _is_figure(row)] if isinstance(figures, list) else []
+
+
+def _is_figure(row: Any) -> bool:
+    if not isinstance(row, dict) or "value" not in row or not _text(row.get("metric")):
+        return False
+    return all(isinstance(row[key], (int, float)) for key in OF_FIGURES if key in row)
 
 
 def _text(value: Any) -> str | None:

@@ -99,7 +99,7 @@ def release_open_clip(model: LCLModel, origin: WeightOrigin, folder: Path, optio
     ours = {"patches": features.patches, "mean": features.patches.mean(1)}
     checked = parity_sentence(largest_difference(ours, theirs, tolerance, "the model in open_clip"), tolerance, origin)
     usage = USAGE.format(
-        folder=options.name or folder.name,
+        folder=options.name_in_code(folder),
         patches=model.vision.patch_tokens,
         width=plain.width,
         tokens=NATIVE_TOKENS if plain.has_class_token else TRUNK_TOKENS,

@@ -41,7 +41,7 @@ with torch.no_grad():
 
 Training reads the **patch tokens after the final norm**{pooling}.
 """
-LEFT_OUT = " and an attentive pooling of them, which this library has not and `--format hf` brings"
+LEFT_OUT = " and an attentive pooling of them, which this library lacks; `--format hf` brings it"
 
 
 def release_timm(model: LCLModel, origin: WeightOrigin, folder: Path, options: ReleaseOptions = DEFAULTS) -> str:
@@ -76,7 +76,7 @@ def release_timm(model: LCLModel, origin: WeightOrigin, folder: Path, options: R
     ours = {"patches": features.patches, "mean": features.patches.mean(1)}
     checked = parity_sentence(largest_difference(ours, theirs, tolerance, "the model in timm"), tolerance, origin)
     usage = USAGE.format(
-        folder=options.name or folder.name,
+        folder=options.name_in_code(folder),
         prefix=released.num_prefix_tokens,
         patches=model.vision.patch_tokens,
         width=plain.width,

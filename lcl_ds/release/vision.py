@@ -78,7 +78,7 @@ def release_vision(model: LCLModel, origin: WeightOrigin, folder: Path, options:
     tolerance = TOLERANCES[options.dtype]
     differences = [read(model, features, folder, tolerance) for read in (_plain_difference, _difference)]
     checked = parity_sentence(max(differences), tolerance, origin)
-    write_card(folder, model, origin, options, usage_of(model, origin, options.name or folder.name), checked)
+    write_card(folder, model, origin, options, usage_of(model, origin, options.name_in_code(folder)), checked)
     return checked
 
 

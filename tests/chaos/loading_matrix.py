@@ -52,8 +52,8 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from lcl_ds.convert import NEEDED, RELEASES  # noqa: E402
-from lcl_ds.environment import machine, version_of, versions  # noqa: E402
+from lcl_ds.convert import RELEASES  # noqa: E402
+from lcl_ds.environment import PACKAGES, machine, versions  # noqa: E402
 from lcl_ds.errors import UserError  # noqa: E402
 from lcl_ds.files import write_whole  # noqa: E402
 from lcl_ds.models.network import LCLModel  # noqa: E402
@@ -64,6 +64,8 @@ from tests.support.pages import blocks_of  # noqa: E402
 from tests.support.small import IMAGE_SIZE, VISION_TOWERS, small_config, small_model  # noqa: E402
 
 Cell = dict[str, Any]
+EXTRAS = ("timm", "open_clip_torch", "onnx", "onnxscript", "onnxruntime")
+"""Packages that are needed beyond the project's own."""
 
 READ = """
 import json, sys, torch, transformers
@@ -224,8 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         cells = matrix(arguments.transformers_4, Path(folder))
     Console(width=160).print(table_of(cells))
     if arguments.json:
-        extras = {module: version_of(module) for modules in NEEDED.values() for module in modules}
-        tree = {"machine": machine(), "packages": versions() | extras, "cells": cells}
+        tree = {"machine": machine(), "packages": versions([*PACKAGES, *EXTRAS]), "cells": cells}
         write_whole(arguments.json, json.dumps(tree, indent=1) + "\n")
     return 0
 

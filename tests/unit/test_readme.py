@@ -61,7 +61,7 @@ SPOKEN = ("data", "models", "objectives", "evaluation", "report")
 """Packages whose docstrings and messages were read for words that nobody says."""
 
 
-FILES = (".py", ".json", ".yaml", ".md", ".jsonl", ".safetensors", ".onnx", ".pt2")
+FILES = (".py", ".json", ".yaml", ".md", ".jsonl", ".safetensors", ".onnx", ".data", ".pt2")
 """Ends of names of files, which look like settings where they begin with ``model.`` or ``evaluation.``."""
 
 

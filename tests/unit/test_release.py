@@ -21,6 +21,7 @@ from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.release.exports import release_torch
 from lcl_ds.release.options import ReleaseOptions
 from lcl_ds.release.origin import WeightOrigin, pools, published_settings
+from lcl_ds.release.parity import largest_difference
 from lcl_ds.release.plain import plain_transformer, with_bias_in_positions
 from lcl_ds.release.record import RunRecord, read_record
 from lcl_ds.release.to_open_clip import open_clip_config, open_clip_weights
@@ -61,6 +62,15 @@ def images_of(model):
 
 
 # The weights
+
+
+@pytest.mark.parametrize("wrong", [1.1, float("nan")])
+def test_a_release_that_computes_something_else_is_refused_by_name(wrong):
+    ours = {"patches": torch.full((2, 3), 10.0), "pooled": torch.zeros(2)}
+    theirs = {"patches": ours["patches"] + 0.9, "pooled": torch.full((2,), 0.05)}
+    assert largest_difference(ours, theirs, 0.1, "it") == pytest.approx(0.9)
+    with pytest.raises(RuntimeError, match=r"it differs from the training model: patches by .* \(allowed: 1.0e\+00\)$"):
+        largest_difference(ours, theirs | {"patches": ours["patches"] + wrong}, 0.1, "it")
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [("bf16", 2e-2), ("fp16", 3e-3)])
@@ -190,7 +200,7 @@ def test_what_nobody_stated_or_wrote_down_is_not_invented(tmp_path):
 
 @pytest.mark.parametrize(("family", "dtype"), [("siglip2_vision_model", "fp32"), ("dinov2", "bf16")])
 def test_the_code_in_the_card_runs_as_printed(family, dtype, tmp_path, monkeypatch):
-    folder = tmp_path / "encoder"
+    folder = tmp_path / 'é "so to\\say"'
     release_vision(shaken(family), origin(), folder, ReleaseOptions(dtype=dtype))
     monkeypatch.chdir(tmp_path)
     with_code, plain = (block.text for block in blocks_of(folder / "README.md") if block.language == "python")
@@ -274,6 +284,12 @@ def test_the_figures_of_the_weights_are_not_those_of_their_average(tmp_path):
 def test_what_is_missing_or_damaged_in_a_run_is_unknown_and_stops_nothing(tmp_path):
     record = read_record(a_run(tmp_path, [1, 3]), 3)
     assert (record.images, record.sources, record.hours) == (None, {}, None)
+    for strange in ({"sources": 5}, {"sources": {"web": {"documents": "many"}}}, {"sources": {"web": None}}, {}):
+        (tmp_path / METRICS).write_text(json.dumps({"step": 1, **strange}))
+        assert read_record(tmp_path / "checkpoints" / "x", 1).sources == {}
+    for strange in ([1], {"step": 3, "figures": 7}, {"step": 3, "figures": [{**FIGURE, "low": "deep"}]}):
+        (tmp_path / "evaluation.json").write_text(json.dumps(strange))
+        assert read_record(tmp_path / "checkpoints" / "x", 3).figures == []
     (tmp_path / METRICS).write_bytes(b"\0\n{}\n{")
     (tmp_path / "evaluation.json").write_text("[1")
     for file in tmp_path.rglob("environment.json"):
@@ -323,12 +339,16 @@ def vit(weights, arguments, images, eps, prefix):
     return norm(x, "norm")[:, prefix:]
 
 
-@pytest.mark.parametrize(
-    ("family", "act"),
-    [*((family, "gelu") for family in VISION_TOWERS), (CLIP, "quick_gelu"), (CLIP, "gelu_pytorch_tanh")],
-)
-def test_every_family_is_a_plain_vision_transformer(family, act):
-    model = shaken(family, f"model.vision.hidden_act={act}")
+PLAIN = [
+    *((family, "hidden_act=gelu") for family in VISION_TOWERS),
+    *((CLIP, f"hidden_act={act}") for act in ("quick_gelu", "gelu_pytorch_tanh")),
+    ("dinov2", "qkv_bias=false"),
+]
+
+
+@pytest.mark.parametrize(("family", "setting"), PLAIN)
+def test_every_family_is_a_plain_vision_transformer(family, setting):
+    model = shaken(family, f"model.vision.{setting}")
     plain = plain_transformer(model.vision.model, "timm")
     arguments = timm_arguments(plain)
     with torch.no_grad():
