@@ -159,5 +159,6 @@ def merged(*batches: Batch) -> Batch:
         token_squares=sum(b.token_squares for b in batches),
         skipped_samples=0,
         keys=tuple(key for b in batches for key in b.keys),
+        pieces=tuple(piece for b in batches for piece in b.pieces),
         sources=batches[0].sources,
     )
