@@ -56,16 +56,19 @@ class TextTokenizer:
 
     Args:
         name_or_path: a folder with ``tokenizer.json`` or a name that transformers resolves.
+        fetches: whether a name may be looked up on a hub; False: only on this machine.
 
     Raises:
         ValueError: the tokenizer cannot be loaded or has no fast implementation.
     """
 
-    def __init__(self, name_or_path: str | Path):
+    def __init__(self, name_or_path: str | Path, *, fetches: bool = True):
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(name_or_path), local_files_only=not fetches, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise ValueError(f"no tokenizer at {name_or_path}: {str(error).splitlines()[0]}") from error
         if not tokenizer.is_fast:
@@ -73,6 +76,7 @@ class TextTokenizer:
         self._backend = tokenizer.backend_tokenizer
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
+        self._backend.no_padding()
         self.vocabulary = Vocabulary(text_size=len(tokenizer))
 
     def encode(self, text: str) -> list[int]:

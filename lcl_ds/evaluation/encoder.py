@@ -28,6 +28,10 @@ KINDS: dict[Kind, str] = {
     "class": "class token after the final norm",
 }
 """Vectors that can be read of an image, and what each is."""
+FULL_RELEASE_FILE = "modeling_lcl_full.py"
+"""Stands in a folder that ``convert --part full`` wrote."""
+UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, ImportError)
+"""What transformers raises where a folder is none of its own, or is damaged."""
 NO_ARCHITECTURE = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "auto_map"}
 """Keys of a configuration that change no feature."""
 
@@ -115,15 +119,32 @@ def open_released(folder_or_name: str) -> FrozenEncoder:
         UserError: there is no such model, it is no vision encoder, or weights are missing.
     """
     transformers_logging.disable_progress_bar()
+    if (Path(folder_or_name) / FULL_RELEASE_FILE).is_file():
+        raise UserError(
+            f"{folder_or_name}: holds the whole network; name the run, or release its encoder (convert RUN OUT)"
+        )
     try:
-        config: Any = AutoConfig.from_pretrained(folder_or_name)
+        config: Any = AutoConfig.from_pretrained(folder_or_name, trust_remote_code=False)
         if not any(hasattr(config, key) for key in ("patch_size", "num_channels", "vision_config")):
             raise UserError(f"{folder_or_name}: {config.model_type} is no vision encoder; name another model")
         model, loading = AutoModel.from_pretrained(
-            folder_or_name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            folder_or_name,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
         pooling = _pooling_of(folder_or_name, config)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+        SafetensorError,
+    ) as error:
         said = " ".join(str(error).split())[:160]
         raise UserError(
             f"{folder_or_name}: neither a run, a checkpoint nor a vision model that transformers loads ({said})"

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import logging as transformers_logging
 
+from lcl_ds.config import Config
 from lcl_ds.data.sequences import PairView
 from lcl_ds.data.stream.packing import PackedSequence, Row, collate
+from lcl_ds.models.decoder import POSITION_TABLES
 from lcl_ds.models.network import LCLModel
-from lcl_ds.models.vision import family_inputs
 from lcl_ds.objectives import objective_module, view_of
 from lcl_ds.release.card import write_card
 from lcl_ds.release.options import DTYPES, ReleaseOptions
@@ -27,6 +29,7 @@ from lcl_ds.release.remote import modeling_lcl, modeling_lcl_full
 from lcl_ds.release.remote.modeling_lcl_full import LclConfig, LclModel
 from lcl_ds.release.vision import family_facts, image_processor, in_dtype, weight_metadata
 from lcl_ds.tokens import CONTROL_TOKENS, ImageSlot, TextTokenizer, TokenSequence, Vocabulary
+from lcl_ds.training.input_folders import folder_contents
 
 USAGE = """\
 Code in this folder runs the whole network:
@@ -59,7 +62,7 @@ WRITES = """
 It writes a text after an image:
 
 ```python
-tokens = model.caption(**inputs, max_new_tokens=20, do_sample=False)
+tokens = model.caption(**inputs, max_new_tokens={room}, do_sample=False)
 captions = tokenizer.batch_decode(tokens, skip_special_tokens=True)
 ```
 """
@@ -69,6 +72,8 @@ TRAINS_ON = """
 EXACT = "logit_scale.log_scale"
 """A number that would be coarse in fewer bits."""
 CODE = (Path(str(modeling_lcl.__file__)), Path(str(modeling_lcl_full.__file__)))
+CAPTION_TOKENS = 20
+"""Of the example in the card."""
 TRIED_TOKENS = 6
 """Of the text on which a release is compared."""
 
@@ -88,36 +93,60 @@ class Texts:
     """Why there is no tokenizer."""
     longest: int = 0
     """Tokens of the longest document in training."""
+    room: int = 0
+    """Tokens for which there are positions after an image."""
 
 
-def texts_of(origin: WeightOrigin, vocabulary: Vocabulary) -> Texts:
+def texts_of(model: LCLModel, origin: WeightOrigin, vocabulary: Vocabulary) -> Texts:
     """Read from a run's settings what its objective trained on text."""
+    has_room = room_for_text(model) > 0
     config = origin.config
     if config is None:
-        return Texts(True, True, vocabulary.soi, None, "the published code's tokenizer is not in its checkpoint")
-    losses = objective_module(config.objective.name).Objective.losses
-    is_pairs = isinstance(view_of(config.objective, 0.5), PairView)
+        return Texts(True, has_room, vocabulary.soi, None, "the published code's tokenizer is not in its checkpoint")
+    settings, losses = config.objective, objective_module(config.objective.name).Objective.losses
+    trained = {loss for loss in losses if getattr(settings, loss.replace("_loss", "_weight"), 1.0) > 0}
+    is_pairs = isinstance(view_of(settings, 0.5), PairView)
     tokenizer, note = None, ""
     try:
-        tokenizer = tokenizer_of(config.data.tokenizer, vocabulary)
+        tokenizer = tokenizer_of(config, origin.tokenizer_contents, vocabulary)
     except ValueError as error:
         note = str(error)
     return Texts(
-        compares="contrastive_loss" in losses,
-        writes="generation_loss" in losses and config.objective.name != "masked",  # its decoder sees what comes
+        compares="contrastive_loss" in trained,
+        # The decoder of masked modelling sees what comes.
+        writes="generation_loss" in trained and settings.name != "masked" and has_room,
         end=vocabulary.eot if is_pairs else vocabulary.soi,
         tokenizer=tokenizer,
         note=note,
         longest=config.data.longest_document,
+        room=room_for_text(model),
     )
 
 
-def tokenizer_of(name_or_path: str, vocabulary: Vocabulary) -> TextTokenizer:
-    """Load the tokenizer of a network. Raises: ValueError, it is not there, is another one or cannot be released."""
-    tokenizer = TextTokenizer(name_or_path)
+def room_for_text(model: LCLModel) -> int:
+    """Count the tokens for which the decoder has positions after an image; many where it learns no positions."""
+    learned = any(name.endswith(POSITION_TABLES) for name, _ in model.decoder.named_modules())
+    most = model.decoder.config.max_position_embeddings if learned else 1 << 30
+    return int(most) - model.vision.patch_tokens - 3  # what a caption begins with
+
+
+def tokenizer_of(config: Config, contents: str | None, vocabulary: Vocabulary) -> TextTokenizer:
+    """Load the tokenizer of a network from this machine.
+
+    Args:
+        contents: hash of its folder in training.
+
+    Raises:
+        ValueError: it is not there, is another one or cannot be released.
+    """
+    where = config.data.tokenizer
+    tokenizer = TextTokenizer(where, fetches=False)
     if tokenizer.vocabulary != vocabulary:
         sizes = f"{tokenizer.vocabulary.text_size} tokens, the network has {vocabulary.text_size}"
-        raise ValueError(f"the tokenizer at {name_or_path} is another one: it has {sizes}")
+        raise ValueError(f"the tokenizer at {where} is another one: it has {sizes}")
+    now = folder_contents(config).get("data.tokenizer")
+    if contents is not None and now is not None and contents != now:
+        raise ValueError(f"the tokenizer at {where} is another one than when the run was started")
     tokenizer.with_control_tokens()
     return tokenizer
 
@@ -139,14 +168,14 @@ def release_full(
         RuntimeError: the release computes something else than the training model.
     """
     options = options or ReleaseOptions()
-    texts = texts_of(origin, vocabulary)
+    texts = texts_of(model, origin, vocabulary)
     transformers_logging.disable_progress_bar()
     trained_features(model, origin)  # finite, or there is nothing to release
     write_weights(model, origin, folder, options)
     write_config(model, texts, vocabulary, folder, options)
     for code in CODE:
         shutil.copyfile(code, folder / code.name)
-    image_processor(model.vision.model.config).save_pretrained(folder)
+    image_processor(model.vision.model.config, flat_patches=False).save_pretrained(folder)  # squares, as in training
     if texts.tokenizer is not None:
         write_tokenizer(texts.tokenizer, texts.end, texts.longest, folder)
     tolerance = TOLERANCES[options.dtype]
@@ -173,13 +202,13 @@ def write_config(model: LCLModel, texts: Texts, vocabulary: Vocabulary, folder: 
     """Write ``config.json``, with both towers', and ``generation_config.json``."""
     encoder = model.vision.model
     vision = {
-        **encoder.config.to_dict(),
+        **_without_place(encoder.config.to_dict()),
         "architectures": [type(encoder).__name__],
         "lcl_release": family_facts(model, has_pooling=True),
     }
     config = LclConfig(
         vision_config=vision,
-        text_config=model.decoder.config.to_dict(),
+        text_config=_without_place(model.decoder.config.to_dict()),
         image_tokens=model.vision.patch_tokens,
         start_token_id=vocabulary.sot,
         end_token_id=vocabulary.eot,
@@ -194,13 +223,37 @@ def write_config(model: LCLModel, texts: Texts, vocabulary: Vocabulary, folder: 
         dtype=str(DTYPES[options.dtype]).removeprefix("torch."),
     )
     config.save_pretrained(folder)
+    file = folder / "config.json"
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    tree["text_config"] |= older_names(tree["text_config"])
+    file.write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     generation = {
         "bos_token_id": vocabulary.sot,
-        "eos_token_id": vocabulary.eot,
+        "eos_token_id": [vocabulary.eot, vocabulary.soi],  # the next image ends a caption
         "pad_token_id": vocabulary.eot,
         "suppress_tokens": [vocabulary.sot, vocabulary.image, vocabulary.eoi],  # no loss ever asked for them
     }
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+
+
+def _without_place(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
+
+
+def older_names(config: dict[str, Any]) -> dict[str, Any]:
+    """Name a decoder's rotary positions as transformers 4 reads them; it does not know ``rope_parameters``."""
+    rotary = config.get("rope_parameters") or {}
+    kinds = {kind: values for kind, values in rotary.items() if isinstance(values, dict)}
+    names: dict[str, Any] = {}
+    if kinds and not config["model_type"].startswith("gemma3"):
+        return {"lcl_loads_in_version_4": False}
+    if kinds:
+        rotary = kinds["full_attention"]
+        names["rope_local_base_freq"] = kinds["sliding_attention"]["rope_theta"]
+    names |= {key: rotary[key] for key in ("rope_theta", "partial_rotary_factor") if key in rotary}
+    if rotary.get("rope_type", "default") != "default":
+        names["rope_scaling"] = {key: value for key, value in rotary.items() if key != "rope_theta"}
+    return names
 
 
 def write_tokenizer(tokenizer: TextTokenizer, end: int, longest: int, folder: Path) -> None:
@@ -222,6 +275,7 @@ def write_tokenizer(tokenizer: TextTokenizer, end: int, longest: int, folder: Pa
         "pad_token": pad,
         "model_max_length": longest,
         "padding_side": "right",
+        "split_special_tokens": True,  # as in training: the name of a token in a text is text
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
@@ -238,13 +292,12 @@ def _difference(
         raise RuntimeError(f"the release does not load as it was written: {wrong}")
     released.eval()
     images = model.vision.normalize(torch.from_numpy(origin.pixels))
-    inputs = family_inputs(model.vision.model, images)
-    text = torch.arange(TRIED_TOKENS) % vocabulary.text_size
-    ours, theirs = {}, {}
+    text = torch.arange(max(1, min(TRIED_TOKENS, room_for_text(model)))) % vocabulary.text_size
+    ours, theirs = {"patches": model.vision(images)}, {"patches": released.patches(images)}
     if texts.compares:
-        ours["image features"] = model.encode_images(images, torch.zeros(len(images), dtype=torch.int64))[0]
-        theirs["image features"] = released.get_image_features(**inputs)
-        ids = torch.cat([torch.tensor([vocabulary.sot]), text, torch.tensor([texts.end])])
+        ours["image features"] = model.pooling(ours["patches"])[0]
+        theirs["image features"] = released.get_image_features(images)
+        ids = torch.cat([torch.tensor([vocabulary.sot]), text[:1], torch.tensor([texts.end])])
         ours["text features"] = model.context_head(_states(model, vocabulary, ids, images[:0])[-1:])
         theirs["text features"] = released.get_text_features(ids[None])
     if texts.writes:
@@ -253,8 +306,7 @@ def _difference(
         cap = model.lm_head.softcap
         logits = F.linear(states, model.lm_head.weight)
         ours["logits"] = logits if cap is None else cap * torch.tanh(logits / cap)
-        first = {name: value[:1] for name, value in inputs.items()}
-        theirs["logits"] = released(input_ids=ids[None], **first).logits[0]
+        theirs["logits"] = released(input_ids=ids[None], pixel_values=images[:1]).logits[0]
     return largest_difference(ours, theirs, tolerance, "the released network")
 
 
@@ -282,5 +334,5 @@ def usage_of(texts: Texts, folder: str) -> str:
     if texts.compares:
         parts.append(COMPARES.format(end=texts.tokenizer.with_control_tokens().id_to_token(texts.end)))
     if texts.writes:
-        parts.append(WRITES)
+        parts.append(WRITES.format(room=min(CAPTION_TOKENS, texts.room)))
     return "".join([*parts, TRAINS_ON.format(folder=folder)])

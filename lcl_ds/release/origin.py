@@ -58,6 +58,8 @@ class WeightOrigin:
     record: RunRecord = field(default_factory=RunRecord)
     config: Config | None = None
     """Of the run; None: the published code trained it."""
+    tokenizer_contents: str | None = None
+    """Hash of the tokenizer's folder when the run saved; None: it was none."""
 
 
 def read_run(
@@ -89,6 +91,7 @@ def read_run(
         pools=pools(model, config.objective),
         record=read_record(checkpoint, step, ema),
         config=config,
+        tokenizer_contents=state.get("folders", {}).get("data.tokenizer"),
     )
     return model, origin, Vocabulary(vocab_size - len(CONTROL_TOKENS))
 
@@ -126,6 +129,8 @@ def without_places(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _is_plain(value: Any) -> bool:
     """Say whether a value is a number, a word, or a list of such: no path, address or command is one."""
+    if isinstance(value, dict):
+        return False
     if isinstance(value, list):
         return all(_is_plain(entry) for entry in value)
     return not isinstance(value, str) or re.fullmatch(r"[\w.+-]+", value) is not None

@@ -90,7 +90,9 @@ def write_encoder(model: LCLModel, folder: Path, options: ReleaseOptions) -> Non
 
 
 def in_dtype(weights: dict[str, Tensor], dtype: Dtype) -> dict[str, Tensor]:
-    """Round weights to the dtype of their files. Raises: UserError, one of them is too large for it."""
+    """Round weights to the dtype of their files. Raises: UserError, one is no number, or too large for it."""
+    if wrong := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise UserError(f"the weight {wrong[0]} is not finite; release an earlier checkpoint")
     rounded = {name: weight.detach().to(DTYPES[dtype]) for name, weight in weights.items()}
     if wrong := [name for name, weight in rounded.items() if not weight.isfinite().all()]:
         raise UserError(f"--dtype {dtype}: the weight {wrong[0]} is too large for it; use bf16 or fp32")

@@ -42,7 +42,7 @@ def test_every_start_of_a_run_writes_down_its_machine(tmp_path):
     write_run_files(tmp_path, small_config(), {"steps_per_print": 1}, world_size=2, step=7)
     written = json.loads((tmp_path / "environment.json").read_text())
     assert [*written] == [
-        *("argv", "started", "continued_at_step", "world_size", "python", "platform", "gpu", "cpu_count"),
+        *("argv", "started", "continued_at_step", "world_size", "host", "python", "platform", "gpu", "cpu_count"),
         *("git_commit", "packages"),
     ]
     assert (written["continued_at_step"], written["world_size"]) == (7, 2)

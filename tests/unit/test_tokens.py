@@ -2,6 +2,10 @@
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from lcl_ds.tokens import TextTokenizer, Vocabulary, encode_sequence, labels_of
 
@@ -16,6 +20,15 @@ def encode(text: str) -> list[int]:
 
 def sequence(segments, max_tokens=32, image_tokens=2, max_images=8):
     return encode_sequence(segments, encode, VOCABULARY, image_tokens, max_tokens, max_images)
+
+
+def test_a_tokenizer_neither_cuts_nor_fills_up_texts_whatever_its_file_says(tmp_path):
+    words = Tokenizer(WordLevel({str(number): number for number in range(9)}, unk_token="0"))
+    words.pre_tokenizer = Whitespace()
+    words.enable_truncation(2)
+    words.enable_padding(length=8)
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(tmp_path)
+    assert TextTokenizer(tmp_path).encode("3 1 4") == [3, 1, 4]
 
 
 def test_a_document_is_sot_text_soi_image_eoi_text_eot():

@@ -76,6 +76,8 @@ class LclVisionModel(PreTrainedModel):
         encoder: with its weights; None: one without trained weights.
     """
 
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
     # It is the encoder that attends, and says what it can do.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
