@@ -33,7 +33,8 @@ def check_held_out(config: Config, tokenizer: TextTokenizer) -> list[str]:
     no_retrieval = _check_pairs(reader)
     if reader.has_pairs and no_retrieval:
         sentences.append(no_retrieval)
-    if not problems and no_retrieval and len(shortages) == len(config.evaluation.probe_labels):
+    has_losses = config.evaluation.every is not None
+    if not problems and not has_losses and no_retrieval and len(shortages) == len(config.evaluation.probe_labels):
         reasons = dict.fromkeys([*sentences, no_retrieval])
         problems = [f"evaluation.shards: nothing can be evaluated: {'; '.join(reasons)}"]
     if problems:
@@ -67,7 +68,8 @@ def _check_shards(reader: HeldOutReader) -> list[str]:
 def _gives_something(reader: HeldOutReader, held_out: HeldOut) -> bool:
     names = reader.config.evaluation.probe_labels
     labelled = any(class_of(labels, name) is not None for labels in held_out.labels for name in names)
-    return labelled or reader.pair_count(sequence.tokens for sequence in held_out.sequences) > 0
+    has_losses = reader.config.evaluation.every is not None and len(held_out.sequences) > 0
+    return labelled or has_losses or reader.pair_count(sequence.tokens for sequence in held_out.sequences) > 0
 
 
 def _what_lacks(reader: HeldOutReader, held_out: HeldOut) -> str:

@@ -121,7 +121,8 @@ def _evaluate(
         console = Console()
         if not console.is_terminal:
             console = Console(width=WIDTH)
-        console.print(final_table(results))
+        if (table := final_table(results)).row_count:
+            console.print(table)
         for sentence in caveats(results):
             console.print(sentence, markup=False, highlight=False)
     return code

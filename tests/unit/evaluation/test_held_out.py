@@ -165,6 +165,17 @@ def test_what_passes_the_check_before_training_is_evaluated_after_it(tmp_path, t
         assert all(0 <= score <= 1 for score in scores.values())
 
 
+def test_documents_without_labels_give_losses_to_a_run_that_is_evaluated_while_it_trains(tmp_path, tokenizer):
+    shard = write(tmp_path / "held.tar", [document(f"{i:03}") for i in range(12)])
+    config = configured(tokenizer, shard, "objective.name=generation", "evaluation.every=2")
+    assert any("'colour'" in sentence for sentence in check(config))
+    results = evaluate_model(model_of(config), config)
+    assert (results["documents"], results["figures"], results["probe"]) == (12, [], {})
+    assert final_table(results).row_count == 0
+    with pytest.raises(UserError, match="trains no image-to-context retrieval"):
+        check(configured(tokenizer, shard, "objective.name=generation"))
+
+
 def test_what_build_writes_can_be_held_out(tmp_path, tokenizer):
     config = configured(tokenizer, built(tmp_path))
     (sentence,) = check(config)
