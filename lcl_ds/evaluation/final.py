@@ -35,6 +35,7 @@ from lcl_ds.files import write_whole
 from lcl_ds.models.build import build_empty_model
 from lcl_ds.models.initial import fill_weights
 from lcl_ds.models.network import LCLModel
+from lcl_ds.objectives import trained_losses
 from lcl_ds.report.evaluation import caveats, column_of, probe_kinds
 from lcl_ds.report.examples import RETRIEVAL_PICTURE, Examples, write_pictures
 from lcl_ds.report.figures import RetrievalExample, plot_retrieval
@@ -158,8 +159,7 @@ def evaluate_model(
         "figures": [figure.row() for figure in figures],
         "notes": notes,
     }
-    contrastive_weight: float = getattr(config.objective, "contrastive_weight", 1.0)
-    if examples is not None and reader.has_pairs and contrastive_weight:  # else nothing trains the pooling query
+    if examples is not None and "contrastive_loss" in trained_losses(config.objective):  # which trains the query
         examples.gazes += pooling_gazes(model, held_out.pixels)
     if reader.rows is None or "retrieval" not in config.evaluation.tasks:
         return results

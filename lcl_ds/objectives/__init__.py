@@ -33,6 +33,12 @@ def view_of(settings: ObjectiveSettings, image_first_probability: float) -> View
     return objective_module(settings.name).view(settings, image_first_probability)
 
 
+def trained_losses(settings: ObjectiveSettings) -> frozenset[str]:
+    """Name the losses of the objective that ``settings`` name that are worth something: whose weight is not 0."""
+    losses: tuple[str, ...] = objective_module(settings.name).Objective.losses
+    return frozenset(name for name in losses if getattr(settings, name.replace("_loss", "_weight"), 1.0))
+
+
 def build_objective(model: LCLModel, settings: ObjectiveSettings, seed: int) -> Objective:
     """Build the objective that ``settings`` name around ``model``, which stays as it is; ``seed`` draws its heads."""
     objective = build_empty_objective(model, settings)

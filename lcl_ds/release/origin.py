@@ -22,7 +22,7 @@ from lcl_ds.errors import UserError
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.settings import Part
 from lcl_ds.models.weights.published import load_published, read_published_config, read_published_json
-from lcl_ds.objectives import build_empty_objective
+from lcl_ds.objectives import build_empty_objective, objective_module, trained_losses
 from lcl_ds.objectives.base import ObjectiveSettings
 from lcl_ds.phases import config_of_step
 from lcl_ds.release.record import RunRecord, read_record
@@ -137,7 +137,12 @@ def _is_plain(value: Any) -> bool:
 
 
 def pools(model: LCLModel, settings: ObjectiveSettings) -> bool:
-    """Say whether a loss of the objective that ``settings`` name reads what the pooling makes of an image."""
+    """Say whether a loss of the objective that ``settings`` name reads what the pooling makes of an image.
+
+    A contrastive loss of no weight reads it in vain.
+    """
+    if "contrastive_loss" in set(objective_module(settings.name).Objective.losses) - trained_losses(settings):
+        return False
     unused = build_empty_objective(model, settings).unused
     weights = (weight for it in unused for weight in ([it] if isinstance(it, nn.Parameter) else it.parameters()))
     return all(weight is not model.pooling.query for weight in weights)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lcl_ds.config import Config
 from lcl_ds.metrics import StepMetrics
 from lcl_ds.models.network import LCLModel
+from lcl_ds.objectives import trained_losses
 from lcl_ds.objectives.base import LossNormalizers
 from lcl_ds.training.checkpoint import WEIGHT
 from lcl_ds.training.distributed import RankInfo, all_reduce_sum, gather_objects
@@ -49,7 +50,7 @@ class FirstSteps:
         self.rank_info = rank_info
         self.chance_at = config.train.warmup_steps + CHANCE_AT
         self._as_published = config.objective.normalization == "reference"
-        self._contrastive_weight: float = getattr(config.objective, "contrastive_weight", 1.0)
+        self._is_contrastive = "contrastive_loss" in trained_losses(config.objective)
         self._is_looked_at = done >= LOOK_AT
         self._losses: deque[tuple[float, float]] = deque(maxlen=CHANCE_STEPS)
         """Contrastive loss, and that of guessing."""
@@ -75,7 +76,7 @@ class FirstSteps:
             normalizers: of its micro-steps.
         """
         sentences: list[str] = []
-        is_contrastive = "contrastive_loss" in metrics.losses and "pairs" in normalizers[0] and self._contrastive_weight
+        is_contrastive = self._is_contrastive and "pairs" in normalizers[0]
         if metrics.step <= self.chance_at and is_contrastive and metrics.applied:
             per_rank = [micro_step["pairs"].per_rank or [] for micro_step in normalizers]
             self._losses.append((metrics.losses["contrastive_loss"], chance_loss(per_rank, self._as_published)))
