@@ -27,9 +27,9 @@ from lcl_ds.release.full import release_full
 from lcl_ds.release.options import DTYPES, ReleaseOptions
 from lcl_ds.release.origin import read_published, read_run
 from lcl_ds.release.to_open_clip import release_open_clip
+from lcl_ds.release.to_reference import write_published
 from lcl_ds.release.to_timm import release_timm
 from lcl_ds.release.vision import release_vision
-from lcl_ds.release.whole import write_published
 
 RELEASES = {
     "hf": release_vision,

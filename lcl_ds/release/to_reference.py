@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 from safetensors.torch import save_file
-from torch import Tensor
 
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.weights.published import to_published, write_published_config
@@ -15,10 +14,5 @@ def write_published(model: LCLModel, vocabulary: Vocabulary, folder: Path) -> No
     """Write all weights in the layout of the published code, with its model configuration."""
     weights = to_published(model.state_dict())
     config = write_published_config(model, vocabulary)
-    _save(weights, folder)
-    (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
-
-
-def _save(weights: dict[str, Tensor], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
