@@ -20,11 +20,11 @@ from lcl_ds.data.sequences import PairView
 from lcl_ds.data.stream.packing import PackedSequence, Row, collate
 from lcl_ds.models.decoder import POSITION_TABLES
 from lcl_ds.models.network import LCLModel
-from lcl_ds.objectives import objective_module, view_of
+from lcl_ds.objectives import trained_losses, view_of
 from lcl_ds.release.card import write_card
 from lcl_ds.release.options import DTYPES, ReleaseOptions
 from lcl_ds.release.origin import WeightOrigin
-from lcl_ds.release.parity import TOLERANCES, largest_difference, parity_sentence, trained_features
+from lcl_ds.release.parity import TOLERANCES, TrainedFeatures, largest_difference, parity_sentence, trained_features
 from lcl_ds.release.remote import modeling_lcl, modeling_lcl_full
 from lcl_ds.release.remote.modeling_lcl_full import LclConfig, LclModel
 from lcl_ds.release.vision import family_facts, image_processor, in_dtype, weight_metadata
@@ -103,8 +103,7 @@ def texts_of(model: LCLModel, origin: WeightOrigin, vocabulary: Vocabulary) -> T
     config = origin.config
     if config is None:
         return Texts(True, has_room, vocabulary.soi, None, "the published code's tokenizer is not in its checkpoint")
-    settings, losses = config.objective, objective_module(config.objective.name).Objective.losses
-    trained = {loss for loss in losses if getattr(settings, loss.replace("_loss", "_weight"), 1.0) > 0}
+    settings, trained = config.objective, trained_losses(config.objective)
     is_pairs = isinstance(view_of(settings, 0.5), PairView)
     tokenizer, note = None, ""
     try:
@@ -170,7 +169,7 @@ def release_full(
     options = options or ReleaseOptions()
     texts = texts_of(model, origin, vocabulary)
     transformers_logging.disable_progress_bar()
-    trained_features(model, origin)  # finite, or there is nothing to release
+    features = trained_features(model, origin)  # finite, or there is nothing to release
     write_weights(model, origin, folder, options)
     write_config(model, texts, vocabulary, folder, options)
     for code in CODE:
@@ -179,7 +178,7 @@ def release_full(
     if texts.tokenizer is not None:
         write_tokenizer(texts.tokenizer, texts.end, texts.longest, folder)
     tolerance = TOLERANCES[options.dtype]
-    difference = _difference(model, origin, texts, vocabulary, folder, tolerance)
+    difference = _difference(model, features, texts, vocabulary, folder, tolerance)
     checked = parity_sentence(difference, tolerance, origin)
     usage = usage_of(texts, options.name_in_code(folder))
     write_card(folder, model, origin, options, usage, checked, is_whole=True)
@@ -284,19 +283,18 @@ def write_tokenizer(tokenizer: TextTokenizer, end: int, longest: int, folder: Pa
 
 @torch.no_grad()
 def _difference(
-    model: LCLModel, origin: WeightOrigin, texts: Texts, vocabulary: Vocabulary, folder: Path, tolerance: float
+    model: LCLModel, features: TrainedFeatures, texts: Texts, vocabulary: Vocabulary, folder: Path, tolerance: float
 ) -> float:
     """Compare features of images and of a text, and logits of a document, with those of the code in the folder."""
     released, loading = LclModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if wrong := {kind: names for kind, names in loading.items() if names}:
         raise RuntimeError(f"the release does not load as it was written: {wrong}")
     released.eval()
-    images = model.vision.normalize(torch.from_numpy(origin.pixels))
+    images = features.images
     text = torch.arange(max(1, min(TRIED_TOKENS, room_for_text(model)))) % vocabulary.text_size
-    ours, theirs = {"patches": model.vision(images)}, {"patches": released.patches(images)}
+    ours, theirs = features.by_name(), {"patches": (patches := released.patches(images))}
+    theirs["pooled"] = released.pooling(patches)
     if texts.compares:
-        ours["image features"] = model.pooling(ours["patches"])[0]
-        theirs["image features"] = released.get_image_features(images)
         ids = torch.cat([torch.tensor([vocabulary.sot]), text[:1], torch.tensor([texts.end])])
         ours["text features"] = model.context_head(_states(model, vocabulary, ids, images[:0])[-1:])
         theirs["text features"] = released.get_text_features(ids[None])

@@ -61,7 +61,7 @@ from lcl_ds.models.vision import family_inputs  # noqa: E402
 from lcl_ds.release.origin import WeightOrigin  # noqa: E402
 from lcl_ds.release.parity import TrainedFeatures, trained_features  # noqa: E402
 from tests.support.pages import blocks_of  # noqa: E402
-from tests.support.small import IMAGE_SIZE, VISION_TOWERS, small_config, small_model  # noqa: E402
+from tests.support.small import IMAGE_SIZE, VISION_TOWERS, shake, small_config, small_model  # noqa: E402
 
 Cell = dict[str, Any]
 EXTRAS = ("timm", "open_clip_torch", "onnx", "onnxscript", "onnxruntime")
@@ -95,10 +95,7 @@ print(json.dumps({"version": transformers.__version__, "missing": missing, "diff
 def moved_model(family: str) -> LCLModel:
     """Build a small network of which no weight has its first value."""
     model = small_model(small_config(f"model.vision={VISION_TOWERS[family]}")).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in (*model.vision.parameters(), *model.pooling.parameters()):
-            weight += 0.1 * torch.randn(weight.shape, generator=generator)
+    shake(model.vision, model.pooling)
     return model
 
 

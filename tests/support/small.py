@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from lcl_ds.batch import Batch, Readouts
 from lcl_ds.config import RECIPES, Config, load_config
@@ -58,6 +59,15 @@ def small_config(*overrides: str, decoder: str = "llama") -> Config:
 
 def small_model(config: Config | None = None) -> LCLModel:
     return build_model((config or small_config()).model, VOCABULARY.size, ROW_TOKENS, seed=0)
+
+
+@torch.no_grad()
+def shake(*modules: nn.Module, scale: float = 0.1, seed: int = 0) -> None:
+    """Move every weight by noise, so that none has its first value."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in modules:
+        for weight in module.parameters():
+            weight += scale * torch.randn(weight.shape, generator=generator)
 
 
 def sequence(segments: list[str | int], seed: int = 0) -> PackedSequence:

@@ -22,7 +22,7 @@ from lcl_ds.release.vision import release_vision
 from tests.support.corpora import picture
 from tests.support.disks import no_file_larger_than
 from tests.support.golden import GOLDEN, Golden
-from tests.support.small import IMAGE_SIZE, VISION_TOWERS, small_config, small_model
+from tests.support.small import IMAGE_SIZE, VISION_TOWERS, shake, small_config, small_model
 from tests.support.tars import write_tar
 
 TRANSFORMERS_4_57 = json.loads((Path(GOLDEN["documents"]).parent / "transformers_4_57_weights.json").read_text())
@@ -32,10 +32,7 @@ TRANSFORMERS_4_57 = json.loads((Path(GOLDEN["documents"]).parent / "transformers
 def release(family: str, folder: Path, **origin):
     """A small encoder of which every weight was moved, released."""
     model = small_model(small_config(f"model.vision={VISION_TOWERS[family]}")).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in (*model.vision.parameters(), *model.pooling.parameters()):
-            weight += 0.1 * torch.randn(weight.shape, generator=generator)
+    shake(model.vision, model.pooling)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=np.uint8)
     release_vision(model, WeightOrigin("small", "", {}, pixels, "images of noise"), folder)
     return model, model.vision.normalize(torch.from_numpy(pixels))

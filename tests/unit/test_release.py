@@ -16,7 +16,7 @@ from lcl_ds.evaluation.encoder import of_network, open_released
 from lcl_ds.metrics import METRICS
 from lcl_ds.models.pooling import POOLING_FILE
 from lcl_ds.models.vision import family_inputs
-from lcl_ds.objectives import NAMES, build_objective
+from lcl_ds.objectives import NAMES, build_objective, trained_losses
 from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.release.exports import release_torch
 from lcl_ds.release.options import ReleaseOptions
@@ -29,7 +29,7 @@ from lcl_ds.release.to_timm import timm_arguments, timm_weights
 from lcl_ds.release.vision import release_vision
 from tests.support.pages import blocks_of
 from tests.support.ranks import ROOT
-from tests.support.small import IMAGE_SIZE, VISION_TOWERS, small_config, small_model, three_documents
+from tests.support.small import IMAGE_SIZE, VISION_TOWERS, shake, small_config, small_model, three_documents
 
 CLIP = "clip_vision_model"
 FIGURE = {"task": "linear", "dataset": "held-out documents", "metric": "accuracy", "value": 0.9125, "count": 500}
@@ -38,10 +38,7 @@ FIGURE = {"task": "linear", "dataset": "held-out documents", "metric": "accuracy
 def shaken(family=CLIP, *overrides, seed=0):
     """A small model of which every weight that is released was moved."""
     model = small_model(small_config(f"model.vision={VISION_TOWERS[family]}", *overrides)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for weight in (*model.vision.parameters(), *model.pooling.parameters()):
-            weight += 0.1 * torch.randn(weight.shape, generator=generator)
+    shake(model.vision, model.pooling, seed=seed)
     return model
 
 
@@ -154,6 +151,12 @@ def test_evaluation_reads_the_pooling_of_a_release_and_runs_no_code_of_it(family
     (tmp_path / "pooling.safetensors").write_bytes(b"damaged")
     with pytest.raises(UserError, match="nor a vision model that transformers loads"):
         open_released(str(tmp_path))
+
+
+def test_a_contrastive_loss_of_no_weight_trains_no_pooling():
+    settings = small_config("objective.contrastive_weight=0").objective
+    assert not pools(small_model(), settings)
+    assert trained_losses(settings) == {"generation_loss"}
 
 
 def test_without_a_trained_pooling_none_is_released_and_none_is_shown(tmp_path):

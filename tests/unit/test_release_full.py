@@ -18,11 +18,11 @@ from lcl_ds.data.sequences import DocumentView
 from lcl_ds.data.stream.packing import PackedSequence, Row, collate
 from lcl_ds.models.build import build_model
 from lcl_ds.models.weights.transfer import release_settings
-from lcl_ds.release.full import release_full
+from lcl_ds.release.full import older_names, release_full
 from lcl_ds.release.options import ReleaseOptions
 from lcl_ds.release.origin import WeightOrigin, published_settings
 from lcl_ds.tokens import CONTROL_TOKENS, TextTokenizer, encode_sequence
-from tests.support.small import IMAGE_SIZE, ROW_TOKENS, VISION_TOWERS, small_config
+from tests.support.small import IMAGE_SIZE, ROW_TOKENS, VISION_TOWERS, shake, small_config
 
 SEEN_WHOLE = ["model.decoder.bidirectional_images=true", "model.decoder.sliding_window=5"]
 ROTARY = "model.decoder.rope_parameters="
@@ -67,10 +67,7 @@ class Released:
         self.config = small_config(*self.settings, decoder=decoder)
         vocabulary = self.tokenizer.vocabulary
         self.model = build_model(self.config.model, vocabulary.size, self.config.data.longest_document, seed=0).eval()
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for weight in self.model.parameters():
-                weight += scale * torch.randn(weight.shape, generator=generator)
+        shake(self.model, scale=scale)
         size = self.model.vision.model.config.image_size
         self.pixels = np.random.default_rng(0).integers(0, 256, (1, 3, size, size), dtype=np.uint8)
         self.inputs = {"pixel_values": self.model.vision.normalize(torch.from_numpy(self.pixels))}
@@ -216,7 +213,7 @@ def test_what_an_objective_did_not_train_is_refused(release):
     tokenizer = AutoTokenizer.from_pretrained(clip.folder, trust_remote_code=True)
     assert tokenizer(BEFORE).input_ids[-1] == vocabulary.eot  # where this objective reads a text
     assert model.get_image_features(**clip.inputs).shape == (1, 32)
-    with pytest.raises(NotImplementedError, match="did not train the next token"):
+    with pytest.raises(RuntimeError, match="did not train the next token"):
         model.caption(**clip.inputs)
 
 
@@ -225,7 +222,7 @@ def test_what_an_objective_did_not_train_is_refused(release):
 )
 def test_a_network_that_compares_nothing_says_so(release, objective):
     model = (generation := release("clip_vision_model", "llama", objective)).load()
-    with pytest.raises(NotImplementedError, match="did not train features of images and texts"):
+    with pytest.raises(RuntimeError, match="did not train features of images and texts"):
         model.get_image_features(**generation.inputs)
     assert "get_image_features" not in (generation.folder / "README.md").read_text()
 
@@ -262,7 +259,7 @@ NO_ROOM = ["data.row_tokens=12", "model.vision.image_size=32", "model.vision.pat
 def test_a_table_without_room_for_text_after_an_image_writes_nothing(release):
     model = (trained := release("clip_vision_model", "gpt2", NO_ROOM)).load()
     assert model.get_image_features(**trained.inputs).shape == (1, 32)
-    with pytest.raises(NotImplementedError, match="did not train the next token"):
+    with pytest.raises(RuntimeError, match="did not train the next token"):
         model.caption(**trained.inputs)
 
 
@@ -320,6 +317,12 @@ def test_transformers_4_computes_the_same(release, case, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.environ["TRANSFORMERS_4"]}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
+
+
+def test_positions_that_transformers_4_would_turn_otherwise_are_refused_there():
+    by_kind = {kind: {"rope_type": "default", "rope_theta": 5.0} for kind in ("full_attention", "sliding_attention")}
+    assert older_names({"model_type": "olmo3", "rope_parameters": by_kind}) == {"lcl_loads_in_version_4": False}
+    assert older_names({"model_type": "gpt2"}) == {}
 
 
 def test_its_processor_prepares_pictures_of_any_size(release):

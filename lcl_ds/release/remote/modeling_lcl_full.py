@@ -79,7 +79,7 @@ class LclConfig(PretrainedConfig):
         self.compares_texts, self.writes_texts = compares_texts, writes_texts
         super().__init__(**{"tie_word_embeddings": False, **options})
         if IS_VERSION_4 and isinstance(text_config, dict) and not text_config.get("lcl_loads_in_version_4", True):
-            raise NotImplementedError(f"transformers 4 turns positions of {text_config['model_type']} otherwise; use 5")
+            raise ImportError(f"transformers 4 turns positions of {text_config['model_type']} otherwise; install 5")
 
     def get_text_config(self, *args: Any, **options: Any) -> Any:
         """Return the decoder's, or this one where a release without towers is described."""
@@ -146,7 +146,7 @@ class LclModel(PreTrainedModel, GenerationMixin):
         return patches if facts["final_norm"] is None else getattr(tower, facts["final_norm"])(patches)
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """Pool images: [M, D], to be compared with texts by cosine. Raises: NotImplementedError, nothing trained it."""
+        """Pool images: [M, D], to be compared with texts by cosine. Raises: RuntimeError, nothing trained it."""
         self._refuse_unless(self.config.compares_texts, "features of images and texts to be alike")
         return self.pooling(self.patches(pixel_values))
 
@@ -154,7 +154,7 @@ class LclModel(PreTrainedModel, GenerationMixin):
         """Read what texts [B, L], filled up on either side, make the decoder expect of an image: [B, D].
 
         Raises:
-            NotImplementedError: nothing trained it.
+            RuntimeError: nothing trained it.
         """
         self._refuse_unless(self.config.compares_texts, "features of images and texts to be alike")
         known = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -216,7 +216,7 @@ class LclModel(PreTrainedModel, GenerationMixin):
             logits_to_keep: only of so many positions at the end; 0: of all.
 
         Raises:
-            NotImplementedError: nothing trained it.
+            RuntimeError: nothing trained it.
             ValueError: there are more or fewer images than places for them.
         """
         self._refuse_unless(self.config.writes_texts, "the next token from those before it")
@@ -272,18 +272,16 @@ class LclModel(PreTrainedModel, GenerationMixin):
 
     def _refuse_unless(self, was_trained: bool, what: str) -> None:
         if not was_trained:
-            raise NotImplementedError(f"the objective of this network did not train {what}")
+            raise RuntimeError(f"the objective of this network did not train {what}")
 
     def _image_masks(self, places: Tensor, attention_mask: Tensor | None, dtype: torch.dtype) -> Any:
         """Let tokens of an image see each other, beside what came before them: additive, by kind of layer.
 
         Raises:
-            NotImplementedError: the mask is one of a cache whose length is fixed.
+            ValueError: the mask is one of a cache whose length is fixed.
         """
         if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2):
-            raise NotImplementedError(
-                "images that the decoder sees whole need a cache that grows, which is the default"
-            )
+            raise ValueError("images that the decoder sees whole need a cache that grows, which is the default")
         number = (places & ~F.pad(places, (1, -1))).cumsum(-1) * places
         position = torch.arange(places.shape[1], device=places.device)
         ahead = position[:, None] - position

@@ -24,7 +24,7 @@ from lcl_ds.release.options import ReleaseOptions
 from lcl_ds.release.origin import WeightOrigin, published_settings
 from lcl_ds.release.vision import release_vision
 from lcl_ds.tokens import Vocabulary
-from tests.support.small import DECODERS, IMAGE_SIZE, ROW_TOKENS, VISION_TOWERS, small_config
+from tests.support.small import DECODERS, IMAGE_SIZE, ROW_TOKENS, VISION_TOWERS, shake, small_config
 
 TEXT = 60
 VOCABULARY = Vocabulary(TEXT)
@@ -56,12 +56,6 @@ def causal_model(folder, family, vocab_size=TEXT, tied=None, **keys):
     shake(model)
     model.save_pretrained(folder)
     return model.eval()
-
-
-def shake(model):
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(0.1 * torch.randn_like(weight))
 
 
 def vision_model(folder, family, **keys):
