@@ -40,6 +40,7 @@ from lcl_ds.files import check_output, write_whole
 from lcl_ds.models.build import build_empty_model
 from lcl_ds.models.initial import fill_weights
 from lcl_ds.models.network import LCLModel
+from lcl_ds.models.placement import place
 from lcl_ds.models.weights.transfer import given_weights
 from lcl_ds.phases import config_of_step
 from lcl_ds.tokens import CONTROL_TOKENS
@@ -104,13 +105,16 @@ def first_network(config: Config, vocab_size: int) -> LCLModel:
 def evaluate(arguments: argparse.Namespace, console: Console) -> int:
     """Run the tasks that the command line names."""
     started = time.perf_counter()
+    if arguments.offload and "finetune" in arguments.task:
+        raise UserError("--offload: finetune trains all weights on the device; leave one of the two out")
     check_output("--json", arguments.json)
     device_of(arguments.device)
     state = PartialState(cpu=arguments.device == "cpu")
     encoder, trained, facts = open_model(arguments)
     device = device_of(arguments.device) or state.device
     module = trained.model if trained else encoder.module
-    module.to(device=device, dtype=torch.bfloat16 if arguments.precision == "bf16" else torch.float32)
+    module.to(torch.bfloat16 if arguments.precision == "bf16" else torch.float32)
+    place(module, device, arguments.offload)
     data = data_of(arguments, trained)
     results = Results(facts | {"precision": arguments.precision, "image_size": encoder.image_size}, {})
     figures = measure(arguments, encoder, trained, data, results)
@@ -265,6 +269,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--memory", type=float, default=4.0, metavar="GIB", help="for patch tokens (default 4)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the encoder (default fp32)")
     parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument(
+        "--offload",
+        action="store_true",
+        help="leave weights on the host, from where they visit the device (default: where they do not fit)",
+    )
     parser.add_argument("--cache", default=default_of("cache"), metavar="DIR", help="folder for features and indices")
     parser.add_argument("--no_cache", action="store_true", help="make features anew and keep none")
     return parser

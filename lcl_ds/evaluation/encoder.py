@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from lcl_ds.errors import UserError
 from lcl_ds.models.encoders import FAMILIES
 from lcl_ds.models.network import LCLModel
+from lcl_ds.models.placement import device_of, weights_of
 from lcl_ds.models.pooling import POOLING_FILE, AttentivePooling, read_released_pooling
 from lcl_ds.models.vision import normalize_images, released_patch_tokens
 from lcl_ds.models.weights.hf_folder import read_pixels
@@ -72,7 +73,7 @@ class FrozenEncoder:
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
+        return device_of(self.module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,9 +82,9 @@ class FrozenEncoder:
     def identity(self) -> str:
         """Hash everything that features depend on: names, shapes and values of the weights, dtype, transform."""
         digest = hashlib.sha256(f"{type(self.module).__name__} {self.image_size} {self.transform}".encode())
-        for name, weight in sorted(self.module.state_dict().items()):
+        for name, weight in sorted(weights_of(self.module).items()):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 

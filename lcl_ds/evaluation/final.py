@@ -35,6 +35,7 @@ from lcl_ds.files import write_whole
 from lcl_ds.models.build import build_empty_model
 from lcl_ds.models.initial import fill_weights
 from lcl_ds.models.network import LCLModel
+from lcl_ds.models.placement import device_of, place
 from lcl_ds.objectives import trained_losses
 from lcl_ds.report.evaluation import caveats, column_of, probe_kinds
 from lcl_ds.report.examples import RETRIEVAL_PICTURE, Examples, write_pictures
@@ -64,7 +65,7 @@ def close_run(
 
     Args:
         step: of the last checkpoint.
-        load_model: the network of that checkpoint, on the device to evaluate on.
+        load_model: the network of that checkpoint, where it can be evaluated.
         load_average: the same with the moving average of the vision tower, if the run keeps one.
 
     Returns:
@@ -215,7 +216,7 @@ def _others(
             notes.append("the moving average is left out: its features are not finite")
     untrained = build_empty_model(config.model, vocab_size, config.data.longest_document).eval()
     fill_weights(untrained, config.seed("init"), within=["vision"])
-    untrained.vision.to(next(model.parameters()).device)
+    place(untrained.vision, device_of(model))
     yield "untrained", _mean_tokens(of_network(untrained, "untrained", with_head=False), held_out)
     yield "raw_pixels", pixel_features(held_out.pixels)
 

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import get_cosine_schedule_with_warmup
 
+from lcl_ds.errors import UserError
 from lcl_ds.evaluation.attentive import AttentiveHead
 from lcl_ds.evaluation.encoder import FrozenEncoder
 from lcl_ds.evaluation.pictures import Picture, decoded
 from lcl_ds.evaluation.sharing import gather, own_part, sum_gradients
+from lcl_ds.models.placement import visits
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,12 @@ def finetune(
 
     Returns:
         bool [len(test)].
+
+    Raises:
+        UserError: the encoder is larger than its device.
     """
+    if visits(encoder.module):
+        raise UserError(f"finetune: the weights of {encoder.name} do not fit on {encoder.device}; leave the task out")
     before = {name: weight.detach().clone() for name, weight in encoder.module.state_dict().items()}
     dtype = encoder.dtype
     with torch.random.fork_rng():

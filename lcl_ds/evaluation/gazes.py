@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from accelerate.utils import align_module_device
 
 from lcl_ds.models.network import LCLModel
+from lcl_ds.models.placement import device_of
 from lcl_ds.report.examples import Gaze
 
 SHOWN = 12
@@ -22,9 +24,10 @@ def pooling_gazes(model: LCLModel, pixels: Sequence[np.ndarray], count: int = SH
     """
     chosen = np.unique(np.linspace(0, len(pixels) - 1, min(count, len(pixels))).round().astype(int))
     images = np.stack([pixels[i] for i in chosen])
-    vision = model.vision
-    patches = vision(vision.normalize(torch.from_numpy(images).to(next(model.parameters()).device)))
-    weights = model.pooling.weights(patches).mean(1).cpu().numpy()
+    vision, device = model.vision, device_of(model)
+    patches = vision(vision.normalize(torch.from_numpy(images).to(device)))
+    with align_module_device(model.pooling, device):
+        weights = model.pooling.weights(patches).mean(1).cpu().numpy()
     if not np.isfinite(weights).all():
         return []
     side = math.isqrt(weights.shape[1])

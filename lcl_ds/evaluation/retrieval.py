@@ -12,6 +12,7 @@ from lcl_ds.data.stream.packing import PackedSequence, Row, collate, pack
 from lcl_ds.evaluation.intervals import wilson
 from lcl_ds.evaluation.results import Figure
 from lcl_ds.models.network import LCLModel
+from lcl_ds.models.placement import device_of
 from lcl_ds.tokens import Vocabulary
 
 LEAST_PAIRS = 2
@@ -56,7 +57,7 @@ def pair_features(
     Args:
         sequences: with at least one contrastive pair among them.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     lengths = [len(sequence.tokens.input_ids) for sequence in sequences]
     images = [len(sequence.pixels) for sequence in sequences]
     packed = pack(lengths, images, row_tokens, row_images)

@@ -2,7 +2,6 @@
 reads it)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from lcl_ds.data.stream.packing import PackedSequence, Row, collate
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.encoder import Kind
 from lcl_ds.models.network import LCLModel
+from lcl_ds.models.placement import device_of
 from lcl_ds.objectives import objective_module
 from lcl_ds.tokens import TextTokenizer, TokenSequence
 
@@ -77,13 +77,13 @@ class TextReader:
         return features
 
     def _read(self, sequences: list[TokenSequence]) -> Tensor:
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         pixels = np.zeros((0, 3, self._image_size, self._image_size), np.uint8)
         rows = [Row((PackedSequence("text", tokens, pixels),)) for tokens in sequences]
         longest = max(len(tokens.input_ids) for tokens in sequences)
         batch = collate(rows, longest, self._image_size, self._sequencer.vocabulary, ()).to(device)
-        embedding: Any = self.model.decoder.get_input_embeddings()
-        no_image = embedding.weight.new_zeros(1, self._sequencer.image_tokens, embedding.weight.shape[1])
+        width = self.model.context_head.proj.in_features
+        no_image = torch.zeros(1, self._sequencer.image_tokens, width, device=device)
         states = self.model.decode(batch, no_image)
         ends = [row * longest + len(tokens.input_ids) - 1 for row, tokens in enumerate(sequences)]
         context = self.model.context_head(states[torch.tensor(ends, device=device)])

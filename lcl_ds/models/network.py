@@ -72,10 +72,14 @@ class LCLModel(nn.Module):
         recompute_blocks(self.decoder, checkpoint_decoder)
         self.choose_attention()
 
-    def choose_attention(self) -> None:
-        """Let both towers use the attention implementation that suits the settings, their device and their dtype."""
-        self.vision.choose_attention()
-        use_best_implementation(self.decoder, self.attention, self.attention_mode)
+    def choose_attention(self, device: torch.device | None = None) -> None:
+        """Let both towers use the attention implementation that suits the settings, their dtype and their device.
+
+        Args:
+            device: where they compute; None: where their weights are now.
+        """
+        self.vision.choose_attention(device)
+        use_best_implementation(self.decoder, self.attention, self.attention_mode, device=device)
 
     def _apply(self, *args: Any, **options: Any) -> "LCLModel":
         """Move or cast the network, as ``to`` and ``bfloat16`` do by this, and choose attention for what it is then."""

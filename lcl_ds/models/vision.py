@@ -92,9 +92,9 @@ class VisionEncoder(nn.Module):
         self.patch_tokens = image_tokens(config)
         self.choose_attention()
 
-    def choose_attention(self) -> None:
-        """Use the attention implementation that suits the settings, the device and the dtype of the tower."""
-        use_best_implementation(self.model, self.attention, preferred=("sdpa", "eager"))
+    def choose_attention(self, device: torch.device | None = None) -> None:
+        """Use the attention implementation that suits the settings, the dtype and the device of the tower."""
+        use_best_implementation(self.model, self.attention, preferred=("sdpa", "eager"), device=device)
 
     def _apply(self, *args: Any, **options: Any) -> "VisionEncoder":
         """Move or cast the tower, as ``to`` and ``bfloat16`` do by this, and choose attention for what it is then."""

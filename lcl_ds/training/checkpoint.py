@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import distributed as dist
 
@@ -342,10 +341,8 @@ def check_names(checkpoint: Path, saved: Iterable[str], expected: Iterable[str])
         raise UserError(f"{checkpoint}: holds {unknown[0]}, which the model that its settings describe does not have")
 
 
-def load_model(
-    checkpoint: Path, device: torch.device | str = "cpu", parts: Collection[Part] = (), ema: bool = False
-) -> LCLModel:
-    """Load the trained network in fp32, one weight at a time; needs neither DeepSpeed nor the objective.
+def load_model(checkpoint: Path, parts: Collection[Part] = (), ema: bool = False) -> LCLModel:
+    """Load the trained network in fp32 on the host, one weight at a time; needs neither DeepSpeed nor the objective.
 
     Args:
         parts: the only parts to load, none named: all; the others take no memory and cannot be used.
@@ -370,7 +367,7 @@ def load_model(
         name.removeprefix(OF_NETWORK): partial((averages if name in averages.shapes else reader).whole, name, shape)
         for name, shape in shapes.items()
     }
-    fill_weights(model, 0, given, lambda module: module.to(device), within=parts)
+    fill_weights(model, 0, given, within=parts)
     for part in parts or ("",):
-        model.get_submodule(part).to(device)  # also buffers, and with attention that suits the device
+        model.get_submodule(part).to("cpu")  # also buffers, and with attention that suits the host
     return model.eval()

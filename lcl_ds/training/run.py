@@ -19,6 +19,7 @@ from lcl_ds.evaluation.final import close_run
 from lcl_ds.metrics import METRICS, keep_metrics
 from lcl_ds.models.build import check_attention_here, image_size
 from lcl_ds.models.network import LCLModel
+from lcl_ds.models.placement import place
 from lcl_ds.phases import config_of_step, last_step_of_phase
 from lcl_ds.training.averaging import start_average
 from lcl_ds.training.checkpoint import (
@@ -214,7 +215,9 @@ def finish(config: Config, run_dir: Path, device: torch.device) -> int:
     keep_metrics(run_dir / METRICS, step, kept_metrics(run_dir))  # the report reads them
 
     def load(ema: bool = False) -> LCLModel:
-        return load_model(checkpoint, device, ema=ema)
+        model = load_model(checkpoint, ema=ema)
+        place(model, device)
+        return model
 
     has_average = holds(read_manifest(checkpoint), EMA)
     return close_run(config, run_dir, step, load, partial(load, ema=True) if has_average else None)

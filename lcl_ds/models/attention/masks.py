@@ -120,11 +120,19 @@ def choose_implementation(
 
 
 def use_best_implementation(
-    tower: PreTrainedModel, wanted: str, mode: Mode = "causal", preferred: tuple[str, ...] = PREFERRED
+    tower: PreTrainedModel,
+    wanted: str,
+    mode: Mode = "causal",
+    preferred: tuple[str, ...] = PREFERRED,
+    device: torch.device | None = None,
 ) -> None:
-    """Make ``tower`` use what :func:`choose_implementation` says for the device and the dtype that it has now."""
+    """Make ``tower`` use what :func:`choose_implementation` says for its dtype and its device.
+
+    Args:
+        device: where it computes; None: where its weights are now.
+    """
     weight = next(tower.parameters())
-    chosen = choose_implementation(tower, wanted, mode, weight.device.type, weight.dtype, preferred)
+    chosen = choose_implementation(tower, wanted, mode, (device or weight.device).type, weight.dtype, preferred)
     if chosen == varlen.NAME:
         varlen.register()
     switch_implementation(tower, chosen)
