@@ -17,7 +17,7 @@ from lcl_ds.models.initial import GivenWeights
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.weights.transfer import Release, given_weights, open_release
 from lcl_ds.objectives import build_empty_objective, build_objective, view_of
-from lcl_ds.objectives.base import Objective, freeze_unused
+from lcl_ds.objectives.base import Objective, prepare_network
 from lcl_ds.phases import check_image_sizes, with_image_size
 
 
@@ -88,9 +88,15 @@ def lane_settings(config: Config, *, training: bool = True) -> LaneSettings:
     )
 
 
+def slot_tokens(config: Config, *, training: bool = True) -> int:
+    """Count the tokens of an image that the decoder sees; see :func:`lane_settings`."""
+    encoded = tokens_per_image(config.model, training=training)
+    return config.objective.tokens_in_slot(encoded) if training else encoded
+
+
 def _image_tokens_that_fit(config: Config, training: bool) -> int:
     """Count the tokens of an image. Raises: UserError when a row cannot hold one."""
-    data, image_tokens = config.data, tokens_per_image(config.model, training=training)
+    data, image_tokens = config.data, slot_tokens(config, training=training)
     if image_tokens + 4 > data.longest_document:
         name = "row_tokens" if data.document_tokens is None else "document_tokens"
         raise UserError(f"data.{name}: {data.longest_document} cannot hold one image of {image_tokens} tokens plus 4")
@@ -100,7 +106,7 @@ def _image_tokens_that_fit(config: Config, training: bool) -> int:
 def build_empty(config: Config, vocab_size: int) -> Objective:
     """Build network and objective of the run, of which nothing takes memory: names and shapes of their weights."""
     network = build_empty_model(config.model, vocab_size, config.data.longest_document)
-    return _frozen(build_empty_objective(network, config.objective))
+    return _prepared(build_empty_objective(network, config.objective))
 
 
 def weights_given(
@@ -119,10 +125,10 @@ def weights_given(
 
 
 def attach_objective(network: LCLModel, config: Config) -> Objective:
-    """Wrap a network in the objective of the run, whose heads its seed draws, and freeze what that leaves unused."""
-    return _frozen(build_objective(network, config.objective, config.seed("init")))
+    """Wrap a network in the objective of the run, whose heads its seed draws, and prepare it for that."""
+    return _prepared(build_objective(network, config.objective, config.seed("init")))
 
 
-def _frozen(objective: Objective) -> Objective:
-    freeze_unused(objective)
+def _prepared(objective: Objective) -> Objective:
+    prepare_network(objective)
     return objective

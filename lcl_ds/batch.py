@@ -18,6 +18,8 @@ class Readouts:
     """int64 [P], flat."""
     images: Tensor
     """int64 [P], numbers of images of the batch."""
+    documents: Tensor
+    """int64 [P], which document each image is of: the same number on all ranks, and another one for any other."""
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -82,5 +84,8 @@ class Batch:
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, Tensor)}
-        readouts = {k: Readouts(function(v.positions), function(v.images)) for k, v in self.readouts.items()}
+        readouts = {
+            name: Readouts(*(function(getattr(readout, field.name)) for field in fields(Readouts)))
+            for name, readout in self.readouts.items()
+        }
         return Batch(**(values | tensors | {"readouts": readouts}))

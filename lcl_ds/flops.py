@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lcl_ds.models.encoders import family_of
 from lcl_ds.models.heads import LMHead
-from lcl_ds.models.network import LCLModel
 from lcl_ds.objectives.base import Objective
 
 AFTER_THE_LAST_MATRIX = ("post_feedforward_layernorm", "post_mlp_layernorm", "layer_scale2")
@@ -96,16 +95,15 @@ class StepFlops:
 def _count(objective: Objective, work: StepWork) -> dict[str, Flops]:
     model = objective.model
     seen = model.kept_tokens + family_of(model.vision.model.config).has_class_token
-    flops = {"vision": _vision(model, work.images, seen)}
+    flops = {"vision": _vision(objective, work, seen)}
     learning = _learns(model.vision)
-    flops["pooling"] = _pooling(objective, work.images, learning)
+    flops["pooling"] = Flops() if objective.one_transformer else _pooling(objective, work.images, learning)
     learning = learning or _learns(model.pooling)
     flops["decoder"] = _tower(model.decoder, work.tokens, work.squares, learning)
     learning = learning or _learns(model.decoder)
     own_heads = [module for name, module in objective.named_children() if name != "model"]
-    flops["head"] = _products([model.lm_head], work.labels, learning) + _products(
-        own_heads, objective.count_head_states(work.images, work.pairs), learning
-    )
+    states = work.tokens if objective.one_transformer else objective.count_head_states(work.images, work.pairs)
+    flops["head"] = _products([model.lm_head], work.labels, learning) + _products(own_heads, states, learning)
     similarities = 2 * work.pair_products * model.context_head.proj.out_features
     flops["contrastive"] = _products([model.context_head], work.pairs, learning) + Flops(
         similarities, 2 * similarities, similarities
@@ -123,13 +121,17 @@ def size_of(weights: Iterable[Tensor]) -> int:
     return sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
 
 
-def _vision(model: LCLModel, images: float, seen: int) -> Flops:
-    tower: Any = model.vision.model
-    patches = images * model.vision.patch_tokens
+def _vision(objective: Objective, work: StepWork, seen: int) -> Flops:
+    vision = objective.model.vision
+    tower: Any = vision.model
+    patches = work.images * vision.patch_tokens
     # Pixels need no gradient.
     embedded = _products([tower.embeddings], patches, input_learns=False, passes_through=False)
-    blocks = _tower(tower.encoder, images * seen, images * seen**2, learning=False, config=tower.config)
-    return embedded + blocks
+    tokens, squares = work.images * seen, work.images * seen**2
+    if objective.one_transformer:  # images stand in the rows
+        tokens, squares = work.tokens, work.squares
+    learning = objective.one_transformer and _learns(objective.model.decoder.get_input_embeddings())
+    return embedded + _tower(tower.encoder, tokens, squares, learning, config=tower.config)
 
 
 def _tower(tower: Any, tokens: float, squares: float, learning: bool, config: Any = None) -> Flops:

@@ -86,6 +86,24 @@ class ExactScalar(nn.Module):
         self.rounded_off = (exact.float() - exact.to(self.weight.dtype).float()).view(1)
 
 
+class LogitBias(ExactScalar):
+    """The learned number that is added to similarities before the sigmoid; shape [1] for the same reason as below."""
+
+    def __init__(self, init: float):
+        super().__init__()
+        self.init = init
+        self.bias = nn.Parameter(torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Go back to the first value."""
+        nn.init.constant_(self.bias, self.init)
+
+    def forward(self) -> Tensor:
+        """Return the bias, fp32 [1]."""
+        return self.value()
+
+
 class LogitScale(ExactScalar):
     """The learned temperature multiplier, kept as its logarithm; shape [1] because DeepSpeed refuses 0-d weights."""
 

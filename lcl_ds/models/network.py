@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lcl_ds.batch import Batch
-from lcl_ds.models.attention.masks import Mode, attention_arguments, image_blocks, use_best_implementation
+from lcl_ds.models.attention.masks import BY_IMAGES, Mode, attention_arguments, image_blocks, use_best_implementation
 from lcl_ds.models.counter_rng import kept_count, kept_patches
 from lcl_ds.models.decoder import build_decoder
 from lcl_ds.models.heads import ContextHead, LMHead, LogitScale
@@ -81,6 +81,11 @@ class LCLModel(nn.Module):
         self.vision.choose_attention(device)
         use_best_implementation(self.decoder, self.attention, self.attention_mode, device=device)
 
+    def use_attention_mode(self, mode: Mode) -> None:
+        """Let tokens of the decoder see what ``mode`` says, not the settings, by an implementation that can."""
+        self.attention_mode = mode
+        self.choose_attention()
+
     def _apply(self, *args: Any, **options: Any) -> "LCLModel":
         """Move or cast the network, as ``to`` and ``bfloat16`` do by this, and choose attention for what it is then."""
         super()._apply(*args, **options)
@@ -102,7 +107,7 @@ class LCLModel(nn.Module):
 
         Args:
             image_tokens: [S, N, H], what stands in each slot of ``batch``.
-            mode: what a token sees of its document; None: what the settings say. ``images`` only where they do.
+            mode: what a token sees of its document; None: what the settings say. :data:`BY_IMAGES` only where they do.
         """
         embeddings = self.decoder.get_input_embeddings()(batch.input_ids)
         # One image's worth of slots beyond the rows: a rank without images writes its constant image there, so that
@@ -113,8 +118,16 @@ class LCLModel(nn.Module):
         inputs_embeds = flat[: batch.input_ids.numel()].view_as(embeddings)
         mode = mode or self.attention_mode
         blocks = None
-        if mode == "images":
+        if mode in BY_IMAGES:
             blocks = image_blocks(batch.position_ids, batch.slot_positions, image_tokens.shape[1])
+        return self.run_decoder(batch, inputs_embeds, mode, blocks)
+
+    def run_decoder(self, batch: Batch, inputs_embeds: Tensor, mode: Mode, blocks: Tensor | None) -> Tensor:
+        """Run the decoder on what stands in the rows [R, L, H]; see :meth:`decode`.
+
+        Args:
+            blocks: int64 [R, L], number of the image that a token is of, for :data:`BY_IMAGES`.
+        """
         attention = attention_arguments(
             self.decoder,
             inputs_embeds,

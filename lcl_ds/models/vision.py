@@ -1,6 +1,7 @@
 """The vision tower: a transformers encoder whose patch tokens are what the decoder sees."""
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -115,29 +116,52 @@ class VisionEncoder(nn.Module):
                 [M, K, width] comes out.
         """
         hidden_states, prefix = self._hidden_states(pixel_values, kept)
-        return self._final_norm(hidden_states[:, prefix:])
+        return self.final_norm(hidden_states[:, prefix:])
 
     def all_tokens(self, pixel_values: Tensor) -> tuple[Tensor, Tensor | None]:
         """Encode images [M, 3, H, W]: patch tokens [M, N, width] as above, and the class token [M, width] where there
         is one, after the same norm. No loss reads the class token: it is for evaluation."""
         hidden_states, prefix = self._hidden_states(pixel_values, None)
-        class_token = self._final_norm(hidden_states[:, 0]) if prefix else None
-        return self._final_norm(hidden_states[:, prefix:]), class_token
+        class_token = self.final_norm(hidden_states[:, 0]) if prefix else None
+        return self.final_norm(hidden_states[:, prefix:]), class_token
 
     def _hidden_states(self, pixel_values: Tensor, kept: Tensor | None) -> tuple[Tensor, int]:
         """Compute the states after the last block, and how many of them stand before the patches."""
+        tokens, prefix = self.embed(pixel_values, kept)
+        return self.run_blocks(self.first_norm(tokens)), prefix
+
+    def embed(self, pixel_values: Tensor, kept: Tensor | None = None) -> tuple[Tensor, int]:
+        """Embed images with their positions: [M, P + N, width], and P, how many tokens stand before the patches."""
         tokens = _embed(self.model, pixel_values)
         prefix = tokens.shape[1] - self.patch_tokens
         if kept is not None:
             patches = tokens[:, prefix:].gather(1, kept[..., None].expand(-1, -1, tokens.shape[2]))
             tokens = torch.cat([tokens[:, :prefix], patches], dim=1)
-        model: Any = self.model
-        family = family_of(model.config)
-        if family.first_norm is not None:
-            tokens = getattr(model, family.first_norm)(tokens)
-        return model.encoder(tokens).last_hidden_state, prefix
+        return tokens, prefix
 
-    def _final_norm(self, hidden_states: Tensor) -> Tensor:
+    def first_norm(self, tokens: Tensor) -> Tensor:
+        """Normalise tokens [.., width] before the first block, where the family does."""
+        name = family_of(self.model.config).first_norm
+        return tokens if name is None else getattr(self.model, name)(tokens)
+
+    def run_blocks(self, tokens: Tensor, attention_mask: Any = None) -> Tensor:
+        """Run the blocks on rows of tokens [R, L, width].
+
+        Args:
+            attention_mask: what each token sees, for a family that :attr:`takes_masks`; None: all of its row.
+        """
+        encoder: Any = self.model.encoder
+        options = {} if attention_mask is None else {"attention_mask": attention_mask}
+        return encoder(tokens, **options).last_hidden_state
+
+    @property
+    def takes_masks(self) -> bool:
+        """Say whether the blocks of this family can be told what each token sees."""
+        encoder: Any = self.model.encoder
+        return "attention_mask" in signature(type(encoder).forward).parameters
+
+    def final_norm(self, hidden_states: Tensor) -> Tensor:
+        """Normalise states [.., width] after the last block."""
         return getattr(self.model, family_of(self.model.config).final_norm)(hidden_states)
 
 

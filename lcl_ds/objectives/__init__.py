@@ -36,7 +36,10 @@ def view_of(settings: ObjectiveSettings, image_first_probability: float) -> View
 def trained_losses(settings: ObjectiveSettings) -> frozenset[str]:
     """Name the losses of the objective that ``settings`` name that are worth something: whose weight is not 0."""
     losses: tuple[str, ...] = objective_module(settings.name).Objective.losses
-    return frozenset(name for name in losses if getattr(settings, name.replace("_loss", "_weight"), 1.0))
+    weights = {name: name.replace("_loss", "_weight") for name in losses}
+    return frozenset(
+        name for name, key in weights.items() if getattr(settings, key, 1.0) or getattr(settings, f"{key}_end", None)
+    )
 
 
 def build_objective(model: LCLModel, settings: ObjectiveSettings, seed: int) -> Objective:

@@ -1,17 +1,20 @@
 """What all objectives share: their base settings, what their losses are divided by, the interface to the trainer."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from lcl_kernels import contrastive_loss
+from lcl_kernels import contrastive_loss, sigmoid_contrastive_loss
 from pydantic import Field
 from torch import Tensor, nn
 
 from lcl_ds.batch import Batch
 from lcl_ds.metrics import Combination, check_names
+from lcl_ds.models.attention.masks import Mode
+from lcl_ds.models.heads import LogitBias
 from lcl_ds.models.network import LCLModel
 from lcl_ds.settings import Settings
 
@@ -28,6 +31,14 @@ class ObjectiveSettings(Settings):
     def normalize(self) -> Literal["global", "per_rank"]:
         """``normalization`` in the words of :func:`lcl_kernels.contrastive_loss`."""
         return "global" if self.normalization == "global" else "per_rank"
+
+    def loss_of_guessing(self, pairs: int) -> float:
+        """Return the contrastive loss of features that tell nothing apart, among so many pairs."""
+        return math.log(max(1, pairs))
+
+    def tokens_in_slot(self, encoded: int) -> int:
+        """Count the tokens of an image that the decoder sees in training, of those that the encoder gives."""
+        return encoded
 
 
 @dataclass(frozen=True)
@@ -60,11 +71,15 @@ class Objective(nn.Module):
 
     losses: ClassVar[tuple[str, ...]]
     """Losses that are recorded besides the weighted total ``loss``; their names end in ``_loss``."""
-    reports: ClassVar[Mapping[str, Combination]] = {}
+    reports: Mapping[str, Combination] = {}
     """Other outputs that are recorded, and how the ranks' values become one: ``sum`` adds up those of all ranks and
-    micro-steps, ``same`` takes that of the last micro-step, which is the same on all ranks."""
+    micro-steps, ``same`` takes that of the last micro-step, which is the same on all ranks. Settings may add some."""
     decoder_passes: ClassVar[int] = 1
     """How often the decoder reads one sample."""
+    attention_mode: ClassVar[Mode | None] = None
+    """What tokens of the decoder see, where that is not for the settings to say; see :func:`prepare_network`."""
+    one_transformer: ClassVar[bool] = False
+    """Whether the blocks of the vision tower read whole rows, text and images, as the decoder does after them."""
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -73,6 +88,8 @@ class Objective(nn.Module):
     def __init__(self, model: LCLModel):
         super().__init__()
         self.model = model
+        self.progress = 0.0
+        """Fraction of the run's steps that are done; the trainer keeps it."""
 
     @property
     def unused(self) -> tuple[nn.Module | nn.Parameter, ...]:
@@ -95,7 +112,6 @@ class Objective(nn.Module):
         batch: Batch,
         normalizers: LossNormalizers,
         normalize: Literal["global", "per_rank"],
-        detach_keys: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Compute the share of the contrastive loss; it needs the normalizer of ``pairs``.
 
@@ -104,10 +120,21 @@ class Objective(nn.Module):
         """
         image, context = self.model.pair_features(hidden_states, pooled, batch)
         scale, pairs = self.model.logit_scale(), normalizers["pairs"]
-        loss = contrastive_loss(
-            image, context, scale, normalize=normalize, detach_keys=detach_keys, counts=pairs.per_rank
-        )
+        loss = contrastive_loss(image, context, scale, normalize=normalize, counts=pairs.per_rank)
         return pairs.share * loss, scale.detach()
+
+    def sigmoid_contrastive(
+        self, hidden_states: Tensor, pooled: Tensor, batch: Batch, normalizers: LossNormalizers, bias: LogitBias
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the share of the sigmoid contrastive loss (SigLIP, arXiv 2303.15343, section 3.1).
+
+        Returns:
+            The share, and the multiplier [1] and the bias [1] that were used.
+        """
+        image, context = self.model.pair_features(hidden_states, pooled, batch)
+        scale, added, pairs = self.model.logit_scale(), bias(), normalizers["pairs"]
+        loss = sigmoid_contrastive_loss(image, context, scale, added, counts=pairs.per_rank)
+        return pairs.share * loss, scale.detach(), added.detach()
 
     @abstractmethod
     def count_terms(self, batch: Batch) -> dict[str, int]:
@@ -118,8 +145,17 @@ class Objective(nn.Module):
         """Compute this rank's shares of ``loss`` and ``losses``, fp32 scalars, and its ``reports``, one number each."""
 
 
-def freeze_unused(objective: Objective) -> None:
-    """Let nothing train that no loss of ``objective`` reaches: its gradients would be missing on every rank."""
+def sigmoid_loss_of_guessing(pairs: int) -> float:
+    """Return the sigmoid loss where every answer is the fraction of those that belong together: 1 of ``pairs``."""
+    others = max(1, pairs) - 1
+    return math.log1p(others) + (others * math.log1p(1 / others) if others else 0.0)
+
+
+def prepare_network(objective: Objective) -> None:
+    """Make the network of ``objective`` what it trains: frozen where no loss reaches, for such gradients would be
+    missing on every rank, and attending as the objective says."""
+    if objective.attention_mode is not None:
+        objective.model.use_attention_mode(objective.attention_mode)
     for weights in objective.unused:
         weights.requires_grad_(False)
 

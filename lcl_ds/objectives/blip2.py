@@ -7,6 +7,7 @@ of the softmax over the similarities of its own image to the others (BLIP-2 draw
 is known only after the decoder has run); the match is read at the end of the text.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -41,7 +42,7 @@ class Objective(base.Objective):
     """The weighted sum of the three losses."""
 
     losses: ClassVar[tuple[str, ...]] = ("contrastive_loss", "generation_loss", "matching_loss")
-    reports: ClassVar[dict[str, Combination]] = {"logit_scale": "same"}
+    reports: Mapping[str, Combination] = {"logit_scale": "same"}
     decoder_passes: ClassVar[int] = 3
 
     def __init__(self, model: LCLModel, settings: Settings):

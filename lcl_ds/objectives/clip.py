@@ -5,6 +5,7 @@ feature, read at the end of the text by a causal text tower. Ours: the text towe
 through the context head, so that nothing but the loss differs from LCL.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class Objective(base.Objective):
     """The contrastive loss alone."""
 
     losses: ClassVar[tuple[str, ...]] = ("contrastive_loss",)
-    reports: ClassVar[dict[str, Combination]] = {"logit_scale": "same"}
+    reports: Mapping[str, Combination] = {"logit_scale": "same"}
 
     def __init__(self, model: LCLModel, settings: Settings):
         super().__init__(model)

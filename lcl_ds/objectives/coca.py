@@ -5,6 +5,7 @@ after the image for the captioning loss, weights 1 and 2. Ours: one decoder of t
 passes, where CoCa adds cross-attention layers to the second; the image is a prefix, as in LCL.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -35,7 +36,7 @@ class Objective(base.Objective):
     """``contrastive_weight * contrastive + generation_weight * captioning``."""
 
     losses: ClassVar[tuple[str, ...]] = ("contrastive_loss", "generation_loss")
-    reports: ClassVar[dict[str, Combination]] = {"logit_scale": "same"}
+    reports: Mapping[str, Combination] = {"logit_scale": "same"}
     decoder_passes: ClassVar[int] = 2
 
     def __init__(self, model: LCLModel, settings: Settings):

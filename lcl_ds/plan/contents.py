@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lcl_ds.assembly import slot_tokens
 from lcl_ds.batch import Batch
 from lcl_ds.config import Config
 from lcl_ds.data.documents import Document
@@ -14,7 +15,6 @@ from lcl_ds.data.stream.packing import PackedSequence, Row, collate
 from lcl_ds.errors import UserError
 from lcl_ds.flops import StepWork
 from lcl_ds.metrics import read_metrics
-from lcl_ds.models.build import tokens_per_image
 from lcl_ds.objectives import view_of
 from lcl_ds.tokens import TextTokenizer, Vocabulary
 
@@ -95,7 +95,7 @@ def made_up_row(
         text_tokens: before each image.
         images_per_document: None: as many as the longest document holds.
     """
-    data, image_tokens = config.data, tokens_per_image(config.model, training=True)
+    data, image_tokens = config.data, slot_tokens(config)
     view = view_of(config.objective, 0.0)
     sequencer = Sequencer(
         lambda text: [0] * len(text), vocabulary, image_tokens, data.longest_document, data.row_images

@@ -6,7 +6,7 @@ Only towers of one and two blocks run; each further block takes as much as the s
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -155,9 +155,10 @@ class Tracer:
         dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         with FakeTensorMode():
             _materialise(objective, dtype)
-            if self.attention == varlen.NAME:
-                varlen.register()
-            switch_implementation(objective.model.decoder, self.attention)
+            if objective.attention_mode is None:  # otherwise it is as the objective needs it
+                if self.attention == varlen.NAME:
+                    varlen.register()
+                switch_implementation(objective.model.decoder, self.attention)
             batch = _batch_of(self.row, self.contents, rows, image_size(config.model))
             terms = objective.count_terms(batch)
             normalizers = {name: LossNormalizer(torch.ones(()), torch.ones(())) for name in terms}
@@ -240,7 +241,10 @@ def _batch_of(row: Batch, contents: RowContents, rows: int, side: int) -> Batch:
         image_seeds=for_images(row.image_seeds),
         slot_images=for_images(row.slot_images),
         slot_positions=for_images(row.slot_positions),
-        readouts={name: Readouts(for_images(r.positions), for_images(r.images)) for name, r in row.readouts.items()},
+        readouts={
+            name: Readouts(*(for_images(getattr(readout, field.name)) for field in fields(Readouts)))
+            for name, readout in row.readouts.items()
+        },
         label_positions=zeros(contents.labels * rows, row.label_positions),
         labels=zeros(contents.labels * rows, row.labels),
         image_count=images,

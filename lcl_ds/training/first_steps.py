@@ -3,7 +3,6 @@ features that are the same for all images, weights that no gradient reaches.
 """
 
 import logging
-import math
 from collections import deque
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from lcl_ds.config import Config
 from lcl_ds.metrics import StepMetrics
 from lcl_ds.models.network import LCLModel
 from lcl_ds.objectives import trained_losses
-from lcl_ds.objectives.base import LossNormalizers
+from lcl_ds.objectives.base import LossNormalizers, ObjectiveSettings
 from lcl_ds.training.checkpoint import WEIGHT
 from lcl_ds.training.distributed import RankInfo, all_reduce_sum, gather_objects
 from lcl_ds.training.engine_state import held_parts
@@ -49,7 +48,7 @@ class FirstSteps:
     def __init__(self, config: Config, done: int, rank_info: RankInfo):
         self.rank_info = rank_info
         self.chance_at = config.train.warmup_steps + CHANCE_AT
-        self._as_published = config.objective.normalization == "reference"
+        self._objective = config.objective
         self._is_contrastive = "contrastive_loss" in trained_losses(config.objective)
         self._is_looked_at = done >= LOOK_AT
         self._losses: deque[tuple[float, float]] = deque(maxlen=CHANCE_STEPS)
@@ -79,7 +78,7 @@ class FirstSteps:
         is_contrastive = self._is_contrastive and "pairs" in normalizers[0]
         if metrics.step <= self.chance_at and is_contrastive and metrics.applied:
             per_rank = [micro_step["pairs"].per_rank or [] for micro_step in normalizers]
-            self._losses.append((metrics.losses["contrastive_loss"], chance_loss(per_rank, self._as_published)))
+            self._losses.append((metrics.losses["contrastive_loss"], chance_loss(per_rank, self._objective)))
         if metrics.step == self.chance_at:
             sentences += self._about_chance()
         if self._hooks and metrics.applied:  # which makes the optimizer's state
@@ -97,7 +96,7 @@ class FirstSteps:
         if losses < (1 - LEAST_GAIN) * of_guessing or not of_guessing:
             return []
         return [
-            f"contrastive_loss is {losses:.3f}, and guessing among the images of a micro-step gives ln(n) = "
+            f"contrastive_loss is {losses:.3f}, and guessing among the images of a micro-step gives "
             f"{of_guessing:.3f}: image and context features have nothing in common yet; look whether images and texts "
             "belong together (python -m lcl_ds.data inspect), at train.learning_rate and at given weights"
         ]
@@ -141,14 +140,14 @@ def spread(features: Tensor) -> Tensor:
     return (features - features.mean(dim=0)).norm() / features.norm().clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def chance_loss(pairs: list[list[int]], as_published: bool) -> float:
-    """Return the contrastive loss of features that tell nothing apart: ln(n), averaged as the loss is.
+def chance_loss(pairs: list[list[int]], objective: ObjectiveSettings) -> float:
+    """Return the contrastive loss of features that tell nothing apart, averaged as the loss is.
 
     Args:
         pairs: of each rank in each micro-step.
-        as_published: every rank's own mean counts as much as that of any other.
     """
+    as_published = objective.normalization == "reference"  # every rank's own mean counts as much as that of any other
     weights = [sum(count > 0 for count in ranks) if as_published else sum(ranks) for ranks in pairs]
     whole = sum(len(ranks) for ranks in pairs) if as_published else sum(weights)
-    parts = [weight * math.log(max(1, sum(ranks))) for weight, ranks in zip(weights, pairs, strict=True)]
+    parts = [weight * objective.loss_of_guessing(sum(ranks)) for weight, ranks in zip(weights, pairs, strict=True)]
     return sum(parts) / max(1, whole)

@@ -190,6 +190,7 @@ class Trainer:
         drawn, normalizers_of = self._begin(number)
         lr = self._set_learning_rate()
         self._first_steps.begin(number, self.objective.model)
+        self.objective.progress = self.progress.step / self.config.train.steps
         summed = outputs_to_sum(self.objective)
         sums = torch.zeros(len(summed), dtype=torch.float64, device=self.rank_info.device)
         for micro_step, (batch, normalizers) in enumerate(zip(drawn.batches, normalizers_of, strict=True), 1):

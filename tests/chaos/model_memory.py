@@ -22,7 +22,7 @@ from lcl_ds.flops import size_of
 from lcl_ds.models.build import build_empty_model
 from lcl_ds.models.initial import units
 from lcl_ds.objectives import build_empty_objective
-from lcl_ds.objectives.base import freeze_unused, local_normalizers
+from lcl_ds.objectives.base import local_normalizers, prepare_network
 from lcl_ds.training import engine as training_engine
 from lcl_ds.training.distributed import RankInfo, init_distributed
 from lcl_ds.training.engine import complete_ds_config, start_engine
@@ -79,7 +79,7 @@ def measure(rank_info: RankInfo, folder: Path, zero: dict[str, Any]) -> None:
     note("base")
     network = build_empty_model(config.model, VOCABULARY.size, ROW_TOKENS)
     objective = build_empty_objective(network, config.objective)
-    freeze_unused(objective)
+    prepare_network(objective)
     weights, module = (
         size_of(objective.parameters()),
         max(size_of(unit.module.parameters()) for unit in units(objective)),

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lcl_ds.assembly import build_empty
+from lcl_ds.assembly import build_empty, slot_tokens
 from lcl_ds.batch import Batch
 from lcl_ds.config import RECIPES, Config, load_config
 from lcl_ds.data.documents import Document
 from lcl_ds.data.sequences import Sequencer
 from lcl_ds.data.stream.packing import PackedSequence, Row, collate
-from lcl_ds.models.build import image_size, tokens_per_image
+from lcl_ds.models.build import image_size
 from lcl_ds.objectives import view_of
 from lcl_ds.plan.contents import contents_of
 from lcl_ds.plan.memory import Layout, Memory, loss_memory, memory_of, sizes_of
@@ -89,7 +89,7 @@ def config_of(case: str) -> Config:
 def batch_of(config: Config, rows: int) -> Batch:
     """Rows full of documents with one image each."""
     rng = np.random.default_rng(0)
-    view, tokens_of = view_of(config.objective, 0.0), tokens_per_image(config.model, training=True)
+    view, tokens_of = view_of(config.objective, 0.0), slot_tokens(config)
     side = image_size(config.model)
     sequencer = Sequencer(lambda text: [ord(c) for c in text], VOCABULARY, tokens_of, ROW_TOKENS, 99)
     packed = []

@@ -9,12 +9,11 @@ import torch
 from lcl_ds.assembly import attach_objective
 from lcl_ds.metrics import read_metrics
 from lcl_ds.models.initial import units
-from lcl_ds.objectives import NAMES
 from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.training.checkpoint import checkpoint_of, checkpoints_folder, load_model, problem_of, resolve_checkpoint
 from tests.support.rank_tasks.given import STAGES, THREE_STEPS, batch_of_rank
 from tests.support.ranks import all_on_ranks
-from tests.support.small import lcl_objective, merged, small_config, small_model, three_documents
+from tests.support.small import OBJECTIVES, lcl_objective, merged, small_config, small_model, three_documents
 
 pytestmark = pytest.mark.timeout(600)
 TASKS = [
@@ -112,9 +111,9 @@ def objectives(results):
     return results["objectives"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_at_stage_3_computes_what_one_process_computes(objectives, name):
-    config = small_config(f"objective.name={name}")
+    config = small_config(*OBJECTIVES[name])
     objective = attach_objective(small_model(config), config)
     batch = merged(three_documents(config, seed=0), three_documents(config, seed=1))
     losses = objective(batch, *local_normalizers(objective, batch))
@@ -130,9 +129,9 @@ def test_every_objective_at_stage_3_computes_what_one_process_computes(objective
             assert (gradient - expected).norm() <= 1e-5 * expected.norm() + 1e-7, n
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_weight_that_an_objective_trains_moves_and_no_other(objectives, name):
-    config = small_config(f"objective.name={name}")
+    config = small_config(*OBJECTIVES[name])
     objective = attach_objective(small_model(config), config)
     before, after = objectives[0][name]["before"], objectives[0][name]["after"]
     for n, weight in objective.named_parameters():

@@ -6,14 +6,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from lcl_ds.assembly import slot_tokens
 from lcl_ds.batch import Batch, Readouts
 from lcl_ds.config import RECIPES, Config, load_config
 from lcl_ds.data.documents import Document
 from lcl_ds.data.sequences import DocumentView, Sequencer
 from lcl_ds.data.stream.packing import PackedSequence, Row, collate
-from lcl_ds.models.build import build_model, tokens_per_image
+from lcl_ds.models.build import build_model
 from lcl_ds.models.network import LCLModel
-from lcl_ds.objectives import lcl, view_of
+from lcl_ds.objectives import NAMES, lcl, view_of
 from lcl_ds.tokens import Vocabulary, encode_sequence
 
 VOCABULARY = Vocabulary(text_size=60)
@@ -39,6 +40,14 @@ VISION_TOWERS = {
     "siglip2_vision_model": f"{{model_type: siglip2_vision_model, intermediate_size: 64, {TOWER}}}",
     "dinov2": f"{{model_type: dinov2, mlp_ratio: 2, {TOWER}}}",
 }
+
+
+OBJECTIVES = {name: [f"objective.name={name}"] for name in NAMES} | {
+    "lcl, sigmoid": ["objective.contrastive=sigmoid"],
+    "lcl, a document's images are positives": ["objective.same_document=positive"],
+    "lcl, matching": ["objective.matching=estimated", "model.logit_scale_init=4"],
+}
+"""Overrides by what they train."""
 
 
 def small_config(*overrides: str, decoder: str = "llama") -> Config:
@@ -87,7 +96,7 @@ def objective_batch(config: Config, *rows: list[Document], seed: int = 0) -> Bat
     """Documents in rows, seen as the objective of ``config`` sees them; images are noise."""
     rng = np.random.default_rng(seed)
     view = view_of(config.objective, image_first_probability=0.5)
-    image_tokens = tokens_per_image(config.model, training=True)
+    image_tokens = slot_tokens(config)
     sequencer = Sequencer(lambda text: [ord(c) % 60 for c in text], VOCABULARY, image_tokens, ROW_TOKENS, 9)
     packed = []
     for row in rows:
@@ -139,7 +148,9 @@ def merged(*batches: Batch) -> Batch:
         bounds.append(b.cu_seqlens[:-1] + tokens)
         if b.image_count:
             slots.append((b.slot_positions + tokens, b.slot_images + image_offset))
-        readouts.append({n: (r.positions + tokens, r.images + image_offset) for n, r in b.readouts.items()})
+        readouts.append(
+            {n: (r.positions + tokens, r.images + image_offset, r.documents) for n, r in b.readouts.items()}
+        )
         labels_at.append(b.label_positions + tokens)
         row_offset += len(b.input_ids)
         image_offset += b.image_count

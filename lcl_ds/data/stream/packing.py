@@ -1,6 +1,7 @@
 """Pack token sequences into rows, and lay rows side by side as a batch."""
 
 import bisect
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -113,7 +114,7 @@ def collate(
     input_ids, position_ids = _lay_tokens(rows, row_tokens, vocabulary.eot)
     labels, label_positions = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     slots: list[tuple[int, int]] = []  # (flat position, image of the batch)
-    readouts: dict[str, list[tuple[int, int]]] = {name: [] for name in readout_names}
+    readouts: dict[str, list[tuple[int, int, int]]] = {name: [] for name in readout_names}
     pixels: list[np.ndarray] = []
     seeds: list[int] = []
     for r, row in enumerate(rows):
@@ -125,7 +126,8 @@ def collate(
             number = {image: len(seeds) + i for i, image in enumerate(tokens.images)}
             slots += [(offset + slot.position, number[slot.image]) for slot in tokens.slots]
             for name, positions in tokens.readouts.items():
-                readouts[name] += [(offset + position, number[image]) for position, image in positions]
+                document = number_of(sequence.key)
+                readouts[name] += [(offset + position, number[image], document) for position, image in positions]
             pixels.append(sequence.pixels)
             seeds += sequence.image_seeds or (0,) * len(tokens.images)
             offset += len(tokens.input_ids)
@@ -134,7 +136,7 @@ def collate(
         pixels = [np.full((1, 3, image_size, image_size), 127, dtype=np.uint8)]
         slots, seeds = [(len(rows) * row_tokens, 0)], [0]
     sequences = [sequence for row in rows for sequence in row.sequences]
-    slot_positions, slot_images = _columns(slots)
+    slot_positions, slot_images = _columns(slots, 2)
     bounds = np.append(np.flatnonzero(position_ids == 0), position_ids.size).astype(np.int32)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
@@ -145,7 +147,7 @@ def collate(
         image_seeds=torch.tensor(seeds, dtype=torch.int64),
         slot_images=slot_images,
         slot_positions=slot_positions,
-        readouts={name: Readouts(*_columns(entries)) for name, entries in readouts.items()},
+        readouts={name: Readouts(*_columns(entries, 3)) for name, entries in readouts.items()},
         label_positions=torch.from_numpy(np.concatenate(label_positions)),
         labels=torch.from_numpy(np.concatenate(labels)),
         image_count=image_count,
@@ -195,6 +197,10 @@ def _sources(sequences: Sequence[PackedSequence]) -> dict[str, SourceCounts]:
     return {name: SourceCounts(len(of_source), sum(of_source)) for name, of_source in images.items()}
 
 
-def _columns(rows: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    first, second = torch.tensor(rows, dtype=torch.int64).view(-1, 2).unbind(1)
-    return first.contiguous(), second.contiguous()
+def number_of(key: str) -> int:
+    """Number a document by its key, in 64 bits with a sign: the same in any process, and no other's but by chance."""
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), signed=True)
+
+
+def _columns(rows: Sequence[tuple[int, ...]], count: int) -> list[torch.Tensor]:
+    return [column.contiguous() for column in torch.tensor(rows, dtype=torch.int64).view(-1, count).unbind(1)]

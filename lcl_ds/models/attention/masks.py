@@ -25,8 +25,11 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from lcl_ds.models.attention import varlen
 
-Mode = Literal["causal", "images", "bidirectional"]
-"""What a token sees of its document: what came before it; that and the rest of its own image; everything."""
+Mode = Literal["causal", "images", "prefix", "bidirectional"]
+"""What a token sees of its document: what came before it; that and the rest of its own image; the same, but of an image
+only its own image; everything."""
+BY_IMAGES = ("images", "prefix")
+"""Modes in which the tokens of an image see each other."""
 
 FLASH = ("flash_attention_3", "flash_attention_2")
 BY_BOUNDS = (*FLASH, varlen.NAME)
@@ -53,14 +56,14 @@ def attention_arguments(
     Args:
         inputs_embeds: [R, L, H].
         position_ids: int64 [R, L], 0 where a document or the padding begins.
-        image_blocks: int64 [R, L], number of the image slot that a token is in, -1 for none; for mode ``images``.
+        image_blocks: int64 [R, L], number of the image slot that a token is in, -1 for none; for :data:`BY_IMAGES`.
         cu_seqlens: int32 [D + 1], where documents begin in the rows laid end to end, and their end; None: made from
             ``position_ids``, which on a GPU waits for it.
         max_seqlen: tokens of the longest document.
     """
     used = decoder.config._attn_implementation
     if used in BY_BOUNDS:
-        assert mode != "images", f"{used} cannot let tokens of an image see each other"
+        assert mode not in BY_IMAGES, f"{used} cannot let tokens of an image see each other"
         if cu_seqlens is None or max_seqlen is None:
             begins = (position_ids.flatten() == 0).nonzero().squeeze(1)
             cu_seqlens = torch.cat([begins, begins.new_tensor([position_ids.numel()])]).to(torch.int32)
@@ -151,11 +154,11 @@ def unsupported(tower: PreTrainedModel, implementation: str, mode: Mode = "causa
     if implementation in FLASH:
         if not tower._supports_flash_attn:
             return f"transformers does not support it for {family}"
-        return "it cannot let tokens of an image see each other (bidirectional_images)" if mode == "images" else None
+        return "it cannot let tokens of an image see each other (bidirectional_images)" if mode in BY_IMAGES else None
     if implementation == varlen.NAME:
         if not tower._supports_attention_backend:
             return f"transformers does not support it for {family}"
-        if mode == "images":
+        if mode in BY_IMAGES:
             return "it cannot let tokens of an image see each other (bidirectional_images)"
         if getattr(config, "attn_logit_softcapping", None):
             return f"it cannot cap attention logits as {family} does"
@@ -222,7 +225,14 @@ def _visible(mode: Mode, window: int | None, documents: Tensor, blocks: Tensor |
     else:
         near = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
     visible = and_masks(packed_sequence_mask_function(documents), near)
-    if mode != "images":
+    if mode not in BY_IMAGES:
         return visible
     assert blocks is not None
+    if mode == "prefix":
+        visible = and_masks(visible, _is_no_image_token(blocks))
     return or_masks(visible, blockwise_overlay(blocks))
+
+
+def _is_no_image_token(blocks: Tensor) -> Callable[..., Tensor]:
+    """Say whether a query position is outside all images."""
+    return lambda row, head, query, key: blocks[row, query] < 0

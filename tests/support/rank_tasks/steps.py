@@ -14,8 +14,8 @@ from lcl_ds.errors import UserError
 from lcl_ds.metrics import Combination, read_metrics
 from lcl_ds.models.build import build_empty_model
 from lcl_ds.models.initial import fill_weights
-from lcl_ds.objectives import NAMES, build_empty_objective, lcl
-from lcl_ds.objectives.base import LossNormalizers, freeze_unused
+from lcl_ds.objectives import build_empty_objective, lcl
+from lcl_ds.objectives.base import LossNormalizers, prepare_network
 from lcl_ds.training import engine as training_engine
 from lcl_ds.training.checkpoint import Progress
 from lcl_ds.training.distributed import RankInfo, all_reduce_sum, raise_for_all
@@ -30,7 +30,15 @@ from tests.support.rank_tasks.given import (
     steps_of,
     trainer_of,
 )
-from tests.support.small import ROW_TOKENS, VOCABULARY, batch_with_images, small_config, small_model, three_documents
+from tests.support.small import (
+    OBJECTIVES,
+    ROW_TOKENS,
+    VOCABULARY,
+    batch_with_images,
+    small_config,
+    small_model,
+    three_documents,
+)
 
 
 def gradients(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def building(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
 
 def empty_objective(config: Config) -> Any:
     objective = build_empty_objective(build_empty_model(config.model, VOCABULARY.size, ROW_TOKENS), config.objective)
-    freeze_unused(objective)
+    prepare_network(objective)
     return objective
 
 
@@ -158,10 +166,8 @@ def memory(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
 def objectives(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     """For each objective at stage 3: loss and full gradients of a first step, then weights before and after a few."""
     results = {}
-    for name in NAMES:
-        config = small_config(
-            f"objective.name={name}", "train.global_batch_rows=6", "train.steps=3", "train.warmup_steps=0"
-        )
+    for name, overrides in OBJECTIVES.items():
+        config = small_config(*overrides, "train.global_batch_rows=6", "train.steps=3", "train.warmup_steps=0")
         batches = [three_documents(config, seed=10 * step + rank_info.rank) for step in range(3)]
         trainer = trainer_of(config, 3, rank_info, batches, folder / name)
         first = three_documents(config, seed=rank_info.rank)

@@ -12,6 +12,7 @@ from tests.support.runs import step_metrics
 from tests.support.small import small_config
 
 PAIRS = [30, 34]
+WHOLE, PUBLISHED = (small_config(f"objective.normalization={name}").objective for name in ("global", "reference"))
 
 
 def said(only_rank, caplog, loss_of_step, *overrides, done=0, pairs=PAIRS):
@@ -28,7 +29,7 @@ def said(only_rank, caplog, loss_of_step, *overrides, done=0, pairs=PAIRS):
 def test_a_contrastive_loss_that_stands_at_the_one_of_guessing_is_named(only_rank, caplog):
     (sentence,) = said(only_rank, caplog, lambda step: math.log(64) + 0.01 * math.sin(step))
     assert sentence.startswith(f"step {CHANCE_AT + 10}: contrastive_loss is 4.15")
-    assert "ln(n) = 4.159" in sentence
+    assert "gives 4.159" in sentence
 
 
 def test_so_is_one_that_is_worse(only_rank, caplog):
@@ -50,12 +51,21 @@ def test_nothing_is_said_where(only_rank, caplog, overrides, options, loss):
 
 
 def test_guessing_is_averaged_as_the_loss_is():
-    assert chance_loss([[8, 8]], as_published=False) == pytest.approx(math.log(16))
+    assert chance_loss([[8, 8]], WHOLE) == pytest.approx(math.log(16))
     of_all = (16 * math.log(16) + 4 * math.log(4)) / 20
-    assert chance_loss([[8, 8], [4, 0]], as_published=False) == pytest.approx(of_all)
+    assert chance_loss([[8, 8], [4, 0]], WHOLE) == pytest.approx(of_all)
     of_ranks = (2 * math.log(16) + math.log(4)) / 4
-    assert chance_loss([[8, 8], [4, 0]], as_published=True) == pytest.approx(of_ranks)
-    assert chance_loss([[0, 0]], as_published=False) == 0
+    assert chance_loss([[8, 8], [4, 0]], PUBLISHED) == pytest.approx(of_ranks)
+    assert chance_loss([[0, 0]], WHOLE) == 0
+
+
+def test_guessing_under_the_sigmoid_answers_every_question_with_the_fraction_of_pairs():
+    scores = torch.full((16, 16), math.log(1 / 15))  # the sigmoid of which is 1 / 16
+    belongs = torch.eye(16)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(scores, belongs, reduction="sum") / 16
+    for settings in (small_config("objective.name=siglip"), small_config("objective.contrastive=sigmoid")):
+        assert chance_loss([[8, 8]], settings.objective) == pytest.approx(expected.item(), rel=1e-6)
+        assert chance_loss([[1, 0]], settings.objective) == 0
 
 
 def test_equal_features_have_no_spread_in_any_dtype_and_different_ones_much():
