@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcl_ds.grids import Grid, PackedImages, joined_patches
 from lcl_ds.metrics import SourceCounts
 
 
@@ -41,7 +42,8 @@ class Batch:
     """Length in tokens of the longest document or padding."""
     images: Tensor
     """uint8 [M, 3, H, W], or float already normalised. A rank without images holds one constant image in a slot
-    beyond the rows: under ZeRO-3 every rank must run the encoder once, and its features reach no token."""
+    beyond the rows: under ZeRO-3 every rank must run the encoder once, and its features reach no token. Where there is
+    ``packed``, the patches of all images end to end instead, [N, 3, P, P], each image in raster order."""
     image_seeds: Tensor
     """int64 [M], what anything drawn for an image on the device depends on; the same on any number of ranks."""
     slot_images: Tensor
@@ -70,6 +72,17 @@ class Batch:
     """For each of them, which of how many pieces of that document it is: ``(1, 3)`` is the second of three."""
     sources: dict[str, SourceCounts]
     """Documents and images of each source that the batch has something of."""
+    packed: PackedImages | None = None
+    """How images that keep their aspect ratio lie; None where all are squares of the size of the tower's positions."""
+    grids: tuple[Grid, ...] = ()
+    """Of every real image where the run's images keep their aspect ratio, also in a batch of squares."""
+
+    def picture(self, number: int) -> Tensor:
+        """Return the pixels of one image, [3, H, W]."""
+        if self.packed is None:
+            return self.images[number]
+        start, end = self.packed.cu_patches[number : number + 2].tolist()
+        return joined_patches(self.images[start:end], self.packed.grids[number])
 
     def to(self, device: torch.device) -> "Batch":
         """Copy the batch to ``device``; copies do not block the host when the memory is pinned."""
@@ -83,4 +96,5 @@ class Batch:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         tensors: dict[str, Any] = {k: function(v) for k, v in values.items() if isinstance(v, Tensor)}
         readouts = {k: Readouts(function(v.positions), function(v.images)) for k, v in self.readouts.items()}
-        return Batch(**(values | tensors | {"readouts": readouts}))
+        packed = self.packed and self.packed.moved(function)
+        return Batch(**(values | tensors | {"readouts": readouts, "packed": packed}))

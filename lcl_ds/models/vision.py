@@ -1,14 +1,19 @@
 """The vision tower: a transformers encoder whose patch tokens are what the decoder sees."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from lcl_ds.models.attention.masks import use_best_implementation
-from lcl_ds.models.encoders import FAMILIES, IMAGE_MEAN, IMAGE_STD, family_of
+from lcl_ds.grids import PackedImages
+from lcl_ds.models.attention import varlen
+from lcl_ds.models.attention.masks import bounds_of_images, use_best_implementation
+from lcl_ds.models.counter_rng import kept_of_packed
+from lcl_ds.models.encoders import FAMILIES, IMAGE_MEAN, IMAGE_STD, EncoderFamily, family_of
+from lcl_ds.models.positions import AxisWeights
 
 
 def _shape(patch: int, width: int, depth: int, heads: int, mlp: int) -> dict[str, Any]:
@@ -70,7 +75,7 @@ def normalize_images(
     image_mean: Sequence[float] = IMAGE_MEAN,
     image_std: Sequence[float] = IMAGE_STD,
 ) -> Tensor:
-    """Normalise uint8 [M, 3, H, W] to ``dtype``; floating images are taken as normalised already."""
+    """Normalise uint8 [M, 3, H, W], or patches, to ``dtype``; floating images are taken as normalised already."""
     if images.is_floating_point():
         return images.to(dtype)
     mean = torch.tensor(image_mean, device=images.device).view(3, 1, 1) * 255
@@ -81,20 +86,31 @@ def normalize_images(
 class VisionEncoder(nn.Module):
     """Patch tokens after the final norm, from any of :data:`lcl_ds.models.encoders.FAMILIES`.
 
-    A class token takes part in attention and is then dropped, as in the published ``lcl_model.py``. Images have no
-    masks, so ``auto`` is sdpa: torch takes its own flash kernel then.
+    A class token takes part in attention and is then dropped, as in the published ``lcl_model.py``. Square images need
+    no mask, so ``auto`` is sdpa: torch takes its own flash kernel then.
+
+    Args:
+        is_native: whether images keep their aspect ratio, so that those of a batch may come packed.
     """
 
-    def __init__(self, config: Any, attention: str = "auto"):
+    def __init__(self, config: Any, attention: str = "auto", is_native: bool = False):
         super().__init__()
-        self.attention = attention
+        self.attention, self.is_native = attention, is_native
         self.model: PreTrainedModel = AutoModel.from_config(config)
         self.patch_tokens = image_tokens(config)
+        family = family_of(config)
+        side = config.image_size // config.patch_size
+        self.axis_weights = AxisWeights(side, family.position_mode, family.antialiases_positions)
         self.choose_attention()
 
     def choose_attention(self) -> None:
         """Use the attention implementation that suits the settings, the device and the dtype of the tower."""
-        use_best_implementation(self.model, self.attention, preferred=("sdpa", "eager"))
+        wanted: str = self.attention
+        preferred: tuple[str, ...] = ("sdpa", "eager")
+        if self.is_native:
+            wanted = varlen.IMAGES if wanted in ("auto", varlen.NAME) else wanted
+            preferred = (varlen.IMAGES, *preferred)
+        use_best_implementation(self.model, wanted, preferred=preferred)
 
     def _apply(self, *args: Any, **options: Any) -> "VisionEncoder":
         """Move or cast the tower, as ``to`` and ``bfloat16`` do by this, and choose attention for what it is then."""
@@ -137,6 +153,42 @@ class VisionEncoder(nn.Module):
             tokens = getattr(model, family.first_norm)(tokens)
         return model.encoder(tokens).last_hidden_state, prefix
 
+    def packed(self, patches: Tensor, images: PackedImages, image_seeds: Tensor) -> Tensor:
+        """Encode the normalised patches [N, 3, P, P] of images of different shapes: image tokens [U, width].
+
+        Modules run in the order in which :meth:`forward` runs them: at ZeRO stage 3 ranks with squares and ranks with
+        other shapes gather the same weights at the same time.
+
+        Args:
+            image_seeds: int64 [M], from which the patches are drawn that patch dropout keeps.
+        """
+        model: Any = self.model
+        family = family_of(model.config)
+        row_weights = self.axis_weights(images.row_places, images.grids)
+        column_weights = self.axis_weights(images.column_places, images.grids)
+        # The module itself is called, so that ZeRO gathers its weights.
+        model.embeddings.forward = partial(_embed_packed, model.embeddings, family, row_weights, column_weights)
+        try:
+            tokens, class_token = model.embeddings(patches)
+        finally:
+            del model.embeddings.forward
+        if images.drops_patches:
+            tokens = tokens.index_select(0, kept_of_packed(image_seeds, images))
+        bounds, longest, places = images.cu_tokens, images.longest, None
+        if class_token is not None:
+            count = len(images.grids)
+            bounds, longest = bounds + torch.arange(count + 1, dtype=torch.int32, device=bounds.device), longest + 1
+            places = torch.arange(len(tokens), device=tokens.device) + images.token_images + 1
+            whole = tokens.new_zeros(len(tokens) + count, tokens.shape[1]).index_copy(0, places, tokens)
+            tokens = whole.index_copy(0, bounds[:-1].long(), class_token.expand(count, -1))
+        tokens = tokens[None]
+        if family.first_norm is not None:
+            tokens = getattr(model, family.first_norm)(tokens)
+        hidden_states = model.encoder(
+            tokens, attention_mask=bounds_of_images(model, tokens, bounds, longest)
+        ).last_hidden_state[0]
+        return self._final_norm(hidden_states if places is None else hidden_states.index_select(0, places))
+
     def _final_norm(self, hidden_states: Tensor) -> Tensor:
         return getattr(self.model, family_of(self.model.config).final_norm)(hidden_states)
 
@@ -148,6 +200,34 @@ def _embed(model: Any, pixel_values: Tensor) -> Tensor:
     # Its own forward resizes the positions for every image by itself. All images here have the size of the positions.
     patches = model.embeddings.patch_embedding(flat_patches(pixel_values, model.config.patch_size))
     return patches + model.embeddings.position_embedding(torch.arange(patches.shape[1], device=patches.device))
+
+
+def _embed_packed(
+    embeddings: Any, family: EncoderFamily, row_weights: Tensor, column_weights: Tensor, patches: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Embed patches [N, 3, P, P] with positions: tokens [N, width], and the class token [1, width] where there is one.
+
+    Args:
+        row_weights, column_weights: fp32 [N, side], how much of each row and column of positions a patch gets.
+    """
+    if family.reads_flat_patches:
+        patches = patches.permute(0, 2, 3, 1).flatten(1)
+    tokens = getattr(embeddings, family.patch_embedding)(patches).flatten(1)
+    name = family.positions.removeprefix("embeddings.").removesuffix(".weight")
+    table: Any = getattr(embeddings, name)
+    if isinstance(table, nn.Embedding):
+        positions = table(torch.arange(table.num_embeddings, device=tokens.device))
+    else:
+        positions = table[0]
+    prefix = int(family.has_class_token)
+    weights = (row_weights[:, :, None] * column_weights[:, None]).flatten(1)
+    tokens = tokens + (weights @ positions[prefix:].float()).to(tokens.dtype)
+    dropout = getattr(embeddings, "dropout", nn.Identity())
+    if family.class_embedding is None:
+        return dropout(tokens), None
+    class_token = getattr(embeddings, family.class_embedding).view(1, -1) + positions[:1]
+    tokens = dropout(torch.cat([class_token, tokens]))
+    return tokens[1:], tokens[:1]
 
 
 def flat_patches(images: Tensor, patch_size: int) -> Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from lcl_ds.batch import Batch, Readouts
+from lcl_ds.grids import Grid, PackedImages, joined_patches, pack_images
 from lcl_ds.metrics import SourceCounts
 from lcl_ds.tokens import TokenSequence, Vocabulary
 
@@ -22,7 +23,7 @@ def pack(lengths: Sequence[int], images: Sequence[int], row_tokens: int, row_ima
 
     Args:
         lengths: tokens of each sequence, each at most ``row_tokens``.
-        images: images of each sequence, each at most ``row_images``.
+        images: images of each sequence, each at most ``row_images``; or image tokens, both of them.
 
     Returns:
         Rows of sequence numbers, fullest first.
@@ -87,11 +88,14 @@ class PackedSequence:
     key: str
     tokens: TokenSequence
     pixels: np.ndarray
-    """uint8 [images, 3, H, W], in the order of ``tokens.images``."""
+    """uint8 [images, 3, H, W], in the order of ``tokens.images``; where there are ``grids`` the patches of all of them,
+    [N, 3, P, P]."""
     image_seeds: tuple[int, ...] = ()
     """One per image; none where nothing is drawn for them."""
     piece: tuple[int, int] = (0, 1)
     """Which of how many pieces of its document it is, counted from 0."""
+    grids: tuple[Grid, ...] = ()
+    """One per image, where they keep their aspect ratio."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,7 @@ def collate(
     slots: list[tuple[int, int]] = []  # (flat position, image of the batch)
     readouts: dict[str, list[tuple[int, int]]] = {name: [] for name in readout_names}
     pixels: list[np.ndarray] = []
+    grids: list[Grid] = []
     seeds: list[int] = []
     for r, row in enumerate(rows):
         offset = r * row_tokens
@@ -127,12 +132,16 @@ def collate(
             for name, positions in tokens.readouts.items():
                 readouts[name] += [(offset + position, number[image]) for position, image in positions]
             pixels.append(sequence.pixels)
+            grids += sequence.grids
             seeds += sequence.image_seeds or (0,) * len(tokens.images)
             offset += len(tokens.input_ids)
     image_count = len(seeds)
     if image_count == 0:
         pixels = [np.full((1, 3, image_size, image_size), 127, dtype=np.uint8)]
         slots, seeds = [(len(rows) * row_tokens, 0)], [0]
+    images, packed = _lay_images([part for part in pixels if len(part)], grids, slots, image_size)
+    if packed is not None:
+        assert (input_ids.ravel()[packed.slot_places.numpy()] == vocabulary.image).all(), "slots of other lengths"
     sequences = [sequence for row in rows for sequence in row.sequences]
     slot_positions, slot_images = _columns(slots)
     bounds = np.append(np.flatnonzero(position_ids == 0), position_ids.size).astype(np.int32)
@@ -141,7 +150,7 @@ def collate(
         position_ids=torch.from_numpy(position_ids),
         cu_seqlens=torch.from_numpy(bounds),
         max_seqlen=int(np.diff(bounds).max(initial=0)),
-        images=torch.from_numpy(np.concatenate(pixels)),
+        images=images,
         image_seeds=torch.tensor(seeds, dtype=torch.int64),
         slot_images=slot_images,
         slot_positions=slot_positions,
@@ -156,7 +165,25 @@ def collate(
         keys=tuple(sequence.key for sequence in sequences),
         pieces=tuple(sequence.piece for sequence in sequences),
         sources=_sources(sequences),
+        packed=packed,
+        grids=tuple(grids),
     )
+
+
+def _lay_images(
+    pixels: Sequence[np.ndarray], grids: Sequence[Grid], slots: Sequence[tuple[int, int]], image_size: int
+) -> tuple[torch.Tensor, PackedImages | None]:
+    """Lay the images of all sequences end to end; patches become images again where all are squares of that size.
+
+    The towers then do with them what they do in a run of squares, to the last bit.
+    """
+    images = torch.from_numpy(np.concatenate(pixels))
+    if not grids:
+        return images, None
+    side = images.shape[-1]
+    if all(side * grid.rows == side * grid.columns == image_size for grid in grids):
+        return torch.stack([joined_patches(patches, grids[0]) for patches in images.split(grids[0].patches)]), None
+    return images, pack_images(grids, slots)
 
 
 def _lay_tokens(rows: Sequence[Row], row_tokens: int, padding: int) -> tuple[np.ndarray, np.ndarray]:
