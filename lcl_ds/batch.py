@@ -73,16 +73,19 @@ class Batch:
     sources: dict[str, SourceCounts]
     """Documents and images of each source that the batch has something of."""
     packed: PackedImages | None = None
-    """How images that keep their aspect ratio lie; None where all are squares of the size of the tower's positions."""
-    grids: tuple[Grid, ...] = ()
-    """Of every real image where the run's images keep their aspect ratio, also in a batch of squares."""
+    """How images lie that keep their aspect ratio; None where all images of a run are squares."""
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """Return those of the real images where images keep their aspect ratio."""
+        return self.packed.grids[: self.image_count] if self.packed else ()
 
     def picture(self, number: int) -> Tensor:
         """Return the pixels of one image, [3, H, W]."""
         if self.packed is None:
             return self.images[number]
         start, end = self.packed.cu_patches[number : number + 2].tolist()
-        return joined_patches(self.images[start:end], self.packed.grids[number])
+        return joined_patches(self.images[start:end], self.packed.grids[number])[0]
 
     def to(self, device: torch.device) -> "Batch":
         """Copy the batch to ``device``; copies do not block the host when the memory is pinned."""

@@ -90,6 +90,8 @@ class PackedImages:
     """int64 [N], where each patch's row stands in a table of all rows of grids of 1, 2, ... rows: ``0, 0 1, 0 1 2``."""
     column_places: Tensor
     """int64 [N], the same of its column."""
+    patch_images: Tensor
+    """int64 [N], the image of each patch."""
     cu_patches: Tensor
     """int64 [M + 1], where images begin among the patches, and their end."""
     cu_tokens: Tensor
@@ -99,9 +101,21 @@ class PackedImages:
     slot_tokens: Tensor
     """int64 [W], which image token stands there."""
     slot_places: Tensor
-    """int64 [W], flat positions of the rows where image tokens stand, slot by slot."""
+    """int64 [W], flat positions where they stand, slot by slot."""
     slot_numbers: Tensor
     """int64 [W], the slot that each of them is in."""
+    beyond: int = 0
+    """How many of these places lie behind the rows: those of the constant image of a rank without images."""
+
+    @property
+    def count(self) -> int:
+        """Return M."""
+        return len(self.grids)
+
+    @property
+    def shared_grid(self) -> Grid | None:
+        """Return the grid of all images where they have but one."""
+        return self.grids[0] if len(set(self.grids)) == 1 else None
 
     @property
     def longest(self) -> int:
@@ -115,16 +129,18 @@ class PackedImages:
 
     def moved(self, function: Callable[[Tensor], Tensor]) -> "PackedImages":
         """Return the same with what ``function`` makes of each tensor."""
-        tensors: dict[str, Any] = {f.name: function(getattr(self, f.name)) for f in fields(self) if f.name != "grids"}
+        tensors: dict[str, Any] = {f.name: function(getattr(self, f.name)) for f in fields(self) if f.type is Tensor}
         return replace(self, **tensors)
 
 
-def pack_images(grids: Sequence[Grid], slots: Sequence[tuple[int, int]]) -> PackedImages:
+def pack_images(grids: Sequence[Grid], slots: Sequence[tuple[int, int]], beyond: int = 0) -> PackedImages:
     """Say how images of these grids lie end to end, on the CPU.
 
     Args:
         slots: of each one the flat position of its first image token, and the image that stands there.
+        beyond: image tokens that stand behind the rows.
     """
+    numbers = torch.arange(len(grids))
     starts = [0, *accumulate(grid.tokens for grid in grids)]
     lengths = [grids[image].tokens for _, image in slots]
     rows = [_places(grid.rows).repeat_interleave(grid.columns) for grid in grids]
@@ -136,12 +152,14 @@ def pack_images(grids: Sequence[Grid], slots: Sequence[tuple[int, int]]) -> Pack
         column_places=torch.cat(columns),
         cu_patches=torch.tensor([0, *accumulate(grid.patches for grid in grids)]),
         cu_tokens=torch.tensor(starts, dtype=torch.int32),
-        token_images=torch.arange(len(grids)).repeat_interleave(torch.tensor([grid.tokens for grid in grids])),
+        patch_images=numbers.repeat_interleave(torch.tensor([grid.patches for grid in grids])),
+        token_images=numbers.repeat_interleave(torch.tensor([grid.tokens for grid in grids])),
         slot_tokens=torch.cat([nothing, *(torch.arange(starts[image], starts[image + 1]) for _, image in slots)]),
         slot_places=torch.cat(
             [nothing, *(torch.arange(at, at + n) for (at, _), n in zip(slots, lengths, strict=True))]
         ),
         slot_numbers=torch.arange(len(slots)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64)),
+        beyond=beyond,
     )
 
 
@@ -157,6 +175,6 @@ def cut_patches(pixels: np.ndarray, patch_size: int) -> np.ndarray:
 
 
 def joined_patches(patches: Tensor, grid: Grid) -> Tensor:
-    """Lay patches [N, 3, P, P] of one image side by side, [3, H, W]."""
-    tiles = patches.unflatten(0, (grid.rows, grid.columns))
-    return tiles.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    """Lay patches [N, 3, P, P] of images of one shape side by side, [M, 3, H, W]."""
+    tiles = patches.unflatten(0, (-1, grid.rows, grid.columns))
+    return tiles.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)

@@ -165,10 +165,10 @@ def _slot_places(batch: Batch, image_tokens: Tensor) -> tuple[Tensor, int]:
     """Give the flat positions [W] of all tokens in slots, and how many of them may lie beyond the rows.
 
     One image's worth: a rank without images writes its constant image there, so that every rank runs the same modules
-    and the constant image's features reach nothing. A batch of packed images has images.
+    and the constant image's features reach nothing.
     """
     if batch.packed is not None:
-        return batch.packed.slot_places, 0
+        return batch.packed.slot_places, batch.packed.beyond
     count = image_tokens.shape[1]
     places = batch.slot_positions[:, None] + torch.arange(count, device=image_tokens.device)
     return places.flatten(), count

@@ -77,13 +77,16 @@ class AttentivePooling(nn.Module):
         return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
-def _side_by_side(key: Tensor, value: Tensor, images: PackedImages) -> tuple[Tensor, Tensor, Tensor]:
+def _side_by_side(key: Tensor, value: Tensor, images: PackedImages) -> tuple[Tensor, Tensor, Tensor | None]:
     """Lay the keys and values [U, width] of every image into a row of its own, [M, longest, width].
 
     Returns:
-        Keys, values, and bool [M, 1, 1, longest], which of them are an image's own. One query reads them, so that
-        what is read in vain is little.
+        Keys, values, and bool [M, 1, 1, longest], which of them are an image's own; None: all. One query reads them,
+        so that what is read in vain is little.
     """
+    shape = images.count, images.longest
+    if len(key) == images.count * images.longest:
+        return key.unflatten(0, shape), value.unflatten(0, shape), None
     at = torch.arange(images.longest, device=key.device)
     starts, ends = images.cu_tokens[:-1, None], images.cu_tokens[1:, None]
     places = (starts + at).clamp(max=len(key) - 1)

@@ -4,13 +4,11 @@ Torch resizes a picture axis by axis. So the position of a patch is a sum over a
 weighted by its row times its column, and one table of weights per axis serves images of every shape.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lcl_ds.grids import Grid
+from lcl_ds.grids import PackedImages
 
 
 class AxisWeights:
@@ -27,14 +25,13 @@ class AxisWeights:
         self._tables: dict[torch.device, Tensor] = {}
         """fp32 [1 + 2 + ... + n, side] by device, grown where a larger image comes."""
 
-    def __call__(self, places: Tensor, grids: Sequence[Grid]) -> Tensor:
+    def __call__(self, places: Tensor, images: PackedImages) -> Tensor:
         """Look weights up, fp32 [N, side].
 
         Args:
-            places: int64 [N], see :class:`lcl_ds.batch.PackedImages`.
-            grids: what they are places in.
+            places: int64 [N], the row places or the column places of ``images``.
         """
-        longest = max(max(grid.rows, grid.columns) for grid in grids)
+        longest = max(max(grid.rows, grid.columns) for grid in images.grids)
         table = self._tables.get(places.device)
         if table is None or len(table) < longest * (longest + 1) // 2:
             rows = [axis_weights(self.side, length, self.mode, self.antialias) for length in range(1, longest + 1)]

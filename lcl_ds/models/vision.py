@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from lcl_ds.grids import PackedImages
+from lcl_ds.grids import Grid, PackedImages, joined_patches
 from lcl_ds.models.attention import varlen
 from lcl_ds.models.attention.masks import bounds_of_images, use_best_implementation
 from lcl_ds.models.counter_rng import kept_of_packed
@@ -156,38 +156,37 @@ class VisionEncoder(nn.Module):
     def packed(self, patches: Tensor, images: PackedImages, image_seeds: Tensor) -> Tensor:
         """Encode the normalised patches [N, 3, P, P] of images of different shapes: image tokens [U, width].
 
-        Modules run in the order in which :meth:`forward` runs them: at ZeRO stage 3 ranks with squares and ranks with
-        other shapes gather the same weights at the same time.
+        Where all are squares of the tower's own size, what comes out are the bits of :meth:`forward`. But the graph is
+        one for all shapes: ranks have different ones, and ZeRO wants every gradient at the same place on all of them.
 
         Args:
             image_seeds: int64 [M], from which the patches are drawn that patch dropout keeps.
         """
         model: Any = self.model
         family = family_of(model.config)
-        row_weights = self.axis_weights(images.row_places, images.grids)
-        column_weights = self.axis_weights(images.column_places, images.grids)
+        prefix = int(family.has_class_token)
+        count = images.count
         # The module itself is called, so that ZeRO gathers its weights.
-        model.embeddings.forward = partial(_embed_packed, model.embeddings, family, row_weights, column_weights)
+        model.embeddings.forward = partial(_embed_packed, model.embeddings, family, images, self.axis_weights)
         try:
-            tokens, class_token = model.embeddings(patches)
+            tokens = model.embeddings(patches)
         finally:
             del model.embeddings.forward
+        places = torch.arange(len(images.token_images), device=tokens.device) + prefix * (images.token_images + 1)
         if images.drops_patches:
-            tokens = tokens.index_select(0, kept_of_packed(image_seeds, images))
-        bounds, longest, places = images.cu_tokens, images.longest, None
-        if class_token is not None:
-            count = len(images.grids)
-            bounds, longest = bounds + torch.arange(count + 1, dtype=torch.int32, device=bounds.device), longest + 1
-            places = torch.arange(len(tokens), device=tokens.device) + images.token_images + 1
-            whole = tokens.new_zeros(len(tokens) + count, tokens.shape[1]).index_copy(0, places, tokens)
-            tokens = whole.index_copy(0, bounds[:-1].long(), class_token.expand(count, -1))
+            kept = kept_of_packed(image_seeds, images) + prefix * (images.token_images + 1)
+            starts = images.cu_patches[:-1] + torch.arange(count, device=tokens.device)
+            whole = kept.new_zeros(len(kept) + prefix * count)
+            first = (images.cu_tokens[:-1] + torch.arange(count, device=tokens.device)).long()
+            whole = whole.index_copy(0, first, starts) if prefix else whole
+            tokens = tokens.index_select(0, whole.index_copy(0, places, kept))
+        bounds = images.cu_tokens + prefix * torch.arange(count + 1, dtype=torch.int32, device=tokens.device)
         tokens = tokens[None]
         if family.first_norm is not None:
             tokens = getattr(model, family.first_norm)(tokens)
-        hidden_states = model.encoder(
-            tokens, attention_mask=bounds_of_images(model, tokens, bounds, longest)
-        ).last_hidden_state[0]
-        return self._final_norm(hidden_states if places is None else hidden_states.index_select(0, places))
+        mask = bounds_of_images(model, tokens, bounds, images.longest + prefix)
+        hidden_states = model.encoder(tokens, attention_mask=mask).last_hidden_state[0]
+        return self._final_norm(hidden_states.index_select(0, places) if prefix else hidden_states)
 
     def _final_norm(self, hidden_states: Tensor) -> Tensor:
         return getattr(self.model, family_of(self.model.config).final_norm)(hidden_states)
@@ -203,31 +202,61 @@ def _embed(model: Any, pixel_values: Tensor) -> Tensor:
 
 
 def _embed_packed(
-    embeddings: Any, family: EncoderFamily, row_weights: Tensor, column_weights: Tensor, patches: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Embed patches [N, 3, P, P] with positions: tokens [N, width], and the class token [1, width] where there is one.
+    embeddings: Any, family: EncoderFamily, images: PackedImages, axis_weights: AxisWeights, patches: Tensor
+) -> Tensor:
+    """Embed patches [N, 3, P, P] with positions resized to each image, its class token first: [N + M, width].
 
-    Args:
-        row_weights, column_weights: fp32 [N, side], how much of each row and column of positions a patch gets.
+    Families without class token give [N, width].
     """
-    if family.reads_flat_patches:
-        patches = patches.permute(0, 2, 3, 1).flatten(1)
-    tokens = getattr(embeddings, family.patch_embedding)(patches).flatten(1)
-    name = family.positions.removeprefix("embeddings.").removesuffix(".weight")
-    table: Any = getattr(embeddings, name)
-    if isinstance(table, nn.Embedding):
-        positions = table(torch.arange(table.num_embeddings, device=tokens.device))
-    else:
-        positions = table[0]
+    shared = images.shared_grid
+    tokens = _embed_patches(getattr(embeddings, family.patch_embedding), family, patches, shared)
+    class_token = getattr(embeddings, family.class_embedding) if family.class_embedding else None
+    tokens = _with_class_token(tokens, class_token, images)
+    positions = _positions(embeddings, family)
     prefix = int(family.has_class_token)
+    of_patches, first = positions[prefix:], positions[0] if prefix else None
+    row_weights, column_weights = axis_weights(images.row_places, images), axis_weights(images.column_places, images)
+    if shared is not None:  # one image's positions are those of all, as they are added to squares
+        row_weights, column_weights = row_weights[: shared.patches], column_weights[: shared.patches]
     weights = (row_weights[:, :, None] * column_weights[:, None]).flatten(1)
-    tokens = tokens + (weights @ positions[prefix:].float()).to(tokens.dtype)
-    dropout = getattr(embeddings, "dropout", nn.Identity())
-    if family.class_embedding is None:
-        return dropout(tokens), None
-    class_token = getattr(embeddings, family.class_embedding).view(1, -1) + positions[:1]
-    tokens = dropout(torch.cat([class_token, tokens]))
-    return tokens[1:], tokens[:1]
+    resized = (weights @ of_patches.float()).to(tokens.dtype)
+    if shared is not None:
+        resized = resized if first is None else torch.cat([first[None], resized])
+        tokens = (tokens.unflatten(0, (images.count, -1)) + resized).flatten(0, 1)
+    else:
+        tokens = tokens + _with_class_token(resized, first, images)
+    return embeddings.dropout(tokens) if hasattr(embeddings, "dropout") else tokens
+
+
+def _embed_patches(module: Any, family: EncoderFamily, patches: Tensor, shared: Grid | None) -> Tensor:
+    """Make a token [N, width] of each patch; images of one shape are convolved as images."""
+    if family.reads_flat_patches:
+        return module(patches.permute(0, 2, 3, 1).flatten(1))
+    tokens = module(patches if shared is None else joined_patches(patches, shared))
+    return tokens.flatten(2).transpose(1, 2).flatten(0, 1) if tokens.ndim == 4 else tokens.flatten(0, 1)
+
+
+def _positions(embeddings: Any, family: EncoderFamily) -> Tensor:
+    """Return the table of positions, that of the class token first, [side * side + prefix, width]."""
+    table: Any = getattr(embeddings, family.positions.removeprefix("embeddings.").removesuffix(".weight"))
+    if isinstance(table, nn.Embedding):
+        return table(torch.arange(table.num_embeddings, device=table.weight.device))
+    return table[0]
+
+
+def _with_class_token(tokens: Tensor, class_token: Tensor | None, images: PackedImages) -> Tensor:
+    """Put a class token before the patches of each image, [N, width] to [N + M, width]; None: there is none."""
+    if class_token is None:
+        return tokens
+    count, width = images.count, tokens.shape[1]
+    if images.shared_grid is not None:
+        return torch.cat(
+            [class_token.view(1, 1, -1).expand(count, -1, -1), tokens.unflatten(0, (count, -1))], 1
+        ).flatten(0, 1)
+    places = torch.arange(len(tokens), device=tokens.device) + images.patch_images + 1
+    whole = tokens.new_zeros(len(tokens) + count, width).index_copy(0, places, tokens)
+    starts = images.cu_patches[:-1] + torch.arange(count, device=tokens.device)
+    return whole.index_copy(0, starts, class_token.view(1, -1).expand(count, -1))
 
 
 def flat_patches(images: Tensor, patch_size: int) -> Tensor:

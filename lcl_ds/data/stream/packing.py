@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lcl_ds.batch import Batch, Readouts
-from lcl_ds.grids import Grid, PackedImages, joined_patches, pack_images
+from lcl_ds.grids import Grid, NativeResolution, pack_images
 from lcl_ds.metrics import SourceCounts
 from lcl_ds.tokens import TokenSequence, Vocabulary
 
@@ -107,12 +107,18 @@ class Row:
 
 
 def collate(
-    rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: Vocabulary, readout_names: Sequence[str]
+    rows: Sequence[Row],
+    row_tokens: int,
+    image_size: int,
+    vocabulary: Vocabulary,
+    readout_names: Sequence[str],
+    native: NativeResolution | None = None,
 ) -> Batch:
     """Lay rows side by side; see :class:`lcl_ds.batch.Batch` for what comes out.
 
     Args:
         readout_names: those that the batch has, also where no sequence has one.
+        native: how the grids of their images were chosen; None: all are squares of ``image_size``.
     """
     input_ids, position_ids = _lay_tokens(rows, row_tokens, vocabulary.eot)
     labels, label_positions = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
@@ -137,11 +143,17 @@ def collate(
             offset += len(tokens.input_ids)
     image_count = len(seeds)
     if image_count == 0:
-        pixels = [np.full((1, 3, image_size, image_size), 127, dtype=np.uint8)]
+        shape = (1, 3, image_size, image_size)
+        if native is not None:
+            grids = [native.grid(image_size, image_size)]
+            shape = (grids[0].patches, 3, native.patch_size, native.patch_size)
+        pixels = [np.full(shape, 127, dtype=np.uint8)]
         slots, seeds = [(len(rows) * row_tokens, 0)], [0]
-    images, packed = _lay_images([part for part in pixels if len(part)], grids, slots, image_size)
-    if packed is not None:
-        assert (input_ids.ravel()[packed.slot_places.numpy()] == vocabulary.image).all(), "slots of other lengths"
+    images, packed = torch.from_numpy(np.concatenate(pixels)), None
+    if native is not None:
+        packed = pack_images(grids, slots, beyond=0 if image_count else grids[0].tokens)
+        inside = packed.slot_places[packed.slot_places < input_ids.size].numpy()
+        assert (input_ids.ravel()[inside] == vocabulary.image).all(), "slots of other lengths"
     sequences = [sequence for row in rows for sequence in row.sequences]
     slot_positions, slot_images = _columns(slots)
     bounds = np.append(np.flatnonzero(position_ids == 0), position_ids.size).astype(np.int32)
@@ -166,24 +178,7 @@ def collate(
         pieces=tuple(sequence.piece for sequence in sequences),
         sources=_sources(sequences),
         packed=packed,
-        grids=tuple(grids),
     )
-
-
-def _lay_images(
-    pixels: Sequence[np.ndarray], grids: Sequence[Grid], slots: Sequence[tuple[int, int]], image_size: int
-) -> tuple[torch.Tensor, PackedImages | None]:
-    """Lay the images of all sequences end to end; patches become images again where all are squares of that size.
-
-    The towers then do with them what they do in a run of squares, to the last bit.
-    """
-    images = torch.from_numpy(np.concatenate(pixels))
-    if not grids:
-        return images, None
-    side = images.shape[-1]
-    if all(side * grid.rows == side * grid.columns == image_size for grid in grids):
-        return torch.stack([joined_patches(patches, grids[0]) for patches in images.split(grids[0].patches)]), None
-    return images, pack_images(grids, slots)
 
 
 def _lay_tokens(rows: Sequence[Row], row_tokens: int, padding: int) -> tuple[np.ndarray, np.ndarray]:
