@@ -64,11 +64,12 @@ def choose_grid(width: int, height: int, patch_size: int, least: int, most: int)
     area = min(max(width * height / patch_size**2, least), most)
     wanted_rows, wanted_columns = math.sqrt(area * height / width), math.sqrt(area * width / height)
     best, smallest = (1, 1), math.inf
-    for rows in {max(1, math.floor(wanted_rows)), min(most, math.ceil(wanted_rows))}:
+    for near in (math.floor(wanted_rows), math.ceil(wanted_rows)):
+        rows = min(max(1, near), most)
         columns = min(max(1, round(wanted_columns)), most // rows)
         # Of square roots and quotients alone, which every machine rounds alike.
         missed = _factor(rows, wanted_rows) * _factor(columns, wanted_columns)
-        if (missed, rows) < (smallest, best[0]):
+        if missed < smallest:
             best, smallest = (rows, columns), missed
     return best
 
