@@ -61,7 +61,7 @@ class AttentivePooling(nn.Module):
         keys, values, mask = key, value, None
         if images is not None:
             keys, values, mask = _side_by_side(key, value, images)
-        query = query.expand(len(keys), -1, -1)
+        query = query.expand(keys.shape[0], -1, -1)
         attended = F.scaled_dot_product_attention(self._heads(query), self._heads(keys), self._heads(values), mask)
         attended = attended.transpose(1, 2).flatten(2)
         return self.proj(attended).squeeze(1), self.proj(value)
