@@ -28,7 +28,7 @@ from lcl_ds.models.build import build_model
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.settings import ModelSettings
 
-ASPECTS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16), (2, 1), (1, 2), (5, 2))
+ASPECTS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16), (5, 2), (2, 5), (3, 1))
 """Widths by heights, each as often as any other."""
 SIDE, PATCH = 224, 16
 TOKENS = (SIDE // PATCH) ** 2

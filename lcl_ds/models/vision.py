@@ -229,10 +229,10 @@ def _embed_packed(
 
 
 def _embed_patches(module: Any, family: EncoderFamily, patches: Tensor, shared: Grid | None) -> Tensor:
-    """Make a token [N, width] of each patch; images of one shape are convolved as images."""
+    """Make a token [N, width] of each patch; images of one shape are convolved as images, others as one long strip."""
     if family.reads_flat_patches:
         return module(patches.permute(0, 2, 3, 1).flatten(1))
-    tokens = module(patches if shared is None else joined_patches(patches, shared))
+    tokens = module(joined_patches(patches, shared or Grid(1, len(patches), len(patches))))
     return tokens.flatten(2).transpose(1, 2).flatten(0, 1) if tokens.ndim == 4 else tokens.flatten(0, 1)
 
 
