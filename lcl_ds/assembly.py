@@ -12,7 +12,8 @@ from lcl_ds.data.settings import DataSettings
 from lcl_ds.data.shards.team import ALONE, Team
 from lcl_ds.data.stream.lanes import LaneSettings
 from lcl_ds.errors import UserError
-from lcl_ds.models.build import build_empty_model, image_size, tokens_per_image
+from lcl_ds.grids import NativeResolution
+from lcl_ds.models.build import build_empty_model, image_size, native_resolution, tokens_per_image
 from lcl_ds.models.initial import GivenWeights
 from lcl_ds.models.network import LCLModel
 from lcl_ds.models.weights.transfer import Release, given_weights, open_release
@@ -31,11 +32,30 @@ def open_checked_data(config: Config, team: Team = ALONE) -> OpenData:
         UserError: names the key and the file.
     """
     check_image_sizes(config)
+    check_resolution(config)
     for size in (config.train.image_sizes or {}).values():
         _image_tokens_that_fit(with_image_size(config, size), training=True)
     data = open_data(config.data, team)
     check_vocabulary(config, data)
     return data
+
+
+def check_resolution(config: Config) -> None:
+    """Refuse settings of images of one shape beside those of images that keep theirs, and the other way round.
+
+    Raises:
+        UserError: names the key.
+    """
+    is_native = native_resolution(config.model) is not None
+    if is_native and config.train.image_sizes is not None:
+        raise UserError(
+            "train.image_sizes: sizes of squares by step, but model.vision.resolution is native; leave one of them out"
+        )
+    if not is_native and config.data.row_image_tokens is not None:
+        raise UserError(
+            "data.row_image_tokens: all images have as many tokens, and data.row_images bounds them; set "
+            "model.vision.resolution=native or leave row_image_tokens out"
+        )
 
 
 def check_vocabulary(config: Config, data: OpenData) -> None:
@@ -75,6 +95,9 @@ def lane_settings(config: Config, *, training: bool = True) -> LaneSettings:
     same = {field.name for field in fields(LaneSettings)} & DataSettings.model_fields.keys()
     values: dict[str, Any] = {name: getattr(data, name) for name in same}
     values["lanes"] = data.lanes or 0
+    # What is evaluated are squares of the size that the tower's positions have.
+    values["native"] = native = native_resolution(config.model) if training else None
+    values["row_image_tokens"] = None if native is None else _row_image_tokens(config, native)
     return LaneSettings(
         **values,
         data_seed=config.seed("data"),
@@ -92,6 +115,14 @@ def slot_tokens(config: Config, *, training: bool = True) -> int:
     """Count the tokens of an image that the decoder sees; see :func:`lane_settings`."""
     encoded = tokens_per_image(config.model, training=training)
     return config.objective.tokens_in_slot(encoded) if training else encoded
+
+
+def _row_image_tokens(config: Config, native: NativeResolution) -> int:
+    """Return the budget of image tokens of a row. Raises: UserError when it cannot hold one image."""
+    budget = config.data.row_image_tokens
+    if budget is not None and budget < native.most_tokens:
+        raise UserError(f"data.row_image_tokens: {budget} cannot hold one image of {native.most_tokens} tokens")
+    return budget or config.data.row_images * native.most_tokens
 
 
 def _image_tokens_that_fit(config: Config, training: bool) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcl_ds.grids import Grid, PackedImages, joined_patches
 from lcl_ds.metrics import SourceCounts
 
 
@@ -43,7 +44,8 @@ class Batch:
     """Length in tokens of the longest document or padding."""
     images: Tensor
     """uint8 [M, 3, H, W], or float already normalised. A rank without images holds one constant image in a slot
-    beyond the rows: under ZeRO-3 every rank must run the encoder once, and its features reach no token."""
+    beyond the rows: under ZeRO-3 every rank must run the encoder once, and its features reach no token. Where there is
+    ``packed``, the patches of all images end to end instead, [N, 3, P, P], each image in raster order."""
     image_seeds: Tensor
     """int64 [M], what anything drawn for an image on the device depends on; the same on any number of ranks."""
     slot_images: Tensor
@@ -72,6 +74,20 @@ class Batch:
     """For each of them, which of how many pieces of that document it is: ``(1, 3)`` is the second of three."""
     sources: dict[str, SourceCounts]
     """Documents and images of each source that the batch has something of."""
+    packed: PackedImages | None = None
+    """How images lie that keep their aspect ratio; None where all images of a run are squares."""
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """Return those of the real images where images keep their aspect ratio."""
+        return self.packed.grids[: self.image_count] if self.packed else ()
+
+    def picture(self, number: int) -> Tensor:
+        """Return the pixels of one image, [3, H, W]."""
+        if self.packed is None:
+            return self.images[number]
+        start, end = self.packed.cu_patches[number : number + 2].tolist()
+        return joined_patches(self.images[start:end], self.packed.grids[number])[0]
 
     def to(self, device: torch.device) -> "Batch":
         """Copy the batch to ``device``; copies do not block the host when the memory is pinned."""
@@ -88,4 +104,5 @@ class Batch:
             name: Readouts(*(function(getattr(readout, field.name)) for field in fields(Readouts)))
             for name, readout in self.readouts.items()
         }
-        return Batch(**(values | tensors | {"readouts": readouts}))
+        packed = self.packed and self.packed.moved(function)
+        return Batch(**(values | tensors | {"readouts": readouts, "packed": packed}))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from lcl_ds.grids import Grid
 from lcl_ds.models.encoders import family_of
 from lcl_ds.models.heads import LMHead
 from lcl_ds.objectives.base import Objective
@@ -37,12 +38,43 @@ class StepWork:
     """Contrastive pairs."""
     pair_products: float = 0.0
     """Sum over micro-steps of the square of the pairs that are negatives of each other."""
+    grids: "GridWork | None" = None
+    """Of the images, where they keep their aspect ratio; None: all are squares."""
 
     def __add__(self, other: "StepWork") -> "StepWork":
-        return StepWork(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        grids = self.grids + other.grids if self.grids and other.grids else None
+        amounts: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in AMOUNTS}
+        return StepWork(**amounts, grids=grids)
 
     def __mul__(self, factor: float) -> "StepWork":
-        return StepWork(*(getattr(self, field.name) * factor for field in fields(self)))
+        amounts: dict[str, Any] = {name: getattr(self, name) * factor for name in AMOUNTS}
+        return StepWork(**amounts, grids=self.grids and self.grids * factor)
+
+
+AMOUNTS = tuple(field.name for field in fields(StepWork) if field.name != "grids")
+
+
+@dataclass(frozen=True)
+class GridWork:
+    """What images hold that keep their aspect ratio, as sums over all of them."""
+
+    patches: float = 0.0
+    tokens: float = 0.0
+    """Image tokens."""
+    squares: float = 0.0
+    """Squares of an image's tokens."""
+
+    @classmethod
+    def of(cls, grids: Iterable[Grid]) -> "GridWork":
+        """Add up images of these grids."""
+        every = [(grid.patches, grid.tokens, grid.tokens**2) for grid in grids]
+        return cls(*(sum(amounts) for amounts in zip(*every, strict=True))) if every else cls()
+
+    def __add__(self, other: "GridWork") -> "GridWork":
+        return GridWork(self.patches + other.patches, self.tokens + other.tokens, self.squares + other.squares)
+
+    def __mul__(self, factor: float) -> "GridWork":
+        return GridWork(self.patches * factor, self.tokens * factor, self.squares * factor)
 
 
 @dataclass(frozen=True)
@@ -78,26 +110,33 @@ class StepFlops:
     """
 
     def __init__(self, objective: Objective):
-        names = [field.name for field in fields(StepWork)]
-        self._per_unit = {
-            name: _count(objective, StepWork(**{**dict.fromkeys(names, 0.0), name: 1.0})) for name in names
+        model = objective.model
+        self._square = GridWork(model.vision.patch_tokens, model.kept_tokens, model.kept_tokens**2)
+        nothing: dict[str, Any] = dict.fromkeys(AMOUNTS, 0.0) | {"grids": GridWork()}
+        self._per_unit = {name: _count(objective, StepWork(**{**nothing, name: 1.0})) for name in AMOUNTS}
+        grids = {field.name: GridWork(**{field.name: 1.0}) for field in fields(GridWork)}
+        self._per_grid_unit = {
+            name: _count(objective, StepWork(**{**nothing, "grids": one})) for name, one in grids.items()
         }
 
     def of(self, work: StepWork) -> dict[str, Flops]:
         """Count for ``vision``, ``pooling``, ``decoder``, ``head`` (own heads too) and ``contrastive``."""
-        parts = {name: getattr(work, name) for name in self._per_unit}
+        grids = work.grids or self._square * work.images
+        units = [(flops, getattr(work, name)) for name, flops in self._per_unit.items()]
+        units += [(flops, getattr(grids, name)) for name, flops in self._per_grid_unit.items()]
         return {
-            part: sum((self._per_unit[name][part] * amount for name, amount in parts.items()), Flops())
-            for part in self._per_unit["images"]
+            part: sum((flops[part] * amount for flops, amount in units), Flops()) for part in self._per_unit["images"]
         }
 
 
 def _count(objective: Objective, work: StepWork) -> dict[str, Flops]:
-    model = objective.model
-    seen = model.kept_tokens + family_of(model.vision.model.config).has_class_token
-    flops = {"vision": _vision(objective, work, seen)}
+    model, grids = objective.model, work.grids
+    assert grids is not None
+    flops = {"vision": _vision(objective, work, grids)}
     learning = _learns(model.vision)
-    flops["pooling"] = Flops() if objective.one_transformer else _pooling(objective, work.images, learning)
+    flops["pooling"] = (
+        Flops() if objective.one_transformer else _pooling(objective, work.images, grids.tokens, learning)
+    )
     learning = learning or _learns(model.pooling)
     flops["decoder"] = _tower(model.decoder, work.tokens, work.squares, learning)
     learning = learning or _learns(model.decoder)
@@ -121,13 +160,12 @@ def size_of(weights: Iterable[Tensor]) -> int:
     return sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
 
 
-def _vision(objective: Objective, work: StepWork, seen: int) -> Flops:
-    vision = objective.model.vision
-    tower: Any = vision.model
-    patches = work.images * vision.patch_tokens
-    # Pixels need no gradient.
-    embedded = _products([tower.embeddings], patches, input_learns=False, passes_through=False)
-    tokens, squares = work.images * seen, work.images * seen**2
+def _vision(objective: Objective, work: StepWork, grids: GridWork) -> Flops:
+    tower: Any = objective.model.vision.model
+    # Pixels need no gradient. Positions that are resized to an image's shape count nothing.
+    embedded = _products([tower.embeddings], grids.patches, input_learns=False, passes_through=False)
+    prefix = family_of(tower.config).has_class_token
+    tokens, squares = grids.tokens + work.images * prefix, grids.squares + prefix * (2 * grids.tokens + work.images)
     if objective.one_transformer:  # images stand in the rows
         tokens, squares = work.tokens, work.squares
     learning = objective.one_transformer and _learns(objective.model.decoder.get_input_embeddings())
@@ -155,9 +193,8 @@ def query_width(config: Any) -> int:
     return heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
-def _pooling(objective: Objective, images: float, learning: bool) -> Flops:
+def _pooling(objective: Objective, images: float, tokens: float, learning: bool) -> Flops:
     pooling = objective.model.pooling
-    tokens = images * objective.model.kept_tokens
     learning = learning or _learns(pooling)
     # The projection runs on the tokens and on the pooled vector. The one query of a call counts nothing.
     shown = _products([pooling.v, pooling.proj], tokens, learning)

@@ -57,6 +57,7 @@ class StepMetrics:
     grad_norm: float = field(metadata=_of("first rank", "Global norm of the gradients before clipping."))
     lr: float = field(metadata=_of("first rank", "Learning rate of the step."))
     images: int = field(metadata=_of("all ranks", "Images seen."))
+    image_tokens: int = field(metadata=_of("all ranks", "Image tokens of them: patches that the encoder saw."))
     documents: int = field(metadata=_of("all ranks", "Documents seen."))
     tokens: int = field(metadata=_of("all ranks", "Tokens that are not padding."))
     text_tokens: int = field(metadata=_of("all ranks", "Tokens that carry generation loss."))

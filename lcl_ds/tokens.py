@@ -153,18 +153,20 @@ def encode_sequence(
     segments: Sequence[str | int],
     encode: Callable[[str], list[int]],
     vocabulary: Vocabulary,
-    image_tokens: int,
+    image_tokens: int | Sequence[int],
     max_tokens: int,
     max_images: int,
+    max_image_tokens: int | None = None,
 ) -> list[TokenSequence]:
     """Encode one document as token sequences.
 
     Args:
         segments: text (str) and images (int: the image's number in its document) in reading order.
         encode: text to ids, without special tokens.
-        image_tokens: N, patch tokens of one image.
-        max_tokens, max_images: budgets of a row. A longer document is cut into several sequences, never inside an
-            image, so that nothing is dropped; each piece starts with ``<sot>`` and has only its own text as context.
+        image_tokens: N, patch tokens of one image; or those of each image by its number.
+        max_tokens, max_images, max_image_tokens: budgets of a row. A longer document is cut into several sequences,
+            never inside an image, so that nothing is dropped; each piece starts with ``<sot>`` and has only its own
+            text as context.
 
     Returns:
         At least one sequence, each of at most ``max_tokens`` tokens.
@@ -172,27 +174,33 @@ def encode_sequence(
     Raises:
         ValueError: a row cannot hold even one image.
     """
-    block = image_tokens + IMAGE_OVERHEAD
-    if block + 2 > max_tokens:
-        raise ValueError(f"a row of {max_tokens} tokens cannot hold one image of {image_tokens} tokens plus 4")
+    largest = image_tokens if isinstance(image_tokens, int) else max(image_tokens, default=0)
+    if largest + IMAGE_OVERHEAD + 2 > max_tokens:
+        raise ValueError(f"a row of {max_tokens} tokens cannot hold one image of {largest} tokens plus 4")
+    if max_image_tokens is not None and largest > max_image_tokens:
+        raise ValueError(f"a row of {max_image_tokens} image tokens cannot hold one image of {largest}")
     pieces: list[TokenSequence] = []
     ids: list[int] = [vocabulary.sot]
     slots: list[ImageSlot] = []
     has_text = False
+    in_images = 0
 
     def close() -> None:
-        nonlocal ids, slots, has_text
+        nonlocal ids, slots, has_text, in_images
         if len(ids) > 1:
             images = tuple(slot.image for slot in slots)
             pieces.append(TokenSequence(np.array([*ids, vocabulary.eot], dtype=np.int64), tuple(slots), images))
-        ids, slots, has_text = [vocabulary.sot], [], False
+        ids, slots, has_text, in_images = [vocabulary.sot], [], False, 0
 
     for segment in _join_neighbouring_text(segments):
         if isinstance(segment, int):
-            if len(ids) + block + 1 > max_tokens or len(slots) == max_images:
+            count = image_tokens if isinstance(image_tokens, int) else image_tokens[segment]
+            too_many = len(slots) == max_images or in_images + count > (max_image_tokens or max_tokens)
+            if len(ids) + count + IMAGE_OVERHEAD + 1 > max_tokens or too_many:
                 close()
             slots.append(ImageSlot(segment, len(ids) + 1, has_text))
-            ids += [vocabulary.soi, *[vocabulary.image] * image_tokens, vocabulary.eoi]
+            in_images += count
+            ids += [vocabulary.soi, *[vocabulary.image] * count, vocabulary.eoi]
             continue
         text = encode(segment)
         while text:

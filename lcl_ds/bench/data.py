@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lcl_ds.assembly import lane_settings
+from lcl_ds.bench.native import measure_native, show_native
+from lcl_ds.bench.words import Words, add_member
 from lcl_ds.config import Config, load_config, recipe_path
 from lcl_ds.data.corpus import open_data
 from lcl_ds.data.images import random_box
@@ -30,22 +32,13 @@ from lcl_ds.models.build import build_model
 from lcl_ds.models.encoders import IMAGE_MEAN, IMAGE_STD
 from lcl_ds.objectives import build_objective
 from lcl_ds.objectives.base import local_normalizers
-from lcl_ds.tokens import TextTokenizer, Vocabulary
+from lcl_ds.tokens import TextTokenizer
 
 SIZE = 224
 CROP_SCALE = 0.9, 1.0
 LEAST_DOCUMENTS = 2000
 """Fewer would be all start and end."""
 CONTEXT, IMAGE_TOKENS, RANKS, ROWS_PER_RANK = 2048, 49, 8, 4
-
-
-class Words:
-    """A tokenizer of one token per word."""
-
-    vocabulary = Vocabulary(text_size=1000)
-
-    def encode(self, text: str) -> list[int]:
-        return [1] * len(text.split())
 
 
 def measure_data(
@@ -57,6 +50,7 @@ def measure_data(
         "loading": compare_loading(shard, images, repeats),
         "demo": compare_with_training(repeats, overrides),
         "packing": [compare_packing(folder, name, documents, seed) for name in LENGTHS],
+        "native": measure_native(folder, documents, repeats, seed),
     }
 
 
@@ -73,15 +67,9 @@ def photo_shard(path: Path, count: int, seed: int) -> Path:
             picture *= 255 / picture.max()
             buffer = io.BytesIO()
             Image.fromarray(picture.astype(np.uint8)).save(buffer, "JPEG", quality=90)
-            _add(tar, f"{number:09d}.jpg", buffer.getvalue())
-            _add(tar, f"{number:09d}.txt", b"a photo of something with a caption of ordinary length")
+            add_member(tar, f"{number:09d}.jpg", buffer.getvalue())
+            add_member(tar, f"{number:09d}.txt", b"a photo of something with a caption of ordinary length")
     return path
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
 
 
 def compare_loading(shard: Path, images: int, repeats: int) -> dict[str, Any]:
@@ -215,9 +203,9 @@ def length_shard(path: Path, lengths: Lengths, count: int, seed: int) -> Path:
             for picture, part in enumerate(parts):
                 texts += [" ".join("w" * len(part)), None]
                 images += [None, f"{picture:03d}.jpg" if picture < pictures else None]
-            _add(tar, f"{number:06d}.json", json.dumps({"texts": texts, "images": images}).encode())
+            add_member(tar, f"{number:06d}.json", json.dumps({"texts": texts, "images": images}).encode())
             for picture in range(pictures):
-                _add(tar, f"{number:06d}.{picture:03d}.jpg", b"x")
+                add_member(tar, f"{number:06d}.{picture:03d}.jpg", b"x")
     return path
 
 
@@ -312,3 +300,4 @@ def show_data(console: Console, figures: dict[str, Any]) -> None:
         for layout, row in corpus["layouts"].items():
             table.add_row(corpus["lengths"], layout, f"{row['padding']:.2%}", f"{row['images_max_over_mean']:.3f}")
     console.print(table)
+    show_native(console, figures["native"])

@@ -59,25 +59,26 @@ class ImageFacts:
 
 def decode_image(
     data: bytes,
-    size: int,
+    size: int | tuple[int, int],
     crop_scale: tuple[float, float] = (1.0, 1.0),
     rng: np.random.Generator | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
-    """Decode, turn upright and crop to a square.
+    """Decode, turn upright and crop to a square, or to the image's own aspect ratio.
 
     The first frame of an animation is taken, transparent pixels show white, and a JPEG much larger than needed is
     decoded at a half, a quarter or an eighth of its size, which costs less than the whole.
 
     Args:
         data: a file's bytes.
-        size: side of the result in pixels.
-        crop_scale: area range of the random crop (aspect 3/4 to 4/3, as in torchvision's RandomResizedCrop).
-        rng: draws the crop; None takes the central square.
+        size: side of the result in pixels, or height and width of what the whole image is resized to.
+        crop_scale: area range of the random crop (aspect 3/4 to 4/3, as in torchvision's RandomResizedCrop; of the
+            image's own where it is kept).
+        rng: draws the crop; None takes the central square, or the whole image.
         max_pixels: larger images are refused from their header, before memory is spent.
 
     Returns:
-        uint8 [3, size, size], RGB.
+        uint8 [3, height, width], RGB.
 
     Raises:
         BadSampleError: damaged, of another format, or of a size that no picture has.
@@ -85,12 +86,28 @@ def decode_image(
     image = open_image(data, max_pixels)
     orientation = _orientation(image)
     width, height = image.size if orientation < 5 else image.size[::-1]
-    box = _central_square(width, height) if rng is None else random_box(width, height, crop_scale, rng)
-    rgb = _decode(image, orientation, shrink=min((box[2] - box[0]) / size, (box[3] - box[1]) / size))
+    rows, columns = (size, size) if isinstance(size, int) else size
+    aspect = 1.0 if isinstance(size, int) else width / height
+    if rng is not None:
+        box = random_box(width, height, crop_scale, rng, aspect)
+    else:
+        box = _central_square(width, height) if isinstance(size, int) else (0.0, 0.0, width, height)
+    rgb = _decode(image, orientation, shrink=min((box[2] - box[0]) / columns, (box[3] - box[1]) / rows))
     across, down = rgb.width / width, rgb.height / height
     scaled = box[0] * across, box[1] * down, box[2] * across, box[3] * down
-    pixels = rgb.resize((size, size), Image.Resampling.BICUBIC, box=scaled, reducing_gap=2.0)
+    pixels = rgb.resize((columns, rows), Image.Resampling.BICUBIC, box=scaled, reducing_gap=2.0)
     return np.ascontiguousarray(np.asarray(pixels).transpose(2, 0, 1))
+
+
+def upright_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Read the width and height in pixels of an upright image from its header.
+
+    Raises:
+        BadSampleError: of another format, or of a size that no picture has.
+    """
+    image = open_image(data, max_pixels)
+    width, height = image.size
+    return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def check_image(data: bytes, max_pixels: int = MAX_PIXELS, decode: bool = True) -> ImageFacts:
@@ -254,19 +271,24 @@ def _central_square(width: int, height: int) -> Box:
     return left, top, left + side, top + side
 
 
-def random_box(width: int, height: int, scale: tuple[float, float], rng: np.random.Generator) -> Box:
+def random_box(
+    width: int, height: int, scale: tuple[float, float], rng: np.random.Generator, aspect: float = 1.0
+) -> Box:
     """Draw a box as torchvision's RandomResizedCrop does: area in ``scale``, aspect 3/4 to 4/3, whole pixels.
 
     It tries ten times to fit the box into the image, and then takes the largest central box of an allowed aspect.
+
+    Args:
+        aspect: width by height that the box's is a multiple of.
     """
     low, high = CROP_RATIOS
     for _ in range(CROP_TRIES):
         area = width * height * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(math.log(low), math.log(high)))
+        ratio = math.exp(rng.uniform(math.log(low), math.log(high))) * aspect
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             return left, top, left + w, top + h
-    w, h = min(width, round(height * high)), min(height, round(width / low))
+    w, h = min(width, round(height * high * aspect)), min(height, round(width / (low * aspect)))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h

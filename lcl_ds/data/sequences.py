@@ -24,13 +24,23 @@ class Sequencer:
     encode: Callable[[str], list[int]]
     vocabulary: Vocabulary
     image_tokens: int
+    """Of every image; of the largest where they differ."""
     max_tokens: int
     max_images: int
+    max_image_tokens: int | None = None
+    """Of all images of a sequence together."""
+    own_image_tokens: tuple[int, ...] | None = None
+    """Of each image of the document that is being encoded, where they differ."""
+
+    def tokens_of(self, image: int) -> int:
+        """Count the tokens of one of the document's images."""
+        return self.image_tokens if self.own_image_tokens is None else self.own_image_tokens[image]
 
     def sequences(self, segments: Sequence[str | int]) -> list[TokenSequence]:
         """Encode segments within the budgets; see :func:`lcl_ds.tokens.encode_sequence`."""
+        sizes = self.image_tokens if self.own_image_tokens is None else self.own_image_tokens
         return encode_sequence(
-            segments, self.encode, self.vocabulary, self.image_tokens, self.max_tokens, self.max_images
+            segments, self.encode, self.vocabulary, sizes, self.max_tokens, self.max_images, self.max_image_tokens
         )
 
 
@@ -70,7 +80,7 @@ class DocumentView:
         return [self.annotate(tokens, sequencer.vocabulary) for tokens in sequencer.sequences(segments)]
 
     def without_images(self, tokens: TokenSequence, lost: Sequence[int], sequencer: Sequencer) -> TokenSequence | None:
-        left = without_images(tokens, lost, sequencer.image_tokens)
+        left = without_images(tokens, lost, sequencer.tokens_of)
         return self.annotate(left, sequencer.vocabulary) if len(left.input_ids) > 2 else None
 
     def annotate(self, tokens: TokenSequence, vocabulary: Vocabulary) -> TokenSequence:
@@ -110,7 +120,7 @@ class MaskedView(DocumentView):
         return masked
 
     def without_images(self, tokens: TokenSequence, lost: Sequence[int], sequencer: Sequencer) -> TokenSequence | None:
-        left = without_images(tokens, lost, sequencer.image_tokens)  # no label stands in an image, so all stay
+        left = without_images(tokens, lost, sequencer.tokens_of)  # no label stands in an image, so all stay
         return replace(left, readouts=self._readouts(left)) if len(left.input_ids) > 2 else None
 
 
@@ -135,16 +145,22 @@ class PairView:
         image_texts = document.image_texts()
         if not image_texts:
             raise BadSampleError("no image with text to pair it with")
-        with_image = sum(name != "text" for name in self.passes)
-        block = sequencer.image_tokens + IMAGE_OVERHEAD
-        room = (sequencer.max_tokens - with_image * block) // len(self.passes) - 2
-        if room < 1:
+        if self._room(sequencer.image_tokens, sequencer) < 1:
             raise ValueError(f"a row of {sequencer.max_tokens} tokens cannot hold a pair in {len(self.passes)} passes")
-        return [self._pair(sequencer.encode(text)[:room], image, sequencer) for text, image in image_texts]
+        return [
+            self._pair(sequencer.encode(text)[: self._room(sequencer.tokens_of(image), sequencer)], image, sequencer)
+            for text, image in image_texts
+        ]
+
+    def _room(self, image_tokens: int, sequencer: Sequencer) -> int:
+        """Count the tokens of text that a pair may have."""
+        with_image = sum(name != "text" for name in self.passes)
+        block = image_tokens + IMAGE_OVERHEAD
+        return (sequencer.max_tokens - with_image * block) // len(self.passes) - 2
 
     def _pair(self, text: list[int], image: int, sequencer: Sequencer) -> TokenSequence:
         vocabulary = sequencer.vocabulary
-        picture = [vocabulary.soi, *[vocabulary.image] * sequencer.image_tokens, vocabulary.eoi]
+        picture = [vocabulary.soi, *[vocabulary.image] * sequencer.tokens_of(image), vocabulary.eoi]
         names: dict[Pass, str] = {"text": "context", "caption": "matched", "match": "mismatched"}
         ids: list[int] = []
         starts, slots, readouts = [], [], {}
@@ -174,15 +190,20 @@ class PairView:
         return None
 
 
-def without_images(tokens: TokenSequence, lost: Sequence[int], image_tokens: int) -> TokenSequence:
-    """Take the images in ``lost`` and the tokens around them out of a sequence; text stays."""
+def without_images(tokens: TokenSequence, lost: Sequence[int], tokens_of: Callable[[int], int]) -> TokenSequence:
+    """Take the images in ``lost`` and the tokens around them out of a sequence; text stays.
+
+    Args:
+        tokens_of: counts the tokens of an image.
+    """
     keep = np.ones(len(tokens.input_ids), dtype=bool)
     slots = []
     removed = 0
     for slot in tokens.slots:
         if slot.image in lost:
-            keep[slot.position - 1 : slot.position + image_tokens + 1] = False
-            removed += image_tokens + IMAGE_OVERHEAD
+            count = tokens_of(slot.image)
+            keep[slot.position - 1 : slot.position + count + 1] = False
+            removed += count + IMAGE_OVERHEAD
         else:
             slots.append(ImageSlot(slot.image, slot.position - removed, slot.has_context))
     stays = keep[tokens.label_positions]

@@ -56,6 +56,12 @@ class DataSettings(Settings):
         "longer goes on in another sequence. None: row_tokens.",
     )
     row_images: int = Field(16, ge=1, description="Largest number of images in a row: bounds the encoder's memory.")
+    row_image_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="The same bound where images keep their aspect ratio (model.vision.resolution): largest number of "
+        "image tokens in a row. None: row_images images of the largest size.",
+    )
     image_first_probability: float = Field(
         0.5, ge=0, le=1, description="Fraction of caption pairs whose image precedes its text."
     )

@@ -6,8 +6,8 @@ import torch
 from accelerate import init_empty_weights
 
 from lcl_ds.errors import UserError
+from lcl_ds.grids import NativeResolution, kept_count
 from lcl_ds.models.attention.masks import Mode, unavailable, unsupported
-from lcl_ds.models.counter_rng import kept_count
 from lcl_ds.models.decoder import build_decoder_config, check_isolation, check_positions
 from lcl_ds.models.initial import fill_weights
 from lcl_ds.models.network import LCLModel
@@ -29,8 +29,30 @@ def vision_config(settings: ModelSettings) -> Any:
 
 
 def tokens_per_image(settings: ModelSettings, training: bool = False) -> int:
-    """Count the image tokens N of the vision tower in ``settings``; in training those that patch dropout keeps."""
+    """Count the image tokens N of the vision tower in ``settings``; in training those that patch dropout keeps.
+
+    Where images keep their aspect ratio, training has no more than so many of each.
+    """
+    native = native_resolution(settings) if training else None
+    if native is not None:
+        return native.most_tokens
     return kept_count(image_tokens(vision_config(settings)), settings.vision.patch_dropout if training else 0.0)
+
+
+def native_resolution(settings: ModelSettings) -> NativeResolution | None:
+    """Say how training chooses the grids of images; None where all are squares."""
+    vision = settings.vision
+    if vision.resolution == "square":
+        return None
+    config = vision_config(settings)
+    most = vision.max_image_tokens or image_tokens(config)
+    least = vision.min_image_tokens or most
+    if least > most:
+        raise UserError(
+            f"model.vision.min_image_tokens: {least} is more than the {most} patches of image_size "
+            f"{config.image_size}; set max_image_tokens as well"
+        )
+    return NativeResolution(config.patch_size, least, most, vision.patch_dropout)
 
 
 def image_size(settings: ModelSettings) -> int:
@@ -74,11 +96,17 @@ def build_empty_model(settings: ModelSettings, vocab_size: int, document_tokens:
                 settings.decoder.attention,
                 settings.decoder.bidirectional_images,
                 patch_dropout=settings.vision.patch_dropout,
+                is_native=settings.vision.resolution == "native",
             )
         check_positions(model.decoder, document_tokens)
     except ValueError as error:
         raise UserError(f"model: {error}") from error
     _check_attention(model)
+    if model.vision.is_native and not model.vision.takes_masks:
+        raise UserError(
+            f"model.vision.resolution: native: the blocks of {settings.vision.model_type} cannot be told in this release "
+            "of transformers which image a token is of; use another model_type, or square"
+        )
     return model
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lcl_ds.grids import PackedImages
+
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 """Increment of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) as a signed 64-bit integer."""
 FIRST, SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
@@ -35,14 +37,25 @@ def _hashes(seeds: Tensor, count: int) -> Tensor:
     return _mixed(_mixed(seeds)[:, None] + counters * GOLDEN)
 
 
-def kept_count(patches: int, dropout: float) -> int:
-    """Say how many of an image's patches training keeps; at least one."""
-    return max(1, round(patches * (1 - dropout)))
-
-
 def kept_patches(seeds: Tensor, patches: int, count: int) -> Tensor:
     """Draw different patches of each image, int64 [M, count], in raster order, so that positions keep their meaning."""
     return patch_order(seeds, patches)[:, :count].sort(dim=1).values
+
+
+def kept_of_packed(seeds: Tensor, images: PackedImages) -> Tensor:
+    """Draw the patches that each of several images of different shapes keeps, int64 [U], as :func:`kept_patches` does.
+
+    Args:
+        seeds: int64 [M].
+    """
+    most = max(grid.patches for grid in images.grids)
+    sizes, starts = images.cu_patches.diff(), images.cu_patches[:-1]
+    absent = torch.arange(most, device=seeds.device) >= sizes[:, None]
+    order = _hashes(seeds, most).masked_fill(absent, 2**63 - 1).argsort(dim=1, stable=True)
+    image = images.token_images
+    rank = torch.arange(len(image), device=seeds.device) - images.cu_tokens.long().index_select(0, image)
+    kept = order.flatten().index_select(0, image * most + rank) + starts.index_select(0, image)
+    return kept.sort().values
 
 
 def _mixed(x: Tensor) -> Tensor:

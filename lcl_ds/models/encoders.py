@@ -29,16 +29,24 @@ class EncoderFamily:
     """Standard deviation of the pixels that the published models of the family expect."""
     fixed_keys: dict[str, Any] = field(default_factory=dict)
     """Configuration that leaves out weights which no patch token depends on: they would never train."""
-    has_class_token: bool = False
-    """Whether a class token stands before the patches."""
+    class_embedding: str | None = None
+    """Weight of the embeddings that is the class token, which stands before the patches; None: there is none."""
+    patch_embedding: str = "patch_embedding"
+    """Module of the embeddings that makes a token of a patch."""
     reads_flat_patches: bool = False
     """Whether its model takes flattened patches and counts positions instead of pixels."""
     position_mode: Literal["bicubic", "bilinear"] = "bicubic"
     """How positions are resized to another number of patches."""
+    antialiases_positions: bool = False
+    """Whether its own class resizes positions to an image's patches with antialiasing."""
     published_prefix: str = ""
     """What stands before the name of every weight in published checkpoints."""
     releases_unnormed_patches: bool = False
     """Whether the model applies its final norm to the class token alone, so that a reader has to normalise patches."""
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.class_embedding is not None
 
 
 FAMILIES = {
@@ -47,7 +55,7 @@ FAMILIES = {
         first_norm="pre_layrnorm",
         positions="embeddings.position_embedding.weight",
         vectors=("class_embedding", "position_embedding"),
-        has_class_token=True,
+        class_embedding="class_embedding",
         published_prefix="vision_model.",
         releases_unnormed_patches=True,
     ),
@@ -69,6 +77,7 @@ FAMILIES = {
         fixed_keys={"vision_use_head": False},
         reads_flat_patches=True,
         position_mode="bilinear",
+        antialiases_positions=True,
         published_prefix="vision_model.",
     ),
     "dinov2": EncoderFamily(
@@ -78,7 +87,8 @@ FAMILIES = {
         image_mean=(0.485, 0.456, 0.406),
         image_std=(0.229, 0.224, 0.225),
         fixed_keys={"use_mask_token": False},
-        has_class_token=True,
+        class_embedding="cls_token",
+        patch_embedding="patch_embeddings",
     ),
 }
 """By transformers' ``model_type``. A new family is a new record here, and nothing else."""

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lcl_ds.batch import Batch
+from lcl_ds.grids import PackedImages, kept_count
 from lcl_ds.models.attention.masks import BY_IMAGES, Mode, attention_arguments, image_blocks, use_best_implementation
-from lcl_ds.models.counter_rng import kept_count, kept_patches
+from lcl_ds.models.counter_rng import kept_patches
 from lcl_ds.models.decoder import build_decoder
 from lcl_ds.models.heads import ContextHead, LMHead, LogitScale
 from lcl_ds.models.pooling import AttentivePooling
@@ -40,6 +41,7 @@ class LCLModel(nn.Module):
         vision_attention, decoder_attention: ``auto``, or an attention implementation of transformers.
         bidirectional_images: whether tokens of an image see each other in the decoder, not only those before them.
         patch_dropout: fraction of an image's patches that training leaves out before the first block.
+        is_native: whether images keep their aspect ratio, so that those of a batch may come packed.
     """
 
     def __init__(
@@ -54,12 +56,13 @@ class LCLModel(nn.Module):
         decoder_attention: str = "auto",
         bidirectional_images: bool = False,
         patch_dropout: float = 0.0,
+        is_native: bool = False,
     ):
         super().__init__()
         width = decoder_config.hidden_size
         self.attention = decoder_attention
         self.attention_mode: Mode = "images" if bidirectional_images else "causal"
-        self.vision = VisionEncoder(vision_config, vision_attention)
+        self.vision = VisionEncoder(vision_config, vision_attention, is_native)
         self.kept_tokens = kept_count(self.vision.patch_tokens, patch_dropout)
         self.pooling = AttentivePooling(vision_config.hidden_size, width, pooling_heads)
         self.decoder, norm = build_decoder(decoder_config)
@@ -92,11 +95,18 @@ class LCLModel(nn.Module):
         self.choose_attention()
         return self
 
-    def encode_images(self, images: Tensor, image_seeds: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_images(
+        self, images: Tensor, image_seeds: Tensor, packed: PackedImages | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Encode images [M, 3, H, W], uint8 or normalised: pooled [M, H], tokens for the decoder [M, N, H].
 
         In training N are the patches that patch dropout keeps, drawn from ``image_seeds`` [M].
+
+        Args:
+            packed: how images of different shapes lie in ``images``; tokens are then [U, H].
         """
+        if packed is not None:
+            return self.pooling(self.vision.packed(self.vision.normalize(images), packed, image_seeds), packed)
         every, kept = self.vision.patch_tokens, None
         if self.training and self.kept_tokens < every:
             kept = kept_patches(image_seeds, every, self.kept_tokens)
@@ -106,20 +116,21 @@ class LCLModel(nn.Module):
         """Run the decoder; returns its states before any final norm, rows laid end to end [R*L, H].
 
         Args:
-            image_tokens: [S, N, H], what stands in each slot of ``batch``.
+            image_tokens: [S, N, H], what stands in each slot of ``batch``; [W, H] where its images are packed.
             mode: what a token sees of its document; None: what the settings say. :data:`BY_IMAGES` only where they do.
         """
         embeddings = self.decoder.get_input_embeddings()(batch.input_ids)
-        # One image's worth of slots beyond the rows: a rank without images writes its constant image there, so that
-        # every rank runs the same modules and the constant image's features reach nothing.
-        flat = F.pad(embeddings.flatten(0, 1), (0, 0, 0, image_tokens.shape[1]))
-        positions = batch.slot_positions[:, None] + torch.arange(image_tokens.shape[1], device=flat.device)
-        flat = flat.index_copy(0, positions.flatten(), image_tokens.flatten(0, 1).to(flat.dtype))
+        places, beyond = _slot_places(batch, image_tokens)
+        image_tokens = image_tokens.flatten(0, -2)
+        flat = F.pad(embeddings.flatten(0, 1), (0, 0, 0, beyond))
+        flat = flat.index_copy(0, places, image_tokens.to(flat.dtype))
         inputs_embeds = flat[: batch.input_ids.numel()].view_as(embeddings)
         mode = mode or self.attention_mode
         blocks = None
         if mode in BY_IMAGES:
-            blocks = image_blocks(batch.position_ids, batch.slot_positions, image_tokens.shape[1])
+            packed = batch.packed
+            numbers = torch.arange(len(places), device=flat.device) // beyond if packed is None else packed.slot_numbers
+            blocks = image_blocks(batch.position_ids, places, numbers, beyond)
         return self.run_decoder(batch, inputs_embeds, mode, blocks)
 
     def run_decoder(self, batch: Batch, inputs_embeds: Tensor, mode: Mode, blocks: Tensor | None) -> Tensor:
@@ -142,8 +153,9 @@ class LCLModel(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return decoder states [R*L, H] and pooled features [M, H], with every image in its own slots."""
-        pooled, tokens = self.encode_images(batch.images, batch.image_seeds)
-        return self.decode(batch, tokens.index_select(0, batch.slot_images)), pooled
+        pooled, tokens = self.encode_images(batch.images, batch.image_seeds, batch.packed)
+        in_slots = batch.slot_images if batch.packed is None else batch.packed.slot_tokens
+        return self.decode(batch, tokens.index_select(0, in_slots)), pooled
 
     def pair_features(self, hidden_states: Tensor, pooled: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return L2-normalised image and context features [P, H] of the contrastive pairs.
@@ -164,3 +176,16 @@ class LCLModel(nn.Module):
         pooling = self.pooling
         attention = pooling.query, pooling.norm_q, pooling.norm_k, pooling.q, pooling.k
         return self.context_head, self.logit_scale, *attention
+
+
+def _slot_places(batch: Batch, image_tokens: Tensor) -> tuple[Tensor, int]:
+    """Give the flat positions [W] of all tokens in slots, and how many of them may lie beyond the rows.
+
+    One image's worth: a rank without images writes its constant image there, so that every rank runs the same modules
+    and the constant image's features reach nothing.
+    """
+    if batch.packed is not None:
+        return batch.packed.slot_places, batch.packed.beyond
+    count = image_tokens.shape[1]
+    places = batch.slot_positions[:, None] + torch.arange(count, device=image_tokens.device)
+    return places.flatten(), count

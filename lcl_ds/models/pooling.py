@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lcl_ds.grids import PackedImages
+
 POOLING_FILE = "pooling.safetensors"
 """Where a release has the weights, beside those of the encoder."""
 
@@ -47,11 +49,20 @@ class AttentivePooling(nn.Module):
         """Draw the query anew."""
         nn.init.normal_(self.query)
 
-    def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Pool patches [M, N, input_dim]: pooled [M, output_dim], tokens [M, N, output_dim]."""
-        query = self.q(self.norm_q(self.query)).expand(patches.shape[0], -1, -1)
+    def forward(self, patches: Tensor, images: PackedImages | None = None) -> tuple[Tensor, Tensor]:
+        """Pool patches [M, N, input_dim]: pooled [M, output_dim], tokens [M, N, output_dim].
+
+        Args:
+            images: how images of different shapes lie end to end in patches [U, input_dim]; tokens are then
+                [U, output_dim].
+        """
+        query = self.q(self.norm_q(self.query))
         key, value = self.k(self.norm_k(patches)), self.v(self.norm_v(patches))
-        attended = F.scaled_dot_product_attention(self._heads(query), self._heads(key), self._heads(value))
+        keys, values, mask = key, value, None
+        if images is not None:
+            keys, values, mask = _side_by_side(key, value, images)
+        query = query.expand(keys.shape[0], -1, -1)
+        attended = F.scaled_dot_product_attention(self._heads(query), self._heads(keys), self._heads(values), mask)
         attended = attended.transpose(1, 2).flatten(2)
         return self.proj(attended).squeeze(1), self.proj(value)
 
@@ -64,6 +75,23 @@ class AttentivePooling(nn.Module):
     def _heads(self, states: Tensor) -> Tensor:
         """Split states [M, N, output_dim] into those of the heads [M, heads, N, D]."""
         return states.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+def _side_by_side(key: Tensor, value: Tensor, images: PackedImages) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Lay the keys and values [U, width] of every image into a row of its own, [M, longest, width].
+
+    Returns:
+        Keys, values, and bool [M, 1, 1, longest], which of them are an image's own; None: all. One query reads them,
+        so that what is read in vain is little.
+    """
+    shape = images.count, images.longest
+    if len(key) == images.count * images.longest:
+        return key.unflatten(0, shape), value.unflatten(0, shape), None
+    at = torch.arange(images.longest, device=key.device)
+    starts, ends = images.cu_tokens[:-1, None], images.cu_tokens[1:, None]
+    places = (starts + at).clamp(max=len(key) - 1)
+    keys, values = (x.index_select(0, places.flatten()).view(*places.shape, -1) for x in (key, value))
+    return keys, values, (starts + at < ends)[:, None, None]
 
 
 def read_released_pooling(file: Path, sizes: dict[str, Any]) -> AttentivePooling:

@@ -85,6 +85,20 @@ class VisionSettings(TowerSettings):
     image_std: tuple[float, float, float] = Field(
         IMAGE_STD, description="Standard deviation per channel, of the same pixels."
     )
+    resolution: Literal["square", "native"] = Field(
+        "square",
+        description="Images in training: cut to a square of image_size, or whole in their own aspect ratio, with at "
+        "most max_image_tokens patches; positions are then resized for each image.",
+    )
+    max_image_tokens: int | None = Field(
+        None, ge=1, description="Patches of an image at most (native). None: as many as the square of image_size has."
+    )
+    min_image_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Patches that a smaller image is enlarged to (native); up to max_image_tokens an image keeps its "
+        "own size. None: max_image_tokens, so that all images have about as many.",
+    )
     patch_dropout: float = Field(0.0, ge=0, lt=1, description="Fraction of an image's patches left out in training.")
     interpolate_positions: bool = Field(
         False,
@@ -102,6 +116,17 @@ class VisionSettings(TowerSettings):
         if values.get("pretrained"):
             raise ValueError("shape: the folder in pretrained gives the architecture; leave shape out")
         return {"model_type": "clip_vision_model", **SHAPES[values["shape"]], **values}
+
+    @model_validator(mode="after")
+    def _fits_resolution(self) -> "VisionSettings":
+        bounds = {"max_image_tokens": self.max_image_tokens, "min_image_tokens": self.min_image_tokens}
+        if given := [name for name, value in bounds.items() if value is not None and self.resolution == "square"]:
+            raise ValueError(f"{given[0]}: all images are squares; set resolution=native or leave {given[0]} out")
+        if self.min_image_tokens and self.max_image_tokens and self.min_image_tokens > self.max_image_tokens:
+            raise ValueError(f"min_image_tokens: {self.min_image_tokens} is more than max_image_tokens")
+        if self.resolution == "native" and self.attention not in ("auto", "varlen", "sdpa", "eager"):
+            raise ValueError(f"attention: {self.attention} does not read packed images (resolution=native); use auto")
+        return self
 
 
 class DecoderSettings(TowerSettings):

@@ -1,6 +1,7 @@
 """The vision tower: a transformers encoder whose patch tokens are what the decoder sees."""
 
 from collections.abc import Sequence
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -8,8 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from lcl_ds.models.attention.masks import use_best_implementation
-from lcl_ds.models.encoders import FAMILIES, IMAGE_MEAN, IMAGE_STD, family_of
+from lcl_ds.grids import Grid, PackedImages, joined_patches
+from lcl_ds.models.attention import varlen
+from lcl_ds.models.attention.masks import bounds_of_images, use_best_implementation
+from lcl_ds.models.counter_rng import kept_of_packed
+from lcl_ds.models.encoders import FAMILIES, IMAGE_MEAN, IMAGE_STD, EncoderFamily, family_of
+from lcl_ds.models.positions import AxisWeights
 
 
 def _shape(patch: int, width: int, depth: int, heads: int, mlp: int) -> dict[str, Any]:
@@ -71,7 +76,7 @@ def normalize_images(
     image_mean: Sequence[float] = IMAGE_MEAN,
     image_std: Sequence[float] = IMAGE_STD,
 ) -> Tensor:
-    """Normalise uint8 [M, 3, H, W] to ``dtype``; floating images are taken as normalised already."""
+    """Normalise uint8 [M, 3, H, W], or patches, to ``dtype``; floating images are taken as normalised already."""
     if images.is_floating_point():
         return images.to(dtype)
     mean = torch.tensor(image_mean, device=images.device).view(3, 1, 1) * 255
@@ -82,20 +87,31 @@ def normalize_images(
 class VisionEncoder(nn.Module):
     """Patch tokens after the final norm, from any of :data:`lcl_ds.models.encoders.FAMILIES`.
 
-    A class token takes part in attention and is then dropped, as in the published ``lcl_model.py``. Images have no
-    masks, so ``auto`` is sdpa: torch takes its own flash kernel then.
+    A class token takes part in attention and is then dropped, as in the published ``lcl_model.py``. Square images need
+    no mask, so ``auto`` is sdpa: torch takes its own flash kernel then.
+
+    Args:
+        is_native: whether images keep their aspect ratio, so that those of a batch may come packed.
     """
 
-    def __init__(self, config: Any, attention: str = "auto"):
+    def __init__(self, config: Any, attention: str = "auto", is_native: bool = False):
         super().__init__()
-        self.attention = attention
+        self.attention, self.is_native = attention, is_native
         self.model: PreTrainedModel = AutoModel.from_config(config)
         self.patch_tokens = image_tokens(config)
+        family = family_of(config)
+        side = config.image_size // config.patch_size
+        self.axis_weights = AxisWeights(side, family.position_mode, family.antialiases_positions)
         self.choose_attention()
 
     def choose_attention(self, device: torch.device | None = None) -> None:
         """Use the attention implementation that suits the settings, the dtype and the device of the tower."""
-        use_best_implementation(self.model, self.attention, preferred=("sdpa", "eager"), device=device)
+        wanted: str = self.attention
+        preferred: tuple[str, ...] = ("sdpa", "eager")
+        if self.is_native:
+            wanted = varlen.IMAGES if wanted in ("auto", varlen.NAME) else wanted
+            preferred = (varlen.IMAGES, *preferred)
+        use_best_implementation(self.model, wanted, preferred=preferred, device=device)
 
     def _apply(self, *args: Any, **options: Any) -> "VisionEncoder":
         """Move or cast the tower, as ``to`` and ``bfloat16`` do by this, and choose attention for what it is then."""
@@ -139,6 +155,39 @@ class VisionEncoder(nn.Module):
             tokens = torch.cat([tokens[:, :prefix], patches], dim=1)
         return tokens, prefix
 
+    def packed(self, patches: Tensor, images: PackedImages, image_seeds: Tensor) -> Tensor:
+        """Encode the normalised patches [N, 3, P, P] of images of different shapes: image tokens [U, width].
+
+        Where all are squares of the tower's own size, what comes out are the bits of :meth:`forward`. But the graph is
+        one for all shapes: ranks have different ones, and ZeRO wants every gradient at the same place on all of them.
+
+        Args:
+            image_seeds: int64 [M], from which the patches are drawn that patch dropout keeps.
+        """
+        model: Any = self.model
+        family = family_of(model.config)
+        prefix = int(family.has_class_token)
+        count = images.count
+        # The module itself is called, so that ZeRO gathers its weights.
+        model.embeddings.forward = partial(_embed_packed, model.embeddings, family, images, self.axis_weights)
+        try:
+            tokens = model.embeddings(patches)
+        finally:
+            del model.embeddings.forward
+        places = torch.arange(len(images.token_images), device=tokens.device) + prefix * (images.token_images + 1)
+        if images.drops_patches:
+            kept = kept_of_packed(image_seeds, images) + prefix * (images.token_images + 1)
+            starts = images.cu_patches[:-1] + torch.arange(count, device=tokens.device)
+            whole = kept.new_zeros(len(kept) + prefix * count)
+            first = (images.cu_tokens[:-1] + torch.arange(count, device=tokens.device)).long()
+            whole = whole.index_copy(0, first, starts) if prefix else whole
+            tokens = tokens.index_select(0, whole.index_copy(0, places, kept))
+        bounds = images.cu_tokens + prefix * torch.arange(count + 1, dtype=torch.int32, device=tokens.device)
+        tokens = self.first_norm(tokens[None])
+        mask = bounds_of_images(model, tokens, bounds, images.longest + prefix)
+        hidden_states = self.run_blocks(tokens, mask)[0]
+        return self.final_norm(hidden_states.index_select(0, places) if prefix else hidden_states)
+
     def first_norm(self, tokens: Tensor) -> Tensor:
         """Normalise tokens [.., width] before the first block, where the family does."""
         name = family_of(self.model.config).first_norm
@@ -172,6 +221,64 @@ def _embed(model: Any, pixel_values: Tensor) -> Tensor:
     # Its own forward resizes the positions for every image by itself. All images here have the size of the positions.
     patches = model.embeddings.patch_embedding(flat_patches(pixel_values, model.config.patch_size))
     return patches + model.embeddings.position_embedding(torch.arange(patches.shape[1], device=patches.device))
+
+
+def _embed_packed(
+    embeddings: Any, family: EncoderFamily, images: PackedImages, axis_weights: AxisWeights, patches: Tensor
+) -> Tensor:
+    """Embed patches [N, 3, P, P] with positions resized to each image, its class token first: [N + M, width].
+
+    Families without class token give [N, width].
+    """
+    shared = images.shared_grid
+    tokens = _embed_patches(getattr(embeddings, family.patch_embedding), family, patches, shared)
+    class_token = getattr(embeddings, family.class_embedding) if family.class_embedding else None
+    tokens = _with_class_token(tokens, class_token, images)
+    positions = _positions(embeddings, family)
+    prefix = int(family.has_class_token)
+    of_patches, first = positions[prefix:], positions[0] if prefix else None
+    row_weights, column_weights = axis_weights(images.row_places, images), axis_weights(images.column_places, images)
+    if shared is not None:  # one image's positions are those of all, as they are added to squares
+        row_weights, column_weights = row_weights[: shared.patches], column_weights[: shared.patches]
+    weights = (row_weights[:, :, None] * column_weights[:, None]).flatten(1)
+    resized = (weights @ of_patches.float()).to(tokens.dtype)
+    if shared is not None:
+        resized = resized if first is None else torch.cat([first[None], resized])
+        tokens = (tokens.unflatten(0, (images.count, -1)) + resized).flatten(0, 1)
+    else:
+        tokens = tokens + _with_class_token(resized, first, images)
+    return embeddings.dropout(tokens) if hasattr(embeddings, "dropout") else tokens
+
+
+def _embed_patches(module: Any, family: EncoderFamily, patches: Tensor, shared: Grid | None) -> Tensor:
+    """Make a token [N, width] of each patch; images of one shape are convolved as images, others as one long strip."""
+    if family.reads_flat_patches:
+        return module(patches.permute(0, 2, 3, 1).flatten(1))
+    tokens = module(joined_patches(patches, shared or Grid(1, len(patches), len(patches))))
+    return tokens.flatten(2).transpose(1, 2).flatten(0, 1) if tokens.ndim == 4 else tokens.flatten(0, 1)
+
+
+def _positions(embeddings: Any, family: EncoderFamily) -> Tensor:
+    """Return the table of positions, that of the class token first, [side * side + prefix, width]."""
+    table: Any = getattr(embeddings, family.positions.removeprefix("embeddings.").removesuffix(".weight"))
+    if isinstance(table, nn.Embedding):
+        return table(torch.arange(table.num_embeddings, device=table.weight.device))
+    return table[0]
+
+
+def _with_class_token(tokens: Tensor, class_token: Tensor | None, images: PackedImages) -> Tensor:
+    """Put a class token before the patches of each image, [N, width] to [N + M, width]; None: there is none."""
+    if class_token is None:
+        return tokens
+    count, width = images.count, tokens.shape[1]
+    if images.shared_grid is not None:
+        return torch.cat(
+            [class_token.view(1, 1, -1).expand(count, -1, -1), tokens.unflatten(0, (count, -1))], 1
+        ).flatten(0, 1)
+    places = torch.arange(len(tokens), device=tokens.device) + images.patch_images + 1
+    whole = tokens.new_zeros(len(tokens) + count, width).index_copy(0, places, tokens)
+    starts = images.cu_patches[:-1] + torch.arange(count, device=tokens.device)
+    return whole.index_copy(0, starts, class_token.view(1, -1).expand(count, -1))
 
 
 def flat_patches(images: Tensor, patch_size: int) -> Tensor:

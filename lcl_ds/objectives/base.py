@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from lcl_ds.batch import Batch
+from lcl_ds.errors import UserError
 from lcl_ds.metrics import Combination, check_names
 from lcl_ds.models.attention.masks import Mode
 from lcl_ds.models.heads import LogitBias
@@ -74,6 +75,9 @@ class Objective(nn.Module):
     reports: Mapping[str, Combination] = {}
     """Other outputs that are recorded, and how the ranks' values become one: ``sum`` adds up those of all ranks and
     micro-steps, ``same`` takes that of the last micro-step, which is the same on all ranks. Settings may add some."""
+    takes_native: ClassVar[bool] = False
+    """Whether it can train on images that keep their aspect ratio (``model.vision.resolution: native``), which have
+    different numbers of tokens: it reads them through :class:`LCLModel`'s own forward alone."""
     decoder_passes: ClassVar[int] = 1
     """How often the decoder reads one sample."""
     attention_mode: ClassVar[Mode | None] = None
@@ -87,6 +91,11 @@ class Objective(nn.Module):
 
     def __init__(self, model: LCLModel):
         super().__init__()
+        if model.vision.is_native and not self.takes_native:
+            name = type(self).__module__.rpartition(".")[2]
+            raise UserError(
+                f"model.vision.resolution: native: the objective {name} needs as many tokens of every image; use square"
+            )
         self.model = model
         self.progress = 0.0
         """Fraction of the run's steps that are done; the trainer keeps it."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lcl_ds.batch import Batch
 from lcl_ds.data.sequences import PairView
-from lcl_ds.models.counter_rng import kept_count, kept_patches
+from lcl_ds.grids import kept_count
+from lcl_ds.models.counter_rng import kept_patches
 from lcl_ds.models.network import LCLModel
 from lcl_ds.objectives import base
 from lcl_ds.objectives.base import LossNormalizers, ObjectiveSettings

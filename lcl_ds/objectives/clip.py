@@ -33,6 +33,7 @@ class Objective(base.Objective):
     """The contrastive loss alone."""
 
     losses: ClassVar[tuple[str, ...]] = ("contrastive_loss",)
+    takes_native: ClassVar[bool] = True
     reports: Mapping[str, Combination] = {"logit_scale": "same"}
 
     def __init__(self, model: LCLModel, settings: Settings):

@@ -36,6 +36,7 @@ class Objective(base.Objective):
     """``contrastive_weight * contrastive + generation_weight * captioning``."""
 
     losses: ClassVar[tuple[str, ...]] = ("contrastive_loss", "generation_loss")
+    takes_native: ClassVar[bool] = True
     reports: Mapping[str, Combination] = {"logit_scale": "same"}
     decoder_passes: ClassVar[int] = 2
 

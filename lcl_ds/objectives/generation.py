@@ -30,6 +30,7 @@ class Objective(base.Objective):
     """The generation loss alone."""
 
     losses: ClassVar[tuple[str, ...]] = ("generation_loss",)
+    takes_native: ClassVar[bool] = True
 
     def __init__(self, model: LCLModel, settings: Settings):
         super().__init__(model)

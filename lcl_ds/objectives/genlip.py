@@ -99,7 +99,8 @@ class Objective(base.Objective):
         images = images.index_select(0, batch.slot_images).flatten(0, 1)
         flat = flat.index_copy(0, places.flatten(), images.to(flat.dtype))
         rows = vision.first_norm(flat[: batch.input_ids.numel()].view_as(text))
-        blocks = image_blocks(batch.position_ids, starts, places.shape[1])
+        numbers = torch.arange(len(places), device=text.device).repeat_interleave(places.shape[1])
+        blocks = image_blocks(batch.position_ids, places.flatten(), numbers, places.shape[1])
         attention = attention_arguments(
             vision.model, rows, batch.position_ids, mode=self.attention_mode, image_blocks=blocks
         )

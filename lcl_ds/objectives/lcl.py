@@ -103,6 +103,7 @@ class Objective(base.Objective):
     """``generation_weight * generation + contrastive_weight * contrastive``."""
 
     losses: ClassVar[tuple[str, ...]] = ("contrastive_loss", "generation_loss")
+    takes_native: ClassVar[bool] = True
     reports: Mapping[str, Combination] = {"logit_scale": "same"}
 
     def __init__(self, model: LCLModel, settings: Settings):

@@ -46,6 +46,7 @@ class Objective(base.Objective):
     """The sigmoid loss alone."""
 
     losses: ClassVar[tuple[str, ...]] = ("contrastive_loss",)
+    takes_native: ClassVar[bool] = True
     reports: Mapping[str, Combination] = {"logit_scale": "same", "logit_bias": "same"}
 
     def __init__(self, model: LCLModel, settings: Settings):

@@ -67,7 +67,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from lcl_ds.config import ds_config_path, load_config, recipe_path
     from lcl_ds.gpus import gpu_of
 
-    config = load_config(recipe_path(arguments.recipe), arguments.overrides)
+    recipe = load_config(recipe_path(arguments.recipe), arguments.overrides)
     gpu = gpu_of(arguments.gpu)
     from lcl_ds.training.preparation import prepare_for_deepspeed
 
@@ -76,6 +76,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from lcl_ds.plan.planner import Planner
     from lcl_ds.training.engine import load_ds_config
 
+    config = contents.with_largest_squares(recipe)
     ds_config = load_ds_config(ds_config_path(arguments.ds_config))
     vocabulary, how = contents.vocabulary_of(config, arguments.text_vocabulary)
     text_tokens = arguments.text_per_image or contents.TEXT_TOKENS
@@ -103,6 +104,9 @@ def plan(arguments: argparse.Namespace) -> int:
         f"vocabulary: {how}",
         f"attention: {planner.attention}; GPU: {gpu.source}",
     ]
+    if recipe.model.vision.resolution == "native":
+        side = math.isqrt(planner.objective.model.vision.patch_tokens)
+        notes.append(f"images: each counts as {side} x {side} patches, the square for model.vision.max_image_tokens")
     printing.print_plan(given, planner, notes, out)
     if arguments.check:
         compared = check.compare(given, arguments.check, check.ran_on_gpus(arguments.check))

@@ -15,7 +15,9 @@ from lcl_ds.data.stream.packing import PackedSequence, Row, collate
 from lcl_ds.errors import UserError
 from lcl_ds.flops import StepWork
 from lcl_ds.metrics import read_metrics
+from lcl_ds.models.build import native_resolution
 from lcl_ds.objectives import view_of
+from lcl_ds.phases import with_image_size
 from lcl_ds.tokens import TextTokenizer, Vocabulary
 
 TEXT_TOKENS = 24
@@ -59,6 +61,23 @@ class RowContents:
             pairs=pairs,
             pair_products=pairs**2 / micro_steps,
         )
+
+
+def with_largest_squares(config: Config) -> Config:
+    """Count every image that keeps its aspect ratio as the smallest square of ``max_image_tokens`` patches or more.
+
+    So no row holds more than what is planned for.
+    """
+    native = native_resolution(config.model)
+    if native is None:
+        return config
+    budget = config.data.row_image_tokens
+    rows = {"row_images": config.data.row_images if budget is None else max(1, budget // native.most_tokens)}
+    config = with_image_size(config, math.ceil(native.most**0.5) * native.patch_size)
+    square = {"resolution": "square", "max_image_tokens": None, "min_image_tokens": None}
+    vision = config.model.vision.model_copy(update=square)
+    data = config.data.model_copy(update={"row_image_tokens": None, **rows})
+    return config.model_copy(update={"data": data, "model": config.model.model_copy(update={"vision": vision})})
 
 
 def vocabulary_of(config: Config, text_tokens: int | None = None) -> tuple[Vocabulary, str]:

@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from lcl_ds.evaluation.results import IN_PERCENT, shown
 from lcl_ds.files import printable
 from lcl_ds.flops import size_of
+from lcl_ds.models.build import native_resolution
 from lcl_ds.models.network import LCLModel
 from lcl_ds.release.options import ReleaseOptions
 from lcl_ds.release.origin import WeightOrigin
@@ -28,11 +29,15 @@ LIMITS = """\
 Features of images: for probes and classifiers, for retrieval, and as the eye of a multimodal model, each trained on
 top.
 
-- It was trained with squares of {size} px. Other sizes need resized positions and were not checked.
+- {sizes}
 - It knows what its training data shows, with their gaps, mistakes and prejudices, and nobody measured these. Do not use
   it to identify people or to decide about them.
 - What is not in the table of figures was not measured.
 """
+SQUARES = "It was trained with squares of {size} px. Other sizes need resized positions and were not checked."
+NATIVE = """\
+It was trained with whole images in their own aspect ratio, of {least} to {most} patches; its positions were resized to
+  each image, as its transformers class does it{how}. What is checked and measured here are squares of {size} px."""
 CITATION = """\
 ## Citation
 
@@ -99,10 +104,21 @@ def write_card(
         f"## Use\n\n{usage}\nChecked when it was written: {checked}.\n",
         _training(record, origin.settings),
         _figures(figures, options, record.no_figures),
-        LIMITS.format(size=encoder.config.image_size),
+        LIMITS.format(sizes=_sizes(encoder.config, origin)),
         CITATION,
     ]
     (folder / "README.md").write_text("\n".join(sections), encoding="utf-8", errors="backslashreplace")
+
+
+def _sizes(config: Any, origin: WeightOrigin) -> str:
+    """Say which images the encoder was trained with."""
+    native = origin.config and native_resolution(origin.config.model)
+    if not native:
+        return SQUARES.format(size=config.image_size)
+    # The other classes resize positions whenever an image has another shape.
+    is_asked = config.model_type in ("clip_vision_model", "siglip_vision_model")
+    how = " (`interpolate_pos_encoding=True`)" if is_asked else ""
+    return NATIVE.format(least=native.least, most=native.most, size=config.image_size, how=how)
 
 
 def _training(record: RunRecord, settings: dict[str, Any]) -> str:

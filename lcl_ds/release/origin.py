@@ -35,7 +35,10 @@ PARITY_SHARDS, PARITY_SAMPLES = 8, 64
 """Shards of a source, and samples of a shard, in which pictures for the parity check are looked for."""
 PUBLISHED = ("precision", "model", "objective", "train")
 """Groups of a run's settings that a card shows."""
-PUBLISHED_OF_DATA = ("row_tokens", "document_tokens", "row_images", "image_first_probability", "crop_scale", "mix_by")
+PUBLISHED_OF_DATA = (
+    *("row_tokens", "document_tokens", "row_images", "row_image_tokens", "image_first_probability", "crop_scale"),
+    "mix_by",
+)
 """Settings of the data that a card shows."""
 PLACES = ("pretrained", "init_from", "init_ema", "init_parts")
 """Settings that say where first weights came from, even where they look like words."""

@@ -139,9 +139,9 @@ def show(batch: Batch, tokenizer: TextTokenizer, console: Console) -> None:
 
 def _line(passage: Passage, batch: Batch) -> Text:
     line = Text()
-    side = "x".join(map(str, batch.images.shape[2:]))
     for token in passage.tokens:
         if token.image is not None:
+            side = "x".join(map(str, batch.picture(token.image).shape[1:]))
             line.append(f"[image {token.image}, {side}]", "bold magenta")
         elif token.is_hidden:
             line.append("[hidden]", "bold")
@@ -168,7 +168,9 @@ def page(batch: Batch, tokenizer: TextTokenizer, title: str) -> str:
         "Padding": percent(1 - batch.token_count / batch.input_ids.numel()),
         "Left out": plural(batch.skipped_samples, "sample"),
     }
-    side = _shown_side(batch.images.shape[2])
+    images = [batch.picture(number).numpy() for number in range(max(1, batch.image_count))]
+    longest = max(max(image.shape[1:]) for image in images)
+    side = _shown_side(longest)
     return render(
         "batch.html",
         title=title,
@@ -178,9 +180,9 @@ def page(batch: Batch, tokenizer: TextTokenizer, title: str) -> str:
             for name, counts in batch.sources.items()
         },
         rows=list(rows.values()),
-        pictures=[url_of(pixels.transpose(1, 2, 0)) for pixels in batch.images[: batch.image_count].numpy()],
-        side=side,
-        size=_size_text(batch.images.shape[2], side),
+        pictures=[url_of(pixels.transpose(1, 2, 0)) for pixels in images[: batch.image_count]],
+        sizes=[(image.shape[2] * side // longest, image.shape[1] * side // longest) for image in images],
+        size=_size_text(longest, side) if batch.packed is None else "whole, in their own aspect ratio",
         has_hidden=any(token.is_hidden for passages in rows.values() for p in passages for token in p.tokens),
     )
 

@@ -16,7 +16,7 @@ from lcl_ds.batch import Batch
 from lcl_ds.config import Config
 from lcl_ds.data.stream.loader import BatchLoader
 from lcl_ds.errors import UserError
-from lcl_ds.flops import StepFlops, StepWork, total
+from lcl_ds.flops import GridWork, StepFlops, StepWork, total
 from lcl_ds.gpus import peak_flops
 from lcl_ds.metrics import SourceCounts, StepMetrics
 from lcl_ds.objectives.base import LossNormalizers, Objective
@@ -322,7 +322,10 @@ class Trainer:
         norm = self.engine.basic_optimizer.norm
         images, tokens, labels = (int(totals[key]) for key in ("images", "tokens", "text_tokens"))
         slots = self.config.train.global_batch_rows * self.config.data.row_tokens
-        work = StepWork(images, slots, totals["token_squares"], labels, *contrastive_work(normalizers_of))
+        grids = None
+        if self.config.model.vision.resolution == "native":
+            grids = GridWork(*(totals[key] for key in ("patches", "image_tokens", "image_token_squares")))
+        work = StepWork(images, slots, totals["token_squares"], labels, *contrastive_work(normalizers_of), grids)
         flops = total(self._flops.of(work)).model
         return StepMetrics(
             step=self.progress.step,
@@ -331,6 +334,7 @@ class Trainer:
             grad_norm=float(self.engine.get_global_grad_norm() or 0.0) if norm is None else norm,
             lr=lr,
             images=images,
+            image_tokens=images * self.objective.model.kept_tokens if grids is None else int(grids.tokens),
             documents=int(totals["documents"]),
             tokens=tokens,
             text_tokens=labels,
@@ -372,7 +376,11 @@ def outputs_to_sum(objective: Objective) -> tuple[str, ...]:
 
 def summed_metrics(batches: list[Batch]) -> dict[str, int]:
     """Count what this rank saw, under the keys of the metrics that are summed over ranks."""
+    grids = GridWork.of(grid for batch in batches for grid in batch.grids)
     return {
+        "patches": int(grids.patches),
+        "image_tokens": int(grids.tokens),
+        "image_token_squares": int(grids.squares),
         "images": sum(batch.image_count for batch in batches),
         "documents": sum(batch.document_count for batch in batches),
         "tokens": sum(batch.token_count for batch in batches),

@@ -18,9 +18,11 @@ from lcl_ds.data.shards.source import Source
 from lcl_ds.data.shards.storage import expand_paths
 from lcl_ds.data.stream.lanes import LaneSettings
 from lcl_ds.data.stream.loader import BatchLoader
+from lcl_ds.grids import NativeResolution
 from lcl_ds.report.batch_page import _shown_side, _size_text, page, passages_of
 from lcl_ds.tokens import TextTokenizer
 from tests.support.corpora import picture
+from tests.support.shapes import write_shapes
 from tests.support.tars import write_tar
 
 SETTINGS = LaneSettings(
@@ -76,6 +78,22 @@ def test_the_page_shows_text_and_pixels(batch, tokenizer):
     assert "32 x 32 pixels, shown 3 times as large" in shown
     document = passages_of(batch, tokenizer)[0]
     assert "".join(t.text for t in document.tokens if t.image is None and not t.inside_image)[:40] in shown
+
+
+def test_images_of_all_shapes_are_shown_whole_in_their_own(tmp_path, tokenizer):
+    source = Source("s", [index_shard(write_shapes(tmp_path / "s.tar"))])
+    native = NativeResolution(patch_size=8, least=16, most=16)
+    settings = replace(SETTINGS, native=native, row_image_tokens=200)
+    batch = next(BatchLoader([source], settings, tokenizer, 2))
+    html = page(batch, tokenizer, "a title")
+    sizes = [(int(w), int(h)) for w, h in re.findall(r'width="(\d+)" height="(\d+)"', html)]
+    pictures = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r"base64,([^\"]+)", html)]
+    longest = max(max(picture.size) for picture in pictures)
+    assert len({picture.size for picture in pictures}) == 4
+    assert [picture.size for picture in pictures] == [(8 * grid.columns, 8 * grid.rows) for grid in batch.grids]
+    shown = _shown_side(longest)
+    assert sizes == [tuple(side * shown // longest for side in picture.size) for picture in pictures]
+    assert "Images are whole, in their own aspect ratio." in text_of(html)
 
 
 def text_of(html):

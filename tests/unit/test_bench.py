@@ -7,6 +7,7 @@ import torch
 
 from lcl_ds.bench import __main__ as bench
 from lcl_ds.bench import data, measure, peers, runner, train, train_runner
+from lcl_ds.bench import native as native_bench
 from lcl_ds.bench.contrastive import ContrastiveCase
 from lcl_ds.bench.losses import LossCase
 from lcl_ds.bench.peers import EAGER, OURS, Method, UnavailableError
@@ -395,7 +396,18 @@ def test_data_compares_loading_and_packing(tmp_path, demo_folder, capsys):
         ours, greedy, padded = corpus["layouts"].values()
         assert ours["padding"] < 0.02 < greedy["padding"] < padded["padding"]
         assert ours["images_max_over_mean"] < 1.1 < greedy["images_max_over_mean"]
-    assert "MMC4-like" in capsys.readouterr().out
+    native = figures["native"]
+    assert native["rows"]["shapes"] == len(native_bench.ASPECTS) == 10
+    assert native["rows"]["padding"] < 0.02
+    packed, cropped, padded, showing = native["tower"]
+    assert (packed["padding"], cropped["padding"]) == (0, 0)
+    assert cropped["tokens_per_image"] == padded["tokens_per_image"] == 196 >= packed["tokens_per_image"] > 180
+    assert 0.3 < padded["padding"] < 0.5
+    assert showing["tokens_per_image"] * (1 - showing["padding"]) >= packed["tokens_per_image"]
+    assert all(row["images_per_s"] > 0 for row in native["tower"])
+    printed = capsys.readouterr().out
+    assert "MMC4-like" in printed
+    assert "padded squares that show as much" in printed
 
 
 def test_resident_memory_is_followed(tmp_path, demo_folder):

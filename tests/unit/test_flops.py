@@ -7,10 +7,11 @@ import torch
 from lcl_kernels import contrastive_loss
 
 from lcl_ds.assembly import attach_objective
-from lcl_ds.flops import StepFlops, StepWork, size_of, total
+from lcl_ds.flops import GridWork, StepFlops, StepWork, size_of, total
 from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.training.optimizer import freeze_parts
 from tests.support.counting import flop_counter
+from tests.support.native import NATIVE, SQUARE, grids_of, native_documents
 from tests.support.small import (
     VISION_TOWERS,
     small_config,
@@ -35,6 +36,7 @@ def work_of(objective, batch):
         labels=len(batch.labels),
         pairs=pairs,
         pair_products=pairs**2,
+        grids=GridWork.of(batch.grids) if batch.packed else None,
     )
 
 
@@ -81,6 +83,26 @@ def test_every_configuration_needs_what_torch_counts(name):
         work = replace(work, squares=len(batch.input_ids) * batch.input_ids.shape[1] ** 2)
     ours = total(StepFlops(objective).of(work)).computed
     assert ours == pytest.approx(counted(objective, batch), rel=0.01)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["lcl", "clip"])
+def test_images_of_all_shapes_need_what_torch_counts(name, dropout):
+    """But for the positions that are resized to them, which a small tower shows."""
+    overrides = [f"objective.name={name}", *NATIVE, "model.vision.num_hidden_layers=6", *CHECKPOINTED]
+    objective, config = objective_of(*overrides)
+    batch = native_documents(config, dropout)
+    work = work_of(objective, batch)
+    assert (work.grids.patches, work.grids.tokens) == (15, 15 if dropout == 0 else 7)
+    ours = total(StepFlops(objective).of(work)).computed
+    assert ours == pytest.approx(counted(objective, batch), rel=0.01)
+
+
+def test_squares_in_a_run_of_all_shapes_need_what_squares_need():
+    flops = StepFlops(objective_of("model.vision.patch_dropout=0.5")[0])
+    squares = StepWork(images=3, tokens=144, squares=2000, labels=30)
+    grids = GridWork.of(grids_of([SQUARE] * 3, dropout=0.5))
+    assert flops.of(squares) == flops.of(replace(squares, grids=grids))
 
 
 def test_similarities_are_computed_twice():

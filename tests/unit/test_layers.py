@@ -12,7 +12,7 @@ import pytest
 from tests.support.ranks import ROOT
 
 LAYERS = [
-    {"errors", "settings", "tokens", "batch", "files", "cli", "metrics", "environment", "tasks", "gpus"},
+    {"errors", "settings", "tokens", "grids", "batch", "files", "cli", "metrics", "environment", "tasks", "gpus"},
     {"data"},
     {"models"},
     {"objectives", "flops"},

@@ -168,6 +168,7 @@ def step_metrics(**changes):
             "grad_norm": 1.0,
             "lr": 1e-3,
             "images": 8,
+            "image_tokens": 128,
             "documents": 4,
             "tokens": 90,
             "text_tokens": 60,

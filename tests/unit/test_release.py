@@ -27,6 +27,7 @@ from lcl_ds.release.record import RunRecord, read_record
 from lcl_ds.release.to_open_clip import open_clip_config, open_clip_weights
 from lcl_ds.release.to_timm import timm_arguments, timm_weights
 from lcl_ds.release.vision import release_vision
+from tests.support.native import NATIVE
 from tests.support.pages import blocks_of
 from tests.support.ranks import ROOT
 from tests.support.small import IMAGE_SIZE, VISION_TOWERS, shake, small_config, small_model, three_documents
@@ -199,6 +200,18 @@ def test_what_nobody_stated_or_wrote_down_is_not_invented(tmp_path):
     assert "Licence of the weights: not stated" in card.text
     assert "How much data it has seen is not recorded." in card.text
     assert "The run has no final evaluation of these weights." in card.text
+
+
+def test_the_card_says_which_shapes_of_images_the_encoder_was_trained_with(tmp_path):
+    cards = []
+    for number, way in enumerate(((), NATIVE)):
+        config, pixels = small_config(*way), np.zeros((2, 3, 16, 16), np.uint8)
+        origin = WeightOrigin("small", "in a test", {}, pixels, "images", config=config)
+        release_vision(small_model(config).eval(), origin, tmp_path / str(number))
+        cards.append((tmp_path / str(number) / "README.md").read_text())
+    assert "It was trained with squares of 16 px." in cards[0]
+    assert "whole images in their own aspect ratio, of 6 to 6 patches" in cards[1]
+    assert "(`interpolate_pos_encoding=True`)" in cards[1]
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("siglip2_vision_model", "fp32"), ("dinov2", "bf16")])

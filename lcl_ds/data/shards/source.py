@@ -202,8 +202,11 @@ class Source:
             return f"{path}: sample {number_in_shard}"
         return f"{path}: {printable(opened.index.sample(number_in_shard).key)}"
 
-    def read(self, number: int, suffix: str) -> bytes:
+    def read(self, number: int, suffix: str, most: int | None = None) -> bytes:
         """Read one member's bytes.
+
+        Args:
+            most: of them, from the first on.
 
         Raises:
             KeyError: the sample has no such member.
@@ -212,6 +215,7 @@ class Source:
         """
         shard, number_in_shard = self._locate(number)
         offset, size, header = self._opened(shard).index.member(number_in_shard, suffix)
+        size = size if most is None else min(size, most)
         data = self._read_range(shard, offset - BLOCK, offset + size)
         path = self.shards[shard].path
         if header_hash(data[:BLOCK]) != header:

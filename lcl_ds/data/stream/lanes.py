@@ -21,6 +21,7 @@ import numpy as np
 
 from lcl_ds.data.documents import BadSampleError, Document, read_document
 from lcl_ds.data.images import decode_image
+from lcl_ds.data.native import Encoded, encode_document, image_cost, with_grids
 from lcl_ds.data.sequences import DocumentView, Sequencer, View
 from lcl_ds.data.settings import default_of
 from lcl_ds.data.shards.source import Blocks, Source
@@ -29,6 +30,7 @@ from lcl_ds.data.stream.packing import PackedSequence, Row, choose_group, pack
 from lcl_ds.data.stream.skips import Skips, reason_of
 from lcl_ds.data.stream.stalls import StallWatch
 from lcl_ds.errors import UserError
+from lcl_ds.grids import Grid, NativeResolution, cut_patches
 from lcl_ds.tokens import TextTokenizer, TokenSequence
 
 SOURCE, EPOCH, WINDOW, ROWS, SEQUENCES, CROP, IMAGE = range(7)
@@ -61,7 +63,10 @@ was made for images of ``image_tokens``."""
 
 
 def measure_sizes(sources: Sequence[Source], settings: "LaneSettings", tokenizer: TextTokenizer) -> np.ndarray:
-    """Measure mean tokens and images of a sample of each source, float64 [sources, 2]; bad samples are passed over."""
+    """Measure mean tokens and images of a sample of each source, float64 [sources, 2]; bad samples are passed over.
+
+    Where images keep their aspect ratio, their tokens are counted instead of images.
+    """
     sequencer = sequencer_of(settings, tokenizer)
     sizes = []
     for source in sources:
@@ -69,10 +74,11 @@ def measure_sizes(sources: Sequence[Source], settings: "LaneSettings", tokenizer
         for number in numbers:
             try:
                 document = read_document(source, number, settings.max_text_bytes)
-                sequences = settings.view.encode(document, sequencer, keyed_rng(number))
+                encoded = encoded_of(source, number, document, settings, sequencer, keyed_rng(number))
             except (BadSampleError, OSError):
                 continue
-            total += sum((np.array([len(s.input_ids), len(s.images)]) for s in sequences), np.zeros(2))
+            for tokens in encoded.sequences:
+                total += np.array([len(tokens.input_ids), image_cost(tokens, encoded.grids)])
         sizes.append(total / len(numbers))
     return np.stack(sizes) + np.array([1e-9, 0.0])  # a source of nothing but bad samples: no division by 0
 
@@ -101,7 +107,7 @@ def choose_lanes(sources: Sequence[Source], settings: "LaneSettings", tokenizer:
     windows = min(draws_per_epoch(sources, mixture, step) for step in change_steps(sources)) / settings.pack_window
     if windows < MOST_LANES * WINDOWS_PER_EPOCH:
         tokens, images = mixture.fractions(0) @ measure_sizes(sources, settings, tokenizer)
-        rows = settings.pack_window * max(tokens / settings.row_tokens, images / settings.row_images)
+        rows = settings.pack_window * max(tokens / settings.row_tokens, images / settings.image_budget)
         windows *= max(1.0, rows / GOOD_WINDOW_ROWS)  # smaller ones, where a whole one has more rows than it needs
     lanes = MOST_LANES
     while lanes > 1 and windows < lanes * WINDOWS_PER_EPOCH:
@@ -112,7 +118,27 @@ def choose_lanes(sources: Sequence[Source], settings: "LaneSettings", tokenizer:
 def sequencer_of(settings: "LaneSettings", tokenizer: TextTokenizer) -> Sequencer:
     """Make the sequencer for the budgets of ``settings``."""
     longest = settings.document_tokens or settings.row_tokens
-    return Sequencer(tokenizer.encode, tokenizer.vocabulary, settings.image_tokens, longest, settings.row_images)
+    return Sequencer(
+        tokenizer.encode,
+        tokenizer.vocabulary,
+        settings.image_tokens,
+        longest,
+        max_images=settings.row_images if settings.native is None else settings.row_tokens,
+        max_image_tokens=settings.row_image_tokens,
+    )
+
+
+def encoded_of(
+    source: Source,
+    number: int,
+    document: Document,
+    settings: "LaneSettings",
+    sequencer: Sequencer,
+    rng: np.random.Generator,
+) -> Encoded:
+    """Encode one document as ``settings`` say. Raises: BadSampleError, see :func:`encode_document`."""
+    pixels = settings.max_image_pixels
+    return encode_document(source, number, document, settings.view, sequencer, rng, settings.native, pixels)
 
 
 def keyed_rng(*key: int) -> np.random.Generator:
@@ -138,6 +164,10 @@ class LaneSettings:
     row_images: int
     image_tokens: int
     image_size: int
+    native: NativeResolution | None = None
+    """How grids of images are chosen that keep their aspect ratio; None: all are squares."""
+    row_image_tokens: int | None = None
+    """Largest number of image tokens in a row where images keep their aspect ratio, instead of ``row_images``."""
     document_tokens: int | None = default_of("document_tokens")
     rows_per_step: int = 1
     """Rows of one optimizer step: what turns a row's number into the step that weights of sources depend on."""
@@ -157,6 +187,11 @@ class LaneSettings:
     """Documents to leave out, by :meth:`Source.key_in_shard`. One that waits for a row already when its exclusion
     begins is taken out of the row when that is made, so that no row that is packed changes otherwise."""
 
+    @property
+    def image_budget(self) -> int:
+        """Return how many images a row may hold, or image tokens where images keep their aspect ratio."""
+        return self.row_images if self.row_image_tokens is None else self.row_image_tokens
+
 
 @dataclass(frozen=True)
 class _Piece:
@@ -172,6 +207,13 @@ class _Piece:
     tokens: TokenSequence
     pieces: int
     """Of the document, this one included."""
+    grids: tuple[Grid | None, ...] = ()
+    """Of the document's images, where they keep their aspect ratio."""
+
+    @property
+    def image_cost(self) -> int:
+        """Count what the row's budget of images is charged."""
+        return image_cost(self.tokens, self.grids)
 
     def address(self) -> list[int]:
         return [self.source, self.sample, self.draw, self.piece, self.carries]
@@ -283,7 +325,7 @@ class Lane:
             # A group is chosen from a full pool; rows that go alone need none.
             while len(self._pool) < (self._pool_rows() if size > 1 else 1):
                 self._fill_window()
-            images = [sum(len(piece.tokens.images) for piece in row) for row in self._pool]
+            images = [sum(piece.image_cost for piece in row) for row in self._pool]
             chosen = choose_group(images, size, self._images_per_row())
             self._group = [self._pool[i] for i in chosen]
             self._pool = [row for i, row in enumerate(self._pool) if i not in chosen]
@@ -295,7 +337,7 @@ class Lane:
         """Say how many rows a group is chosen from: at most a quarter of the lane's epoch, but at least two groups."""
         assert self._sizes is not None
         tokens, images = self._mixture.fractions(self._step) @ self._sizes
-        rows_per_draw = max(tokens / self.settings.row_tokens, images / self.settings.row_images)
+        rows_per_draw = max(tokens / self.settings.row_tokens, images / self.settings.image_budget)
         quarter = int(self._epoch_draws(self._step) * rows_per_draw / WINDOWS_PER_EPOCH)
         return min(self.settings.row_pool, max(quarter, 2 * self.settings.group_rows))
 
@@ -350,9 +392,9 @@ class Lane:
         pieces = [*self._carried, *self._draw_window(excluded_draws)]
         packed = pack(
             [len(piece.tokens.input_ids) for piece in pieces],
-            [len(piece.tokens.images) for piece in pieces],
+            [piece.image_cost for piece in pieces],
             self.settings.row_tokens,
-            self.settings.row_images,
+            self.settings.image_budget,
         )
         # A piece of an awkward length must not wait forever.
         free = [row for row in packed if all(pieces[i].carries < MAX_CARRIES for i in row)]
@@ -362,7 +404,7 @@ class Lane:
         order = keyed_rng(self.settings.data_seed, ROWS, self.number, self._draws).permutation(len(kept))
         self._pool += [[pieces[i] for i in kept[row]] for row in order]
         self._packed[0] += len(kept)
-        self._packed[1] += sum(len(pieces[i].tokens.images) for row in kept for i in row)
+        self._packed[1] += sum(pieces[i].image_cost for row in kept for i in row)
 
     def _draw_window(self, excluded_draws: list[int] | None) -> list[_Piece]:
         """Draw the pieces of the next samples.
@@ -415,8 +457,8 @@ class Lane:
     def _rows_filled_by(self, pieces: Sequence[_Piece]) -> float:
         """Say how many rows pieces need, without padding."""
         tokens = sum(len(piece.tokens.input_ids) for piece in pieces)
-        images = sum(len(piece.tokens.images) for piece in pieces)
-        return max(tokens / self.settings.row_tokens, images / self.settings.row_images)
+        images = sum(piece.image_cost for piece in pieces)
+        return max(tokens / self.settings.row_tokens, images / self.settings.image_budget)
 
     def _draw_source(self, step: int) -> int:
         if len(self.sources) == 1:
@@ -463,11 +505,16 @@ class Lane:
         for _ in range(document.missing_images):
             self._leave_out(self.sources[source], sample, BadSampleError("an image that is not there"))
         rng = keyed_rng(self.settings.augmentation_seed, SEQUENCES, self.number, draw)
-        sequences = self.settings.view.encode(document, self._sequencer, rng)
-        if not sequences:
+        encoded = encoded_of(self.sources[source], sample, document, self.settings, self._sequencer, rng)
+        for problem in encoded.problems:
+            self._leave_out(self.sources[source], sample, problem)
+        if not encoded.sequences:
             raise BadSampleError("a document without tokens")
-        count = len(sequences)
-        return [_Piece(source, sample, draw, i, 0, document, tokens, count) for i, tokens in enumerate(sequences)]
+        count, grids = len(encoded.sequences), encoded.grids
+        return [
+            _Piece(source, sample, draw, i, 0, document, tokens, count, grids)
+            for i, tokens in enumerate(encoded.sequences)
+        ]
 
     def _piece_at(self, source: int, sample: int, draw: int, piece: int, carries: int) -> _Piece:
         """Make a piece again that waited when the position was saved.
@@ -502,21 +549,36 @@ class Lane:
             rng = keyed_rng(key[0], CROP, *key[1:])
             try:
                 data = source.read(piece.sample, piece.document.images[image])
-                pixels.append(
-                    decode_image(data, settings.image_size, settings.crop_scale, rng, settings.max_image_pixels)
-                )
+                pixels.append(self._decode(data, piece.grids[image] if piece.grids else None, rng))
                 seeds.append(int(keyed_rng(key[0], IMAGE, *key[1:]).integers(1 << 63)))
             except (BadSampleError, OSError) as problem:
                 lost.append(image)
                 self._leave_out(source, piece.sample, problem)
             else:
                 self._skips.good()
-        tokens = settings.view.without_images(piece.tokens, lost, self._sequencer) if lost else piece.tokens
-        if tokens is None:
-            return None
-        shape = (0, 3, settings.image_size, settings.image_size)
-        stacked = np.stack(pixels) if pixels else np.zeros(shape, dtype=np.uint8)
-        return PackedSequence(document_key, tokens, stacked, tuple(seeds), (piece.piece, piece.pieces))
+        tokens = piece.tokens
+        if lost:
+            left = settings.view.without_images(tokens, lost, with_grids(self._sequencer, piece.grids))
+            if left is None:
+                return None
+            tokens = left
+        side = settings.image_size if settings.native is None else settings.native.patch_size
+        laid = np.concatenate([np.zeros((0, 3, side, side), dtype=np.uint8), *pixels])
+        grids = tuple(grid for image in tokens.images if piece.grids and (grid := piece.grids[image]))
+        return PackedSequence(document_key, tokens, laid, tuple(seeds), (piece.piece, piece.pieces), grids)
+
+    def _decode(self, data: bytes, grid: Grid | None, rng: np.random.Generator) -> np.ndarray:
+        """Decode an image, uint8 [1, 3, H, W], or its patches [N, 3, P, P] where it has a grid.
+
+        Raises:
+            BadSampleError: see :func:`decode_image`.
+        """
+        settings = self.settings
+        if settings.native is None or grid is None:
+            return decode_image(data, settings.image_size, settings.crop_scale, rng, settings.max_image_pixels)[None]
+        patch = settings.native.patch_size
+        size = grid.rows * patch, grid.columns * patch
+        return cut_patches(decode_image(data, size, settings.crop_scale, rng, settings.max_image_pixels), patch)
 
     def _leave_out(self, source: Source, sample: int, problem: BadSampleError | OSError) -> None:
         self._pending_skips += 1

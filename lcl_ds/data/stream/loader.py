@@ -179,7 +179,12 @@ class BatchLoader:
         self._next_row += self.rows_per_batch * self.world_size
         settings = self.settings
         batch = collate(
-            rows, settings.row_tokens, settings.image_size, self.tokenizer.vocabulary, settings.view.readout_names
+            rows,
+            settings.row_tokens,
+            settings.image_size,
+            self.tokenizer.vocabulary,
+            settings.view.readout_names,
+            settings.native,
         )
         return batch.pin_memory() if self.pin_memory else batch
 

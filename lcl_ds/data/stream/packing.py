@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from lcl_ds.batch import Batch, Readouts
+from lcl_ds.grids import Grid, NativeResolution, pack_images
 from lcl_ds.metrics import SourceCounts
 from lcl_ds.tokens import TokenSequence, Vocabulary
 
@@ -23,7 +24,7 @@ def pack(lengths: Sequence[int], images: Sequence[int], row_tokens: int, row_ima
 
     Args:
         lengths: tokens of each sequence, each at most ``row_tokens``.
-        images: images of each sequence, each at most ``row_images``.
+        images: images of each sequence, each at most ``row_images``; or image tokens, both of them.
 
     Returns:
         Rows of sequence numbers, fullest first.
@@ -88,11 +89,14 @@ class PackedSequence:
     key: str
     tokens: TokenSequence
     pixels: np.ndarray
-    """uint8 [images, 3, H, W], in the order of ``tokens.images``."""
+    """uint8 [images, 3, H, W], in the order of ``tokens.images``; where there are ``grids`` the patches of all of them,
+    [N, 3, P, P]."""
     image_seeds: tuple[int, ...] = ()
     """One per image; none where nothing is drawn for them."""
     piece: tuple[int, int] = (0, 1)
     """Which of how many pieces of its document it is, counted from 0."""
+    grids: tuple[Grid, ...] = ()
+    """One per image, where they keep their aspect ratio."""
 
 
 @dataclass(frozen=True)
@@ -104,18 +108,25 @@ class Row:
 
 
 def collate(
-    rows: Sequence[Row], row_tokens: int, image_size: int, vocabulary: Vocabulary, readout_names: Sequence[str]
+    rows: Sequence[Row],
+    row_tokens: int,
+    image_size: int,
+    vocabulary: Vocabulary,
+    readout_names: Sequence[str],
+    native: NativeResolution | None = None,
 ) -> Batch:
     """Lay rows side by side; see :class:`lcl_ds.batch.Batch` for what comes out.
 
     Args:
         readout_names: those that the batch has, also where no sequence has one.
+        native: how the grids of their images were chosen; None: all are squares of ``image_size``.
     """
     input_ids, position_ids = _lay_tokens(rows, row_tokens, vocabulary.eot)
     labels, label_positions = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     slots: list[tuple[int, int]] = []  # (flat position, image of the batch)
     readouts: dict[str, list[tuple[int, int, int]]] = {name: [] for name in readout_names}
     pixels: list[np.ndarray] = []
+    grids: list[Grid] = []
     seeds: list[int] = []
     for r, row in enumerate(rows):
         offset = r * row_tokens
@@ -129,12 +140,22 @@ def collate(
                 document = number_of(sequence.key)
                 readouts[name] += [(offset + position, number[image], document) for position, image in positions]
             pixels.append(sequence.pixels)
+            grids += sequence.grids
             seeds += sequence.image_seeds or (0,) * len(tokens.images)
             offset += len(tokens.input_ids)
     image_count = len(seeds)
     if image_count == 0:
-        pixels = [np.full((1, 3, image_size, image_size), 127, dtype=np.uint8)]
+        shape = (1, 3, image_size, image_size)
+        if native is not None:
+            grids = [native.grid(image_size, image_size)]
+            shape = (grids[0].patches, 3, native.patch_size, native.patch_size)
+        pixels = [np.full(shape, 127, dtype=np.uint8)]
         slots, seeds = [(len(rows) * row_tokens, 0)], [0]
+    images, packed = torch.from_numpy(np.concatenate(pixels)), None
+    if native is not None:
+        packed = pack_images(grids, slots, beyond=0 if image_count else grids[0].tokens)
+        inside = packed.slot_places[packed.slot_places < input_ids.size].numpy()
+        assert (input_ids.ravel()[inside] == vocabulary.image).all(), "slots of other lengths"
     sequences = [sequence for row in rows for sequence in row.sequences]
     slot_positions, slot_images = _columns(slots, 2)
     bounds = np.append(np.flatnonzero(position_ids == 0), position_ids.size).astype(np.int32)
@@ -143,7 +164,7 @@ def collate(
         position_ids=torch.from_numpy(position_ids),
         cu_seqlens=torch.from_numpy(bounds),
         max_seqlen=int(np.diff(bounds).max(initial=0)),
-        images=torch.from_numpy(np.concatenate(pixels)),
+        images=images,
         image_seeds=torch.tensor(seeds, dtype=torch.int64),
         slot_images=slot_images,
         slot_positions=slot_positions,
@@ -158,6 +179,7 @@ def collate(
         keys=tuple(sequence.key for sequence in sequences),
         pieces=tuple(sequence.piece for sequence in sequences),
         sources=_sources(sequences),
+        packed=packed,
     )
 
 

@@ -87,18 +87,32 @@ def attention_arguments(
     return {"position_ids": position_ids, "attention_mask": _per_layer_type(decoder.config, mask)}
 
 
-def image_blocks(position_ids: Tensor, slot_positions: Tensor, tokens: int) -> Tensor:
+def image_blocks(position_ids: Tensor, places: Tensor, numbers: Tensor, beyond: int = 0) -> Tensor:
     """Number the image slot that each token is in, int64 [R, L]; -1 for none.
 
     Args:
-        slot_positions: int64 [S], flat position of each slot's first token; one beyond the rows stands nowhere.
-        tokens: tokens of an image.
+        places: int64 [W], flat positions of the tokens in slots.
+        numbers: int64 [W], the slot of each.
+        beyond: tokens behind the rows, where a slot may stand that is in none.
     """
-    blocks = position_ids.new_full((position_ids.numel() + tokens,), -1)
-    slots = slot_positions[:, None] + torch.arange(tokens, device=position_ids.device)
-    numbers = torch.arange(len(slot_positions), device=position_ids.device)[:, None].expand_as(slots)
-    blocks = blocks.index_copy(0, slots.flatten(), numbers.flatten())
+    blocks = position_ids.new_full((position_ids.numel() + beyond,), -1).index_copy(0, places, numbers)
     return blocks[: position_ids.numel()].view_as(position_ids)
+
+
+def bounds_of_images(tower: PreTrainedModel, tokens: Tensor, bounds: Tensor, longest: int) -> Any:
+    """Make the attention mask that keeps images apart whose tokens lie end to end.
+
+    Args:
+        tokens: [1, T, width].
+        bounds: int32 [M + 1], where images begin, and their end.
+        longest: tokens of the largest image.
+    """
+    used = tower.config._attn_implementation
+    if used == varlen.IMAGES:
+        return bounds, longest
+    begins = torch.zeros(1, tokens.shape[1], dtype=torch.int64, device=tokens.device)
+    begins = begins.index_fill(1, bounds[:-1].long(), 1)
+    return attention_arguments(tower, tokens, 1 - begins, mode="bidirectional")["attention_mask"]
 
 
 def choose_implementation(
@@ -136,7 +150,7 @@ def use_best_implementation(
     """
     weight = next(tower.parameters())
     chosen = choose_implementation(tower, wanted, mode, (device or weight.device).type, weight.dtype, preferred)
-    if chosen == varlen.NAME:
+    if chosen in (varlen.NAME, varlen.IMAGES):
         varlen.register()
     switch_implementation(tower, chosen)
 
@@ -155,7 +169,7 @@ def unsupported(tower: PreTrainedModel, implementation: str, mode: Mode = "causa
         if not tower._supports_flash_attn:
             return f"transformers does not support it for {family}"
         return "it cannot let tokens of an image see each other (bidirectional_images)" if mode in BY_IMAGES else None
-    if implementation == varlen.NAME:
+    if implementation in (varlen.NAME, varlen.IMAGES):
         if not tower._supports_attention_backend:
             return f"transformers does not support it for {family}"
         if mode in BY_IMAGES:
@@ -181,7 +195,7 @@ def unavailable(implementation: str, device_type: str, dtype: torch.dtype) -> st
         two = implementation == "flash_attention_2"
         installed = is_flash_attn_2_available() if two else is_flash_attn_3_available()
         return None if installed and device_type == "cuda" else "it needs a GPU and the flash-attn package"
-    if implementation == varlen.NAME and device_type != "cpu":
+    if implementation in (varlen.NAME, varlen.IMAGES) and device_type != "cpu":
         if dtype not in (torch.bfloat16, torch.float16):
             return "it needs precision bf16"
         return None if varlen.has_gpu_kernel() else "this torch has no variable-length attention"

@@ -1,4 +1,4 @@
-"""Attention of documents laid end to end, known to transformers under the name ``varlen``.
+"""Attention of documents laid end to end, known to transformers under the name ``varlen``, and of images likewise.
 
 On a GPU it is torch's own variable-length flash kernel, which needs no package and serves every family that goes
 through transformers' attention interface, GPT-2 among them. On a CPU documents are attended one by one, so that a row
@@ -13,15 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "varlen"
+IMAGES = "varlen_images"
+"""What a vision tower uses whose images may have different shapes."""
 LARGEST_HEAD = 256
 """Widest head of the flash kernel."""
 
 
 def register() -> None:
-    """Make the name known to transformers; calling it again changes nothing."""
+    """Make both names known to transformers; calling it again changes nothing."""
     AttentionInterface.register(NAME, varlen_attention)
+    AttentionInterface.register(IMAGES, images_attention)
 
 
 def has_gpu_kernel() -> bool:
@@ -73,6 +77,35 @@ def varlen_attention(
             options["enable_gqa"] = True  # torch 2.11 serves shared heads without being asked
         attended = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
     return attended.unflatten(0, (rows, length)), None
+
+
+def images_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: tuple[Tensor, int] | None,
+    *,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend within images, as transformers calls an attention function; every token sees all of its image.
+
+    Args:
+        attention_mask: bounds of images that are laid end to end, and the tokens of the longest; None: every row is an
+            image. Families hand it on whole, but not all of them any other argument.
+    """
+    if attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **options)
+    bounds, longest = attention_mask
+    count = len(bounds) - 1
+    if query.shape[2] == count * longest:  # all are alike, and need no bounds: so squares are attended in any run
+        query, key, value = (x[0].unflatten(1, (count, longest)).transpose(0, 1) for x in (query, key, value))
+        attended, _ = sdpa_attention_forward(module, query, key, value, None, scaling=scaling, **options)
+        return attended.flatten(0, 1)[None], None
+    return varlen_attention(
+        module, query, key, value, None, scaling=scaling, is_causal=False, cu_seq_lens_q=bounds, max_length_q=longest
+    )
 
 
 @torch.compiler.disable  # or it would be compiled anew for every number of documents and each of their lengths

@@ -260,7 +260,8 @@ def row_hash(batch: Batch, row: int) -> str:
     length = batch.input_ids.shape[1]
     here = (batch.slot_positions // length == row) & (batch.slot_images < batch.image_count)
     hashed = hashlib.sha256(batch.input_ids[row].numpy().tobytes())
-    hashed.update(batch.images[batch.slot_images[here].unique()].numpy().tobytes())
+    for image in batch.slot_images[here].unique().tolist():
+        hashed.update(batch.picture(image).numpy().tobytes())
     return hashed.hexdigest()
 
 

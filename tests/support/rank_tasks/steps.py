@@ -20,6 +20,7 @@ from lcl_ds.training import engine as training_engine
 from lcl_ds.training.checkpoint import Progress
 from lcl_ds.training.distributed import RankInfo, all_reduce_sum, raise_for_all
 from lcl_ds.training.engine import complete_ds_config, fp32_weight, load_engine, start_engine
+from tests.support.native import NATIVE, NATIVE_WAYS, native_batch, rows_of_rank
 from tests.support.rank_tasks.given import (
     STAGES,
     TEN_STEPS,
@@ -33,6 +34,7 @@ from tests.support.rank_tasks.given import (
 from tests.support.small import (
     OBJECTIVES,
     ROW_TOKENS,
+    VISION_TOWERS,
     VOCABULARY,
     batch_with_images,
     small_config,
@@ -56,6 +58,26 @@ def gradients(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
             }
             trainer.engine.step()
             results[f"{stage} {case}"] = {"loss": all_reduce_sum(losses["loss"].detach().clone()), "gradients": actual}
+    return results
+
+
+def native_gradients(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
+    """Loss and full gradients by (stage, family, case) where images keep their aspect ratio."""
+    results = {}
+    for stage, family in NATIVE_WAYS:
+        tower = f"model.vision={VISION_TOWERS[family]}"
+        config = small_config("train.global_batch_rows=4", "train.learning_rate=1e-30", tower, *NATIVE)
+        trainer = trainer_of(config, stage, rank_info, [], folder)
+        for case in ("shapes", "squares", "none"):
+            batch = native_batch(*rows_of_rank(case, rank_info.rank))
+            losses = trainer.engine(batch, normalizers_of(trainer, batch))
+            trainer.engine.backward(losses["loss"] * rank_info.world_size, scale_wrt_gas=False)
+            weights = trainer.engine.module.named_parameters()
+            actual = {name: safe_get_full_grad(weight).clone() for name, weight in weights}
+            trainer.engine.step()
+            loss = all_reduce_sum(losses["loss"].detach().clone())
+            key = f"{stage} {family} {case}"
+            results[key] = {"loss": loss, "gradients": actual, "shapes": len({*batch.packed.grids})}
     return results
 
 

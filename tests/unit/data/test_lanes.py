@@ -132,7 +132,7 @@ def test_what_is_left_out_is_counted_once_where_ranks_share_a_lane(tmp_path, tok
 def test_a_lost_image_takes_its_tokens_along_and_leaves_the_text():
     vocabulary = Vocabulary(10)
     (tokens,) = encode_sequence(["a", 0, "b", 1, "c"], lambda t: [ord(t) - 96], vocabulary, 3, 64, 9)
-    left = without_images(tokens, [0], 3)
+    left = without_images(tokens, [0], lambda image: 3)
     assert left.input_ids.tolist() == [10, 1, 2, 13, 12, 12, 12, 14, 3, 11]
     assert [(slot.image, slot.position) for slot in left.slots] == [(1, 4)]
 

@@ -216,14 +216,19 @@ def test_images_both_ways_is_a_setting():
     assert changed[start : start + IMAGE_TOKENS - 1].all()
 
 
+def blocks_of(batch):
+    places = (batch.slot_positions[:, None] + torch.arange(IMAGE_TOKENS)).flatten()
+    return image_blocks(batch.position_ids, places, torch.arange(len(places)) // IMAGE_TOKENS, IMAGE_TOKENS)
+
+
 def test_blocks_number_the_images_and_leave_the_constant_one_out():
     batch = batch_with_images()
-    blocks = image_blocks(batch.position_ids, batch.slot_positions, IMAGE_TOKENS)
+    blocks = blocks_of(batch)
     for number, position in enumerate(batch.slot_positions.tolist()):
         assert (blocks.flatten() == number).nonzero().flatten().tolist() == [*range(position, position + IMAGE_TOKENS)]
     assert (blocks >= 0).sum() == batch.image_count * IMAGE_TOKENS
     without = batch_without_images()
-    assert (image_blocks(without.position_ids, without.slot_positions, IMAGE_TOKENS) == -1).all()
+    assert (blocks_of(without) == -1).all()
 
 
 # --- which implementation ---------------------------------------------------------------------------------------------

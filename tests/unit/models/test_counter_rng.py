@@ -6,8 +6,9 @@ import torch
 
 from lcl_ds.assembly import attach_objective
 from lcl_ds.errors import UserError
+from lcl_ds.grids import kept_count
 from lcl_ds.models.build import tokens_per_image
-from lcl_ds.models.counter_rng import kept_count, kept_patches, patch_order
+from lcl_ds.models.counter_rng import kept_patches, patch_order
 from lcl_ds.objectives import NAMES
 from lcl_ds.objectives.base import local_normalizers
 from tests.support.small import IMAGE_SIZE, IMAGE_TOKENS, VOCABULARY, small_config, small_model, three_documents

@@ -7,11 +7,13 @@ import pytest
 import yaml
 
 from lcl_ds.config import RECIPES, load_config, recipe_path
+from lcl_ds.models.build import image_size, native_resolution, tokens_per_image
 from lcl_ds.plan.__main__ import main
 from lcl_ds.plan.check import Compared, compare, ran_on_gpus
-from lcl_ds.plan.contents import RowContents, contents_of_run
+from lcl_ds.plan.contents import RowContents, contents_of_run, made_up_row, with_largest_squares
 from lcl_ds.plan.scaling import scale
 from tests.support.runs import metrics
+from tests.support.small import VOCABULARY, small_config
 from tests.unit.plan.test_planner import planner_of
 
 SMALL = ["--gpus", "8", "--gpu", "a100", "--text_per_image", "20"]
@@ -34,6 +36,18 @@ def test_it_prints_memory_time_and_cost_and_draws_scaling(tmp_path, capsys):
         assert words in out
     assert drawn.read_text().startswith("<?xml")
     assert "planned, not measured" in drawn.read_text()
+
+
+def test_images_that_keep_their_aspect_ratio_count_as_the_largest_squares():
+    native = ["model.vision.resolution=native", "data.row_image_tokens=100", "model.vision.min_image_tokens=4"]
+    config = small_config(*native, "model.vision.max_image_tokens=24", "data.row_tokens=256")
+    squares = with_largest_squares(config)
+    assert (image_size(squares.model), tokens_per_image(squares.model, training=True)) == (40, 25)
+    assert native_resolution(squares.model) is None
+    row = made_up_row(squares, VOCABULARY)
+    assert (row.image_count, row.images.shape[0]) == (4, 4)
+    plain = small_config()
+    assert with_largest_squares(plain) is plain
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would(tmp_path, capsys):
