@@ -104,8 +104,8 @@ def build_empty_model(settings: ModelSettings, vocab_size: int, document_tokens:
     _check_attention(model)
     if model.vision.is_native and not model.vision.takes_masks:
         raise UserError(
-            f"model.vision.resolution: native: the blocks of {settings.vision.model_type} cannot be told in this release "
-            "of transformers which image a token is of; use another model_type, or square"
+            f"model.vision.resolution: native: the blocks of {settings.vision.model_type} cannot be told here "
+            "which image a token is of, by this release of transformers; use another model_type, or square"
         )
     return model
 
