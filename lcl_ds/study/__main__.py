@@ -116,11 +116,16 @@ def show_plan(path: Path, of: Study, jobs: list[Job]) -> None:
         table.add_column(column, justify="left" if number < 2 else "right")
     for job in jobs:
         sizes = (job.run.seed, job.sizes["train.global_batch_rows"], job.sizes["train.steps"])
-        spent = (f"{job.images:,.0f}", f"{job.tflop:,.3g}")
+        spent = (_count(job.images), _count(job.tflop, ".3g"))
         table.add_row(Text(job.run.variant), job.run.budget, *map(str, sizes), *spent)
     table.add_section()
-    table.add_row("all", "", "", "", "", f"{sum(j.images for j in jobs):,.0f}", f"{sum(j.tflop for j in jobs):,.3g}")
+    spent = (_count(sum(job.images or 0 for job in jobs)), _count(sum(job.tflop or 0 for job in jobs), ".3g"))
+    table.add_row("all", "", "", "", "", *spent)
     open_console().print(table)
+
+
+def _count(value: float | None, form: str = ".0f") -> str:
+    return f"{value:,{form}}" if value else ""
 
 
 def records_of(path: Path, of: Study, results: Path) -> tuple[list[Record], int]:

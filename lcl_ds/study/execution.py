@@ -21,7 +21,7 @@ from lcl_ds.config import recipe_path
 from lcl_ds.errors import UserError
 from lcl_ds.objectives import objective_module
 from lcl_ds.study.jobs import AS_IT_STANDS, Job, Run, budget_name
-from lcl_ds.study.record import Finished, find_same, make_record, write_record
+from lcl_ds.study.record import Finished, code_now, find_same, make_record, write_record
 from lcl_ds.study.settings import Encoder, Measurement, Study, arguments_of, config_of
 
 logger = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ def execute(study: Study, path: Path, job: Job, place: Workplace, programs: Prog
     run_dir = place.runs / job.run.study / job.run.name
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     log = run_dir.parent / f"{job.run.name}.log"
-    one_core = place.jobs > 1
+    one_core, code = place.jobs > 1, code_now()
     commands = [training_command(study, job, run_dir)]
     try:
         programs.run(commands[0], log, one_core)
@@ -176,7 +176,7 @@ def execute(study: Study, path: Path, job: Job, place: Workplace, programs: Prog
         commands.append(command)
         figures.setdefault(encoder, []).extend(json.loads(out.read_text())["figures"])
     lines = [shlex.join(["python", *command]) for command in commands]
-    record = make_record(study, path, job, Finished(run_dir, figures, lines))
+    record = make_record(study, path, job, Finished(run_dir, code, figures, lines))
     written = write_record(place.results, job.run, record)
     if not place.keep:
         shutil.rmtree(run_dir)

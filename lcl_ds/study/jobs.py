@@ -59,9 +59,9 @@ class Job:
     run: Run
     sizes: Overrides
     """What its budget comes to."""
-    images: float
-    """What it is expected to see."""
-    tflop: float
+    images: float | None
+    """What it is expected to see; None without a budget, which nothing has to be sampled for."""
+    tflop: float | None
     """What it is expected to compute."""
 
 
@@ -108,10 +108,11 @@ def jobs_of(study: Study, path: Path, runs: list[Run]) -> list[Job]:
     Raises:
         UserError: a variant has wrong settings, or its data cannot be opened.
     """
-    first = next(iter(study.all_variants()))
-    costs = _costs(
-        study, path, {variant: configs_of(study, path)[variant] for variant in [first, *(r.variant for r in runs)]}
-    )
+    configs = configs_of(study, path)
+    first = next(iter(configs))
+    if not study.budgets:
+        return [_as_it_stands(study, run, configs[run.variant]) for run in runs]
+    costs = _costs(study, path, {variant: configs[variant] for variant in [first, *(run.variant for run in runs)]})
     wanted = costs[first].config.train.global_batch_rows * costs[first].row.images
     return [_sized(study, run, costs[run.variant], costs[first], wanted) for run in runs]
 
@@ -159,19 +160,23 @@ def _sized(study: Study, run: Run, cost: Cost, first: Cost, wanted: float) -> Jo
         first: of the first variant.
         wanted: images of a step.
     """
-    train = cost.config.train
-    if run.budget == AS_IT_STANDS:
-        rows, steps = train.global_batch_rows, train.steps
-    else:
-        images = next(budget for budget in study.budgets if budget_name(budget) == run.budget)
-        rows, steps = _steps_of(images, cost, wanted)
-        if study.match == "flops":
-            first_rows, first_steps = _steps_of(images, first, wanted)
-            steps = max(1, round(first_steps * first.tflop(first_rows) / cost.tflop(rows)))
+    images = next(budget for budget in study.budgets if budget_name(budget) == run.budget)
+    rows, steps = _steps_of(images, cost, wanted)
+    if study.match == "flops":
+        first_rows, first_steps = _steps_of(images, first, wanted)
+        steps = max(1, round(first_steps * first.tflop(first_rows) / cost.tflop(rows)))
+    return Job(run, _sizes(study, run, rows, steps), steps * rows * cost.row.images, steps * cost.tflop(rows))
+
+
+def _as_it_stands(study: Study, run: Run, config: Config) -> Job:
+    return Job(run, _sizes(study, run, config.train.global_batch_rows, config.train.steps), None, None)
+
+
+def _sizes(study: Study, run: Run, rows: int, steps: int) -> Overrides:
     sizes: Overrides = {"train.global_batch_rows": rows, "train.steps": steps, "train.seed": run.seed}
     if study.warmup is not None:
         sizes["train.warmup_steps"] = round(study.warmup * steps)
-    return Job(run, sizes, steps * rows * cost.row.images, steps * cost.tflop(rows))
+    return sizes
 
 
 def _steps_of(images: int, cost: Cost, wanted: float) -> tuple[int, int]:

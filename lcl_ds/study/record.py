@@ -95,11 +95,22 @@ def find_same(results: Path, study: Study, job: Job, encoders: Collection[Encode
     return None
 
 
+def code_now() -> dict[str, Any]:
+    """Say which code runs now; asked before a run, for the files may change while it trains."""
+    return {
+        "git_commit": git_commit(),
+        "git_modified": git_modified("lcl_ds", "kernels", "launch", "ds_configs"),
+        "versions": versions(),
+    }
+
+
 @dataclass(frozen=True)
 class Finished:
     """What a run left, before it becomes a record."""
 
     run_dir: Path
+    code: dict[str, Any]
+    """From :func:`code_now`."""
     figures: dict[Encoder, list[dict[str, Any]]]
     commands: list[str]
 
@@ -131,10 +142,8 @@ def make_record(study: Study, path: Path, job: Job, finished: Finished) -> Recor
         },
         "commands": finished.commands,
         "date": date.today().isoformat(),
-        "git_commit": git_commit(),
-        "git_modified": git_modified("lcl_ds", "kernels", "launch", "ds_configs"),
+        **finished.code,
         "machine": machine(),
-        "versions": versions(),
     }
 
 
