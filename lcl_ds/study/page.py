@@ -97,7 +97,8 @@ def _bars(summary: Summary, budget: str) -> list[Bars]:
         bars = [_bar(summary, line, column) for line in lines if line.variant != GUESSING and column in line.values]
         is_fraction = summary.metrics[column].startswith(IN_PERCENT)
         most = max((bar.interval[1] if bar.interval else bar.value or 0.0) for bar in bars)
-        all_bars.append(Bars(column.replace("/", ", "), bars, _end(most, is_fraction), guessing))
+        title, end = column.replace("/", ", "), _end(most, is_fraction)
+        all_bars.append(Bars(title, bars, end, guessing, interval_name="one deviation to either side"))
     return all_bars
 
 

@@ -322,6 +322,7 @@ def test_the_page_shows_question_error_bars_curves_and_what_was_run(path):
     assert '<i class="interval" style="left:40.00%;width:40.00%">' in html  # 20 to 40 % on a scale that ends at 50
     assert "30.0 ± 10.0" in html
     assert "3 seeds" in html
+    assert 'title="one deviation to either side: 20.0 to 40.0 %"' in html
     assert "image 80" in html  # the curve's axis
     assert "recipe: study" in html
     assert "python -m lcl_ds.train &#39;a b&#39;" in html
