@@ -52,6 +52,7 @@ class Programs:
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen[bytes]] = set()
+        self._told: set[subprocess.Popen[bytes]] = set()
         self._lock = Lock()
         self.received: int | None = None
 
@@ -68,6 +69,12 @@ class Programs:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         for program in list(self._running):
+            self._end(program)
+
+    def _end(self, program: subprocess.Popen[bytes]) -> None:
+        """Ask a program to end, once: a second signal would cost a run its checkpoint."""
+        if program not in self._told:
+            self._told.add(program)
             program.send_signal(signal.SIGTERM)
 
     def run(self, command: list[str], log: Path, one_core: bool) -> None:
@@ -91,6 +98,8 @@ class Programs:
                     start_new_session=True,
                 )
                 self._running.add(program)
+                if self.received is not None:  # it came while the program was started
+                    self._end(program)
             code = program.wait()
             self._running.discard(program)
         if self.received is not None:

@@ -74,7 +74,9 @@ def fingerprint_of(study: Study, job: Job) -> str:
     """Hash everything that decides a run's figures: runs of several studies may be the same."""
     config = load_config(recipe_path(study.recipe), arguments_of(job.run.overrides | job.sizes))
     tree = {
-        "config": config.model_dump(mode="json", exclude={"name"}),
+        # A setting that is added later, and has its default, is no other run.
+        "config": config.model_dump(mode="json", exclude={"name"}, exclude_defaults=True),
+        "objective": config.objective.name,  # of each objective its own name is the default
         "ds_config": study.ds_config,
         "ranks": study.ranks,
         "measurements": [measurement.model_dump() for measurement in study.measurements],

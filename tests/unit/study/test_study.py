@@ -275,6 +275,25 @@ def test_the_same_run_of_another_study_is_taken_over_and_another_one_is_not(path
     assert find_same(tmp_path, study, job, ["trained", "average"]) is None
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"objective.name": "clip"},
+        {"objective.contrastive_weight": 0.2},
+        {"model.vision.hidden_size": 64},
+        {"model.decoder.num_hidden_layers": 3},
+        {"data.shards": "elsewhere-*.tar"},
+        {"train.learning_rate": 0.1},
+    ],
+)
+def test_runs_that_differ_in_a_setting_are_not_the_same(path, other):
+    study, job = load_study(path), job_of(path)
+    changed = replace(job, run=replace(job.run, overrides=other))
+    assert fingerprint_of(study, changed) != fingerprint_of(study, job)
+    named = replace(job, run=replace(job.run, overrides={"objective.name": "lcl", "objective.gather_with_grad": True}))
+    assert fingerprint_of(study, named) == fingerprint_of(study, job)
+
+
 def test_a_curve_is_the_mean_of_equal_parts():
     rows = [{"step": n, "images": 10, "loss": 0.0, "a_loss": float(n), "b_loss": 1.0} for n in range(1, 601)]
     curves = curves_of(rows)
