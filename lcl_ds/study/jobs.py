@@ -143,7 +143,8 @@ def _costs(study: Study, path: Path, configs: dict[str, Config]) -> dict[str, Co
     known: dict[str, Cost] = {}
     costs = {}
     for variant, config in configs.items():
-        key = repr((config.data, config.model, config.objective.name, config.train.learning_rate_factors))
+        train = config.train
+        key = repr((config.data, config.model, config.objective, train.accumulation_steps, train.learning_rate_factors))
         if key not in known:
             try:
                 known[key] = cost_of(config)
