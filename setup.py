@@ -11,7 +11,11 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lcl_ds" / "__init__.py").read_text()).group(1)
-SHIPPED_FOLDERS = {"lcl_ds.recipes": "launch/recipes", "lcl_ds.ds_configs": "ds_configs"}
+SHIPPED_FOLDERS = {
+    "lcl_ds.recipes": "launch/recipes",
+    "lcl_ds.studies": "launch/studies",
+    "lcl_ds.ds_configs": "ds_configs",
+}
 """Folders of files beside the package in a checkout that lie inside it where it is installed; they hold no code. See
 ``lcl_ds.files.shipped_folder``."""
 

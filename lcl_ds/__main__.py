@@ -17,6 +17,7 @@ COMMANDS = {
         "measure an encoder: probes, neighbours, retrieval, zero-shot, fine-tuning, captions",
     ),
     "report": ("lcl_ds.report.__main__", "write the page about a run, or compare several runs"),
+    "study": ("lcl_ds.study.__main__", "train variants of a recipe over seeds and budgets, and compare them on a page"),
     "plan": ("lcl_ds.plan.__main__", "say what a run needs before a GPU is rented: memory, time, money"),
     "bench": ("lcl_ds.bench.__main__", "compare losses, training steps and loading with other projects"),
 }

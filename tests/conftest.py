@@ -43,6 +43,8 @@ SLOW = (
     "unit/data/test_resume.py::test_another_world_size_keeps_the_global_order",
     "unit/data/test_resume.py::test_what_follows_a_cut_equals_the_uninterrupted_stream",
     "unit/data/test_skips.py::test_a_trainer_that_fails_does_not_wait_for_its_loader_processes",
+    "unit/study/test_study.py::test_variants_see_as_many_images_in_as_large_steps",
+    "unit/study/test_study.py::test_variants_spend_the_arithmetic_of_the_first_within_a_percent",
     # Many cases, or a long stream.
     "kernels/test_linear_cross_entropy_options.py::test_cases_of_other_projects",
     "unit/data/test_mixing.py::test_a_lane_with_groups_continues_exactly_from_any_row",

@@ -273,7 +273,7 @@ def _show_rows(arguments: argparse.Namespace, folder: Path, console: Console) ->
         if arguments.shards:
             overrides.insert(0, f"data.shards={json.dumps([{'name': 'data', 'paths': arguments.shards}])}")
         if arguments.shards and arguments.tokenizer:
-            overrides.insert(0, "data.demo=null")  # nothing of it is needed
+            overrides[:0] = ["data.demo=null", "data.textured=null"]  # nothing of them is needed
         if arguments.tokenizer:
             overrides.insert(0, f"data.tokenizer={json.dumps(arguments.tokenizer)}")
     config = load_config(recipe, overrides)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lcl_ds.cli import problems_of
 from lcl_ds.data.demo.corpus import ensure_demo
+from lcl_ds.data.demo.textured import ensure_textured
 from lcl_ds.data.settings import DataSettings, SourceSettings
 from lcl_ds.data.shards.shard import Shard
 from lcl_ds.data.shards.source import Source
@@ -35,7 +36,7 @@ class Locations:
 
 
 def open_data(settings: DataSettings, team: Team = ALONE) -> OpenData:
-    """Make the demo corpus where it is wanted, open all shards, load the tokenizer.
+    """Make the embedded corpora where they are wanted, open all shards, load the tokenizer.
 
     Args:
         team: the processes that share the work; every one of them must call this.
@@ -48,6 +49,8 @@ def open_data(settings: DataSettings, team: Team = ALONE) -> OpenData:
     try:
         if settings.demo is not None:
             ensure_demo(Path(settings.demo))
+        if settings.textured is not None:
+            ensure_textured(settings.textured)
     except Exception as error:  # told below, when no other process waits for this one any more
         sentences = problems_of(error)
         if sentences is None:

@@ -42,12 +42,37 @@ class SourceSettings(Settings):
         return weight
 
 
+class TexturedSettings(Settings):
+    """The harder embedded corpus, of which a run reads one set of shards in training."""
+
+    folder: str = Field(description="Where it is made when it is missing, or is of other settings.")
+    seed: int = Field(0, ge=0, description="Of its content.")
+    documents: int = Field(22_000, ge=1, description="Training documents, of three images on average.")
+    heldout_documents: int = Field(2_000, ge=1, description="Documents with labels, to evaluate on.")
+    image_size: int = Field(48, ge=16, description="Side of the pictures in pixels.")
+    silent: float = Field(0.1, ge=0, le=1, description="Fraction of images whose context says nothing of them.")
+    bare: float = Field(0.2, ge=0, le=1, description="Fraction of documents that begin with an image, before any text.")
+    mismatch: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Fraction of images that are described as another picture, in training: 0.2 makes "
+        "mismatch20-documents-*.tar.",
+    )
+    pairs: bool = Field(
+        False, description="Make pairs-*.tar: each image of the documents with its sentence, as caption pairs."
+    )
+
+
 class DataSettings(Settings):
     """Where documents come from and how they become rows."""
 
     shards: list[SourceSettings] = Field(description="Sources. A plain path or list of paths means weight 1 each.")
     tokenizer: str = Field(description="Folder with tokenizer.json, or a Hugging Face name.")
     demo: str | None = Field(None, description="Make the embedded demo corpus in this folder when it is missing.")
+    textured: TexturedSettings | None = Field(
+        None, description="Make the harder embedded corpus, or the sets of it that are missing."
+    )
     row_tokens: int = Field(gt=8, description="Length of a packed row in tokens.")
     document_tokens: int | None = Field(
         None,

@@ -15,7 +15,6 @@ class Bar:
     text: str
     """The value as people read it."""
     interval: Range | None = None
-    """95 % confidence."""
     number: int | None = None
     """Of the run in a comparison."""
     is_baseline: bool = False
@@ -36,6 +35,8 @@ class Bars:
     chance: float | None = None
     """What guessing gives."""
     sentences: list[str] = field(default_factory=list)
+    interval_name: str = "95 % confidence"
+    """What the intervals of the bars are."""
 
     def width(self, value: float) -> str:
         """Write a value as percent of the scale."""

@@ -154,10 +154,12 @@ def chart(
     value: str = "",
     notes: Sequence[str] = (),
     marks: Sequence[float] = (),
+    axis: str = "step",
 ) -> Chart:
     """Lay out a chart.
 
     Args:
+        axis: what the values stand against, in the singular.
         from_zero: let the y axis begin at zero.
         value: the number to remember.
         marks: steps to be marked on the x axis.
@@ -187,11 +189,11 @@ def chart(
     return Chart(
         title=title,
         curves=curves,
-        x_ticks=_x_ticks(frame),
+        x_ticks=_x_ticks(frame, axis),
         y_ticks=_y_ticks(frame, step, unit),
-        strips=_strips(series, frame, unit),
+        strips=_strips(series, frame, unit, axis),
         marks=_marks(np.array(marks, float), frame),
-        summary=f"{title}. " + " ".join(filter(None, (_summary(one, unit) for one in series[:3]))),
+        summary=f"{title}. " + " ".join(filter(None, (_summary(one, unit, axis) for one in series[:3]))),
         notes=[*notes, *cut],
         value=value,
     )
@@ -262,15 +264,15 @@ def _axis_text(value: float, step: float, largest: float, unit: Unit) -> str:
     return f"{value / scale:.{decimals}f}{suffix}{unit.sign}".replace("-", numbers.MINUS)
 
 
-def _x_ticks(frame: _Frame) -> list[Tick]:
+def _x_ticks(frame: _Frame, axis: str) -> list[Tick]:
     if frame.last == frame.first:
-        return [Tick(50.0, f"step {frame.first:,.0f}")]
+        return [Tick(50.0, f"{axis} {frame.first:,.0f}")]
     step = max(1.0, _nice_step(frame.last - frame.first, 5))
     values = np.arange(math.ceil(frame.first / step), math.floor(frame.last / step) + 1) * step
     if not len(values):
         values = np.array([frame.last])
     texts = [_step_text(value) for value in values]
-    texts[0] = f"step {texts[0]}"
+    texts[0] = f"{axis} {texts[0]}"
     return [Tick(round(float(at) / SIDE * 100, 2), text) for text, at in zip(texts, frame.x(values), strict=True)]
 
 
@@ -343,7 +345,7 @@ def _look_same(one: Series, heights: np.ndarray, other: Series, other_heights: n
     )
 
 
-def _strips(series: Sequence[Series], frame: _Frame, unit: Unit) -> list[Strip]:
+def _strips(series: Sequence[Series], frame: _Frame, unit: Unit, axis: str) -> list[Strip]:
     """Cut the width into parts and say of each what the values are in it."""
     count = min(STRIPS, max((len(one.steps) for one in series), default=0))
     texts: dict[int, list[str]] = {}
@@ -361,7 +363,7 @@ def _strips(series: Sequence[Series], frame: _Frame, unit: Unit) -> list[Strip]:
     strips = []
     for part, lines in sorted(texts.items()):
         first, last = spans[part]
-        head = f"step {first:,.0f}" if first == last else f"steps {first:,.0f} to {last:,.0f}, mean"
+        head = f"{axis} {first:,.0f}" if first == last else f"{axis}s {first:,.0f} to {last:,.0f}, mean"
         strips.append(Strip(round(part * width, 1), round(width, 1), "\n".join([head, *lines])))
     return strips
 
@@ -371,13 +373,13 @@ def _marks(steps: np.ndarray, frame: _Frame) -> str:
     return "".join(f"M{at},{SIDE - 70}V{SIDE}" for at in x.tolist())
 
 
-def _summary(series: Series, unit: Unit) -> str:
+def _summary(series: Series, unit: Unit, axis: str) -> str:
     finite = np.flatnonzero(np.isfinite(series.values))
     if not len(finite):
         return ""
     first, last = finite[0], finite[-1]
     name = f"{series.name}: " if series.name else ""
     ends = [
-        f"{unit.text(float(series.values[i]))} at step {series.steps[i]:,.0f}" for i in dict.fromkeys((first, last))
+        f"{unit.text(float(series.values[i]))} at {axis} {series.steps[i]:,.0f}" for i in dict.fromkeys((first, last))
     ]
     return f"{name}{', '.join(ends)}."

@@ -30,6 +30,7 @@ DECISIONS: dict[str, Decision] = {
     # The order of samples and what a row is made of; the shards' contents are compared by fingerprint.
     "data": "refused",
     "data.demo": "free",
+    "data.textured": "free",
     "data.cache": "free",
     "data.exclude": "applied",
     "data.workers": "free",

@@ -76,6 +76,7 @@ def test_the_wheel_holds_code_recipes_and_engine_settings_and_nothing_else(wheel
     assert names == {
         *files("lcl_ds", "lcl_ds", "*.py", "py.typed", "templates/*"),
         *files("launch/recipes", "lcl_ds/recipes", "*.yaml"),
+        *files("launch/studies", "lcl_ds/studies", "*.yaml"),
         *files("ds_configs", "lcl_ds/ds_configs", "*.json"),
         *files("kernels/lcl_kernels", "lcl_kernels", "*.py", "py.typed", "tuned.json"),
     }

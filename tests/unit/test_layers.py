@@ -24,6 +24,7 @@ LAYERS = [
     {"training"},
     {"release"},
     {"bench", "convert", "evaluate", "train", "plan", "new_recipe"},
+    {"study"},
 ]
 """From the bottom; a module may import from its own layer and from those below it."""
 APART = [("models", "data")]

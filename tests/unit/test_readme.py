@@ -19,6 +19,8 @@ from lcl_ds.bench import __main__ as bench
 from lcl_ds.config import ds_config_path, load_config, recipe_path
 from lcl_ds.data.corpora import READERS
 from lcl_ds.objectives import NAMES
+from lcl_ds.study.jobs import runs_of
+from lcl_ds.study.settings import STUDIES, load_study, study_path
 from lcl_ds.training.resume import flatten
 from tests.support.pages import PAGES, anchors_of, blocks_of, prose_of
 from tests.support.ranks import ROOT
@@ -102,6 +104,10 @@ def test_commands_are_valid(page, words, parse):
     script = next((word for word in words if word.startswith("launch/")), None)
     if first == "lcl" and rest[0] in ("--help", "--version"):
         assert program.main(rest) == 0
+    elif script == "launch/study.py" or words[:2] == ["lcl", "study"]:
+        arguments = parse("lcl_ds.study", words[words.index(script or "study") + 1 :])
+        for name in arguments.studies:
+            runs_of(load_study(study_path(name)), study_path(name))
     elif script or words[:2] == ["lcl", "train"] or "lcl_ds.train" in words:
         module, after = ("lcl_ds.train", "train") if first == "lcl" else ("lcl_ds.train", "lcl_ds.train")
         if script:
@@ -110,10 +116,9 @@ def test_commands_are_valid(page, words, parse):
             module = script.removesuffix(".py").replace("/", ".")
         arguments = parse(module, words[words.index(after) + 1 :])
         assert (ROOT / ds_config_path(arguments.ds_config)).is_file()
-        recipe = getattr(arguments, "recipe", "demo")  # launch/measure_demo.py knows no other
-        is_there_yet = arguments.overrides != ["objective.name=alignment"] and recipe != "mine.yaml"
+        is_there_yet = arguments.overrides != ["objective.name=alignment"] and arguments.recipe != "mine.yaml"
         if is_there_yet:  # the worked example of an objective, and the recipe that init writes, are not
-            load_config(recipe_path(recipe), arguments.overrides)
+            load_config(recipe_path(arguments.recipe), arguments.overrides)
     elif first == "make":
         assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif rest[:2] == ["-m", "pytest"]:
@@ -172,7 +177,10 @@ def settings_of_all_objectives() -> set[str]:
     """Names of all settings and of groups of them, with dots."""
     names = {"data.document_tokens"}
     for objective in NAMES:
-        config = load_config(recipe_path("demo"), [f"objective.name={objective}", "model.vision={shape: vit_b16}"])
+        config = load_config(
+            recipe_path("demo"),
+            [f"objective.name={objective}", "model.vision={shape: vit_b16}", "data.textured={folder: x}"],
+        )
         names |= set(flatten(config.model_dump()))
     return names | {".".join(parts[:n]) for parts in (name.split(".") for name in names) for n in range(1, len(parts))}
 
@@ -209,7 +217,7 @@ def names_in(text: str) -> set[str]:
 def test_names_on_pages_exist():
     texts = sources()
     defined = set().union(*(names_in(text) for text in texts.values()))
-    words = set(re.findall(r"\w+", " ".join(texts.values())))
+    words = set(re.findall(r"\w+", " ".join(texts.values()))) | {path.stem for path in STUDIES.glob("*.yaml")}
     for page in TODAY:
         for code in inline_code(page):
             where = f"{page_id(page)}: {code}"

@@ -6,12 +6,11 @@ pixels say little about a shape, and the text before a picture predicts it only 
 contrastive loss needs. ``python -m lcl_ds.data.demo OUT`` makes it by hand.
 """
 
-import fcntl
 import hashlib
 import io
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from lcl_ds.data.demo.scenes import (
 )
 from lcl_ds.data.own_tokenizer import train_tokenizer
 from lcl_ds.errors import UserError
+from lcl_ds.files import only_one
 
 VERSION = 2
 """Of the content; another version is another corpus and is built again."""
@@ -188,21 +188,24 @@ def ensure_demo(out_dir: Path) -> Path:
     """
     if _is_current(out_dir):
         return out_dir
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with (out_dir.parent / f".{out_dir.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with only_one(out_dir):
         if not _is_current(out_dir):
             if out_dir.exists() and _manifest(out_dir) is None:
                 raise UserError(f"data.demo: {out_dir} exists and is not a demo corpus; name a new folder or null")
-            partial, old = (out_dir.parent / f".{out_dir.name}.{name}" for name in ("partial", "old"))
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
-            build_demo(partial)
-            if out_dir.exists():
-                out_dir.rename(old)
-            partial.rename(out_dir)
-            shutil.rmtree(old, ignore_errors=True)
+            replace_folder(out_dir, build_demo)
     return out_dir
+
+
+def replace_folder(folder: Path, build: Callable[[Path], None]) -> None:
+    """Let ``build`` make a folder beside ``folder`` that takes its place when it is whole."""
+    partial, old = (folder.parent / f".{folder.name}.{name}" for name in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    build(partial)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _manifest(out_dir: Path) -> dict[str, Any] | None:

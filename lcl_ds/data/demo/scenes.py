@@ -168,15 +168,20 @@ _DISTANCES: dict[str, Callable[[Array, Array], Array]] = {
 SHAPES = tuple(_DISTANCES)
 
 
+def distance(shape: str, u: Array, v: Array) -> Array:
+    """Measure signed distances to a shape, in units of its radius."""
+    return _DISTANCES[shape](u, v)
+
+
 def render_scene(scene: Scene, image_size: int = 32) -> Array:
     """Draw `scene`, anti-aliased, as a uint8 RGB array [image_size, image_size, 3]."""
-    x, y = _pixel_centres(image_size)
+    x, y = pixel_centres(image_size)
     canvas = _background(scene.clutter, image_size)
     for item in scene.items:
         cos, sin = math.cos(item.angle) / item.radius, math.sin(item.angle) / item.radius
         dx, dy = x - item.x, item.y - y
         u, v = cos * dx + sin * dy, cos * dy - sin * dx
-        cover = np.clip(0.5 - _DISTANCES[item.shape](u, v) * (item.radius * image_size), 0, 1)
+        cover = np.clip(0.5 - distance(item.shape, u, v) * (item.radius * image_size), 0, 1)
         paint = np.array(COLOURS[item.colour], np.float32) * item.brightness
         ink = paint if item.texture == "solid" else paint * _shade(item.texture, u, v)[..., None]
         canvas += cover[..., None] * (ink - canvas)
@@ -184,7 +189,8 @@ def render_scene(scene: Scene, image_size: int = 32) -> Array:
 
 
 @functools.lru_cache(maxsize=4)
-def _pixel_centres(image_size: int) -> tuple[Array, Array]:
+def pixel_centres(image_size: int) -> tuple[Array, Array]:
+    """Return x [1, image_size] and y [image_size, 1] of the pixels' centres as fractions of the side."""
     centres = (np.arange(image_size, dtype=np.float32) + 0.5) / image_size
     return centres[None, :], centres[:, None]
 
@@ -198,7 +204,7 @@ def _shade(texture: str, u: Array, v: Array) -> Array:
 def _background(seed: int, image_size: int) -> Array:
     """Draw a dull gradient with noise and a few faint lines, float32 [image_size, image_size, 3]."""
     rng = np.random.Generator(np.random.Philox(seed))
-    x, y = _pixel_centres(image_size)
+    x, y = pixel_centres(image_size)
     angle, base = rng.uniform(0, 2 * math.pi), rng.uniform(0.3, 0.55)
     grey = base + 0.12 * (math.cos(angle) * (x - 0.5) + math.sin(angle) * (y - 0.5))
     for angle, offset, tone in rng.uniform((0, -0.4, -0.12), (2 * math.pi, 0.4, 0.12), (4, 3)):
