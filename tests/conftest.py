@@ -53,6 +53,7 @@ SLOW = (
     "unit/data/test_shards.py::test_few_shards_are_open_at_a_time",
     "unit/evaluation/test_held_out.py::test_what_passes_the_check_before_training_is_evaluated_after_it",
     "unit/test_fuzz.py::test_mutated_input_neither_crashes_nor_hangs_nor_goes_uncounted",
+    "unit/models/test_native.py::test_a_given_naflex_tower_equals_the_padded_run_of_transformers",
     # Figures.
     "unit/test_report.py::test_runs_whose_names_are_not_unicode_are_drawn",
     "unit/test_report.py::test_one_run",

@@ -4,7 +4,7 @@ import gc
 import logging
 import signal
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +262,7 @@ class Trainer:
         numbers: dict[Any, float] = {
             **summed_metrics(drawn.batches),
             **summed_by_source(drawn.batches, self.source_names),
+            **summed_grids(drawn.batches),
             **self.saver.counts(),
         }
         same = {name: outputs[name] for name, combination in self.objective.reports.items() if combination == "same"}
@@ -324,7 +325,7 @@ class Trainer:
         slots = self.config.train.global_batch_rows * self.config.data.row_tokens
         grids = None
         if self.config.model.vision.resolution == "native":
-            grids = GridWork(*(totals[key] for key in ("patches", "image_tokens", "image_token_squares")))
+            grids = GridWork(*(totals["grids", entry.name] for entry in fields(GridWork)))
         work = StepWork(images, slots, totals["token_squares"], labels, *contrastive_work(normalizers_of), grids)
         flops = total(self._flops.of(work)).model
         return StepMetrics(
@@ -375,19 +376,25 @@ def outputs_to_sum(objective: Objective) -> tuple[str, ...]:
 
 
 def summed_metrics(batches: list[Batch]) -> dict[str, int]:
-    """Count what this rank saw, under the keys of the metrics that are summed over ranks."""
-    grids = GridWork.of(grid for batch in batches for grid in batch.grids)
+    """Count what this rank saw, under the keys of the metrics that are summed over ranks.
+
+    Tokens of images that are all squares follow from their number.
+    """
     return {
-        "patches": int(grids.patches),
-        "image_tokens": int(grids.tokens),
-        "image_token_squares": int(grids.squares),
         "images": sum(batch.image_count for batch in batches),
+        "image_tokens": sum(grid.tokens for batch in batches for grid in batch.grids),
         "documents": sum(batch.document_count for batch in batches),
         "tokens": sum(batch.token_count for batch in batches),
         "text_tokens": sum(len(batch.labels) for batch in batches),
         "token_squares": sum(batch.token_squares for batch in batches),
         "skipped_samples": sum(batch.skipped_samples for batch in batches),
     }
+
+
+def summed_grids(batches: list[Batch]) -> dict[tuple[str, str], float]:
+    """Count this rank's patches and image tokens where images keep their aspect ratio, to tell the operations."""
+    work = GridWork.of(grid for batch in batches for grid in batch.grids)
+    return {("grids", entry.name): getattr(work, entry.name) for entry in fields(GridWork)}
 
 
 def contrastive_work(normalizers_of: list[LossNormalizers]) -> tuple[int, int]:

@@ -186,9 +186,9 @@ def test_a_step_is_written_and_read_by_name_in_the_order_of_its_description(path
     file.close()
     (row,) = read_metrics(path.parent)
     assert [*row] == [
-        *("step", "loss", "other_loss", "logit_scale", "matches", "grad_norm", "lr", "images", "documents", "tokens"),
-        *("text_tokens", "token_squares", "padding_fraction", "images_per_s", "tokens_per_s", "step_s", "data_s"),
-        *("skipped_samples", "sources", "applied"),
+        *("step", "loss", "other_loss", "logit_scale", "matches", "grad_norm", "lr", "images", "image_tokens"),
+        *("documents", "tokens", "text_tokens", "token_squares", "padding_fraction", "images_per_s", "tokens_per_s"),
+        *("step_s", "data_s", "skipped_samples", "sources", "applied"),
     ]
     assert row["sources"] == {"web": {"documents": 4, "images": 8}}
     assert loss_names(row) == ["other_loss"]

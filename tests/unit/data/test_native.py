@@ -170,9 +170,10 @@ def test_images_of_all_kinds_get_the_grid_of_what_is_seen_and_bad_ones_are_left_
     assert "an image too small or too narrow" in caplog.text
 
 
-def test_an_image_whose_pixels_are_damaged_is_taken_out_with_all_of_its_tokens(tmp_path, tokenizer):
+@pytest.mark.parametrize("damaged_first", [True, False])
+def test_an_image_whose_pixels_are_damaged_is_taken_out_with_all_of_its_tokens(tmp_path, tokenizer, damaged_first):
     rng = np.random.default_rng(0)
-    good, damaged = photo(rng, (2, 1)), photo(rng, (1, 3), side=200)
+    good, damaged = photo(rng, (2, 1)), photo(rng, (1, 1), side=200)  # of 21 and 20 tokens
     damaged = damaged[: len(damaged) // 2].replace(b"\xff\xd9", b"") + b"\xff\xd8\xff"
     whole, left = (
         next(
@@ -180,7 +181,7 @@ def test_an_image_whose_pixels_are_damaged_is_taken_out_with_all_of_its_tokens(t
             for row in rows_of(lane_of(tmp_path, tokenizer, document("a", ["ab"], pictures)), 3)
             for sequence in row.sequences
         )
-        for pictures in ([good], [damaged, good])
+        for pictures in ([good], [damaged, good] if damaged_first else [good, damaged])
     )
     assert [grid[:2] for grid in left.grids] == [grid[:2] for grid in whole.grids] == [(3, 7)]
     assert left.tokens.input_ids.tolist() == whole.tokens.input_ids.tolist()
@@ -206,6 +207,7 @@ def test_documents_of_any_number_of_images_stay_within_both_budgets(tmp_path, to
         assert batch.grids == tuple(grids)
         if not grids:
             assert batch.packed.slot_places.tolist() == [*range(256, 256 + batch.packed.grids[0].tokens)]
+            assert batch.packed.beyond == batch.packed.grids[0].tokens == 20
             assert (batch.images == 127).all()
 
 
