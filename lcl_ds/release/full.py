@@ -20,7 +20,7 @@ from lcl_ds.data.sequences import PairView
 from lcl_ds.data.stream.packing import PackedSequence, Row, collate
 from lcl_ds.models.decoder import POSITION_TABLES
 from lcl_ds.models.network import LCLModel
-from lcl_ds.objectives import trained_losses, view_of
+from lcl_ds.objectives import objective_module, trained_losses, view_of
 from lcl_ds.release.card import write_card
 from lcl_ds.release.options import DTYPES, ReleaseOptions
 from lcl_ds.release.origin import WeightOrigin
@@ -163,10 +163,15 @@ def release_full(
         What was compared, with the largest difference, and what is missing.
 
     Raises:
-        UserError: features are not finite, or weights do not fit into the dtype.
+        UserError: features are not finite, weights do not fit into the dtype, or the objective has no such release.
         RuntimeError: the release computes something else than the training model.
     """
     options = options or ReleaseOptions()
+    if origin.config and objective_module(origin.config.objective.name).Objective.one_transformer:
+        raise UserError(
+            f"--part full: {origin.config.objective.name} reads text with the blocks of the vision tower, as the code of "
+            "a whole release does not; release the encoder alone (leave --part out)"
+        )
     texts = texts_of(model, origin, vocabulary)
     transformers_logging.disable_progress_bar()
     features = trained_features(model, origin)  # finite, or there is nothing to release
