@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from lcl_ds.config import Config
 from lcl_ds.data.sequences import PairView
 from lcl_ds.data.stream.packing import PackedSequence, Row, collate
+from lcl_ds.errors import UserError
 from lcl_ds.models.decoder import POSITION_TABLES
 from lcl_ds.models.network import LCLModel
 from lcl_ds.objectives import objective_module, trained_losses, view_of
@@ -169,8 +170,8 @@ def release_full(
     options = options or ReleaseOptions()
     if origin.config and objective_module(origin.config.objective.name).Objective.one_transformer:
         raise UserError(
-            f"--part full: {origin.config.objective.name} reads text with the blocks of the vision tower, as the code of "
-            "a whole release does not; release the encoder alone (leave --part out)"
+            f"--part full: {origin.config.objective.name} reads text with the vision tower's blocks, and the code of a "
+            "whole release does not; release the encoder alone (leave --part out)"
         )
     texts = texts_of(model, origin, vocabulary)
     transformers_logging.disable_progress_bar()

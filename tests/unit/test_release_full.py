@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTraine
 
 from lcl_ds.data.sequences import DocumentView
 from lcl_ds.data.stream.packing import PackedSequence, Row, collate
+from lcl_ds.errors import UserError
 from lcl_ds.models.build import build_model
 from lcl_ds.models.weights.transfer import release_settings
 from lcl_ds.release.full import older_names, release_full
@@ -102,6 +103,11 @@ class Released:
 @pytest.fixture
 def release(tmp_path, demo_folder):
     return lambda *case, **options: Released(tmp_path, demo_folder / "tokenizer", *case, **options)
+
+
+def test_one_transformer_for_both_is_refused(release):
+    with pytest.raises(UserError, match="--part full: genlip reads text with the vision tower's blocks"):
+        release(overrides=["objective.name=genlip"])
 
 
 @torch.no_grad()
