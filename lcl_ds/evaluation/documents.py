@@ -95,9 +95,9 @@ class HeldOutReader:
 
     def _too_small(self, number: int, problem: str) -> UserError:
         return UserError(
-            f"evaluation.shards: {self.source.where(number)}: {problem}; the evaluation shows every patch of an image, "
-            "also where model.vision.patch_dropout leaves some out in training; raise data.row_tokens or set "
-            "evaluation.shards=null"
+            f"evaluation.shards: {self.source.where(number)}: {problem}; the evaluation shows every patch of a square, "
+            "also where model.vision.patch_dropout or max_image_tokens leaves training fewer; raise data.row_tokens or "
+            "set evaluation.shards=null"
         )
 
     def document(self, number: int) -> tuple[Document, list[Labels] | None]:

@@ -4,7 +4,7 @@ import gc
 import logging
 import signal
 import time
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -325,7 +325,7 @@ class Trainer:
         slots = self.config.train.global_batch_rows * self.config.data.row_tokens
         grids = None
         if self.config.model.vision.resolution == "native":
-            grids = GridWork(*(totals["grids", entry.name] for entry in fields(GridWork)))
+            grids = GridWork(totals["grids", "patches"], totals["image_tokens"], totals["grids", "squares"])
         work = StepWork(images, slots, totals["token_squares"], labels, *contrastive_work(normalizers_of), grids)
         flops = total(self._flops.of(work)).model
         return StepMetrics(
@@ -392,9 +392,9 @@ def summed_metrics(batches: list[Batch]) -> dict[str, int]:
 
 
 def summed_grids(batches: list[Batch]) -> dict[tuple[str, str], float]:
-    """Count this rank's patches and image tokens where images keep their aspect ratio, to tell the operations."""
+    """Count what the operations depend on beside ``image_tokens`` where images keep their aspect ratio."""
     work = GridWork.of(grid for batch in batches for grid in batch.grids)
-    return {("grids", entry.name): getattr(work, entry.name) for entry in fields(GridWork)}
+    return {("grids", "patches"): work.patches, ("grids", "squares"): work.squares}
 
 
 def contrastive_work(normalizers_of: list[LossNormalizers]) -> tuple[int, int]:

@@ -196,9 +196,10 @@ def test_what_an_objective_reports_is_combined_as_it_says_by_one_all_reduce_a_st
         assert row["predicted"] == row["text_tokens"]
         assert row["rank_factor"] == 22  # two micro-steps of 1 and of 10
         assert row["logit_scale"] == pytest.approx(1 / 0.07, rel=0.01)
-    # Single numbers are DeepSpeed's norms. Ours are 5 outputs, 6 counts, 2 of each of 2 sources, 2 of a save; and of
-    # each rank its problems, how long it was busy, and 2 counts of 2 micro-steps of the next step, if there is one.
-    assert [size for size in first["reduced"] if size > 1] == [12, 17 + 12, 17 + 4]
+    # Single numbers are DeepSpeed's norms. Ours are 5 outputs, 7 counts, 2 of each of 2 sources, 2 of grids, 2 of a
+    # save; and of each rank its problems, how long it was busy, and 2 counts of 2 micro-steps of the next step, if
+    # there is one.
+    assert [size for size in first["reduced"] if size > 1] == [12, 20 + 12, 20 + 4]
 
 
 def test_training_goes_on_while_a_checkpoint_of_an_earlier_moment_is_written(results, folder):
