@@ -16,7 +16,7 @@ from lcl_ds.evaluation.encoder import of_network, open_released
 from lcl_ds.metrics import METRICS
 from lcl_ds.models.pooling import POOLING_FILE
 from lcl_ds.models.vision import family_inputs
-from lcl_ds.objectives import NAMES, build_objective, trained_losses
+from lcl_ds.objectives import NAMES, trained_losses
 from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.release.exports import release_torch
 from lcl_ds.release.options import ReleaseOptions
@@ -130,7 +130,7 @@ def test_pooling_leaves_out_the_patches_that_fill_up_a_narrow_picture(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_pooling_is_claimed_exactly_where_training_moves_it(name):
     config = small_config(f"objective.name={name}")
-    objective, batch = build_objective(small_model(config), config.objective, seed=0), three_documents(config)
+    objective, batch = attach_objective(small_model(config), config), three_documents(config)
     objective(batch, local_normalizers(objective, batch)[0])["loss"].backward()
     assert pools(objective.model, config.objective) == (objective.model.pooling.query.grad is not None)
 
