@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch.nn import functional as F
 from transformers import AutoModel
 
+from lcl_ds.assembly import attach_objective
 from lcl_ds.convert import main
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.encoder import of_network, open_released
