@@ -28,7 +28,7 @@ from tests.support.runs import make_run
 from tests.support.small import small_config
 from tests.support.tars import write_tar
 
-CONTRASTIVE = ("blip2", "clip", "coca", "lcl")
+CONTRASTIVE = ("blip2", "clip", "coca", "lcl", "siglip")
 COLOURS = ("red", "blue")
 
 
