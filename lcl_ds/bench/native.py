@@ -95,7 +95,7 @@ def aspect_shard(path: Path, count: int, seed: int) -> Path:
     return path
 
 
-def compare_tower(repeats: int, seed: int, images: int = 40, width: int = 384, layers: int = 4) -> list[dict[str, Any]]:
+def compare_tower(repeats: int, seed: int, images: int = 10, width: int = 384, layers: int = 4) -> list[dict[str, Any]]:
     """Images per second of the tower and its pooling, forward and backward: the best of ``repeats`` calls each."""
     native = NativeResolution(PATCH, TOKENS, TOKENS)
     grids = [native.grid(*ASPECTS[number % len(ASPECTS)]) for number in range(images)]
