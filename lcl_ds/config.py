@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from lcl_ds.data.settings import DataSettings
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.settings import EvaluationSettings
-from lcl_ds.files import shipped_folder
+from lcl_ds.files import shipped_file, shipped_folder
 from lcl_ds.models.settings import READ_FOLDERS, ModelSettings
 from lcl_ds.objectives import NAMES, objective_module, settings_classes
 from lcl_ds.objectives.base import ObjectiveSettings
@@ -72,13 +72,7 @@ def recipe_path(name_or_path: str) -> Path:
     Raises:
         UserError: there is no such file.
     """
-    path = Path(name_or_path)
-    if path.suffix not in {".yaml", ".yml"}:
-        path = RECIPES / f"{name_or_path}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-        raise UserError(f"recipe {name_or_path}: there is no such file; shipped recipes: {known}")
-    return path
+    return shipped_file("recipe", name_or_path, RECIPES, "recipes")
 
 
 def ds_config_path(name_or_path: str) -> Path:

@@ -59,6 +59,24 @@ def shipped_folder(path: str) -> Path:
     return installed if installed.is_dir() else package.parent / path
 
 
+def shipped_file(kind: str, name_or_path: str, folder: Path, plural: str) -> Path:
+    """Find a YAML file from its path, or from the name that it has in a folder of files that come with the program.
+
+    Args:
+        kind, plural: what such a file is called.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in {".yaml", ".yml"}:
+        path = folder / f"{name_or_path}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in folder.glob("*.yaml")))
+        raise UserError(f"{kind} {name_or_path}: there is no such file; shipped {plural}: {known}")
+    return path
+
+
 def sentence_of(error: OSError) -> str | None:
     """Say what the machine's error means and what to do, with its path; None where it may be our own mistake."""
     remedy = REMEDIES.get(error.errno or 0)

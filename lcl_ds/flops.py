@@ -7,7 +7,7 @@ Elementwise work counts nothing.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -21,6 +21,17 @@ from lcl_ds.objectives.base import Objective
 AFTER_THE_LAST_MATRIX = ("post_feedforward_layernorm", "post_mlp_layernorm", "layer_scale2")
 """Modules of a block that need the result of its last matrix for their gradients. Where a block has none of them,
 recomputation stops before that matrix."""
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """Numbers that are added up, and multiplied by a factor, each for itself."""
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def __mul__(self, factor: float) -> Self:
+        return type(self)(*(getattr(self, field.name) * factor for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ AMOUNTS = tuple(field.name for field in fields(StepWork) if field.name != "grids
 
 
 @dataclass(frozen=True)
-class GridWork:
+class GridWork(Amounts):
     """What images hold that keep their aspect ratio, as sums over all of them."""
 
     patches: float = 0.0
@@ -70,15 +81,9 @@ class GridWork:
         every = [(grid.patches, grid.tokens, grid.tokens**2) for grid in grids]
         return cls(*(sum(amounts) for amounts in zip(*every, strict=True))) if every else cls()
 
-    def __add__(self, other: "GridWork") -> "GridWork":
-        return GridWork(self.patches + other.patches, self.tokens + other.tokens, self.squares + other.squares)
-
-    def __mul__(self, factor: float) -> "GridWork":
-        return GridWork(self.patches * factor, self.tokens * factor, self.squares * factor)
-
 
 @dataclass(frozen=True)
-class Flops:
+class Flops(Amounts):
     """Operations of one part."""
 
     forward: float = 0.0
@@ -94,12 +99,6 @@ class Flops:
     @property
     def computed(self) -> float:
         return self.model + self.recomputed
-
-    def __add__(self, other: "Flops") -> "Flops":
-        return Flops(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def __mul__(self, factor: float) -> "Flops":
-        return Flops(*(getattr(self, field.name) * factor for field in fields(self)))
 
 
 class StepFlops:

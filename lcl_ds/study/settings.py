@@ -12,7 +12,7 @@ from lcl_ds.config import Config, load_config, recipe_path
 from lcl_ds.errors import UserError
 from lcl_ds.evaluation.encoder import Kind
 from lcl_ds.evaluation.tasks import TASKS
-from lcl_ds.files import read_yaml, shipped_folder
+from lcl_ds.files import read_yaml, shipped_file, shipped_folder
 from lcl_ds.settings import Settings, suggest
 
 STUDIES = shipped_folder("launch/studies")
@@ -126,13 +126,7 @@ def study_path(name_or_path: str) -> Path:
     Raises:
         UserError: there is no such file.
     """
-    path = Path(name_or_path)
-    if path.suffix not in {".yaml", ".yml"}:
-        path = STUDIES / f"{name_or_path}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in STUDIES.glob("*.yaml")))
-        raise UserError(f"study {name_or_path}: there is no such file; shipped studies: {known}")
-    return path
+    return shipped_file("study", name_or_path, STUDIES, "studies")
 
 
 def load_study(path: Path) -> Study:
