@@ -74,6 +74,8 @@ class Objective(base.Objective):
 
     def forward(self, batch: Batch, normalizers: LossNormalizers) -> dict[str, Tensor]:
         """Compute the share of the loss."""
+        if not self.training:  # an evaluation takes features of images where the encoder makes them of images alone
+            self.model.encode_images(batch.images, batch.image_seeds)
         states, blocks = self._lower_part(batch)
         hidden_states = self.model.run_decoder(batch, self.states_out(states), self.attention_mode, blocks)
         loss = self.generation(hidden_states, batch, normalizers)

@@ -14,6 +14,7 @@ from lcl_ds.models.counter_rng import patch_order
 from lcl_ds.models.vision import VisionEncoder
 from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.objectives.genlip import POSITION_SCALE, sines
+from lcl_ds.training.evaluating import Recorded, recording
 from tests.support.small import (
     DECODERS,
     IMAGE_TOKENS,
@@ -135,6 +136,17 @@ def test_the_loss_is_that_of_each_caption_alone_in_float64(tower, decoder):
             losses.append(F.cross_entropy(logits, labels, reduction="sum"))
         expected = sum(losses) / len(batch.labels)
         torch.testing.assert_close(loss_of(objective, batch).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_an_evaluation_while_training_finds_the_features_of_images_alone():
+    objective, batch, _ = prepared("objective.name=genlip")
+    recorded = Recorded()
+    with torch.no_grad(), recording(objective.model, recorded, keep_patches=True):
+        loss_of(objective.eval(), batch)
+        vision = objective.model.vision
+        expected = vision.all_tokens(vision.normalize(batch.images))[0]
+    assert torch.equal(torch.cat(recorded.patches), expected)
+    assert len(torch.cat(recorded.pooled)) == len(CAPTIONS)
 
 
 def test_without_an_upper_part_it_is_the_published_transformer():
