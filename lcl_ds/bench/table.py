@@ -29,8 +29,8 @@ def show_rows(console: Console, case: Case, rows: list[Row]) -> None:
     table.add_column("note")
     for row in rows:
         figures = [
-            number(row.get("median_ms"), ".4g"),
-            number(row.get("graph_ms"), ".4g"),
+            milliseconds(row.get("median_ms")),
+            milliseconds(row.get("graph_ms")),
             number(row.get("ratio_to_ours"), ".2f"),
             number(row.get("useful_tflops"), ".3g"),
             number(row.get("share_of_matmul"), ".0%"),
@@ -42,11 +42,18 @@ def show_rows(console: Console, case: Case, rows: list[Row]) -> None:
     console.print(case.title, style="bold", highlight=False)
     console.print(table)
     if floor := next((row["floor_ms"] for row in rows if "floor_ms" in row), None):
-        console.print(f"floor: {floor:.4g} ms, the useful operations at the rate of a matmul in the same rounds\n")
+        console.print(
+            f"floor: {milliseconds(floor)} ms, the useful operations at the rate of a matmul in the same rounds\n"
+        )
 
 
 def number(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
+
+
+def milliseconds(value: float | None) -> str:
+    """Write a time with at least four digits, and never with an exponent."""
+    return number(value, ".4g" if value is None or value < 1000 else ",.0f")
 
 
 def note_of(row: Row) -> str:

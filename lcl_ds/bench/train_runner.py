@@ -24,7 +24,7 @@ from lcl_ds.bench.measure import (
     time_calls,
 )
 from lcl_ds.bench.runner import Record, relative_error
-from lcl_ds.bench.table import note_of, number
+from lcl_ds.bench.table import milliseconds, note_of, number
 from lcl_ds.bench.train import OURS, PADDED, PUBLISHED, TrainCase, is_packed, loss_of
 from lcl_ds.flops import StepFlops, StepWork, total
 from lcl_ds.models.network import LCLModel
@@ -186,7 +186,7 @@ def show_train_rows(console: Console, case: TrainCase, results: list[Row]) -> No
         errors = result.get("errors", {})
         table.add_row(
             result["method"],
-            number(result.get("median_ms"), ".4g"),
+            milliseconds(result.get("median_ms")),
             number(result.get("ratio_to_ours"), ".2f"),
             number(result["flops"] / 1e9 if "flops" in result else None, ",.0f"),
             number(result.get("flops_ratio_to_ours"), ".2f"),

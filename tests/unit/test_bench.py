@@ -11,7 +11,7 @@ from lcl_ds.bench import native as native_bench
 from lcl_ds.bench.contrastive import ContrastiveCase
 from lcl_ds.bench.losses import LossCase
 from lcl_ds.bench.peers import EAGER, OURS, Method, UnavailableError
-from lcl_ds.bench.table import open_console
+from lcl_ds.bench.table import milliseconds, open_console
 from lcl_ds.flops import StepFlops, total
 from lcl_ds.objectives import lcl
 from tests.support.counting import flop_counter
@@ -186,6 +186,13 @@ def test_inputs_that_do_not_fit_are_named(run_bench, monkeypatch):
     code, document = run_bench(*LOSSES, "--valid", "1", "--peers", EAGER)
     assert code == 0
     assert [row["reason"] for row in document["rows"]] == ["inputs: out of memory"] * 2
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.012344, "0.01234"), (12.344, "12.34"), (999.96, "1000"), (10104.2, "10,104"), (None, "-")]
+)
+def test_times_are_written_without_an_exponent(value, text):
+    assert milliseconds(value) == text
 
 
 def test_an_interrupted_run_keeps_what_it_has(run_bench, monkeypatch, capsys):
