@@ -193,7 +193,7 @@ def bytes_in_sight() -> int:
 def measured(case: str, folder: Path) -> dict[str, Any]:
     out = folder / "found.json"
     command = [sys.executable, "-m", "tests.chaos.plan_memory", "--case", case, "--out", str(out)]
-    run_ranks(CASES[case][0], command, folder / "log")
+    run_ranks(CASES[case][0], command, folder / "log", timeout=900)
     return json.loads(out.read_text())
 
 

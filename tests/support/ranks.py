@@ -84,10 +84,10 @@ def output_of(logs: list[Path]) -> str:
     return "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in logs if log.exists())
 
 
-def run_ranks(world_size: int, command: list[str], log: Path) -> str:
+def run_ranks(world_size: int, command: list[str], log: Path, timeout: float = 120) -> str:
     """Output of ranks that must all end well."""
     ranks = Ranks(world_size, command, log)
-    codes = ranks.wait()
+    codes = ranks.wait(timeout)
     assert codes == [0] * world_size, ranks.output()
     return ranks.output()
 
