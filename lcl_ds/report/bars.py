@@ -37,8 +37,15 @@ class Bars:
     sentences: list[str] = field(default_factory=list)
     interval_name: str = "95 % confidence"
     """What the intervals of the bars are."""
+    in_percent: bool = True
+    """Whether values are fractions, which people read in percent."""
 
     def width(self, value: float) -> str:
         """Write a value as percent of the scale."""
         fraction = value / self.most if self.most else 0.0
         return f"{100 * min(max(fraction, 0.0), 1.0):.2f}"
+
+    def ends(self, interval: Range) -> str:
+        """Write an interval as people read it, without a unit."""
+        low, high = (f"{100 * end:.1f}" if self.in_percent else f"{end:.4g}" for end in interval)
+        return f"{low} to {high}"

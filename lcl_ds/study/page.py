@@ -98,7 +98,8 @@ def _bars(summary: Summary, budget: str) -> list[Bars]:
         is_fraction = summary.metrics[column].startswith(IN_PERCENT)
         most = max((bar.interval[1] if bar.interval else bar.value or 0.0) for bar in bars)
         title, end = column.replace("/", ", "), _end(most, is_fraction)
-        all_bars.append(Bars(title, bars, end, guessing, interval_name="one deviation to either side"))
+        name = "one deviation to either side"
+        all_bars.append(Bars(title, bars, end, guessing, interval_name=name, in_percent=is_fraction))
     return all_bars
 
 

@@ -15,6 +15,8 @@ from lcl_ds.report.examples import Examples, Gaze, write_pictures
 from lcl_ds.report.figures import RetrievalExample
 from lcl_ds.report.run import read_runs
 from lcl_ds.report.single import run_page
+from lcl_ds.study.page import study_page
+from lcl_ds.study.settings import Measurement, Study
 from lcl_ds.tokens import TextTokenizer
 from tests.support.browser import BROWSER, problems_of
 from tests.support.corpora import picture
@@ -79,6 +81,46 @@ def hostile_rows(folder, tokenizer):
     return page(batch, tokenizer, f"{HOSTILE}, as lcl sees it")
 
 
+def hostile_study(folder):
+    """Twelve variants with names as long as they may be, two budgets, figures with any label."""
+    variants = {f"{'long_name_' * 9}{number}": {} for number in range(12)}
+    study = Study(
+        title=HOSTILE,
+        question=f"{HOSTILE}?",
+        notes=[HOSTILE],
+        recipe="study",
+        budgets=[16000, 256000],
+        variants=variants,
+        measurements=[Measurement(tasks=["linear"])],
+    )
+    shape = {"task": "linear", "label": HOSTILE, "features": "mean", "metric": "accuracy", "chance": 0.1}
+    ranks = {"task": "retrieval image_to_text", "metric": "median_rank"}
+    records = [
+        {
+            "variant": variant,
+            "budget": budget,
+            "images": 1e9,
+            "tflop": 1e9,
+            "curves": {"images": [80, 160], "loss": [3.0, 2.0 + seed], f"{'long_' * 9}loss": [1e9, 1e-9]},
+            "figures": {
+                "trained": [{**shape, "value": 0.3 * seed}, {**ranks, "value": 1234567.0}],
+                "untrained": [{**shape, "value": 0.2}],
+            },
+            "commands": [f"python -m lcl_ds.train {HOSTILE!r}"],
+            "date": "2026-11-26",
+            "git_commit": f"{seed}" * 40,
+            "versions": {"torch": "2.13.0+cpu"},
+        }
+        for variant in variants
+        for budget in ("16k", "256k")
+        for seed in range(3)
+    ]
+    paths = [folder / "a_study.yaml", folder / "without_runs.yaml"]
+    for path in paths:
+        path.write_text(f"title: {HOSTILE}\n")
+    return study_page([(paths[0], study, records, 0), (paths[1], study, [], 72)])
+
+
 def test_nothing_is_cut_faint_or_wrong_at_any_width_and_a_broken_page_is_noticed(tmp_path, demo_folder):
     name = f"{'long_name_' * 9}日本語<b>"
     run = eventful_run(tmp_path / name)
@@ -90,6 +132,7 @@ def test_nothing_is_cut_faint_or_wrong_at_any_width_and_a_broken_page_is_noticed
             "report": run_page(one, "the state"),
             "begun": run_page(read_runs([begun])[0], "the state"),
             "comparison": comparison_page(several),
+            "study": hostile_study(tmp_path),
             "rows": hostile_rows(tmp_path, TextTokenizer(demo_folder / "tokenizer")),
             "broken": BROKEN,
         }

@@ -338,7 +338,9 @@ def test_the_page_shows_question_error_bars_curves_and_what_was_run(path):
     html = study_page([(path, study, records, 6)])
     assert "Does &lt;b&gt;it&lt;/b&gt; hold?" in html
     assert "6 of 12" in html
-    assert '<i class="interval" style="left:40.00%;width:40.00%">' in html  # 20 to 40 % on a scale that ends at 50
+    assert (
+        '<i class="interval" style="left:min(40.00%, 100% - 2px);width:40.00%">' in html
+    )  # 20 to 40 % on a scale that ends at 50
     assert "30.0 ± 10.0" in html
     assert "3 seeds" in html
     assert 'title="one deviation to either side: 20.0 to 40.0 %"' in html
@@ -346,6 +348,14 @@ def test_the_page_shows_question_error_bars_curves_and_what_was_run(path):
     assert "recipe: study" in html
     assert "python -m lcl_ds.train &#39;a b&#39;" in html
     assert "http" not in html.replace("http-equiv", "")
+
+
+def test_deviations_of_what_is_no_fraction_are_not_in_percent(path):
+    records = all_records(path)
+    for record in records:
+        ranks = {"task": "retrieval image_to_text", "metric": "median_rank"}
+        record["figures"]["trained"] = [{**ranks, "value": 1000.0 + record["seed"]}]
+    assert 'title="one deviation to either side: 1000 to 1002"' in study_page([(path, load_study(path), records, 6)])
 
 
 def test_a_page_of_a_study_without_figures_says_so(path):
