@@ -254,6 +254,22 @@ def test_a_run_whose_figures_are_there_is_found_and_those_of_other_settings_are_
         find_record(tmp_path, study, changed)
 
 
+def test_a_recipe_that_changed_where_the_study_overrides_it_keeps_its_figures(tmp_path):
+    recipe = tmp_path / "a_recipe.yaml"
+    recipe.write_text((STUDIES.parent / "recipes" / "study.yaml").read_text())
+    path = write_study(tmp_path, recipe=str(recipe), overrides={"train.learning_rate": 0.1})
+    study, job = load_study(path), job_of(path)
+    record = record_of(path)
+    write_record(tmp_path, job.run, record)
+    recipe.write_text(recipe.read_text().replace("learning_rate: 5.0e-4", "learning_rate: 0.2"))
+    assert find_record(tmp_path, study, job.run)["images"] == 16010
+    with pytest.raises(UserError, match=r"warmup=None, and the study says 0\.2"):
+        find_record(tmp_path, study.model_copy(update={"warmup": 0.2}), job.run)
+    recipe.write_text(recipe.read_text().replace("weight_decay: 0.1", "weight_decay: 0.2"))
+    with pytest.raises(UserError, match=r"recipe\.train\.\w+=0\.\w+, and the study says 0\.2"):
+        find_record(tmp_path, study, job.run)
+
+
 def test_damaged_figures_are_a_sentence(path, tmp_path):
     study, job = load_study(path), job_of(path)
     file = record_path(tmp_path, job.run)
