@@ -107,7 +107,7 @@ class StepProfiler:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        PULSE.begin("saving", step)
+        PULSE.begin("profiling", step)
         measured.stop()
         path = self.folder / f"steps_{self._first}_to_{step}_rank_{self.rank_info.rank}.json.gz"
         try:

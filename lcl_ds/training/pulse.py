@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from statistics import median
 from typing import Literal
 
-Doing = Literal["starting", "waiting for data", "training", "evaluating", "saving", "closing"]
+Doing = Literal["starting", "waiting for data", "training", "evaluating", "saving", "profiling", "closing"]
 REMEMBERED = 20
 """Micro-steps that the usual time is the median of."""
 
