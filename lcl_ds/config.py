@@ -1,5 +1,6 @@
 """The tree of settings of one run: YAML file plus ``key.sub=value`` overrides, validated at once."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
@@ -15,6 +16,8 @@ from lcl_ds.objectives import NAMES, objective_module, settings_classes
 from lcl_ds.objectives.base import ObjectiveSettings
 from lcl_ds.settings import Settings, suggest
 from lcl_ds.training.settings import CheckpointSettings, LogSettings, TrainSettings
+
+logger = logging.getLogger(__name__)
 
 RECIPES = shipped_folder("launch/recipes")
 DS_CONFIGS = shipped_folder("ds_configs")
@@ -93,6 +96,9 @@ def ds_config_path(name_or_path: str) -> Path:
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read and validate a recipe.
 
+    What a recipe says of its objective is for that one alone: where ``objective.name`` is overridden by another, it is
+    left out, and named in the log. A weight of LCL's is none of CoCa's.
+
     Args:
         path: a YAML file.
         overrides: ``key.sub=value``, the value in YAML.
@@ -107,6 +113,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a mapping of settings is expected, found {type(tree).__name__}")
     parsed = dict(map(_parse_override, overrides or []))
+    _drop_other_objective(tree, parsed.get("objective.name"), str(path))
     for key, value in parsed.items():
         _set(tree, key.split("."), value, key)
     return validate_config(tree, str(path), parsed, READ_FOLDERS)
@@ -134,6 +141,17 @@ def _parse_override(text: str) -> tuple[str, Any]:
         return key, yaml.safe_load(value)
     except yaml.YAMLError:
         raise UserError(f"{text!r}: the value is not valid YAML") from None
+
+
+def _drop_other_objective(tree: dict[str, Any], wanted: Any, origin: str) -> None:
+    """Remove the settings of a recipe's objective where ``wanted`` is another one."""
+    given = tree.get("objective")
+    if not isinstance(given, dict) or wanted not in NAMES or (own := given.get("name", "lcl")) == wanted:
+        return
+    dropped = [f"objective.{key}" for key in given if key != "name"]
+    tree["objective"] = {}
+    if dropped:
+        logger.info("%s: %s: of %s, and left out for %s", origin, ", ".join(dropped), own, wanted)
 
 
 def _set(tree: dict[str, Any], keys: list[str], value: Any, whole: str) -> None:

@@ -7,6 +7,7 @@ import yaml
 
 from lcl_ds.config import DS_CONFIGS, RECIPES, Config, load_config, recipe_path
 from lcl_ds.errors import UserError
+from lcl_ds.objectives import NAMES
 
 DEMO = RECIPES / "demo.yaml"
 
@@ -24,6 +25,28 @@ def problems(tmp_path, change, overrides=()):
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_valid(path):
     assert load_config(path).name == path.stem
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_recipe_trains_any_objective_by_one_setting(path, name):
+    assert load_config(path, [f"objective.name={name}"]).objective.name == name
+
+
+def test_what_a_recipe_says_of_its_objective_is_left_out_for_another_and_named(tmp_path, caplog):
+    caplog.set_level("INFO")
+    tree = yaml.safe_load(DEMO.read_text())
+    path = tmp_path / "mine.yaml"
+    tree["objective"] = {"contrastive_weight": 0.5, "normalization": "reference"}
+    path.write_text(yaml.safe_dump(tree))
+    assert load_config(path, ["objective.name=lcl"]).objective.contrastive_weight == 0.5
+    assert not caplog.text
+    objective = load_config(path, ["objective.name=coca", "objective.generation_weight=3"]).objective
+    assert (objective.contrastive_weight, objective.generation_weight, objective.normalization) == (1, 3, "global")
+    said = f"{path}: objective.contrastive_weight, objective.normalization: of lcl, and left out for coca"
+    assert said in caplog.text
+    with pytest.raises(UserError, match=r"command line: objective\.contrastive_weight: unknown setting"):
+        load_config(path, ["objective.name=clip", "objective.contrastive_weight=0.5"])
 
 
 def test_settings_survive_a_round_trip_through_yaml():
