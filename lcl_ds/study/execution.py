@@ -21,7 +21,7 @@ from lcl_ds.config import recipe_path
 from lcl_ds.errors import UserError
 from lcl_ds.objectives import objective_module
 from lcl_ds.study.jobs import AS_IT_STANDS, Job, Run, budget_name
-from lcl_ds.study.record import Finished, code_now, find_same, make_record, write_record
+from lcl_ds.study.record import Finished, code_now, find_same, fingerprint_of, make_record, write_record
 from lcl_ds.study.settings import Encoder, Measurement, Study, arguments_of, config_of
 
 logger = logging.getLogger(__name__)
@@ -109,6 +109,11 @@ class Programs:
             raise UserError(f"{log}: {command[1]} ended with exit code {code}: {last}")
 
 
+def run_folder(runs: Path, study: Study, job: Job) -> Path:
+    """Say where a run trains. Its settings are in the name: a run of others goes on from no old checkpoint."""
+    return runs / job.run.study / f"{job.run.name}-{fingerprint_of(study, job)[:8]}"
+
+
 def training_command(study: Study, job: Job, run_dir: Path) -> list[str]:
     """Write the arguments of Python that train a run, or continue it."""
     program = ["-m", "lcl_ds.train"]
@@ -169,9 +174,9 @@ def execute(study: Study, path: Path, job: Job, place: Workplace, programs: Prog
     """
     if same := find_same(place.results, study, job, encoders_of(study, job.run)):
         return write_record(place.results, job.run, same)
-    run_dir = place.runs / job.run.study / job.run.name
+    run_dir = run_folder(place.runs, study, job)
     run_dir.parent.mkdir(parents=True, exist_ok=True)
-    log = run_dir.parent / f"{job.run.name}.log"
+    log = run_dir.with_name(f"{run_dir.name}.log")
     one_core, code = place.jobs > 1, code_now()
     commands = [training_command(study, job, run_dir)]
     try:

@@ -40,11 +40,11 @@ def test_a_killed_study_goes_on_and_what_has_figures_is_not_run_again(recipe, tm
         "columns": ["knn/*"],
     }
     study.write_text(yaml.safe_dump(tree, sort_keys=False))
-    run = tmp_path / "runs" / "study" / "two" / "lcl-recipe-0"
+    runs = tmp_path / "runs" / "study" / "two"
 
     killed = start(tmp_path, study)
     ends = time.monotonic() + TIMEOUT
-    while not (run / "checkpoints" / "latest").exists():
+    while not list(runs.glob("lcl-recipe-0-*/checkpoints/latest")):
         assert killed.poll() is None, killed.communicate()[0]
         assert time.monotonic() < ends
         time.sleep(0.02)
@@ -53,6 +53,7 @@ def test_a_killed_study_goes_on_and_what_has_figures_is_not_run_again(recipe, tm
     assert killed.returncode == 128 + signal.SIGTERM, output
     assert "the same command goes on" in output
     assert not list(tmp_path.glob("figures/*/*.json"))
+    (run,) = runs.glob("lcl-recipe-0-????????")
     done = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert 4 <= len(done) < 14
 

@@ -14,7 +14,7 @@ from lcl_ds.data.settings import TexturedSettings
 from lcl_ds.errors import UserError
 from lcl_ds.study import jobs as jobs_module
 from lcl_ds.study.__main__ import main
-from lcl_ds.study.execution import encoders_of, measuring_commands, training_command
+from lcl_ds.study.execution import encoders_of, measuring_commands, run_folder, training_command
 from lcl_ds.study.jobs import Job, budget_name, configs_of, jobs_of, runs_of
 from lcl_ds.study.page import study_page
 from lcl_ds.study.record import (
@@ -181,6 +181,17 @@ def job_of(path, variant="lcl", budget="16k", seed=0) -> Job:
     run = next(r for r in runs_of(study, path) if (r.variant, r.budget, r.seed) == (variant, budget, seed))
     sizes = {"train.steps": 5, "train.global_batch_rows": 6, "train.seed": seed}
     return Job(run, sizes, 160.0, 0.5)
+
+
+def test_a_run_of_other_settings_trains_in_another_folder(path):
+    study, job = load_study(path), job_of(path)
+    folder = run_folder(Path("runs"), study, job)
+    assert folder.parent == Path("runs/a_test")
+    assert folder.name.startswith("lcl-16k-0-")
+    assert run_folder(Path("runs"), study, job_of(path)) == folder
+    slower = replace(job, run=replace(job.run, overrides={"train.learning_rate": 0.1}))
+    longer = replace(job, sizes={**job.sizes, "train.steps": 6})
+    assert len({folder, *(run_folder(Path("runs"), study, other) for other in (slower, longer))}) == 3
 
 
 def test_training_is_one_command_and_with_several_ranks_a_launcher_s(path):
