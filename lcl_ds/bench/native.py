@@ -33,6 +33,8 @@ ASPECTS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16), (5, 2), (2,
 SIDE, PATCH = 224, 16
 TOKENS = (SIDE // PATCH) ** 2
 """Of a square, and of the largest image that keeps its aspect ratio."""
+IMAGES, WIDTH, LAYERS = 10, 384, 4
+"""Of the batch and of the tower."""
 CONTEXT = 2048
 NATIVE, CROPPED, PADDED, SHOWING = (
     "own aspect ratio, packed",
@@ -95,11 +97,11 @@ def aspect_shard(path: Path, count: int, seed: int) -> Path:
     return path
 
 
-def compare_tower(repeats: int, seed: int, images: int = 10, width: int = 384, layers: int = 4) -> list[dict[str, Any]]:
+def compare_tower(repeats: int, seed: int) -> list[dict[str, Any]]:
     """Images per second of the tower and its pooling, forward and backward: the best of ``repeats`` calls each."""
     native = NativeResolution(PATCH, TOKENS, TOKENS)
-    grids = [native.grid(*ASPECTS[number % len(ASPECTS)]) for number in range(images)]
-    useful = sum(grid.patches for grid in grids) / images
+    grids = [native.grid(*ASPECTS[number % len(ASPECTS)]) for number in range(IMAGES)]
+    useful = sum(grid.patches for grid in grids) / IMAGES
     shown = sum(min(aspect) / max(aspect) for aspect in ASPECTS) / len(ASPECTS)
     larger = math.ceil(math.sqrt(useful / shown)) * PATCH
     methods: dict[str, tuple[int, float]] = {  # pixels of a square, useful tokens of an image
@@ -108,7 +110,7 @@ def compare_tower(repeats: int, seed: int, images: int = 10, width: int = 384, l
         PADDED: (SIDE, TOKENS * shown),
         SHOWING: (larger, (larger // PATCH) ** 2 * shown),
     }
-    steps = {name: _step(name, side, grids, width, layers, seed) for name, (side, _) in methods.items()}
+    steps = {name: _step(name, side, grids, seed) for name, (side, _) in methods.items()}
     seconds = dict.fromkeys(methods, math.inf)
     for attempt in range(1 + repeats):  # the first one warms up
         for name, step in steps.items():
@@ -124,16 +126,16 @@ def compare_tower(repeats: int, seed: int, images: int = 10, width: int = 384, l
                 "method": name,
                 "tokens_per_image": tokens,
                 "padding": 1 - useful_tokens / tokens,
-                "images_per_s": images / seconds[name],
-                "useful_tokens_per_s": images * useful_tokens / seconds[name],
+                "images_per_s": IMAGES / seconds[name],
+                "useful_tokens_per_s": IMAGES * useful_tokens / seconds[name],
             }
         )
     return rows
 
 
-def _step(name: str, side: int, grids: Sequence[Grid], width: int, layers: int, seed: int) -> Callable[[], None]:
+def _step(name: str, side: int, grids: Sequence[Grid], seed: int) -> Callable[[], None]:
     """Make one pass over images of noise: what they show changes no time."""
-    model = _model(side, width, layers, native=name == NATIVE)
+    model = _model(side, native=name == NATIVE)
     rng = torch.Generator().manual_seed(seed)
     seeds = torch.zeros(len(grids), dtype=torch.int64)
     if name == NATIVE:
@@ -149,13 +151,13 @@ def _backward(model: LCLModel, features: tuple[Tensor, Tensor]) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def _model(side: int, width: int, layers: int, native: bool) -> LCLModel:
+def _model(side: int, native: bool) -> LCLModel:
     vision: dict[str, Any] = {
         "model_type": "clip_vision_model",
-        "hidden_size": width,
-        "intermediate_size": 4 * width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": width // 64,
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": WIDTH // 64,
         "image_size": side,
         "patch_size": PATCH,
         "hidden_act": "gelu",

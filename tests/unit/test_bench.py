@@ -392,7 +392,9 @@ def test_mistakes_in_train_end_with_code_2(options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_data_compares_loading_and_packing(tmp_path, demo_folder, capsys):
+def test_data_compares_loading_and_packing(tmp_path, demo_folder, capsys, monkeypatch):
+    monkeypatch.setattr(native_bench, "WIDTH", 64)
+    monkeypatch.setattr(native_bench, "LAYERS", 1)
     shards = f"data.shards={demo_folder}/train-*.tar", f"data.tokenizer={demo_folder}/tokenizer"
     figures = data.measure_data(tmp_path, 8, 2000, 1, seed=0, overrides=["data.demo=null", *shards])
     data.show_data(open_console(), figures)
