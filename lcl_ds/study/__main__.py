@@ -42,6 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder for figures (default {RESULTS})")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder for unfinished runs")
     parser.add_argument("--page", type=Path, metavar="F", help="write the page about the studies there")
+    parser.add_argument(
+        "--columns", nargs="+", metavar="PATTERN", help="show these figures; default: the study's columns"
+    )
     parser.add_argument("--markdown", action="store_true", help="print tables for a page of documentation")
     return parser
 
@@ -63,6 +66,8 @@ def study(arguments: argparse.Namespace) -> int:
     studies = [(path, load_study(path)) for path in paths]
     for path, of in studies:
         configs_of(of, path)
+    if arguments.columns:
+        studies = [(path, of.model_copy(update={"columns": arguments.columns})) for path, of in studies]
     # Figures of other settings are found before hours are spent.
     missing = [missing_runs(path, of, arguments) for path, of in studies]
     if arguments.dry_run:
@@ -141,6 +146,9 @@ def show_figures(studies: list[tuple[Path, Study]], arguments: argparse.Namespac
     read = [(path, of, *records_of(path, of, arguments.results)) for path, of in studies]
     for _, of, records, missing in read:
         summary = summary_of(of, records, missing)
+        if records and not summary.columns:
+            known = ", ".join(summary.metrics)
+            raise UserError(f"{of.title}: no figure is named {' or '.join(of.columns)}; there are {known}")
         if arguments.markdown:
             console.print(markdown_of(summary), markup=False, highlight=False, soft_wrap=True)
         elif records:

@@ -360,6 +360,16 @@ def test_columns_are_those_that_the_study_shows(tmp_path):
     assert summary_of(load_study(path), all_records(path), 0).columns == []
 
 
+def test_the_command_line_chooses_columns(path, tmp_path, capsys):
+    for record in all_records(path):
+        write_record(tmp_path, job_of(path, record["variant"], seed=record["seed"]).run, record)
+    command = [str(path), "--no_run", "--results", str(tmp_path), "--markdown", "--columns"]
+    assert main([*command, "*/shape/*"]) == 0
+    assert "| linear/shape/mean |" in capsys.readouterr().out
+    assert main([*command, "knn/*", "zero*"]) == USER_ERROR
+    assert "A test: no figure is named knn/* or zero*; there are linear/shape/mean" in capsys.readouterr().err
+
+
 def test_the_page_shows_question_error_bars_curves_and_what_was_run(path):
     study, records = load_study(path), all_records(path)
     html = study_page([(path, study, records, 6)])
