@@ -1,6 +1,7 @@
 """The tree of settings of one run: YAML file plus ``key.sub=value`` overrides, validated at once."""
 
 import logging
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args
 
@@ -151,7 +152,13 @@ def _drop_other_objective(tree: dict[str, Any], wanted: Any, origin: str) -> Non
     dropped = [f"objective.{key}" for key in given if key != "name"]
     tree["objective"] = {}
     if dropped:
-        logger.info("%s: %s: of %s, and left out for %s", origin, ", ".join(dropped), own, wanted)
+        _tell(f"{origin}: {', '.join(dropped)}: of {own}, and left out for {wanted}")
+
+
+@cache
+def _tell(text: str) -> None:
+    """Log a sentence once, for a study reads its recipe many times."""
+    logger.info("%s", text)
 
 
 def _set(tree: dict[str, Any], keys: list[str], value: Any, whole: str) -> None:

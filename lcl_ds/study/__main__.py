@@ -42,9 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--results", type=Path, default=RESULTS, help=f"folder for figures (default {RESULTS})")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"), help="folder for unfinished runs")
     parser.add_argument("--page", type=Path, metavar="F", help="write the page about the studies there")
-    parser.add_argument(
-        "--columns", nargs="+", metavar="PATTERN", help="show these figures; default: the study's columns"
-    )
+    parser.add_argument("--columns", nargs="+", metavar="PATTERN", help="figures to show instead of the study's")
     parser.add_argument("--markdown", action="store_true", help="print tables for a page of documentation")
     return parser
 
@@ -144,11 +142,11 @@ def show_figures(studies: list[tuple[Path, Study]], arguments: argparse.Namespac
     """Print the tables and write the page."""
     console = open_console()
     read = [(path, of, *records_of(path, of, arguments.results)) for path, of in studies]
-    for _, of, records, missing in read:
+    for path, of, records, missing in read:
         summary = summary_of(of, records, missing)
-        if records and not summary.columns:
+        if arguments.columns and records and not summary.columns:
             known = ", ".join(summary.metrics)
-            raise UserError(f"{of.title}: no figure is named {' or '.join(of.columns)}; there are {known}")
+            raise UserError(f"--columns {' '.join(of.columns)}: no figure of {path} has such a name; there are {known}")
         if arguments.markdown:
             console.print(markdown_of(summary), markup=False, highlight=False, soft_wrap=True)
         elif records:

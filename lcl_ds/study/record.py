@@ -61,16 +61,20 @@ def find_record(results: Path, study: Study, run: Run) -> Record | None:
     if not isinstance(record, dict) or record.get("version") != VERSION:
         raise UserError(f"{path}: holds no figures of a run of a study; remove it")
     wanted, known = (flatten(json.loads(json.dumps(tree))) for tree in (settings_of(study, run), record["settings"]))
+    differing = [
+        key
+        for key in sorted(wanted.keys() | known.keys())
+        if wanted.get(key) != known.get(key) and {} not in (wanted.get(key), known.get(key))
+    ]
     # A recipe may change where the study overrides it: what counts is the run that comes out.
-    is_same_run = fingerprint_of(study, Job(run, record["sizes"], None, None)) == record["fingerprint"]
-    for key in sorted(wanted.keys() | known.keys()):
-        if is_same_run and key.startswith(("recipe.", "overrides.")):
-            continue
-        if wanted.get(key) != known.get(key) and {} not in (wanted.get(key), known.get(key)):
-            raise UserError(
-                f"{path}: was made with {key}={known.get(key)!r}, and the study says {wanted.get(key)!r}; remove the "
-                "file to run it again, or give the variant another name"
-            )
+    if differing and fingerprint_of(study, Job(run, record["sizes"], None, None)) == record["fingerprint"]:
+        differing = [key for key in differing if not key.startswith(("recipe.", "overrides."))]
+    if differing:
+        key = differing[0]
+        raise UserError(
+            f"{path}: was made with {key}={known.get(key)!r}, and the study says {wanted.get(key)!r}; remove the "
+            "file to run it again, or give the variant another name"
+        )
     return record
 
 

@@ -367,7 +367,7 @@ def test_the_command_line_chooses_columns(path, tmp_path, capsys):
     assert main([*command, "*/shape/*"]) == 0
     assert "| linear/shape/mean |" in capsys.readouterr().out
     assert main([*command, "knn/*", "zero*"]) == USER_ERROR
-    assert "A test: no figure is named knn/* or zero*; there are linear/shape/mean" in capsys.readouterr().err
+    assert f"--columns knn/* zero*: no figure of {path} has such a name; there are linear" in capsys.readouterr().err
 
 
 def test_the_page_shows_question_error_bars_curves_and_what_was_run(path):
@@ -375,9 +375,8 @@ def test_the_page_shows_question_error_bars_curves_and_what_was_run(path):
     html = study_page([(path, study, records, 6)])
     assert "Does &lt;b&gt;it&lt;/b&gt; hold?" in html
     assert "6 of 12" in html
-    assert (
-        '<i class="interval" style="left:min(40.00%, 100% - 2px);width:40.00%">' in html
-    )  # 20 to 40 % on a scale that ends at 50
+    # 20 to 40 % on a scale that ends at 50.
+    assert '<i class="interval" style="left:min(40.00%, 100% - 2px);width:40.00%">' in html
     assert "30.0 ± 10.0" in html
     assert "3 seeds" in html
     assert 'title="one deviation to either side: 20.0 to 40.0 %"' in html
