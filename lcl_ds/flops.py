@@ -10,10 +10,10 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from lcl_ds.grids import Grid
+from lcl_ds.models.blocks import blocks_of
 from lcl_ds.models.encoders import family_of
 from lcl_ds.models.heads import LMHead
 from lcl_ds.objectives.base import Objective
@@ -176,9 +176,8 @@ def _tower(tower: Any, tokens: float, squares: float, learning: bool, config: An
     config = config or tower.config
     flops = _products([tower], tokens, learning)
     learns = learning or _learns(tower)
-    blocks = [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)]
     attention = 4 * squares * query_width(config)
-    for block in blocks:
+    for block in blocks_of(tower):
         flops += Flops(attention, 2 * attention * learns, 0.5 * attention * learns)
         if block.gradient_checkpointing and learns:
             repeated = sum(2 * tokens * elements for _, elements in _recomputed_matrices(block))

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lcl_ds.errors import UserError
+from lcl_ds.models.blocks import blocks_of
 
 OF_NETWORK = "model."
 """What stands before the names of the network's weights inside an objective."""
@@ -54,7 +54,7 @@ def units(model: nn.Module, name: str = "", tower: PreTrainedModel | None = None
     A family's rule may act on a module together with what is inside it, but not across blocks.
     """
     tower = model if isinstance(model, PreTrainedModel) else tower
-    holds_blocks = any(isinstance(inner, GradientCheckpointingLayer) for inner in model.modules() if inner is not model)
+    holds_blocks = any(inner is not model for inner in blocks_of(model))
     if holds_blocks and not any(True for _ in model.parameters(recurse=False)):
         for child_name, child in model.named_children():
             yield from units(child, f"{name}.{child_name}" if name else child_name, tower)

@@ -6,28 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lcl_ds.batch import Batch
 from lcl_ds.grids import PackedImages, kept_count
 from lcl_ds.models.attention.masks import BY_IMAGES, Mode, attention_arguments, image_blocks, use_best_implementation
+from lcl_ds.models.blocks import recompute_blocks
 from lcl_ds.models.counter_rng import kept_patches
 from lcl_ds.models.decoder import build_decoder
 from lcl_ds.models.heads import ContextHead, LMHead, LogitScale
 from lcl_ds.models.pooling import AttentivePooling
 from lcl_ds.models.vision import VisionEncoder
-
-
-def recompute_blocks(tower: Any, every: int) -> None:
-    """Keep no activations of every `every`-th block of a transformers model, the first included; 0: keep all."""
-    if not every:
-        return
-    # transformers 5.17 knows only the older name, which later releases deprecate.
-    enable = getattr(tower, "activation_checkpointing_enable", None) or tower.gradient_checkpointing_enable
-    enable()
-    blocks = [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for number, block in enumerate(blocks):
-        block.gradient_checkpointing = number % every == 0
 
 
 class LCLModel(nn.Module):

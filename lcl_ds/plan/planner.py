@@ -6,7 +6,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lcl_ds.assembly import build_empty
 from lcl_ds.batch import Batch
@@ -16,6 +15,7 @@ from lcl_ds.flops import Flops, StepFlops, StepWork, query_width
 from lcl_ds.gpus import Gpu
 from lcl_ds.models.attention.masks import choose_implementation
 from lcl_ds.models.attention.varlen import NAME as VARLEN
+from lcl_ds.models.blocks import blocks_of
 from lcl_ds.models.decoder import TESTED_FAMILIES
 from lcl_ds.objectives.base import Objective
 from lcl_ds.plan.communication import Exchange, Network, exchange_of
@@ -236,6 +236,5 @@ class Planner:
 
 def _recompute(tower: Any, every: int) -> None:
     """Mark the blocks that are recomputed, without touching anything else."""
-    blocks = [module for module in tower.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for number, block in enumerate(blocks):
+    for number, block in enumerate(blocks_of(tower)):
         block.gradient_checkpointing = bool(every) and number % every == 0

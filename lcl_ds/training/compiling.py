@@ -3,32 +3,26 @@
 import os
 import shutil
 
-import deepspeed
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lcl_ds.errors import UserError
+from lcl_ds.models.blocks import blocks_of
 
 COMPILERS = ("g++", "clang++", "c++")
 """What torch looks for where CXX names none."""
 
 
-def compile_blocks(model: nn.Module, stage: int, backend: str = "inductor") -> None:
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
     """Compile the forward and the backward pass of each block; to be called before DeepSpeed starts.
 
     All blocks of a tower share their graphs. How many images a micro-step has is a variable of them from the second
-    number on, so they are compiled twice at most. At stage 3 a block is gathered as a whole: DeepSpeed's hooks at each
-    of its modules would cut the graph into pieces.
+    number on, so they are compiled twice at most.
 
     Args:
-        stage: of ZeRO.
         backend: of torch.compile.
     """
-    blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if stage == 3:
-        deepspeed.utils.set_z3_leaf_modules(model, list(dict.fromkeys(type(block) for block in blocks)))
-    for block in blocks:
+    for block in blocks_of(model):
         block.forward = torch.compile(block.forward, backend=backend)
 
 

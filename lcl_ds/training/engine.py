@@ -25,6 +25,7 @@ from torch import distributed as dist
 from lcl_ds.config import Config
 from lcl_ds.errors import UserError
 from lcl_ds.flops import size_of
+from lcl_ds.models.blocks import blocks_of
 from lcl_ds.models.heads import ExactScalar
 from lcl_ds.models.initial import GivenWeights, fill_weights, units
 from lcl_ds.objectives.base import Objective
@@ -206,7 +207,9 @@ def complete_ds_config(ds_config: dict[str, Any], config: Config, world_size: in
         "train_micro_batch_size_per_gpu": rows_per_micro_step(config, world_size),
         "gradient_accumulation_steps": config.train.accumulation_steps,
         "gradient_clipping": 0.0 if _guards_itself(stage, config) else config.train.gradient_clipping,
-        "bf16": {"enabled": config.precision == "bf16"},
+        # Not looked for weight by weight, which at stages 1 and 2 takes the host longer than all the rest of its step:
+        # what is not finite makes the norm so, and our optimizer leaves the step out.
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
         # The optimizer is torch's: DeepSpeed's own ones compile C++ on first use.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -261,10 +264,12 @@ def start_engine(
     freeze_parts(objective, config.train)
     ds_config = sized(ds_config, objective, rank_info.world_size)
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if stage == 3:
+        gather_blocks_whole(objective)
     if config.train.compile:
         with on_all_ranks(rank_info):
             check_compiler()
-        compile_blocks(objective, stage)
+        compile_blocks(objective)
     exact = place_weights(objective, config, ds_config, rank_info, given, has_values)
     bounds = 0.0, math.log(config.model.logit_scale_max)
     groups = parameter_groups(objective, config.train, bounds)
@@ -323,6 +328,15 @@ def sized(ds_config: dict[str, Any], objective: nn.Module, world_size: int) -> d
     chosen = {key.removeprefix("stage3_") for key in zero}  # DeepSpeed takes either name
     sizes = {key: size for key, size in sizes.items() if key not in chosen}
     return {**ds_config, "zero_optimization": {**zero, **sizes}}
+
+
+def gather_blocks_whole(model: nn.Module) -> None:
+    """Let stage 3 gather and release a block of a tower at once, not each of its modules.
+
+    A host that would call hooks at every module needs longer for them than a GPU for the block, and hooks inside of a
+    block would cut what is compiled into pieces. No more is whole at a time: :func:`sized` has room for two blocks.
+    """
+    deepspeed.utils.set_z3_leaf_modules(model, list(dict.fromkeys(type(block) for block in blocks_of(model))))
 
 
 def place_weights(

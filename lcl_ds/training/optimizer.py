@@ -48,7 +48,7 @@ class BoundedAdamW(torch.optim.AdamW):
             return
         if self.max_norm is not None and not self._gradients_are_finite():
             return
-        if self._is_above_limit():
+        if self._is_left_out():
             return
         self._update(closure)
         for group in self.param_groups:
@@ -60,16 +60,16 @@ class BoundedAdamW(torch.optim.AdamW):
         super().step(closure)
 
     def limit_norm(self, limit: float) -> None:
-        """Leave out the next step if the global norm of its gradients is above ``limit``: nothing changes by it.
+        """Leave out the next step if the global norm of its gradients is above ``limit`` or not finite.
 
-        Afterwards ``left_out`` says whether it was. The norm is the same on all ranks, and so is the decision.
+        Nothing changes then, and ``left_out`` says so. The norm is the same on all ranks, and so is the decision.
         """
         self.norm_limit, self.left_out, self.norm = limit, False, None
 
-    def _is_above_limit(self) -> bool:
+    def _is_left_out(self) -> bool:
         if self.norm is None:  # read now: DeepSpeed has just waited for it, and nothing else is queued yet
             self.norm = float(self.wrapper._global_grad_norm or 0.0)
-            self.left_out = self.norm > self.norm_limit
+            self.left_out = not (math.isfinite(self.norm) and self.norm <= self.norm_limit)
         return self.left_out
 
     def _gradients_are_finite(self) -> bool:

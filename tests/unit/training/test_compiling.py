@@ -30,7 +30,7 @@ def computed():
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
     tower = CLIPVisionModel(CLIPVisionConfig(**shape, image_size=16, patch_size=8))
     compiled = copy.deepcopy(tower)
-    compile_blocks(compiled, stage=0, backend="aot_eager")
+    compile_blocks(compiled, backend="aot_eager")
     results = []
     for count in (3, 2, 5):
         images = torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(count))
@@ -67,7 +67,7 @@ def test_rows_of_other_documents_need_no_further_graph():
     torch._dynamo.reset()
     counters.clear()
     decoder = small_model().decoder
-    compile_blocks(decoder, stage=0, backend="aot_eager")
+    compile_blocks(decoder, backend="aot_eager")
     graphs = []
     for lengths in ([5, 11], [4, 6, 6], [2, 2, 3, 9], [16]):
         positions = torch.cat([torch.arange(length) for length in lengths])[None]

@@ -91,7 +91,7 @@ def test_the_recipe_decides_about_batches_precision_and_clipping():
     assert complete["train_micro_batch_size_per_gpu"] == 4
     assert complete["gradient_accumulation_steps"] == 3
     assert complete["gradient_clipping"] == 0.5
-    assert complete["bf16"] == {"enabled": False}
+    assert complete["bf16"]["enabled"] is False
 
 
 @pytest.mark.parametrize(("stage", "precision", "clipping"), [(0, "fp32", 0.0), (0, "bf16", 1.0), (1, "fp32", 1.0)])
