@@ -201,6 +201,11 @@ def complete_ds_config(ds_config: dict[str, Any], config: Config, world_size: in
             "ds_config: data_types.grad_accum_dtype: at ZeRO stage 0 gradients are added up in the precision of the "
             f"recipe, {config.precision}; leave it out or use stage 1, 2 or 3"
         )
+    if stage == 3 and config.train.compile:
+        # DeepSpeed's own linear function looks at each weight by number, so torch 2.11 compiles every block anew and
+        # gives up at the ninth.
+        zero = {"memory_efficient_linear": False, **ds_config["zero_optimization"]}
+        ds_config = {**ds_config, "zero_optimization": zero}
     return {
         **ds_config,
         "train_batch_size": config.train.global_batch_rows,

@@ -212,7 +212,7 @@ def objectives(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
 def non_finite(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
     """Steps of which the second and the last three are spoiled on rank 1 only."""
     results = {}
-    for stage, precision in ((0, "fp32"), (1, "fp32"), (3, "fp32"), (3, "bf16")):
+    for stage, precision in ((0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")):
         config = small_config(
             "train.global_batch_rows=4", "train.steps=9", "train.max_skipped_steps=3", f"precision={precision}"
         )

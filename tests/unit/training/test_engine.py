@@ -94,6 +94,19 @@ def test_the_recipe_decides_about_batches_precision_and_clipping():
     assert complete["bf16"]["enabled"] is False
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"stage": 3}, {"stage": 3, "memory_efficient_linear": False}),
+        ({"stage": 3, "memory_efficient_linear": True}, {"stage": 3, "memory_efficient_linear": True}),
+        ({"stage": 2}, {"stage": 2}),
+    ],
+)
+def test_compiled_blocks_are_of_linear_layers_that_share_a_graph(given, expected):
+    config = small_config("train.compile=true")
+    assert complete_ds_config({"zero_optimization": given}, config, world_size=1)["zero_optimization"] == expected
+
+
 @pytest.mark.parametrize(("stage", "precision", "clipping"), [(0, "fp32", 0.0), (0, "bf16", 1.0), (1, "fp32", 1.0)])
 def test_deepspeed_clips_wherever_it_can(stage, precision, clipping):
     config = small_config(f"precision={precision}", "train.gradient_clipping=1")
