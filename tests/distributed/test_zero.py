@@ -176,6 +176,11 @@ def test_a_non_finite_rank_makes_all_ranks_skip_names_documents_and_stops_in_the
         assert skipped[0]["documents"] == [f"test/{100 + 10 * rank + i}" for rank in (0, 1) for i in range(4)], name
 
 
+def test_stage_3_gathers_a_block_at_once(results):
+    for rank in results["non_finite"]:
+        assert {name for name, result in rank.items() if result["gathers blocks"]} == {"3fp32", "3bf16"}
+
+
 def test_a_released_trainer_leaves_nothing_in_memory(results):
     for rank in results["memory"]:
         assert rank == {f"{stage}{precision}": [] for stage, precision in THREE_STEPS}

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import get_z3_leaf_modules, safe_get_full_grad
 from torch import distributed as dist
 
 from lcl_ds.batch import Batch
 from lcl_ds.config import Config
 from lcl_ds.errors import UserError
 from lcl_ds.metrics import Combination, read_metrics
+from lcl_ds.models.blocks import blocks_of
 from lcl_ds.models.build import build_empty_model
 from lcl_ds.models.initial import fill_weights
 from lcl_ds.objectives import build_empty_objective, lcl
@@ -231,7 +232,13 @@ def non_finite(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
             stopped = str(error)
         weights = full_weights(trainer)
         finite = all(bool(torch.isfinite(weight).all()) for weight in weights.values())
-        results[name] = {"stopped": stopped, "finite": finite, "applied_steps": trainer.progress.applied_steps}
+        whole = get_z3_leaf_modules(trainer.engine.module)
+        results[name] = {
+            "stopped": stopped,
+            "finite": finite,
+            "applied_steps": trainer.progress.applied_steps,
+            "gathers blocks": whole == blocks_of(trainer.engine.module),
+        }
     return results
 
 
