@@ -11,7 +11,7 @@ from lcl_ds.metrics import read_metrics
 from lcl_ds.models.initial import units
 from lcl_ds.objectives.base import local_normalizers
 from lcl_ds.training.checkpoint import checkpoint_of, checkpoints_folder, load_model, problem_of, resolve_checkpoint
-from tests.support.rank_tasks.given import STAGES, THREE_STEPS, batch_of_rank
+from tests.support.rank_tasks.given import STAGES, THREE_STEPS, WAYS, batch_of_rank
 from tests.support.ranks import all_on_ranks
 from tests.support.small import OBJECTIVES, lcl_objective, merged, small_config, small_model, three_documents
 
@@ -59,11 +59,11 @@ def reference():
 
 
 @pytest.mark.parametrize("case", ["both", "first", "none"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_gradients_equal_one_process_also_where_ranks_have_no_images(gradients, reference, stage, case):
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_equal_one_process_also_where_ranks_have_no_images(gradients, reference, way, case):
     loss, expected = reference[case]
     for rank in gradients:
-        actual = rank[f"{stage} {case}"]
+        actual = rank[f"{way} {case}"]
         torch.testing.assert_close(actual["loss"], loss, rtol=1e-5, atol=0)
         assert actual["gradients"].keys() == expected.keys()
         for name, gradient in expected.items():

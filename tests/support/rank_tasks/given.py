@@ -22,6 +22,13 @@ from tests.support.small import VOCABULARY, batch_with_images, batch_without_ima
 
 STAGES = (0, 1, 2, 3)
 
+RECOMPUTED = ("model.vision.activation_checkpointing=true", "model.decoder.activation_checkpointing=2")
+WAYS: dict[str, tuple[int, tuple[str, ...]]] = {
+    **{str(stage): (stage, ()) for stage in STAGES},
+    "3, recomputed": (3, RECOMPUTED),
+}
+"""ZeRO stages and settings that must make no difference to a gradient."""
+
 THREE_STEPS = ((0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16"))
 
 TEN_STEPS = (

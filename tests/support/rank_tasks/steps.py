@@ -26,6 +26,7 @@ from tests.support.rank_tasks.given import (
     STAGES,
     TEN_STEPS,
     THREE_STEPS,
+    WAYS,
     batch_of_rank,
     full_weights,
     normalizers_of,
@@ -45,10 +46,10 @@ from tests.support.small import (
 
 
 def gradients(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
-    """Loss and full gradients by (stage, case), through the trainer's own counts and scaling."""
-    config = small_config("train.global_batch_rows=4", "train.learning_rate=1e-30")
+    """Loss and full gradients by (way, case), through the trainer's own counts and scaling."""
     results = {}
-    for stage in STAGES:
+    for way, (stage, settings) in WAYS.items():
+        config = small_config("train.global_batch_rows=4", "train.learning_rate=1e-30", *settings)
         trainer = trainer_of(config, stage, rank_info, [], folder)
         for case in ("both", "first", "none"):
             batch = batch_of_rank(case, rank_info.rank)
@@ -58,7 +59,7 @@ def gradients(rank_info: RankInfo, folder: Path) -> dict[str, Any]:
                 name: safe_get_full_grad(weight).clone() for name, weight in trainer.engine.module.named_parameters()
             }
             trainer.engine.step()
-            results[f"{stage} {case}"] = {"loss": all_reduce_sum(losses["loss"].detach().clone()), "gradients": actual}
+            results[f"{way} {case}"] = {"loss": all_reduce_sum(losses["loss"].detach().clone()), "gradients": actual}
     return results
 
 
