@@ -212,8 +212,8 @@ def complete_ds_config(ds_config: dict[str, Any], config: Config, world_size: in
         "train_micro_batch_size_per_gpu": rows_per_micro_step(config, world_size),
         "gradient_accumulation_steps": config.train.accumulation_steps,
         "gradient_clipping": 0.0 if _guards_itself(stage, config) else config.train.gradient_clipping,
-        # Not looked for weight by weight, which at stages 1 and 2 takes the host longer than all the rest of its step:
-        # what is not finite makes the norm so, and our optimizer leaves the step out.
+        # Not looked for weight by weight, which at stages 1 and 2 is thousands of kernels: what is not finite makes the
+        # norm so, and our optimizer leaves the step out.
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": False},
         # The optimizer is torch's: DeepSpeed's own ones compile C++ on first use.
         "zero_allow_untested_optimizer": True,
